@@ -3,10 +3,24 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read("settings.ini", encoding="utf-8")
 about = config["DEFAULT"]
+
+
+
+class BuildWithNotebooks(build_py):
+    "The phases are notebooks: an installed package brings them along, in codetrace/nbs/."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for path in sorted(Path("nbs").glob("*.ipynb")):
+                self.mkpath(f"{self.build_lib}/codetrace/nbs")
+                self.copy_file(str(path), f"{self.build_lib}/codetrace/nbs/{path.name}")
+
 
 setup(
     name=about["lib_name"],
@@ -19,7 +33,7 @@ setup(
     python_requires=f">={about['min_python']}",
     packages=find_packages(include=["codetrace", "codetrace.*"]),
     include_package_data=True,
-    package_data={"codetrace": ["data/**/*"]},
+    cmdclass={"build_py": BuildWithNotebooks},
     install_requires=about["requirements"].split(),
     extras_require={"dev": about["dev_requirements"].split(), "quant": about["quant_requirements"].split()},
     entry_points={"console_scripts": about["console_scripts"].split(), "nbdev": ["codetrace=codetrace._modidx:d"]},

@@ -145,7 +145,7 @@ def _show(manifest: dict):
     files = [name for name in ("notebook.ipynb", *manifest.get("outputs", {})) if (folder / name).is_file()]
     if error := manifest.get("error"):
         print(f"error in cell {error.get('cell')}: {error.get('type')}: {error['message']}" if error.get("cell") else f"error: {error['message']}")
-    for name in [name for name in files if Path(name).suffix in (".ipynb", ".png", ".pdf", ".json", ".parquet") and "parts" not in Path(name).parts]:
+    for name in [name for name in files if Path(name).suffix in (".ipynb", ".png", ".pdf", ".json", ".parquet") and "/" not in name]:
         print(folder / name)
     for name in runs.verify(manifest):
         print(f"{name}: not what the run wrote", file=sys.stderr)

@@ -9,8 +9,9 @@ __all__ = ['Span', 'QUERY_STYLES', 'GENERATORS', 'Solver', 'Link', 'Program', 'c
            'make_exception_program', 'make_entity_program', 'shallow_heuristics', 'answer_line', 'answer_is_unique',
            'beyond_shallow', 'draw', 'find_robust_programs']
 
-# %% ../nbs/00_programs.ipynb #0c196439
+# %% ../nbs/00_programs.ipynb #48bc593a
 import ast
+import html
 import re
 import string
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from operator import index
 
 import numpy as np
+from fastcore.basics import patch
 
 from .errors import BadInput, choose
 
@@ -37,8 +39,8 @@ class Link:
     lhs: Span  # The variable's characters
     rhs: Span  # The right-hand side's characters
 
-# %% ../nbs/00_programs.ipynb #cc9a5a32
-@dataclass(frozen=True)
+# %% ../nbs/00_programs.ipynb #77afa722
+@dataclass(frozen=True, repr=False)
 class Program:
     "Code whose last line asks for a variable, with the true answer and the lines it depends on."
 
@@ -52,35 +54,56 @@ class Program:
     task: str = "custom"  # Name of the generator
     metadata: dict = field(default_factory=dict, hash=False)  # Whatever else the generator tells
 
-    @property
-    def depth(self) -> int:
-        "Referential depth: how many assignments, one after the other, made the answer."
-        return max((link.depth for link in self.chain), default=0)
+# %% ../nbs/00_programs.ipynb #8a50cc68
+@patch(as_prop=True)
+def depth(self: Program) -> int:
+    "Referential depth: how many assignments, one after the other, made the answer."
+    return max((link.depth for link in self.chain), default=0)
 
-    @property
-    def lines(self) -> list[str]:
-        "The code line by line, the query last."
-        return self.code.split("\n")
 
-    @property
-    def source(self) -> str:
-        "The code without its query line."
-        return self.code.rpartition("\n")[0]
+@patch(as_prop=True)
+def lines(self: Program) -> list[str]:
+    "The code line by line, the query last."
+    return self.code.split("\n")
 
-    @property
-    def seq_len(self) -> int:
-        "The length asked for; a program from elsewhere counts its lines."
-        return self.metadata.get("seq_len", len(self.lines) - 1)
 
-    def text(
-        self,
-        span: Span,  # One of the program's spans
-    ) -> str:  # The characters there
-        "What stands at `span`."
-        return self.code[slice(*span)]
+@patch(as_prop=True)
+def source(self: Program) -> str:
+    "The code without its query line."
+    return self.code.rpartition("\n")[0]
 
-    def __str__(self) -> str:
-        return self.code
+
+@patch(as_prop=True)
+def seq_len(self: Program) -> int:
+    "The length asked for; a program from elsewhere counts its lines."
+    return self.metadata.get("seq_len", len(self.lines) - 1)
+
+# %% ../nbs/00_programs.ipynb #181c157e
+@patch
+def text(
+    self: Program,
+    span: Span,  # One of the program's spans
+) -> str:  # The characters there
+    "What stands at `span`."
+    return self.code[slice(*span)]
+
+
+@patch
+def __str__(self: Program) -> str:
+    return self.code
+
+
+@patch
+def __repr__(self: Program) -> str:
+    return f"Program({self.code!r}, answer={self.answer!r}, task={self.task!r}, depth={self.depth})"
+
+# %% ../nbs/00_programs.ipynb #69b7326b
+@patch
+def _repr_html_(self: Program) -> str:
+    on = {link.line for link in self.chain} | {len(self.lines) - 1}
+    grey = '<span style="color:#999">{}</span>'
+    rows = [html.escape(text) if i in on else grey.format(html.escape(text)) for i, text in enumerate(self.lines)]
+    return "<pre>" + "\n".join(rows) + f"<b>{html.escape(self.answer)}</b></pre>"
 
 # %% ../nbs/00_programs.ipynb #d5560f42
 _BUILTINS = {
@@ -92,7 +115,7 @@ _BUILTINS = {
         *(StopIteration, TypeError, ValueError, ZeroDivisionError),
     )
 } | {"print": lambda *args, **kwargs: None}
-_BUDGET = 10_000  # lines a program may execute
+_BUDGET = 100_000  # bytecode instructions a program may execute
 
 
 class _OutOfBudget(BaseException):
@@ -102,16 +125,16 @@ class _OutOfBudget(BaseException):
 def _run(
     code: str,  # A Python program
 ) -> tuple[dict, list[int]]:  # Its variables at the end; the lines (from 0) that ran to their end, in order
-    "Run `code` within the line budget and watch which lines run."
+    "Run `code` within the budget and watch which lines run."
     compiled, executed, budget = compile(code, "<program>", "exec"), [], iter(range(_BUDGET))
 
     def watch(frame, event, arg):
+        frame.f_trace_opcodes = True  # `while True: pass` never starts another line
         inside = frame.f_code is compiled
-        if event == "line":
-            if next(budget, None) is None:
-                raise _OutOfBudget
-            if inside:
-                executed.append(frame.f_lineno - 1)
+        if event == "opcode" and next(budget, None) is None:
+            raise _OutOfBudget
+        elif event == "line" and inside:
+            executed.append(frame.f_lineno - 1)
         elif event == "exception" and inside and executed and executed[-1] == frame.f_lineno - 1:
             executed.pop()  # the line raised: it assigned nothing
         return watch
@@ -154,37 +177,46 @@ def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.ex
     else:
         yield target, value
 
-# %% ../nbs/00_programs.ipynb #e92b7a67
-def _assignments(
-    code: str,  # A Python program
-) -> list[list[_Assignment]]:  # One list a statement that assigns, in the order of the text
-    "Who assigns what from what, with the characters of both sides."
+# %% ../nbs/00_programs.ipynb #30190e65
+def _positions(code: str) -> Callable[[ast.AST], Span]:
+    "Where a node of the syntax tree stands; ast counts bytes of UTF-8, spans count characters."
     lines, starts = code.split("\n"), [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
 
-    def at(row: int, column: int) -> int:  # ast counts bytes of UTF-8; spans count characters
+    def at(row: int, column: int) -> int:
         return starts[row - 1] + len(lines[row - 1].encode()[:column].decode())
 
-    def assignment(target: ast.expr, value: ast.expr, *also: ast.expr) -> _Assignment:
-        spans = [(at(n.lineno, n.col_offset), at(n.end_lineno, n.end_col_offset)) for n in (target, value)]
-        base, inside = target, []
-        while isinstance(base, (ast.Subscript, ast.Attribute, ast.Starred)):  # x[0] = 1 changes x, and keeps the rest of it
-            base, inside = base.value, [target]
-        names = (n.id for e in (value, *also, *inside) for n in ast.walk(e) if isinstance(n, ast.Name))
-        return _Assignment(target.lineno - 1, ast.unparse(base), frozenset(names), *spans)
+    return lambda node: (at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
 
-    found = []
+
+def _assignment(span_of: Callable, target: ast.expr, value: ast.expr, *also_read: ast.expr) -> _Assignment:
+    "One target and its value."
+    base, read = target, [value, *also_read]
+    while isinstance(base, (ast.Subscript, ast.Attribute, ast.Starred)):  # x[0] = 1 changes x and keeps the rest
+        base, read = base.value, [value, *also_read, target]
+    names = frozenset(n.id for e in read for n in ast.walk(e) if isinstance(n, ast.Name))
+    return _Assignment(target.lineno - 1, ast.unparse(base), names, span_of(target), span_of(value))
+
+# %% ../nbs/00_programs.ipynb #ea185ac9
+def _assignments(
+    code: str,  # A Python program
+) -> list[list[_Assignment]]:  # One list a statement that assigns, in the order of the text
+    "Who assigns what from what, with the characters of both sides."
+    found, span_of = [], _positions(code)
     for node in _statements(ast.parse(code).body):
         match node:
             case ast.Assign(targets=targets, value=value):
-                found.append([assignment(*pair) for target in targets for pair in _pairs(target, value)])
+                pairs = [pair for target in targets for pair in _pairs(target, value)]
             case ast.AugAssign(target=target, value=value):
-                found.append([assignment(target, value, target)])
+                pairs = [(target, value, target)]
             case ast.AnnAssign(target=target, value=ast.expr() as value):
-                found.append([assignment(target, value)])
+                pairs = [(target, value)]
             case ast.For(target=target, iter=value):
-                found.append([assignment(*pair) for pair in _pairs(target, value)])
+                pairs = list(_pairs(target, value))
+            case _:
+                continue
+        found.append([_assignment(span_of, *pair) for pair in pairs])
     return found
 
 # %% ../nbs/00_programs.ipynb #9fb712fa
@@ -230,7 +262,7 @@ def chain(
 # %% ../nbs/00_programs.ipynb #2ba9975e
 QUERY_STYLES = {"hash": "#{}:", "print": "print({})  # prints "}
 
-# %% ../nbs/00_programs.ipynb #d7c93d89
+# %% ../nbs/00_programs.ipynb #7a250a2f
 _QUERY = re.compile(r"(?:#\s*(?P<hash>[^\W\d]\w*)\s*:|print\(\s*(?P<print>[^\W\d]\w*)\s*\)\s*(?:#.*)?)\s*")
 
 
@@ -238,42 +270,52 @@ def _find_query(code: str) -> tuple[str, Span]:
     "The variable that the last line asks for, and where it stands."
     start = code.rfind("\n") + 1
     if not (found := _QUERY.fullmatch(code, start)):
-        raise BadInput(f"the last line {code[start:]!r} asks for no variable: end the program with '#x:' or 'print(x)  # prints '")
+        expected = "end the program with '#x:' or 'print(x)  # prints '"
+        raise BadInput(f"the last line {code[start:]!r} asks for no variable: {expected}")
     return found[found.lastgroup], found.span(found.lastgroup)
 
 # %% ../nbs/00_programs.ipynb #9a76f3f4
 class ContradictoryProgram(BadInput):
     "Running the program does not give the answer that its generator claims."
 
-# %% ../nbs/00_programs.ipynb #f3e242fc
-def _build(
+# %% ../nbs/00_programs.ipynb #916431de
+def _analyse(
     code: str,  # Program with its query line
-    answer: object,  # What the generator claims; its `str` is compared
-    task: str,  # For the message and the record
+    task: str,  # For messages and the record
     metadata: Mapping,  # Kept as it is
 ) -> Program:
-    "Run `code`, hold the answer against it, and find chain and spans."
+    "Run `code` for its answer, and find chain and spans."
     query, span = _find_query(code)
     try:
         variables, executed = _run(code)
     except _OutOfBudget:
-        raise ContradictoryProgram(f"{task}: the program still runs after {_BUDGET} lines: {code!r}") from None
+        raise ContradictoryProgram(f"{task}: the program still runs after {_BUDGET} instructions: {code!r}") from None
     except SyntaxError as e:
         raise ContradictoryProgram(f"{task}: not valid Python ({e.msg}, line {e.lineno}): {code!r}") from None
     except Exception as e:
         raise ContradictoryProgram(f"{task}: running the program raises {e!r}: {code!r}") from None
     if query not in variables:
-        raise ContradictoryProgram(f"{task}: the program asks for {query!r} but assigns only {sorted(variables)}: {code!r}")
-    if (found := str(variables[query])) != str(answer):
         raise ContradictoryProgram(
-            f"{task}: the generator answers {str(answer)!r} but running the program gives {query} = {found!r}: {code!r}"
+            f"{task}: {query!r} is asked for, but only {sorted(variables)} are assigned: {code!r}"
         )
     assignments = _assignments(code)
     sides = sorted((a.lhs, a.rhs) for statement in assignments for a in statement)
     lhs, rhs = (tuple(side) for side in zip(*sides)) if sides else ((), ())
-    return Program(code, query, found, _follow(assignments, executed, query), lhs, rhs, span, task, dict(metadata))
+    links = _follow(assignments, executed, query)
+    return Program(code, query, str(variables[query]), links, lhs, rhs, span, task, dict(metadata))
 
-# %% ../nbs/00_programs.ipynb #1e412d55
+# %% ../nbs/00_programs.ipynb #11242d8c
+def _build(code: str, answer: object, task: str, metadata: Mapping) -> Program:
+    "The analysed program, if its answer is the one that the generator claims."
+    program = _analyse(code, task, metadata)
+    if program.answer != str(answer):
+        claim = f"the generator answers {str(answer)!r}"
+        raise ContradictoryProgram(
+            f"{task}: {claim}, but running the program gives {program.query} = {program.answer!r}: {code!r}"
+        )
+    return program
+
+# %% ../nbs/00_programs.ipynb #2e263188
 def as_program(
     result: Program | tuple,  # What a generator gave: `(code, answer)`, `(code, answer, metadata)` or a `Program`
     task: str = "custom",  # Name to record for tuples
@@ -283,7 +325,7 @@ def as_program(
         case Program():
             checked = _build(result.code, result.answer, result.task, result.metadata)
             if (result.query, result.query_span) != (checked.query, checked.query_span):
-                raise ContradictoryProgram(f"{task}: the query {result.query!r} is not what the last line asks: {result.code!r}")
+                raise ContradictoryProgram(f"{task}: {result.query!r} is not what the last line asks: {result.code!r}")
             return result
         case (str() as code, answer, *rest) if len(rest) <= 1 and all(isinstance(m, Mapping) for m in rest):
             return _build(code.rstrip("\n"), answer, task, *(rest or [{}]))
@@ -331,7 +373,7 @@ def _grow(
 class CannotMake(BadInput):
     "No program of this kind exists; the message says which do."
 
-# %% ../nbs/00_programs.ipynb #c1afc733
+# %% ../nbs/00_programs.ipynb #e02dc9e7
 def _check_length(task: str, seq_len: int, longest: int) -> int:
     "`seq_len` as an `int` from 1 to `longest`, or an error."
     try:
@@ -345,7 +387,9 @@ def _check_length(task: str, seq_len: int, longest: int) -> int:
 def _check_depth(seq_len: int, depth: int | None, max_depth: int) -> None:
     "A depth needs that many lines."
     if depth is not None and (isinstance(depth, bool) or depth not in range(1, seq_len + 1)):
-        raise CannotMake(f"variable_binding: depth {depth!r} does not fit {seq_len} lines: give 1 to {seq_len}, or a larger seq_len")
+        raise CannotMake(
+            f"variable_binding: depth {depth!r} does not fit seq_len {seq_len}: give a depth from 1 to {seq_len}"
+        )
     if max_depth not in range(1, 27):
         raise CannotMake(f"variable_binding: max_depth {max_depth!r} cannot be made: give 1 to 26")
 
@@ -411,7 +455,7 @@ def _one_token_differs(tokenizer: Callable, first: str, second: str) -> bool:
     a, b = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (first, second))
     return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
 
-# %% ../nbs/00_programs.ipynb #a75b33d0
+# %% ../nbs/00_programs.ipynb #04d0196c
 def make_counterfactual_pair(
     program: Program,  # Its chain must begin with a digit
     rng: np.random.Generator,
@@ -420,20 +464,21 @@ def make_counterfactual_pair(
     "Replace the root of the queried chain by another digit, so that the answer changes."
     root = program.text(program.chain[0].rhs) if program.chain else ""
     if not re.fullmatch("[0-9]", root):
-        raise NoCounterfactual(f"{program.task}: the root {root!r} of the chain is no digit: counterfactuals replace a digit")
+        raise NoCounterfactual(
+            f"{program.task}: the root {root!r} of the chain is no digit: counterfactuals replace a digit"
+        )
     start, end = program.chain[0].rhs
-    taken = {n.value for n in ast.walk(ast.parse(program.source)) if isinstance(n, ast.Constant)}
-    for digit in sorted(rng.permutation(10).tolist(), key=taken.__contains__):
-        code = program.code[:start] + str(digit) + program.code[end:]
+    taken = [n.value for n in ast.walk(ast.parse(program.source)) if isinstance(n, ast.Constant)]
+    for digit in sorted(rng.permutation(10).tolist(), key=taken.__contains__):  # digits not in the program first
         try:
-            answer = str(_run(code)[0][program.query])
-        except Exception:  # a digit that breaks this program
+            other = _analyse(program.code[:start] + str(digit) + program.code[end:], program.task, program.metadata)
+        except ContradictoryProgram:  # a digit that breaks the program, as a divisor 0 does
             continue
-        same_length = len(answer) == len(program.answer) or not (answer + program.answer).isdigit()
-        if answer == program.answer or not same_length:
-            continue
-        if tokenizer is None or _one_token_differs(tokenizer, program.code, code):
-            return program, replace(program, code=code, answer=answer, metadata=program.metadata | {"root": str(digit)})
+        # a number of as many digits, without a sign
+        alike = not program.answer.isdigit() or (other.answer.isdigit() and len(other.answer) == len(program.answer))
+        if other.answer != program.answer and alike and other.chain == program.chain:
+            if tokenizer is None or _one_token_differs(tokenizer, program.code, other.code):
+                return program, other
     raise NoCounterfactual(
         f"{program.task}: no digit in place of the root {root} changes the answer {program.answer!r} to one of its length"
         + (" and exactly one token" if tokenizer else "")
@@ -497,7 +542,24 @@ def _expressions(
             query = _pick_deep(rng, candidates)
             return _finish(task, lines, query, values[query], query_style, seq_len=seq_len)
 
-# %% ../nbs/00_programs.ipynb #925cbb95
+# %% ../nbs/00_programs.ipynb #9cb9af16
+def _operands(rng: np.random.Generator, depths: Mapping, p_variable: float, constant: Callable) -> tuple[str, str]:
+    "An earlier variable, the deeper the likelier, and another one or a constant."
+    left = _pick_deep(rng, depths)
+    others = [v for v in depths if v != left]
+    return left, _pick(rng, others) if others and rng.random() < p_variable else str(constant(rng))
+
+
+def _integer_expression(rng: np.random.Generator, values: Mapping, depths: Mapping) -> tuple[str, int, list[str]]:
+    "Text, value and variables of a sum, difference or product between 0 and 99."
+    while True:
+        (left, right), sign = _operands(rng, depths, 0.5, lambda rng: rng.integers(1, 10)), _pick(rng, "+-*")
+        a, b = values[left], values[right] if right in values else int(right)
+        value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        if 0 <= value <= 99:
+            return f"{left} {sign} {right}", value, [v for v in (left, right) if v in values]
+
+# %% ../nbs/00_programs.ipynb #385bcda2
 def make_integer_program(
     seq_len: int,  # Number of assignments, 1 to 26
     rng: np.random.Generator,
@@ -505,20 +567,25 @@ def make_integer_program(
     query_style: str = "hash",  # A key of `QUERY_STYLES`
 ) -> Program:
     "Sums, differences and products of earlier variables and digits, all between 0 and 99."
-
-    def expression(rng, values, depths):
-        while True:
-            left, sign = _pick_deep(rng, depths), _pick(rng, "+-*")
-            right = _pick(rng, list(values)) if rng.random() < 0.5 else str(rng.integers(10))
-            a, b = values[left], values[right] if right in values else int(right)
-            value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-            if 0 <= value <= 99:
-                return f"{left} {sign} {right}", value, [v for v in (left, right) if v in values]
-
     seq_len = _check_length("integer", seq_len, 26)
-    return _expressions("integer", seq_len, rng, lambda rng: int(rng.integers(10)), expression, lambda value: True, query_style)
+    digit = lambda rng: int(rng.integers(10))
+    return _expressions("integer", seq_len, rng, digit, _integer_expression, lambda value: True, query_style)
 
-# %% ../nbs/00_programs.ipynb #9ef54079
+# %% ../nbs/00_programs.ipynb #49e41a7f
+def _truth(rng: np.random.Generator) -> bool:
+    "True or False."
+    return bool(rng.random() < 0.5)
+
+
+def _boolean_expression(rng: np.random.Generator, values: Mapping, depths: Mapping) -> tuple[str, bool, list[str]]:
+    "Text, value and variables of an `and`, `or` or `not`."
+    (left, right), word = _operands(rng, depths, 0.7, _truth), _pick(rng, ["and", "or", "not"])
+    if word == "not":
+        return f"not {left}", not values[left], [left]
+    a, b = values[left], values[right] if right in values else right == "True"
+    return f"{left} {word} {right}", (a and b) if word == "and" else (a or b), [v for v in (left, right) if v in values]
+
+# %% ../nbs/00_programs.ipynb #23c07882
 def make_boolean_program(
     seq_len: int,  # Number of assignments, 1 to 26
     rng: np.random.Generator,
@@ -526,40 +593,38 @@ def make_boolean_program(
     query_style: str = "hash",  # A key of `QUERY_STYLES`
 ) -> Program:
     "`and`, `or` and `not` of earlier variables and constants; True and False are equally often the answer."
-
-    def expression(rng, values, depths):
-        left, word = _pick_deep(rng, depths), _pick(rng, ["and", "or", "not"])
-        if word == "not":
-            return f"not {left}", not values[left], [left]
-        right = _pick(rng, list(values)) if rng.random() < 0.7 else str(rng.random() < 0.5)
-        a, b = values[left], values[right] if right in values else right == "True"
-        return f"{left} {word} {right}", (a and b) if word == "and" else (a or b), [v for v in (left, right) if v in values]
-
     seq_len = _check_length("boolean", seq_len, 26)
-    target = bool(rng.random() < 0.5)
-    return _expressions("boolean", seq_len, rng, lambda rng: bool(rng.random() < 0.5), expression, lambda value: value is target, query_style)
+    target = _truth(rng)
+    return _expressions(
+        "boolean", seq_len, rng, _truth, _boolean_expression, lambda value: value is target, query_style
+    )
 
-# %% ../nbs/00_programs.ipynb #5c1c788b
-def _try_block(rng: np.random.Generator, name: str, values: Mapping[str, int]) -> tuple[list[str], int]:
-    "One `try` statement that assigns `name`, and the value it ends with."
+# %% ../nbs/00_programs.ipynb #60a3479f
+def _try_block(
+    rng: np.random.Generator,
+    name: str,  # Variable that every branch assigns
+    values: Mapping[str, int],  # Earlier variables
+) -> tuple[list[str], int, str | None]:  # Lines; value of `name` after them; the variable it was copied from
+    "One `try` statement."
 
-    def source():
-        text = _pick(rng, list(values)) if values and rng.random() < 0.5 else str(rng.integers(10))
-        return text, values[text] if text in values else int(text)
+    def source() -> tuple[str, int, str | None]:
+        if values and rng.random() < 0.5:
+            copied = _pick(rng, list(values))
+            return copied, values[copied], copied
+        return str(digit := int(rng.integers(10))), digit, None
 
-    raises, quotient, shape = rng.random() < 0.5, int(rng.integers(10)), _pick(rng, ["", "", "else", "else", "finally"])
-    divisor = int(rng.integers(1, 10))
-    dividend = quotient * divisor if not raises else int(rng.integers(1, 10))
-    (caught, value_caught), (last, value_last) = source(), source()
-    lines = ["try:", f"    {name} = {dividend} // {0 if raises else divisor}", "except ZeroDivisionError:", f"    {name} = {caught}"]
-    value = value_caught if raises else quotient
+    raises, shape = rng.random() < 0.5, _pick(rng, ["", "", "else", "else", "finally"])
+    quotient, divisor = (int(n) for n in rng.integers(1, 10, size=2))
+    tried = f"{divisor} // 0" if raises else f"{quotient * divisor} // {divisor}"
+    caught, last = source(), source()
+    lines = ["try:", f"    {name} = {tried}", "except ZeroDivisionError:", f"    {name} = {caught[0]}"]
     if shape:
-        lines += [f"{shape}:", f"    {name} = {last}"]
-        if shape == "finally" or not raises:
-            value = value_last
-    return lines, value
+        lines += [f"{shape}:", f"    {name} = {last[0]}"]
+    if shape == "finally" or (shape == "else" and not raises):
+        return lines, *last[1:]
+    return (lines, *caught[1:]) if raises else (lines, quotient, None)
 
-# %% ../nbs/00_programs.ipynb #dd2cc0ec
+# %% ../nbs/00_programs.ipynb #fb558ca6
 def make_exception_program(
     seq_len: int,  # Number of `try` statements, 1 to 26
     rng: np.random.Generator,
@@ -568,12 +633,12 @@ def make_exception_program(
 ) -> Program:
     "Each `try` statement assigns one variable; which branch ran decides its digit."
     seq_len = _check_length("exception", seq_len, 26)
-    values, lines = {}, []
+    values, depths, lines = {}, {}, []
     for name in _letters(rng, seq_len):
-        block, values_name = _try_block(rng, name, values)
-        values[name] = values_name
+        block, value, copied = _try_block(rng, name, values)
+        values[name], depths[name] = value, 1 + depths.get(copied, 0)
         lines += block
-    query = _pick(rng, list(values))
+    query = _pick_deep(rng, depths)
     return _finish("exception", lines, query, values[query], query_style, seq_len=seq_len)
 
 # %% ../nbs/00_programs.ipynb #d3c2fb47
@@ -591,7 +656,9 @@ def make_entity_program(
     "Things are moved between boxes; depth is 1 for where the thing began and 1 for each of its moves."
     seq_len = _check_length("entity", seq_len, 99)
     if not 1 <= n_things < n_boxes <= 16:
-        raise CannotMake(f"entity: {n_things} things in {n_boxes} boxes: give 2 to 16 boxes and 1 thing or more, but fewer than boxes")
+        raise CannotMake(
+            f"entity: {n_things} things in {n_boxes} boxes: give 2 to 16 boxes and 1 thing or more, but fewer than boxes"
+        )
     boxes = [f"box_{letter}" for letter in string.ascii_lowercase[:n_boxes]]
     things = [_THINGS[i] for i in rng.permutation(len(_THINGS))[:n_things]]
     holds = dict.fromkeys(boxes) | {boxes[b]: thing for b, thing in zip(rng.permutation(n_boxes).tolist(), things)}
@@ -603,7 +670,9 @@ def make_entity_program(
         holds[new], holds[old] = holds[old], None
         depths[new] = depths.pop(old) + 1
     query = _pick_deep(rng, depths)
-    return _finish("entity", lines, query, holds[query], query_style, seq_len=seq_len, n_boxes=n_boxes, n_things=n_things)
+    return _finish(
+        "entity", lines, query, holds[query], query_style, seq_len=seq_len, n_boxes=n_boxes, n_things=n_things
+    )
 
 # %% ../nbs/00_programs.ipynb #ae45962d
 GENERATORS: dict[str, Callable[..., Program]] = {
@@ -663,12 +732,15 @@ def draw(
     **options,  # For the generator
 ) -> Program:  # The first that passes
     "A checked program from `generator` for which `where` holds."
-    name = getattr(generator, "__name__", "generator").removeprefix("make_").removesuffix("_program")
+    name = getattr(getattr(generator, "func", generator), "__name__", "generator")  # a partial knows its function
+    name = name.removeprefix("make_").removesuffix("_program")
     for _ in range(tries):
         program = as_program(generator(seq_len, rng, **options), task=name)
         if where(program):
             return program
-    raise CannotMake(f"{name}: none of {tries} programs with seq_len {seq_len} passes the filter: raise seq_len or loosen the filter")
+    raise CannotMake(
+        f"{name}: none of {tries} programs with seq_len {seq_len} passes the filter: raise seq_len or loosen the filter"
+    )
 
 # %% ../nbs/00_programs.ipynb #6fcc8d28
 Solver = Callable[[Sequence[Program]], Sequence[bool]]  # Which of the programs does a model answer correctly?

@@ -82,7 +82,8 @@ def _typed(value, default):
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, list):
-        items = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
+        text = value.strip().removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
+        items = value if isinstance(value, list) else text.split(",") if isinstance(value, str) else [value]
         if default and isinstance(default[0], int) and isinstance(value, str):
             items = [int(i) if i.strip().lstrip("-").isdigit() else None for i in items]
         typed = [_typed(i.strip() if isinstance(i, str) else i, default[0]) if default else i for i in items]
@@ -107,7 +108,7 @@ def checked(
         values[name] = _typed(value, parameter.default)
         if values[name] is None and value is not None:
             kind, example = type(parameter.default).__name__, json.dumps(parameter.default)
-            raise BadParameter(f"parameter {name!r} of phase {phase!r} takes a {kind} such as {example}, not {value!r}")
+            raise BadParameter(f"parameter {name!r} of phase {phase!r} takes {kind} values such as {example}, not {value!r}")
     return values
 
 # %% ../nbs/07_runs.ipynb #796ef191
@@ -608,7 +609,7 @@ def _papermill(notebook: Path, folder: Path, given: dict):
     os.environ["CODETRACE_RUN"] = str(folder.resolve())
     try:
         papermill.execute_notebook(
-            notebook, folder / "notebook.ipynb", parameters=given, progress_bar=False, kernel_name="python3", start_timeout=300, extra_arguments=["--log-level=ERROR"]
+            notebook, folder / "notebook.ipynb", parameters=given, progress_bar=False, kernel_name="python3", start_timeout=300, extra_arguments=["--log-level=CRITICAL"]
         )
     finally:
         del os.environ["CODETRACE_RUN"]

@@ -1,0 +1,29 @@
+"The main job: track variables in SmolLM2, trace what carries them, and say where the records are."
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
+PHASES = ["tracking", "tracing"]
+
+
+def main() -> int:
+    took = {}
+    for phase in PHASES:
+        began = time.monotonic()
+        print(f"\n== {phase}, with demo/{phase}.yaml", flush=True)
+        done = subprocess.run(["codetrace", "run", phase, "-f", f"demo/{phase}.yaml"], cwd=HOME)
+        if done.returncode != 0:
+            return done.returncode
+        took[phase] = time.monotonic() - began
+    print("\n== all runs", flush=True)
+    subprocess.run(["codetrace", "runs"], cwd=HOME)
+    whole = sum(took.values())
+    print(f"{whole:.0f} s: " + ", ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in took.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"Runs from outside: killed, interrupted, doubled, misspelt, started by others."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+HOME = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
+LONG = [*STUDY, "-n", "100"]  # 200 programs, four units
+
+
+def environment(root: Path, **more: str) -> dict:
+    return os.environ | {"CODETRACE_RUNS": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
+
+
+def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess:
+    command = [BIN / "codetrace", *words]
+    return subprocess.run(command, env=environment(root, **more), capture_output=True, text=True, timeout=300)
+
+
+def begin(root: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def manifests(root: Path) -> list[dict]:
+    return json.loads(codetrace(root, "runs", "--json").stdout)
+
+
+def wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def wait_for_rows(root: Path):
+    "Until the first part of a run's rows is on disk."
+    wait_for(lambda: list(root.glob("tracking/*/samples/part-*.parquet")))
+
+
+def kernel_of(process: subprocess.Popen) -> psutil.Process:
+    return next(p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline()))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> bytes:
+    root = tmp_path_factory.mktemp("whole")
+    done = codetrace(root, *LONG)
+    assert done.returncode == 0, done.stderr
+    (manifest,) = manifests(root)
+    assert manifest["status"] == "complete" and manifest["resumed"] is None
+    assert {"results.json", "summary.json", "accuracy_plot.png"} <= set(manifest["outputs"])
+    assert (Path(manifest["folder"]) / "notebook.ipynb").is_file()
+    assert manifest["model"]["name"] == "smollm2" and manifest["packages"]["torch"] and manifest["memory"]["host_gb"] > 0
+    return (Path(manifest["folder"]) / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("victim", ["launcher", "kernel", "ctrl-c"])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
+    process = begin(tmp_path, *LONG)
+    wait_for_rows(tmp_path)
+    kernel = kernel_of(process)
+    {
+        "launcher": process.kill,
+        "kernel": kernel.kill,
+        "ctrl-c": lambda: process.send_signal(signal.SIGINT),
+    }[victim]()
+    _, error = process.communicate(timeout=60)
+    status, code = {"launcher": ("interrupted", -9), "kernel": ("failed", 1), "ctrl-c": ("interrupted", 2)}[victim]
+    assert process.returncode == code, error
+    (manifest,) = manifests(tmp_path)
+    assert manifest["status"] == status
+    if victim == "kernel":
+        assert "kernel died" in error and "kernel died" in manifest["error"]["message"]
+    if victim == "ctrl-c":
+        assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error
+    assert not (Path(manifest["folder"]) / "results.json").exists()
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
+
+    again = codetrace(tmp_path, *LONG)
+    assert again.returncode == 0, again.stderr
+    (resumed,) = manifests(tmp_path)
+    assert resumed["run_id"] == manifest["run_id"] and resumed["status"] == "complete" and resumed["resumed"]
+    assert (Path(resumed["folder"]) / "results.json").read_bytes() == uninterrupted
+
+
+def test_a_finished_run_is_never_written_again(tmp_path):
+    for _ in range(2):
+        assert codetrace(tmp_path, *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
+    first, second = manifests(tmp_path)
+    assert first["digest"] == second["digest"] and first["run_id"] != second["run_id"]
+    assert first["status"] == second["status"] == "complete"
+
+
+def test_two_processes_never_write_one_run(tmp_path):
+    first = begin(tmp_path, *LONG)
+    wait_for(lambda: list(tmp_path.glob("tracking/*/run.json")))
+    second = codetrace(tmp_path, *LONG)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2 and f"is being written by process {first.pid}" in second.stderr
+    assert len(manifests(tmp_path)) == 1
+
+
+def test_plain_papermill_leaves_a_valid_run(tmp_path):
+    words = ["-p", "num_seqs", "2", "-p", "num_shots", "[0]", "-y", 'models: ["tiny:llama"]']
+    command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", *words]
+    done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (manifest,) = manifests(tmp_path / "runs")
+    assert manifest["status"] == "complete" and manifest["launcher"] == "papermill" and manifest["parameters"]["num_seqs"] == 2
+    record = json.loads((Path(manifest["folder"]) / "notebook.ipynb").read_text())
+    assert any("image/png" in o.get("data", {}) for c in record["cells"] for o in c.get("outputs", []))
+    assert codetrace(tmp_path / "runs", "show", "tracking").returncode == 0
+
+
+def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
+    command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", "-p", "num_seq", "2"]
+    done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "did you mean 'num_seqs'" in done.stderr
+    assert not list((tmp_path / "runs").rglob("run.json"))
+
+
+BEFORE_THE_KERNEL = {
+    "unknown phase 'trackin': did you mean 'tracking'": ["run", "trackin"],
+    "has no parameter 'num_seq': did you mean 'num_seqs'": ["run", "tracking", "-p", "num_seq=3"],
+    "takes int values such as 8, not 'many'": ["run", "tracking", "-p", "num_seqs=many"],
+    "write -p name=value": ["run", "tracking", "-p", "num_seqs"],
+    "cannot read parameters from nowhere.yaml": ["run", "tracking", "-f", "nowhere.yaml"],
+    "no run '2099'": ["show", "2099"],
+    "no complete run of phase 'tracking'": ["show", "tracking"],
+}
+
+
+@pytest.mark.parametrize("message", BEFORE_THE_KERNEL)
+def test_a_slip_is_one_line_and_status_2(tmp_path, message):
+    done = codetrace(tmp_path, *BEFORE_THE_KERNEL[message])
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("run.json"))
+
+
+IN_THE_KERNEL = {
+    "unknown generator 'rnage': did you mean 'range'": ["-p", "generators=rnage"],
+    "unknown prompt template 'bear': did you mean 'bare'": ["-p", "prompt=bear"],
+    "has no place for the program": ["-p", "prompt=What is x?"],
+    "num_seqs must be a whole number of at least 1, not 0": ["-n", "0"],
+    "unknown model 'smolm2': did you mean 'smollm2'": ["--model", "smolm2"],
+    "seq_len": ["-p", "seq_lens=[40]"],
+    "is no model": ["--model", str(HOME / "nbs")],
+}
+
+
+@pytest.mark.parametrize("message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 1)) for i, m in enumerate(IN_THE_KERNEL)])
+def test_a_slip_that_only_the_notebook_can_see_is_too(tmp_path, message):
+    done = codetrace(tmp_path, *STUDY, *IN_THE_KERNEL[message])
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    (manifest,) = manifests(tmp_path)
+    assert manifest["status"] == "failed" and message in manifest["error"]["message"]
+
+
+def test_a_runs_folder_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = codetrace(tmp_path / "file" / "runs", *STUDY)
+    assert done.returncode == 2 and "cannot write to" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    "A disk of 400 kB."
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "codetrace-test", tmp_path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_full_disk_leaves_no_run_that_counts(small_disk):
+    done = codetrace(small_disk, *STUDY, "-n", "300", "--model", "tiny:llama")
+    assert done.returncode == 2 and "space" in done.stderr.lower() and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(json.loads(p.read_text())["status"] != "complete" for p in small_disk.rglob("run.json"))
+
+
+def test_a_read_only_disk(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = codetrace(small_disk, *STUDY)
+    assert done.returncode == 2 and "read-only" in done.stderr.lower() and len(done.stderr.strip().splitlines()) == 1
+    assert not list(small_disk.iterdir())
+
+
+def test_help_answers_at_once():
+    timings = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert codetrace(HOME / "runs", "--help").returncode == 0
+        timings.append(time.monotonic() - began)
+    assert sorted(timings)[2] < 1
+
+
+@pytest.mark.parametrize("command", ["run", "runs", "show", "phases"])
+def test_every_command_has_an_example(command, tmp_path):
+    done = codetrace(tmp_path, command, "--help")
+    assert done.returncode == 0 and "Example" in done.stdout and f"codetrace {command}" in done.stdout
