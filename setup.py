@@ -1,4 +1,5 @@
 "Packaging: everything is read from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read("settings.ini", encoding="utf-8")
 about = config["DEFAULT"]
-
 
 
 class BuildWithNotebooks(build_py):

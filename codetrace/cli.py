@@ -60,11 +60,17 @@ def given_parameters(
 )
 def run(
     phase: Annotated[str, typer.Argument(help="The phase; 'codetrace phases' lists them.")],
-    p: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")] = None,
+    p: Annotated[
+        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
+    ] = None,
     f: Annotated[Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file.")] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="The model: a name, a hub name or a folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="The model: a name, a hub name or a folder.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", metavar="N", help="How many programs or problems.")] = None,
-    input: Annotated[str | None, typer.Option("--input", metavar="RUN", help="The run to read, instead of the newest that fits.")] = None,
+    input: Annotated[
+        str | None, typer.Option("--input", metavar="RUN", help="The run to read, instead of the newest that fits.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ):
     "Run one phase in batch; repeat the command to continue it after an interruption."
@@ -131,7 +137,12 @@ def _line(manifest: dict) -> dict:
     parameters = manifest.get("parameters", {})
     models = parameters.get("model") or ", ".join(parameters.get("models") or [])
     said = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
-    about = {"run": manifest["run_id"], "phase": manifest["phase"], "model": models, "started": manifest["started"][:16]}
+    about = {
+        "run": manifest["run_id"],
+        "phase": manifest["phase"],
+        "model": models,
+        "started": manifest["started"][:16],
+    }
     return about | {"status": manifest["status"], "headline": " ".join(said.split())[:100]}
 
 # %% ../nbs/90_cli.ipynb #2bb9a1d5
@@ -144,8 +155,16 @@ def _show(manifest: dict):
     _print_table([{"parameter": name, "value": value} for name, value in given.items()])
     files = [name for name in ("notebook.ipynb", *manifest.get("outputs", {})) if (folder / name).is_file()]
     if error := manifest.get("error"):
-        print(f"error in cell {error.get('cell')}: {error.get('type')}: {error['message']}" if error.get("cell") else f"error: {error['message']}")
-    for name in [name for name in files if Path(name).suffix in (".ipynb", ".png", ".pdf", ".json", ".parquet") and "/" not in name]:
+        print(
+            f"error in cell {error.get('cell')}: {error.get('type')}: {error['message']}"
+            if error.get("cell")
+            else f"error: {error['message']}"
+        )
+    for name in [
+        name
+        for name in files
+        if Path(name).suffix in (".ipynb", ".png", ".pdf", ".json", ".parquet") and "/" not in name
+    ]:
         print(folder / name)
     for name in runs.verify(manifest):
         print(f"{name}: not what the run wrote", file=sys.stderr)
@@ -153,7 +172,12 @@ def _show(manifest: dict):
 
 @app.command(epilog="Examples:  codetrace show tracking  |  codetrace show 20261121T2210")
 def show(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids or their beginnings; a phase stands for its newest complete run.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Run ids or their beginnings; a phase stands for its newest complete run."
+        ),
+    ],
 ):
     "Show runs: results, parameters, files."
     for name in names:

@@ -26,8 +26,10 @@ from importlib import metadata
 from pathlib import Path
 
 import codetrace
+from fastcore.basics import patch
+
 from .errors import BadInput, UnknownName, choose, nearest
-from .store import StorageError, atomic_write, read_json, sha256
+from .store import StorageError, atomic_write, read_json, sha256, storage_errors
 
 # %% ../nbs/07_runs.ipynb #a68fd99b
 def checkout() -> Path | None:
@@ -40,7 +42,9 @@ def notebooks() -> dict[str, Path]:
     "The phase notebooks, by phase name."
     ours = (checkout() or Path(codetrace.__file__).resolve().parent) / "nbs"
     yours = [Path(folder) for folder in filter(None, [os.environ.get("CODETRACE_NOTEBOOKS")])]
-    return {path.stem.split("_", 1)[1]: path for home in [ours, *yours] for path in sorted(home.glob("[12][0-9]_*.ipynb"))}
+    return {
+        path.stem.split("_", 1)[1]: path for home in [ours, *yours] for path in sorted(home.glob("[12][0-9]_*.ipynb"))
+    }
 
 
 def runs_root() -> Path:
@@ -108,7 +112,9 @@ def checked(
         values[name] = _typed(value, parameter.default)
         if values[name] is None and value is not None:
             kind, example = type(parameter.default).__name__, json.dumps(parameter.default)
-            raise BadParameter(f"parameter {name!r} of phase {phase!r} takes {kind} values such as {example}, not {value!r}")
+            raise BadParameter(
+                f"parameter {name!r} of phase {phase!r} takes {kind} values such as {example}, not {value!r}"
+            )
     return values
 
 # %% ../nbs/07_runs.ipynb #796ef191
@@ -141,7 +147,9 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-_PACKAGES = "codetrace torch transformers accelerate nnsight numpy pandas pyarrow scipy statsmodels matplotlib papermill"
+_PACKAGES = (
+    "codetrace torch transformers accelerate nnsight numpy pandas pyarrow scipy statsmodels matplotlib papermill"
+)
 
 
 def provenance() -> dict:
@@ -205,7 +213,12 @@ def index(
         try:
             found.append(read(path.parent))
         except (BadInput, ValueError, KeyError) as error:
-            unreadable = {"run_id": path.parent.name, "phase": path.parent.parent.name, "status": "damaged", "error": {"message": str(error)}}
+            unreadable = {
+                "run_id": path.parent.name,
+                "phase": path.parent.parent.name,
+                "status": "damaged",
+                "error": {"message": str(error)},
+            }
             found.append(unreadable | {"folder": str(path.parent), "started": ""})
     return sorted(found, key=lambda m: m["run_id"])
 
@@ -223,7 +236,9 @@ def find(
         return known.get(name) or hits[0]
     if hits:
         raise UnknownName(f"run {name!r} is ambiguous: {', '.join(m['run_id'] for m in hits)}")
-    raise UnknownName(f"no run {name!r} under {root or runs_root()}: {nearest(name, known)}; `codetrace runs` lists them")
+    raise UnknownName(
+        f"no run {name!r} under {root or runs_root()}: {nearest(name, known)}; `codetrace runs` lists them"
+    )
 
 
 def verify(
@@ -243,20 +258,23 @@ def newest(
     root: Path | None = None,  # Default: `runs_root()`
     **match,  # Parameters that the run must have been given, such as `model`
 ) -> dict:  # The run's manifest
-    "The newest complete run of a phase."
-    fits = [
-        m
-        for m in index(root)
-        if m["phase"] == phase and m["status"] == "complete" and "reference" not in Path(m["folder"]).parts
-        and all(value in (m["parameters"].get(key), *m["parameters"].get(key + "s", [])) for key, value in match.items())
-    ]
-    if not fits:
+    "The newest complete run of a phase; a reference record is nobody's input."
+
+    def fits(m: dict) -> bool:
+        ours = m["phase"] == phase and m["status"] == "complete" and "reference" not in Path(m["folder"]).parts
+        given = lambda key: (m["parameters"].get(key), *m["parameters"].get(key + "s", []))
+        return ours and all(value in given(key) for key, value in match.items())
+
+    found = [m for m in index(root) if fits(m)]
+    if not found:
         wanted = "".join(f" with {key} {value!r}" for key, value in match.items())
-        command = " ".join(["codetrace run", phase, *(f"--model {match['model']}" for key in match if key == "model")])
-        raise NoInput(f"no complete run of phase {phase!r}{wanted} under {root or runs_root()}; run this first: {command}")
-    return fits[-1]
+        command = f"codetrace run {phase}" + (f" --model {match['model']}" if "model" in match else "")
+        raise NoInput(
+            f"no complete run of phase {phase!r}{wanted} under {root or runs_root()}; run this first: {command}"
+        )
+    return found[-1]
 
-
+# %% ../nbs/07_runs.ipynb #225c3f8d
 def resolve(
     name: str,  # A phase, or a run as `find` takes it
     root: Path | None = None,  # Default: `runs_root()`
@@ -264,10 +282,12 @@ def resolve(
 ) -> dict:  # The manifest of a complete and unchanged run
     "The run that another one builds on."
     manifest = newest(name, root, **match) if name in notebooks() else find(name, root)
-    if manifest["status"] != "complete":
-        raise NoInput(f"run {manifest['run_id']} is {manifest['status']}, not complete: repeat the command that started it")
+    run_id, status = manifest["run_id"], manifest["status"]
+    if status != "complete":
+        raise NoInput(f"run {run_id} is {status}, not complete: repeat the command that started it")
     if changed := verify(manifest):
-        raise NoInput(f"run {manifest['run_id']} is damaged: {', '.join(changed)} changed after it was complete; run {manifest['phase']!r} again")
+        again = f"run {manifest['phase']!r} again"
+        raise NoInput(f"run {run_id} is damaged: {', '.join(changed)} changed after it was complete; {again}")
     return manifest
 
 # %% ../nbs/07_runs.ipynb #34937ac4
@@ -315,20 +335,26 @@ def _bars(launcher: str):
     return tqdm
 
 
-def _progress(self: Run, iterable: Iterable, total: int | None = None, desc: str = "") -> Iterator:
+@patch
+def progress(
+    self: Run,
+    iterable: Iterable,  # What the loop goes through
+    total: int | None = None,  # How many there are, if `len` does not say
+    desc: str = "",  # What is being done
+) -> Iterator:
+    "Go through `iterable`, and show how far it is."
     total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
     silent = self.manifest["launcher"] in ("codetrace", "test")
     began = said = time.monotonic()
-    for done, item in enumerate(_bars(self.manifest["launcher"])(iterable, desc=desc, total=total, disable=silent, mininterval=1), 1):
+    for done, item in enumerate(
+        _bars(self.manifest["launcher"])(iterable, desc=desc, total=total, disable=silent, mininterval=1), 1
+    ):
         yield item
         if (now := time.monotonic()) - said > 0.5 or done == total:
             said = now
             state = {"desc": desc, "done": done, "total": total, "seconds": round(now - began, 1)}
             (self.folder / "progress.tmp").write_text(json.dumps(state))
             (self.folder / "progress.tmp").replace(self.folder / "progress.json")
-
-
-Run.progress = _progress
 
 # %% ../nbs/07_runs.ipynb #0db159a0
 def peak_memory() -> dict[str, float]:
@@ -338,13 +364,19 @@ def peak_memory() -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)}
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        peak["gpu_gb"] = round(max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 1e9, 3)
+        peak["gpu_gb"] = round(
+            max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 1e9, 3
+        )
     return peak
 
 
 def _outputs(folder: Path) -> dict:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OWN and not p.name.startswith(".")]
-    return {str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files if p.suffix not in (".lock", ".tmp")}
+    return {
+        str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in files
+        if p.suffix not in (".lock", ".tmp")
+    }
 
 
 def _now() -> str:
@@ -354,35 +386,44 @@ def _now() -> str:
 _ENDS = {"codetrace": "executed", "jupyter": "scratch", "test": "scratch"}
 
 
-def _finish(self: Run, headline: str = "", summary: list[dict] | None = None) -> dict:
+@patch
+def finish(
+    self: Run,
+    headline: str = "",  # The finding in one line, for the list of runs
+    summary: list[dict] | None = None,  # A small table, for the terminal
+) -> dict:  # Run id, headline and outputs
+    "Hash what was written, and close the run."
     who = self.manifest["launcher"]
     if who == "papermill" and (record := _papermill_output()) and record.is_file():
-        shutil.copyfile(record, self.folder / "notebook.ipynb")  # papermill saves after each cell: all but this one's output
-    seconds = round(time.time() - datetime.fromisoformat(self.manifest["resumed"] or self.manifest["started"]).timestamp(), 1)
-    self._save(
-        status=_ENDS.get(who, "complete"),
-        headline=headline,
-        summary=summary or [],
-        outputs=_outputs(self.folder),
-        memory=peak_memory(),
-        finished=_now(),
-        wall_seconds=seconds,
-        error=None,
-    )
+        # papermill saves after each cell: the copy has every output but this cell's
+        shutil.copyfile(record, self.folder / "notebook.ipynb")
+    began = datetime.fromisoformat(self.manifest["resumed"] or self.manifest["started"])
+    taken = {"finished": _now(), "wall_seconds": round(time.time() - began.timestamp(), 1), "memory": peak_memory()}
+    said = {"headline": headline, "summary": summary or [], "outputs": _outputs(self.folder), "error": None}
+    self._save(status=_ENDS.get(who, "complete"), **said, **taken)
     self.release()
     return {"run": self.manifest["run_id"], "headline": headline, "outputs": list(self.manifest["outputs"])}
 
-
-def _fail(self: Run, kind: str, message: str, *, cell: int | None = None, user: bool = False, status: str = "failed"):
+# %% ../nbs/07_runs.ipynb #892da52f
+@patch
+def fail(
+    self: Run,
+    kind: str,  # Name of the error
+    message: str,
+    *,
+    cell: int | None = None,  # Number of the cell it happened in
+    user: bool = False,  # Is it the user's to mend?
+    status: str = "failed",  # Or `interrupted`
+):
+    "Write down why a run did not end well."
     self._save(status=status, finished=_now(), error={"type": kind, "message": message, "cell": cell, "user": user})
 
 
-def _release(self: Run):
+@patch
+def release(self: Run):
+    "Let others write this run, if this process held it."
     if self._held is not None:
         self._held.release()
-
-
-Run.finish, Run.fail, Run.release = _finish, _fail, _release
 
 # %% ../nbs/07_runs.ipynb #c150afad
 def _unfinished(folder: Path, key: str) -> Path | None:
@@ -406,10 +447,26 @@ def _acquire(folder: Path, name: str = ".lock", patience: float = 0):
         lock.acquire(timeout=patience)
     except Timeout:
         owner = read_json(folder / "run.json").get("pid") if (folder / "run.json").is_file() else "unknown"
-        raise RunBusy(f"run {folder.name} is being written by process {owner}: wait for it, or change a parameter") from None
+        raise RunBusy(
+            f"run {folder.name} is being written by process {owner}: wait for it, or change a parameter"
+        ) from None
     return lock
 
 # %% ../nbs/07_runs.ipynb #419b9ab6
+def _inputs(parameters: dict, root: Path) -> list[dict]:
+    "The runs that these parameters read, with a hash of what is in them."
+    if not parameters.get("input"):
+        return []
+    model = parameters.get("model") or next(iter(parameters.get("models") or []), None)
+    m = resolve(parameters["input"], root, **({"model": model} if model else {}))
+    return [{"run_id": m["run_id"], "phase": m["phase"], "folder": m["folder"], "sha256": digest(m["outputs"])}]
+
+
+def _run_id(key: str) -> str:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")[:23]
+    return now.translate(str.maketrans("", "", "-:.")) + "Z-" + key[:8]
+
+# %% ../nbs/07_runs.ipynb #9bff2a6e
 def open_run(
     phase: str,  # Phase name: the run's folder is `root/phase/run_id`
     parameters: dict,  # Complete and checked
@@ -420,31 +477,20 @@ def open_run(
 ) -> Run:
     "Continue the unfinished run of this code and these parameters, or begin a new one."
     root = Path(root or runs_root())
-    inputs = [resolve(parameters["input"], root, **_same_model(parameters))] if parameters.get("input") else []
-    inputs = [{"run_id": m["run_id"], "phase": m["phase"], "folder": m["folder"], "sha256": digest(m["outputs"])} for m in inputs]
+    inputs = _inputs(parameters, root)
     key = digest(source, library_code(), parameters, [i["sha256"] for i in inputs])
-    folder = _unfinished(root / phase, key)
-    resumed = folder is not None
-    folder = folder or root / phase / f"{datetime.now(UTC).isoformat(timespec='milliseconds')[:23].translate(_BARE)}Z-{key[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=resumed)
+    unfinished = _unfinished(root / phase, key)
+    folder = unfinished or root / phase / _run_id(key)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=unfinished is not None)
         lock = _acquire(folder)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; set CODETRACE_RUNS to a folder that can be written") from None
-    old = read_json(folder / "run.json") if resumed else {}
-    about = {"run_id": folder.name, "phase": phase, "status": "running", "digest": key, "parameters": parameters, "inputs": inputs}
-    when = {"started": old.get("started", _now()), "resumed": _now() if resumed else None, "launcher": launcher, "pid": os.getpid()}
-    run = Run(folder, about | when | provenance() | {"error": None}, lock)
+    old = read_json(folder / "run.json") if unfinished else {}
+    about = {"run_id": folder.name, "phase": phase, "status": "running", "digest": key, "parameters": parameters}
+    when = {"started": old.get("started", _now()), "resumed": _now() if old else None}
+    who = {"inputs": inputs, "launcher": launcher, "pid": os.getpid()}
+    run = Run(folder, about | when | who | provenance() | {"error": None}, lock)
     run._save()
     return run
-
-
-_BARE = str.maketrans("", "", "-:.")
-
-
-def _same_model(parameters: dict) -> dict:
-    model = parameters.get("model") or next(iter(parameters.get("models") or []), None)
-    return {"model": model} if model else {}
 
 # %% ../nbs/07_runs.ipynb #18830bd5
 def _papermill_words() -> list[str]:
@@ -494,7 +540,13 @@ def _record_failures(run: Run):
         if error is not None and run.manifest["status"] == "running":
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             message = str(error).strip("'\"") if isinstance(error, KeyError) else str(error)
-            run.fail(type(error).__name__, message, cell=result.execution_count, user=isinstance(error, BadInput), status=status)
+            run.fail(
+                type(error).__name__,
+                message,
+                cell=result.execution_count,
+                user=isinstance(error, BadInput),
+                status=status,
+            )
             run.release()
 
     get_ipython().events.register("post_run_cell", after_cell)
@@ -505,19 +557,27 @@ def _scratch(phase: str, parameters: dict, who: str) -> Run:
     folder = Path(tempfile.mkdtemp(prefix=f"codetrace-{phase}-")) if who == "test" else runs_root() / "scratch" / phase
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    inputs = [resolve(parameters["input"], **_same_model(parameters))] if parameters.get("input") else []
-    about = {"run_id": "scratch", "phase": phase, "status": "scratch", "parameters": parameters, "inputs": inputs, "started": _now()}
+    inputs = _inputs(parameters, runs_root())
+    about = {
+        "run_id": "scratch",
+        "phase": phase,
+        "status": "scratch",
+        "parameters": parameters,
+        "inputs": inputs,
+        "started": _now(),
+    }
     return Run(folder, about | {"resumed": None, "launcher": who}, None)
 
 # %% ../nbs/07_runs.ipynb #b9f97c93
 def start(
     phase: str,  # The notebook's phase
-    values: Mapping,  # `globals()` of the notebook: its parameters are looked up there
+    values: dict,  # `globals()` of the notebook: its parameters are looked up there, and set to what they were read as
 ) -> Run:
     "Open the run of the notebook that calls this."
     declared = parameters_of(choose(phase, notebooks(), "phase"))
     given = {name: values[name] for name in declared if name in values}
     parameters = checked(given | dict.fromkeys(_injected() - set(declared)), declared, phase)
+    values.update(parameters)
     if (who := launcher()) in ("jupyter", "test"):
         return _scratch(phase, parameters, who)
     if who == "codetrace":
@@ -531,7 +591,9 @@ def start(
 
 def _attach(folder: Path, parameters: dict) -> Run:
     "The run that the launcher opened for this kernel."
-    lock = _acquire(folder, ".kernel.lock", patience=30)  # the orphan of a killed launcher ends itself within a second or two
+    lock = _acquire(
+        folder, ".kernel.lock", patience=30
+    )  # the orphan of a killed launcher ends itself within a second or two
     run = Run(folder, read_json(folder / "run.json"), None)
     run._kernel = lock
     assert run.parameters == parameters, "the kernel's parameters are not those the run was opened with"
@@ -563,32 +625,32 @@ def shorthands(
     return values
 
 # %% ../nbs/07_runs.ipynb #a9603b6f
+def _watch(path: Path, phase: str, over):
+    "Draw what `path` says until the event `over` is set."
+    from tqdm import tqdm
+
+    bar, desc = tqdm(disable=True), None
+    while not over.wait(0.3):
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError):  # not there yet
+            continue
+        if state["desc"] != desc:
+            desc = state["desc"]
+            bar.close()
+            bar = tqdm(total=state["total"], desc=f"{phase}: {desc}", mininterval=0.3 if sys.stderr.isatty() else 15)
+        bar.update(state["done"] - bar.n)
+    bar.close()
+
+
 @contextmanager
 def _progress_shown(folder: Path, phase: str, shown: bool):
     "Draw the kernel's progress until the block ends."
     import threading
 
-    from tqdm import tqdm
-
-    over, path = threading.Event(), folder / "progress.json"
-
-    def watch():
-        bar, desc = None, None
-        while not over.wait(0.3):
-            try:
-                state = json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue
-            if state["desc"] != desc:
-                bar = bar and bar.close()
-                interval = 0.3 if sys.stderr.isatty() else 15
-                bar, desc = tqdm(total=state["total"], desc=f"{phase}: {state['desc']}", mininterval=interval, file=sys.stderr), state["desc"]
-            bar.update(state["done"] - bar.n)
-        if bar is not None:
-            bar.close()
-
+    path, over = folder / "progress.json", threading.Event()
     path.unlink(missing_ok=True)
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=_watch, args=(path, phase, over), daemon=True)
     if shown:
         thread.start()
     try:
@@ -609,7 +671,13 @@ def _papermill(notebook: Path, folder: Path, given: dict):
     os.environ["CODETRACE_RUN"] = str(folder.resolve())
     try:
         papermill.execute_notebook(
-            notebook, folder / "notebook.ipynb", parameters=given, progress_bar=False, kernel_name="python3", start_timeout=300, extra_arguments=["--log-level=CRITICAL"]
+            notebook,
+            folder / "notebook.ipynb",
+            parameters=given,
+            progress_bar=False,
+            kernel_name="python3",
+            start_timeout=300,
+            extra_arguments=["--log-level=CRITICAL"],
         )
     finally:
         del os.environ["CODETRACE_RUN"]
@@ -623,7 +691,9 @@ def _ended(run: Run, error: BaseException) -> Exception | None:
         run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
         return BadInput(f"interrupted; the same command continues run {run.manifest['run_id']}")
     if isinstance(error, OSError):
-        return StorageError(f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS")
+        return StorageError(
+            f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS"
+        )
     if known is None:
         message = "the kernel died: killed, or out of memory" if "Kernel died" in str(error) else str(error)
         run.fail(kind := type(error).__name__, message)

@@ -411,7 +411,15 @@ _CELL = ["site", "layer", "head", "name"]
 def _per_program(cells: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     "Mean of each metric over a program's tokens of one name; cells not swept are left out."
     swept = cells[(cells["name"] != "") & cells["kl"].notna()]
-    return swept.groupby([*key, "program"], dropna=False, sort=False)[[*METRICS, "position"]].mean().reset_index()
+    return swept.groupby([*key, "program"], dropna=False, sort=False)[list(METRICS)].mean().reset_index()
+
+
+def _place(name: str) -> tuple:
+    "Names in the order of a program: the chain from its root, side by side; then what asks."
+    side, _, depth = name.partition(" ")
+    if not depth[:1].isdigit():
+        return (2, ["query", "final"].index(name)) if name in ("query", "final") else (1, name)
+    return 0, len(depth.rstrip("bcdefg")), depth, ["lhs", "rhs", "end"].index(side)
 
 
 def by_name(
@@ -423,7 +431,7 @@ def by_name(
     means = _per_program(cells, key)
     means["cell"] = means.groupby(key, dropna=False, sort=False).ngroup()
     values = {metric: means.pivot(index="program", columns="cell", values=metric).to_numpy() for metric in METRICS}
-    table = means.groupby("cell")[[*key, "position"]].first().assign(n=means.groupby("cell").size(), position=means.groupby("cell")["position"].mean())
+    table = means.groupby("cell")[key].first().assign(n=means.groupby("cell").size())
     with np.errstate(all="ignore"):
         for metric in METRICS:
             table[metric] = np.nanmean(values[metric], 0)
@@ -432,8 +440,9 @@ def by_name(
     differs = np.nan_to_num(values["effect"]).any(0)  # zero everywhere: nothing to test
     table["p"] = np.where(differs, sign_flip_p(values["effect"]), np.nan)
     table["q"] = benjamini_hochberg(table["p"])
-    order = table.groupby("name")["position"].transform("mean")
-    return table.assign(order=order).sort_values([*more, "site", "order", "head", "layer"]).drop(columns=["order", "position"]).reset_index(drop=True)
+    order = {name: n for n, name in enumerate(sorted(set(table["name"]), key=_place))}
+    table = table.assign(order=table["name"].map(order)).sort_values([*more, "site", "order", "head", "layer"])
+    return table.drop(columns="order").reset_index(drop=True)
 
 # %% ../nbs/11_tracing.ipynb #9afdff61
 def peaks(

@@ -72,7 +72,10 @@ def render(
         code = p.source if "{query}" in template else p.code
         return template.replace("{code}", code).replace("{query}", p.query)
 
-    shown = [written(p) + ("" if written(p).endswith((":", " ")) and "{query}" not in template else " ") + p.answer for p in solved]
+    shown = [
+        written(p) + ("" if written(p).endswith((":", " ")) and "{query}" not in template else " ") + p.answer
+        for p in solved
+    ]
     return "\n\n".join([*shown, written(program)])
 
 # %% ../nbs/10_tracking.ipynb #fce6a356
@@ -141,7 +144,9 @@ class ExperimentConfig:
                 raise BadInput(f"{what} must be a whole number of at least {low}, not {value!r}")
         for what in ("models", "seq_lens"):
             if isinstance(getattr(self, what), str) or not list(getattr(self, what)):
-                raise BadInput(f"{what} must be a list of at least one, such as {_EXAMPLES[what]}, not {getattr(self, what)!r}")
+                raise BadInput(
+                    f"{what} must be a list of at least one, such as {_EXAMPLES[what]}, not {getattr(self, what)!r}"
+                )
         if self.depths and "depth" not in inspect.signature(self.program_generator).parameters:
             raise BadInput(f"the generator of {self.name!r} takes no depth: leave depths out, or use variable_binding")
 
@@ -168,7 +173,9 @@ def quick_experiment(
     options.setdefault("answer_parser", parser_for(template_text(prompt_template), task))
     if options["answer_parser"] is parse_stated:
         options = {"max_new_tokens": 200, "scoring": "decode"} | options
-    return ExperimentConfig(name, prompt_template, program_generator, models=models, seq_lens=seq_lens, num_seqs=num_seqs, **options)
+    return ExperimentConfig(
+        name, prompt_template, program_generator, models=models, seq_lens=seq_lens, num_seqs=num_seqs, **options
+    )
 
 # %% ../nbs/10_tracking.ipynb #68c53fcf
 def _stream(*parts: object) -> np.random.Generator:
@@ -187,8 +194,17 @@ def questions(
                 rng = _stream(config.seed, task, seq_len, depth, i)
                 options = {} if depth is None else {"depth": depth}
                 program = programs.draw(make, seq_len, rng, **options)
-                solved = [programs.draw(make, seq_len, rng, lambda p, asked=program: p.code != asked.code) for _ in range(config.num_shots)]
-                about = {"index": len(asked), "task": program.task, "seq_len": seq_len, "depth": depth, "program": program}
+                solved = [
+                    programs.draw(make, seq_len, rng, lambda p, asked=program: p.code != asked.code)
+                    for _ in range(config.num_shots)
+                ]
+                about = {
+                    "index": len(asked),
+                    "task": program.task,
+                    "seq_len": seq_len,
+                    "depth": depth,
+                    "program": program,
+                }
                 asked.append(about | {"prompt": render(config.prompt_template, program, solved)})
     return asked
 
@@ -208,7 +224,9 @@ def answer_tokens(
         before, whole = _ids(tokenizer, start), _ids(tokenizer, start + gap + answer)
         if whole[: len(before)] == before:
             return start, whole[len(before) :]
-    raise BadInput(f"the tokenizer joins the end of the prompt {prompt[-20:]!r} with the answer {answer!r}: end the template with a line or a colon")
+    raise BadInput(
+        f"the tokenizer joins the end of the prompt {prompt[-20:]!r} with the answer {answer!r}: end the template with a line or a colon"
+    )
 
 # %% ../nbs/10_tracking.ipynb #17156d00
 def score_tokens(
@@ -241,23 +259,38 @@ def answer_batch(
     prompts, ids = [prompt for prompt, _ in split], [i for _, i in split]
     single = all(len(i) == 1 for i in ids)
     if config.scoring == "token" and not single:
-        raise BadInput(f"scoring 'token' needs answers of one token; {lm.name} writes some in more: use scoring 'auto' or 'decode'")
+        raise BadInput(
+            f"scoring 'token' needs answers of one token; {lm.name} writes some in more: use scoring 'auto' or 'decode'"
+        )
     if single and config.scoring != "decode":
         said = score_tokens(lm, prompts, [i[0] for i in ids])
     else:
         stop = () if config.answer_parser is parse_stated else ("\n",)
         texts = lm.generate(prompts, max_new_tokens=config.max_new_tokens, stop=stop)
         said = [{"completion": text, "log_prob": None, "rank": None} for text in texts]
-    return [_marked(config, lm.name, question, prompt, answer) for question, prompt, answer in zip(batch, prompts, said)]
+    return [
+        _marked(config, lm.name, question, prompt, answer) for question, prompt, answer in zip(batch, prompts, said)
+    ]
 
 
 def _marked(config: ExperimentConfig, model: str, question: dict, prompt: str, said: dict) -> dict:
     program, stated = question["program"], config.answer_parser(said["completion"])
     about = {"experiment": config.name, "model": model, "num_shots": config.num_shots}
     about |= {key: question[key] for key in ("index", "task", "seq_len", "depth")}
-    marks = {"prompt": prompt, "code": program.code, "query": program.query, "answer": program.answer, "program_depth": program.depth}
+    marks = {
+        "prompt": prompt,
+        "code": program.code,
+        "query": program.query,
+        "answer": program.answer,
+        "program_depth": program.depth,
+    }
     others = sorted(set(programs.constants(program)) - {program.answer})
-    marks |= {"stated": stated, "correct": stated == program.answer, "heuristics": programs.shallow_heuristics(program), "others": others}
+    marks |= {
+        "stated": stated,
+        "correct": stated == program.answer,
+        "heuristics": programs.shallow_heuristics(program),
+        "others": others,
+    }
     return about | marks | said
 
 # %% ../nbs/10_tracking.ipynb #73fa2d5b
@@ -270,7 +303,17 @@ def solver(
     config = ExperimentConfig("solver", prompt_template, programs.make_variable_binding_program, parser, [lm.name], [3])
 
     def solve(batch: Sequence[Program]) -> list[bool]:
-        asked = [{"index": i, "task": p.task, "seq_len": p.seq_len, "depth": p.depth, "program": p, "prompt": render(config.prompt_template, p)} for i, p in enumerate(batch)]
+        asked = [
+            {
+                "index": i,
+                "task": p.task,
+                "seq_len": p.seq_len,
+                "depth": p.depth,
+                "program": p,
+                "prompt": render(config.prompt_template, p),
+            }
+            for i, p in enumerate(batch)
+        ]
         return [row["correct"] for row in answer_batch(lm, config, asked)]
 
     return solve
@@ -280,11 +323,23 @@ HEURISTICS = ("first_line", "last_line", "last_number", "most_frequent")
 
 
 def _cell_scores(rows: pd.DataFrame) -> pd.Series:
-    rules = {rule: float((pd.Series([h[rule] for h in rows["heuristics"]], index=rows.index) == rows["answer"]).mean()) for rule in HEURISTICS}
+    rules = {
+        rule: float((pd.Series([h[rule] for h in rows["heuristics"]], index=rows.index) == rows["answer"]).mean())
+        for rule in HEURISTICS
+    }
     rules = {"constant": float(rows["answer"].value_counts(normalize=True).max())} | rules
     n, right = len(rows), int(rows["correct"].sum())
     low, high = wilson(right, n)
-    return pd.Series({"n": n, "accuracy": right / n, "low": float(low), "high": float(high), "baseline": max(rules.values()), **rules})
+    return pd.Series(
+        {
+            "n": n,
+            "accuracy": right / n,
+            "low": float(low),
+            "high": float(high),
+            "baseline": max(rules.values()),
+            **rules,
+        }
+    )
 
 
 def accuracy_table(
@@ -292,7 +347,11 @@ def accuracy_table(
 ) -> pd.DataFrame:  # One row a cell, with 95% interval and baselines
     "Accuracy by model, task, number of examples, depth and length."
     cell = ["model", "experiment", "task", "num_shots", "depth", "seq_len"]
-    table = samples.groupby(cell, dropna=False, sort=False)[["answer", "correct", "heuristics"]].apply(_cell_scores).reset_index()
+    table = (
+        samples.groupby(cell, dropna=False, sort=False)[["answer", "correct", "heuristics"]]
+        .apply(_cell_scores)
+        .reset_index()
+    )
     return table.astype({"n": int})
 
 # %% ../nbs/10_tracking.ipynb #20e7f098
@@ -371,7 +430,11 @@ def _described(config: ExperimentConfig) -> dict:
         source = inspect.getsource(make)
     except (OSError, TypeError):
         source = repr(make)
-    shown = {"program_generator": getattr(make, "__name__", "generator"), "generator_options": bound, "answer_parser": config.answer_parser.__name__}
+    shown = {
+        "program_generator": getattr(make, "__name__", "generator"),
+        "generator_options": bound,
+        "answer_parser": config.answer_parser.__name__,
+    }
     plain = {key: value for key, value in vars(config).items() if key not in shown}
     return plain | shown | {"generator_sha256": runs.digest(source)[:16]}
 
@@ -401,14 +464,21 @@ def _run(
 ExperimentRunner.run = _run
 
 # %% ../nbs/10_tracking.ipynb #eab45f51
-def _answers(self: ExperimentRunner, configs: Sequence[ExperimentConfig], run: runs.Run, no_cache: bool) -> pd.DataFrame:
+def _answers(
+    self: ExperimentRunner, configs: Sequence[ExperimentConfig], run: runs.Run, no_cache: bool
+) -> pd.DataFrame:
     "All records, those of an earlier attempt included."
     asked = {(c.name, c.num_shots): questions(c) for c in configs}
     names = list(dict.fromkeys(name for c in configs for name in c.models))
     with Records(run.folder / "samples", key=("model", "experiment", "num_shots", "index")) as records:
         done = records.done()
         for name in names:
-            units = [(c, asked[c.name, c.num_shots][i : i + UNIT]) for c in configs if name in c.models for i in range(0, len(asked[c.name, c.num_shots]), UNIT)]
+            units = [
+                (c, asked[c.name, c.num_shots][i : i + UNIT])
+                for c in configs
+                if name in c.models
+                for i in range(0, len(asked[c.name, c.num_shots]), UNIT)
+            ]
             left = [(c, u) for c, u in units if any((name, c.name, c.num_shots, q["index"]) not in done for q in u)]
             if len(left) < len(units):
                 logger.info("%s: %d of %d units were answered before", name, len(units) - len(left), len(units))
@@ -418,7 +488,9 @@ def _answers(self: ExperimentRunner, configs: Sequence[ExperimentConfig], run: r
                 records.append([row for row in rows if (name, c.name, c.num_shots, row["index"]) not in done])
             if no_cache and name in self.loaded:
                 self.unload_model(name)
-        return pd.DataFrame(records.rows()).sort_values(["model", "experiment", "num_shots", "index"], ignore_index=True)
+        return pd.DataFrame(records.rows()).sort_values(
+            ["model", "experiment", "num_shots", "index"], ignore_index=True
+        )
 
 
 ExperimentRunner._answers = _answers
@@ -431,7 +503,9 @@ def _jsonable(table: pd.DataFrame) -> list[dict]:
 def _write(self: ExperimentRunner, result: Result):
     folder = result.run.folder
     result.run.write_json("results.json", _jsonable(result.samples))
-    result.run.write_json("summary.json", {"accuracy": _jsonable(result.table), "wrong_answers": _jsonable(result.agreement)})
+    result.run.write_json(
+        "summary.json", {"accuracy": _jsonable(result.table), "wrong_answers": _jsonable(result.agreement)}
+    )
     accuracy_figure(result).savefig(folder / "accuracy_plot.png")
 
 
@@ -444,7 +518,20 @@ def accuracy_figure(result: Result):
 
 def summary_rows(result: Result) -> list[dict]:
     "The accuracy table in the few columns that fit a terminal."
-    rows = [{"model": r["model"], "task": r["task"], "examples": r["num_shots"], "depth": r["depth"], "lines": r["seq_len"], "n": r["n"], "accuracy": f"{r['accuracy']:.2f}", "95% interval": f"{r['low']:.2f}–{r['high']:.2f}", "best baseline": f"{r['baseline']:.2f}"} for r in _jsonable(result.table)]
+    rows = [
+        {
+            "model": r["model"],
+            "task": r["task"],
+            "examples": r["num_shots"],
+            "depth": r["depth"],
+            "lines": r["seq_len"],
+            "n": r["n"],
+            "accuracy": f"{r['accuracy']:.2f}",
+            "95% interval": f"{r['low']:.2f}–{r['high']:.2f}",
+            "best baseline": f"{r['baseline']:.2f}",
+        }
+        for r in _jsonable(result.table)
+    ]
     return [row | {"depth": "" if row["depth"] is None else int(row["depth"])} for row in rows]
 
 
@@ -466,8 +553,18 @@ def error_kinds(
 ) -> pd.DataFrame:  # The wrong ones, with `kind` and the heuristics they agree with
     "What kind of wrong answer is it?"
     wrong = samples[~samples["correct"]].copy()
-    agrees = [", ".join(rule for rule in HEURISTICS if h[rule] is not None and h[rule] == said) for h, said in zip(wrong["heuristics"], wrong["stated"])]
-    kinds = ["no answer" if said is None or said != said else "another value of the program" if said in others else "a value not in the program" for said, others in zip(wrong["stated"], wrong["others"])]
+    agrees = [
+        ", ".join(rule for rule in HEURISTICS if h[rule] is not None and h[rule] == said)
+        for h, said in zip(wrong["heuristics"], wrong["stated"])
+    ]
+    kinds = [
+        "no answer"
+        if said is None or said != said
+        else "another value of the program"
+        if said in others
+        else "a value not in the program"
+        for said, others in zip(wrong["stated"], wrong["others"])
+    ]
     return wrong.assign(kind=kinds, agrees_with=agrees)
 
 

@@ -1,4 +1,5 @@
 "Execute notebooks in place, the way nbdev_test does: from their own folder, as tests, without cells that need a GPU."
+
 import os
 import sys
 from pathlib import Path

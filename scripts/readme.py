@@ -1,4 +1,5 @@
 "README.md from nbs/index.ipynb: its prose, its code and its printed output, without nbdev's directives."
+
 import json
 import re
 from pathlib import Path

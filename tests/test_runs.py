@@ -27,7 +27,9 @@ def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProce
 
 
 def begin(root: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [BIN / "codetrace", *words], env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def manifests(root: Path) -> list[dict]:
@@ -60,7 +62,9 @@ def uninterrupted(tmp_path_factory) -> bytes:
     assert manifest["status"] == "complete" and manifest["resumed"] is None
     assert {"results.json", "summary.json", "accuracy_plot.png"} <= set(manifest["outputs"])
     assert (Path(manifest["folder"]) / "notebook.ipynb").is_file()
-    assert manifest["model"]["name"] == "smollm2" and manifest["packages"]["torch"] and manifest["memory"]["host_gb"] > 0
+    assert (
+        manifest["model"]["name"] == "smollm2" and manifest["packages"]["torch"] and manifest["memory"]["host_gb"] > 0
+    )
     return (Path(manifest["folder"]) / "results.json").read_bytes()
 
 
@@ -117,7 +121,11 @@ def test_plain_papermill_leaves_a_valid_run(tmp_path):
     done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (manifest,) = manifests(tmp_path / "runs")
-    assert manifest["status"] == "complete" and manifest["launcher"] == "papermill" and manifest["parameters"]["num_seqs"] == 2
+    assert (
+        manifest["status"] == "complete"
+        and manifest["launcher"] == "papermill"
+        and manifest["parameters"]["num_seqs"] == 2
+    )
     record = json.loads((Path(manifest["folder"]) / "notebook.ipynb").read_text())
     assert any("image/png" in o.get("data", {}) for c in record["cells"] for o in c.get("outputs", []))
     assert codetrace(tmp_path / "runs", "show", "tracking").returncode == 0
@@ -159,7 +167,9 @@ IN_THE_KERNEL = {
 }
 
 
-@pytest.mark.parametrize("message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 1)) for i, m in enumerate(IN_THE_KERNEL)])
+@pytest.mark.parametrize(
+    "message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 1)) for i, m in enumerate(IN_THE_KERNEL)]
+)
 def test_a_slip_that_only_the_notebook_can_see_is_too(tmp_path, message):
     done = codetrace(tmp_path, *STUDY, *IN_THE_KERNEL[message])
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -176,7 +186,9 @@ def test_a_runs_folder_that_cannot_be_written_is_said_at_once(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path) -> Path:
     "A disk of 400 kB."
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "codetrace-test", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "codetrace-test", tmp_path], capture_output=True, text=True
+    )
     if done.returncode != 0:
         pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
     yield tmp_path
@@ -185,7 +197,9 @@ def small_disk(tmp_path) -> Path:
 
 def test_a_full_disk_leaves_no_run_that_counts(small_disk):
     done = codetrace(small_disk, *STUDY, "-n", "300", "--model", "tiny:llama")
-    assert done.returncode == 2 and "space" in done.stderr.lower() and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "space" in done.stderr.lower() and len(done.stderr.strip().splitlines()) == 1, (
+        done.stderr
+    )
     assert all(json.loads(p.read_text())["status"] != "complete" for p in small_disk.rglob("run.json"))
 
 
