@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'HEURISTICS', 'logger', 'UNIT', 'BadTemplate', 'template_text', 'render', 'parse_int', 'parse_bool',
            'parse_word', 'parse_stated', 'parser_for', 'ExperimentConfig', 'quick_experiment', 'questions',
-           'answer_tokens', 'score_tokens', 'answer_batch', 'solver', 'accuracy_table', 'agreement_table', 'Result',
-           'ExperimentRunner', 'accuracy_figure', 'summary_rows', 'headline', 'error_kinds']
+           'answer_tokens', 'score_tokens', 'answer_batch', 'marked', 'solver', 'said_by', 'accuracy_table',
+           'agreement_table', 'Result', 'ExperimentRunner', 'accuracy_figure', 'summary_rows', 'headline',
+           'error_kinds']
 
 # %% ../nbs/10_tracking.ipynb #517b2d5d
 import inspect
@@ -19,6 +20,8 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+
+from fastcore.basics import patch
 
 from . import figures, programs, runs
 from .errors import BadInput, choose
@@ -259,39 +262,31 @@ def answer_batch(
     prompts, ids = [prompt for prompt, _ in split], [i for _, i in split]
     single = all(len(i) == 1 for i in ids)
     if config.scoring == "token" and not single:
-        raise BadInput(
-            f"scoring 'token' needs answers of one token; {lm.name} writes some in more: use scoring 'auto' or 'decode'"
-        )
+        raise BadInput(f"scoring 'token': {lm.name} writes some answers in several tokens; use 'auto' or 'decode'")
     if single and config.scoring != "decode":
         said = score_tokens(lm, prompts, [i[0] for i in ids])
     else:
         stop = () if config.answer_parser is parse_stated else ("\n",)
         texts = lm.generate(prompts, max_new_tokens=config.max_new_tokens, stop=stop)
         said = [{"completion": text, "log_prob": None, "rank": None} for text in texts]
-    return [
-        _marked(config, lm.name, question, prompt, answer) for question, prompt, answer in zip(batch, prompts, said)
-    ]
+    return [marked(config, lm.name, q, prompt, answer) for q, prompt, answer in zip(batch, prompts, said)]
 
-
-def _marked(config: ExperimentConfig, model: str, question: dict, prompt: str, said: dict) -> dict:
+# %% ../nbs/10_tracking.ipynb #46d591c7
+def marked(
+    config: ExperimentConfig,
+    model: str,  # Its name
+    question: dict,
+    prompt: str,  # As it was put
+    said: dict,  # `completion`, `log_prob`, `rank`
+) -> dict:  # One row of the results
+    "Mark one answer."
     program, stated = question["program"], config.answer_parser(said["completion"])
-    about = {"experiment": config.name, "model": model, "num_shots": config.num_shots}
-    about |= {key: question[key] for key in ("index", "task", "seq_len", "depth")}
-    marks = {
-        "prompt": prompt,
-        "code": program.code,
-        "query": program.query,
-        "answer": program.answer,
-        "program_depth": program.depth,
-    }
+    asked = {"experiment": config.name, "model": model, "num_shots": config.num_shots, "prompt": prompt}
+    asked |= {key: question[key] for key in ("index", "task", "seq_len", "depth")}
+    about = {"code": program.code, "query": program.query, "program_depth": program.depth}
     others = sorted(set(programs.constants(program)) - {program.answer})
-    marks |= {
-        "stated": stated,
-        "correct": stated == program.answer,
-        "heuristics": programs.shallow_heuristics(program),
-        "others": others,
-    }
-    return about | marks | said
+    marks = {"answer": program.answer, "stated": stated, "correct": stated == program.answer}
+    return asked | about | marks | said | {"heuristics": programs.shallow_heuristics(program), "others": others}
 
 # %% ../nbs/10_tracking.ipynb #73fa2d5b
 def solver(
@@ -322,37 +317,31 @@ def solver(
 HEURISTICS = ("first_line", "last_line", "last_number", "most_frequent")
 
 
+def said_by(
+    samples: pd.DataFrame,  # Records of an experiment
+    rule: str,  # One of `HEURISTICS`
+) -> pd.Series:  # Its answers; None where it has none
+    "What a shallow heuristic answers to each question."
+    return pd.Series([h[rule] for h in samples["heuristics"]], index=samples.index, dtype=object)
+
+
 def _cell_scores(rows: pd.DataFrame) -> pd.Series:
-    rules = {
-        rule: float((pd.Series([h[rule] for h in rows["heuristics"]], index=rows.index) == rows["answer"]).mean())
-        for rule in HEURISTICS
-    }
+    rules = {rule: float((said_by(rows, rule) == rows["answer"]).mean()) for rule in HEURISTICS}
     rules = {"constant": float(rows["answer"].value_counts(normalize=True).max())} | rules
     n, right = len(rows), int(rows["correct"].sum())
-    low, high = wilson(right, n)
+    low, high = map(float, wilson(right, n))
     return pd.Series(
-        {
-            "n": n,
-            "accuracy": right / n,
-            "low": float(low),
-            "high": float(high),
-            "baseline": max(rules.values()),
-            **rules,
-        }
+        {"n": n, "accuracy": right / n, "low": low, "high": high, "baseline": max(rules.values()), **rules}
     )
 
-
+# %% ../nbs/10_tracking.ipynb #0f95686d
 def accuracy_table(
     samples: pd.DataFrame,  # Records of an experiment
 ) -> pd.DataFrame:  # One row a cell, with 95% interval and baselines
     "Accuracy by model, task, number of examples, depth and length."
     cell = ["model", "experiment", "task", "num_shots", "depth", "seq_len"]
-    table = (
-        samples.groupby(cell, dropna=False, sort=False)[["answer", "correct", "heuristics"]]
-        .apply(_cell_scores)
-        .reset_index()
-    )
-    return table.astype({"n": int})
+    rows = samples.groupby(cell, dropna=False, sort=False)[["answer", "correct", "heuristics"]]
+    return rows.apply(_cell_scores).reset_index().astype({"n": int})
 
 # %% ../nbs/10_tracking.ipynb #20e7f098
 def agreement_table(
@@ -362,14 +351,13 @@ def agreement_table(
     found = []
     for (model, task, shots), rows in samples[~samples["correct"]].groupby(["model", "task", "num_shots"], sort=False):
         for rule in HEURISTICS:
-            said = pd.Series([h[rule] for h in rows["heuristics"]], index=rows.index)
+            said = said_by(rows, rule)
             asked = said.notna() & (said != rows["answer"]) & rows["others"].map(bool)
             if n := int(asked.sum()):
                 agree = int((rows["stated"] == said)[asked].sum())
-                low, high = wilson(agree, n)
+                low, high = map(float, wilson(agree, n))
                 chance = float((1 / rows["others"][asked].map(len)).mean())
-                cell = {"model": model, "task": task, "num_shots": shots, "heuristic": rule, "n": n, "share": agree / n}
-                found.append(cell | {"low": float(low), "high": float(high), "chance": chance})
+                found.append([model, task, shots, rule, n, agree / n, low, high, chance])
     columns = ["model", "task", "num_shots", "heuristic", "n", "share", "low", "high", "chance"]
     return pd.DataFrame(found, columns=columns)
 
@@ -391,7 +379,7 @@ class Result:
 class ExperimentRunner:
     "Runs experiments; keeps models loaded between them."
 
-    def __init__(self, **load_options):  # For `models.load`, such as `dtype`
+    def __init__(self, **load_options):  # For `load`, such as `dtype`
         self.load_options, self.loaded, self.results = load_options, {}, {}
 
     def model(self, name: str) -> LM:
@@ -405,41 +393,49 @@ class ExperimentRunner:
         for name in names:
             self.model(name)
 
-    def unload_model(self, name: str):
-        "Give a model's memory back."
-        import gc
-        import sys
+# %% ../nbs/10_tracking.ipynb #adcf4a84
+@patch
+def unload_model(
+    self: ExperimentRunner,
+    name: str,  # Of a loaded model
+):
+    "Give a model's memory back."
+    import gc
 
-        choose(name, self.loaded, "loaded model")
-        del self.loaded[name]
-        gc.collect()
-        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    import torch
 
-    def unload_all_models(self):
-        "Give all models' memory back."
-        for name in list(self.loaded):
-            self.unload_model(name)
+    choose(name, self.loaded, "loaded model")
+    del self.loaded[name]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@patch
+def unload_all_models(self: ExperimentRunner):
+    "Give all models' memory back."
+    for name in list(self.loaded):
+        self.unload_model(name)
 
 # %% ../nbs/10_tracking.ipynb #4b1dee0a
 def _described(config: ExperimentConfig) -> dict:
     "An experiment as JSON: functions by name and source."
     make = getattr(config.program_generator, "func", config.program_generator)
-    bound = getattr(config.program_generator, "keywords", {})
     try:
         source = inspect.getsource(make)
     except (OSError, TypeError):
         source = repr(make)
-    shown = {
+    functions = {
         "program_generator": getattr(make, "__name__", "generator"),
-        "generator_options": bound,
-        "answer_parser": config.answer_parser.__name__,
+        "generator_options": getattr(config.program_generator, "keywords", {}),
+        "generator_sha256": runs.digest(source)[:16],
+        "answer_parser": getattr(config.answer_parser, "__name__", "parser"),
     }
-    plain = {key: value for key, value in vars(config).items() if key not in shown}
-    return plain | shown | {"generator_sha256": runs.digest(source)[:16]}
+    return vars(config) | functions
 
 
-def _run(
+@patch
+def run(
     self: ExperimentRunner,
     config: ExperimentConfig | Sequence[ExperimentConfig],  # One experiment or several
     no_cache: bool = False,  # Unload each model when its questions are answered
@@ -447,12 +443,11 @@ def _run(
     run: runs.Run | None = None,  # Where to write; default: a new run of phase `tracking`
 ) -> Result:
     "Ask everything, and write `results.json`, `summary.json` and `accuracy_plot.png`."
-    configs = [config] if isinstance(config, ExperimentConfig) else list(config)
-    own = run is None
+    configs, own = [config] if isinstance(config, ExperimentConfig) else list(config), run is None
+    names = list(dict.fromkeys(name for c in configs for name in c.models))
     if own:
-        described = [_described(c) for c in configs]
-        run = runs.open_run("tracking", {"models": list(configs[0].models), "experiments": described}, "")
-    samples = self._answers(configs, run, no_cache)
+        run = runs.open_run("tracking", {"models": names, "experiments": [_described(c) for c in configs]}, "")
+    samples = self._answers(configs, names, run, no_cache)
     result = Result(samples, accuracy_table(samples), agreement_table(samples), run)
     self._write(result)
     self.results |= {c.name: result for c in configs}
@@ -460,53 +455,38 @@ def _run(
         run.finish(headline(result), summary=summary_rows(result))
     return result
 
-
-ExperimentRunner.run = _run
-
-# %% ../nbs/10_tracking.ipynb #eab45f51
+# %% ../nbs/10_tracking.ipynb #4a2a66a0
+@patch
 def _answers(
-    self: ExperimentRunner, configs: Sequence[ExperimentConfig], run: runs.Run, no_cache: bool
+    self: ExperimentRunner, configs: Sequence[ExperimentConfig], names: Sequence[str], run: runs.Run, no_cache: bool
 ) -> pd.DataFrame:
     "All records, those of an earlier attempt included."
-    asked = {(c.name, c.num_shots): questions(c) for c in configs}
-    names = list(dict.fromkeys(name for c in configs for name in c.models))
-    with Records(run.folder / "samples", key=("model", "experiment", "num_shots", "index")) as records:
-        done = records.done()
+    key = ("model", "experiment", "num_shots", "index")
+    asked = [(c, questions(c)) for c in configs]
+    units = [(c, all_of[i : i + UNIT]) for c, all_of in asked for i in range(0, len(all_of), UNIT)]
+    with Records(run.folder / "samples", key=key) as records:
         for name in names:
-            units = [
-                (c, asked[c.name, c.num_shots][i : i + UNIT])
-                for c in configs
-                if name in c.models
-                for i in range(0, len(asked[c.name, c.num_shots]), UNIT)
-            ]
-            left = [(c, u) for c, u in units if any((name, c.name, c.num_shots, q["index"]) not in done for q in u)]
-            if len(left) < len(units):
-                logger.info("%s: %d of %d units were answered before", name, len(units) - len(left), len(units))
-            run.describe(model=self.model(name).provenance()) if left else None
+            missing = lambda c, q, name=name: (name, c.name, c.num_shots, q["index"]) not in records.done()
+            left = [(c, unit) for c, unit in units if name in c.models and any(missing(c, q) for q in unit)]
+            if left:
+                run.describe(model=self.model(name).provenance())
             for c, unit in run.progress(left, desc=name):
-                rows = answer_batch(self.model(name), c, unit)
-                records.append([row for row in rows if (name, c.name, c.num_shots, row["index"]) not in done])
+                records.append([row for row in answer_batch(self.model(name), c, unit) if missing(c, row)])
             if no_cache and name in self.loaded:
                 self.unload_model(name)
-        return pd.DataFrame(records.rows()).sort_values(
-            ["model", "experiment", "num_shots", "index"], ignore_index=True
-        )
-
-
-ExperimentRunner._answers = _answers
+        return pd.DataFrame(records.rows()).sort_values(list(key), ignore_index=True)
 
 # %% ../nbs/10_tracking.ipynb #4601bb49
 def _jsonable(table: pd.DataFrame) -> list[dict]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
+@patch
 def _write(self: ExperimentRunner, result: Result):
-    folder = result.run.folder
+    summary = {"accuracy": _jsonable(result.table), "wrong_answers": _jsonable(result.agreement)}
     result.run.write_json("results.json", _jsonable(result.samples))
-    result.run.write_json(
-        "summary.json", {"accuracy": _jsonable(result.table), "wrong_answers": _jsonable(result.agreement)}
-    )
-    accuracy_figure(result).savefig(folder / "accuracy_plot.png")
+    result.run.write_json("summary.json", summary)
+    accuracy_figure(result).savefig(result.run.folder / "accuracy_plot.png")
 
 
 def accuracy_figure(result: Result):
@@ -515,24 +495,15 @@ def accuracy_figure(result: Result):
     shots = result.table["num_shots"].map(lambda n: f"{n} example{'' if n == 1 else 's'}")
     return figures.accuracy(result.table.assign(series=result.table["model"] + ", " + shots if several else shots))
 
-
+# %% ../nbs/10_tracking.ipynb #188bbb0d
 def summary_rows(result: Result) -> list[dict]:
     "The accuracy table in the few columns that fit a terminal."
-    rows = [
-        {
-            "model": r["model"],
-            "task": r["task"],
-            "examples": r["num_shots"],
-            "depth": r["depth"],
-            "lines": r["seq_len"],
-            "n": r["n"],
-            "accuracy": f"{r['accuracy']:.2f}",
-            "95% interval": f"{r['low']:.2f}–{r['high']:.2f}",
-            "best baseline": f"{r['baseline']:.2f}",
-        }
-        for r in _jsonable(result.table)
-    ]
-    return [row | {"depth": "" if row["depth"] is None else int(row["depth"])} for row in rows]
+    rows = []
+    for r in result.table.itertuples():
+        cell = {"model": r.model, "task": r.task, "examples": r.num_shots, "lines": r.seq_len}
+        cell |= {"depth": "" if pd.isna(r.depth) else int(r.depth), "n": r.n, "accuracy": f"{r.accuracy:.2f}"}
+        rows.append(cell | {"95% interval": f"{r.low:.2f}–{r.high:.2f}", "best baseline": f"{r.baseline:.2f}"})
+    return rows
 
 
 def headline(result: Result) -> str:
@@ -544,40 +515,34 @@ def headline(result: Result) -> str:
         parts.append(f"{task} {rows['correct'].mean():.2f} [{low:.2f}, {high:.2f}]")
     return "accuracy: " + "; ".join(parts)
 
-
-ExperimentRunner._write = _write
-
 # %% ../nbs/10_tracking.ipynb #75b58bee
 def error_kinds(
     samples: pd.DataFrame,  # Records of an experiment
 ) -> pd.DataFrame:  # The wrong ones, with `kind` and the heuristics they agree with
     "What kind of wrong answer is it?"
     wrong = samples[~samples["correct"]].copy()
-    agrees = [
-        ", ".join(rule for rule in HEURISTICS if h[rule] is not None and h[rule] == said)
-        for h, said in zip(wrong["heuristics"], wrong["stated"])
-    ]
-    kinds = [
-        "no answer"
-        if said is None or said != said
-        else "another value of the program"
-        if said in others
-        else "a value not in the program"
-        for said, others in zip(wrong["stated"], wrong["others"])
-    ]
-    return wrong.assign(kind=kinds, agrees_with=agrees)
+    rules = {rule: said_by(wrong, rule) == wrong["stated"] for rule in HEURISTICS}
+    agrees = [", ".join(rule for rule in HEURISTICS if rules[rule][i]) for i in wrong.index]
+    seen = [said in others for said, others in zip(wrong["stated"], wrong["others"])]
+    kinds = np.where(seen, "another value of the program", "a value not in the program")
+    return wrong.assign(kind=np.where(wrong["stated"].isna(), "no answer", kinds), agrees_with=agrees)
 
 
-def _analyze_errors(self: ExperimentRunner, name: str) -> pd.DataFrame:
+@patch
+def analyze_errors(
+    self: ExperimentRunner,
+    name: str,  # Of an experiment that was run
+) -> pd.DataFrame:
     "Counts of the kinds of wrong answers in an experiment, by task, examples and depth."
     result = choose(name, self.results, "experiment")
     wrong = error_kinds(result.samples[result.samples["experiment"] == name])
     return wrong.groupby(["model", "task", "num_shots", "depth", "kind"], dropna=False).size().rename("n").reset_index()
 
 
-def _plot(self: ExperimentRunner, name: str):
+@patch
+def plot(
+    self: ExperimentRunner,
+    name: str,  # Of an experiment that was run
+):
     "The accuracy figure of an experiment."
     return accuracy_figure(choose(name, self.results, "experiment"))
-
-
-ExperimentRunner.analyze_errors, ExperimentRunner.plot = _analyze_errors, _plot
