@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE = 1
+# threads that wait by spinning starve each other on a shared machine
+export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 
 .PHONY: help setup demo test test-slow docs lab export execute clean

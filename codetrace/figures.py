@@ -8,12 +8,11 @@ __all__ = ['GREY', 'style', 'range_frame', 'accuracy', 'agreement', 'token_grid'
 # %% ../nbs/06_figures.ipynb #2e70f2c4
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import pairwise
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # %% ../nbs/06_figures.ipynb #615bcc01
 _STYLE = {
@@ -48,7 +47,7 @@ def style() -> Iterator[None]:
 
 
 def range_frame(
-    ax: "Axes",  # Axes whose data are all drawn
+    ax: Axes,  # Axes whose data are all drawn
     x: tuple[float, float],  # Smallest and largest value on the x axis
     y: tuple[float, float],  # And on the y axis
 ):
@@ -61,7 +60,7 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     "Heights for labels, moved apart so that neighbours are at least `gap` from each other."
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
-    for low, high in zip(order, order[1:]):
+    for low, high in pairwise(order):
         placed[high] = max(placed[high], placed[low] + gap)
     return placed
 
@@ -69,14 +68,14 @@ def _spread(heights: list[float], gap: float) -> list[float]:
 _SERIES = [{"marker": "o", "mfc": "white"}, {"marker": "o", "mfc": "k"}, {"marker": "s", "mfc": "0.5"}, {"marker": "^", "mfc": "white"}]
 
 
-def _series(ax: "Axes", rows: "pd.DataFrame", look: dict, shift: float):
+def _series(ax: Axes, rows: pd.DataFrame, look: dict, shift: float):
     "One line of accuracies with its intervals."
     x = rows["at"] + shift
     ax.vlines(x, rows["low"], rows["high"], color="k", lw=0.8)
     ax.plot(x, rows["accuracy"], color="k", lw=0.8, ms=4.5, mew=0.8, **look)
 
 
-def _panel(ax: "Axes", cells: "pd.DataFrame", name: str, many: bool):
+def _panel(ax: Axes, cells: pd.DataFrame, name: str, many: bool):
     "All lines of one task, over program lengths."
     lengths = sorted(cells["seq_len"].unique())
     cells = cells.assign(at=cells["seq_len"].map(lengths.index))
@@ -92,9 +91,9 @@ def _panel(ax: "Axes", cells: "pd.DataFrame", name: str, many: bool):
 
 # %% ../nbs/06_figures.ipynb #0b286fc7
 def accuracy(
-    table: "pd.DataFrame",  # One row a cell: `task, depth, seq_len, series, n, accuracy, low, high, baseline`
+    table: pd.DataFrame,  # One row a cell: `task, depth, seq_len, series, n, accuracy, low, high, baseline`
     columns: int = 3,  # Panels in a row
-) -> "Figure":
+) -> Figure:
     "Accuracy with 95% Wilson intervals, by task, depth, length and series, beside the best baseline."
     import matplotlib.pyplot as plt
 
@@ -116,7 +115,7 @@ def accuracy(
     return fig
 
 # %% ../nbs/06_figures.ipynb #f4d597c2
-def _name_series(ax: "Axes", cells: "pd.DataFrame"):
+def _name_series(ax: Axes, cells: pd.DataFrame):
     "Write each line's name at its right end."
     last = cells[cells["seq_len"] == cells["seq_len"].max()].sort_values("series")
     names = [*last["series"], "best baseline"]
@@ -128,8 +127,8 @@ def _name_series(ax: "Axes", cells: "pd.DataFrame"):
 
 # %% ../nbs/06_figures.ipynb #05fdbb18
 def agreement(
-    table: "pd.DataFrame",  # One row a heuristic and series: `series, heuristic, n, share, low, high, chance`
-) -> "Figure":
+    table: pd.DataFrame,  # One row a heuristic and series: `series, heuristic, n, share, low, high, chance`
+) -> Figure:
     "How often wrong answers agree with each shallow heuristic, beside chance."
     import matplotlib.pyplot as plt
 
@@ -161,7 +160,7 @@ def _scale():
     return LinearSegmentedColormap.from_list("effect", stops).with_extremes(bad=(0, 0, 0, 0))
 
 
-def _paint(ax: "Axes", values: "np.ndarray", limit: float):
+def _paint(ax: Axes, values: "np.ndarray", limit: float):
     "Draw a [row, layer] matrix of effects."
     ax.patch.set(facecolor="0.96", hatch="//////", edgecolor="0.82", linewidth=0)
     drawn = ax.imshow(values, cmap=_scale(), vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -195,7 +194,7 @@ def _panels(values: dict[str, "np.ndarray"], caption: str, xlabel: str = "layer"
     return fig, list(axes.flat)
 
 
-def _of(rows: "pd.DataFrame") -> int:
+def _of(rows: pd.DataFrame) -> int:
     "How many programs are behind a table."
     return int(rows["n"].max()) if "n" in rows else int(rows["program"].nunique())
 
@@ -204,9 +203,9 @@ _VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
 
 def token_grid(
-    cells: "pd.DataFrame",  # One program's: `site, layer, head, position, token, name` and the metrics; NaN is not swept
+    cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, name` and the metrics; NaN is not swept
     metrics: tuple[str, ...] = ("effect",),  # A panel each, and for each site
-) -> "Figure":
+) -> Figure:
     "Layers by tokens, one program."
     cells = cells[cells["head"].isna()] if "head" in cells else cells
     tokens = cells.drop_duplicates("position").sort_values("position")
@@ -236,9 +235,9 @@ def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
 
 # %% ../nbs/06_figures.ipynb #94708980
 def name_grid(
-    summary: "pd.DataFrame",  # One row a cell: `site, layer, head, name, n` and the metrics, in the order of the rows
+    summary: pd.DataFrame,  # One row a cell: `site, layer, head, name, n` and the metrics, in the order of the rows
     metrics: tuple[str, ...] = ("effect", "success"),  # A panel each, and for each site
-) -> "Figure":
+) -> Figure:
     "Layers by named positions, mean over programs."
     summary = summary[summary["head"].isna()] if "head" in summary else summary
     names, layers = list(dict.fromkeys(summary["name"])), sorted(summary["layer"].unique())
@@ -259,11 +258,11 @@ _MARKS = {"random": "x", "unrelated, same answer": "^", "unrelated, base's answe
 
 
 def layer_lines(
-    summary: "pd.DataFrame",  # One row a cell: `layer, name, n`, the metric and its interval
+    summary: pd.DataFrame,  # One row a cell: `layer, name, n`, the metric and its interval
     metric: str = "effect",  # Or `success`
-    controls: "pd.DataFrame | None" = None,  # The same for control experiments, with `control`
+    controls: pd.DataFrame | None = None,  # The same for control experiments, with `control`
     columns: int = 4,  # Panels in a row
-) -> "Figure":
+) -> Figure:
     "A metric over layers for each named position, with intervals."
     import matplotlib.pyplot as plt
 
@@ -294,7 +293,7 @@ def layer_lines(
     return fig
 
 # %% ../nbs/06_figures.ipynb #b34c501b
-def _control_marks(ax: "Axes", controls, name: str, metric: str):
+def _control_marks(ax: Axes, controls, name: str, metric: str):
     "Marks for the control experiments at one named position."
     if controls is None:
         return
@@ -314,11 +313,11 @@ def _lines_caption(summary, metric: str, controls) -> str:
 
 # %% ../nbs/06_figures.ipynb #ef2b80b4
 def head_grid(
-    summary: "pd.DataFrame",  # One row a cell: `layer, head, name, n, effect, low, high`
+    summary: pd.DataFrame,  # One row a cell: `layer, head, name, n, effect, low, high`
     names: int = 3,  # Grids, for the names with the largest effects
     top: int = 10,  # Heads listed
-    ranking: "pd.DataFrame | None" = None,  # Heads to list, best first, with intervals from other programs than they were chosen on; None: those of `summary`
-) -> "Figure":
+    ranking: pd.DataFrame | None = None,  # Heads to list, best first, with intervals from other programs than they were chosen on; None: those of `summary`
+) -> Figure:
     "Layers by heads, and the strongest heads."
     import matplotlib.pyplot as plt
     import numpy as np

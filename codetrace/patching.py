@@ -7,11 +7,13 @@ __all__ = ['SITES', 'Measure', 'Cell', 'ENGINES', 'Pair', 'sites', 'n_heads', 'W
            'NoFastPath']
 
 # %% ../nbs/08_patching.ipynb #dcd43528
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
@@ -238,21 +240,24 @@ def _check(lm: LM, site: str, layers: Sequence[int] | None, window: int) -> list
 def plain_logits(
     lm: LM,
     sequences: Sequence[Sequence[int]],  # Token ids, of any lengths
+    engine: str = "staircase",  # Whose arithmetic: that of the staircase's base runs, where it takes the model, or of the Hugging Face model
 ) -> Float[Tensor, "rows vocab"]:  # float32
     "Logits after the last token of runs with nothing patched."
-    return torch.cat([_final_logits(lm, tokens) for tokens in sequences])
+    walks = choose(engine, ENGINES, "engine") is ENGINES.get("staircase") and _refusal(lm) is None
+    return torch.cat([_walked_logits(lm, tokens) if walks else _final_logits(lm, tokens) for tokens in sequences])
 
-# %% ../nbs/08_patching.ipynb #1da13eeb
+# %% ../nbs/08_patching.ipynb #57dc6144
 def layer_tokens(
     n_layers: int,  # Layers of the model
     n_tokens: int,  # Tokens of the runs
-    first: int,  # First differing position
+    first: int,  # The position that differs
     naive: bool = False,  # What one forward pass a cell computes; else what is needed
 ) -> int:
     "Layer-tokens of a sweep of the residual stream over all layers and positions, with the two plain runs."
     if naive:
         return (n_layers * (n_tokens - first) + 2) * n_layers * n_tokens
-    cells = sum((n_layers - 1 - layer) * (n_tokens - p) + 1 for p in range(first, n_tokens) for layer in range(n_layers))
+    row = lambda layer, p: (n_layers - 1 - layer) * (n_tokens - p) + 1
+    cells = sum(row(layer, p) for p in range(first, n_tokens) for layer in range(p > first, n_layers))
     return cells + 2 * ((n_layers - 1) * n_tokens + 1)
 
 # %% ../nbs/08_patching.ipynb #bf372c9c
@@ -282,9 +287,24 @@ def _norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
+def _linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Callable[[Tensor], Tensor]:
+    "A product with weights: for many rows in float32 on a CPU by oneDNN, which is faster there than the library torch calls by default."
+    plain, kernel = torch.nn.functional.linear, getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available() or kernel is None:
+        return lambda x: plain(x, weight, bias)
+    return lambda x: kernel(x, weight, bias, "none", [], "") if len(x) >= 192 else plain(x, weight, bias)
+
+
+def _dense(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    "A linear module; the module itself if it is anything more than that (quantized, adapted, hooked)."
+    bare = type(module) is torch.nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    return _linear(module.weight, module.bias) if bare else module
+
+
 def _gated(mlp: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    "A gated MLP with one product in place."
-    return lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
+    "A gated MLP."
+    gate, up, down = (_dense(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
+    return lambda x: down(mlp.act_fn(gate(x)).mul_(up(x)))
 
 
 def _then(*steps: Callable) -> Callable[[Tensor], Tensor]:
@@ -304,13 +324,14 @@ def _llama_block(lm: LM, i: int) -> _Block:
     attn, gemma = layer.self_attn, lm.arch.startswith("gemma")
     kind = (getattr(config, "layer_types", None) or ["full_attention"] * lm.n_layers)[i]
     q_norm, k_norm = (_norm(getattr(attn, name)) if hasattr(attn, name) else (lambda x: x) for name in ("q_norm", "k_norm"))
+    q, k, v, out = (_dense(getattr(attn, f"{name}_proj")) for name in "qkvo")
     mid = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
     after = [[_norm(getattr(layer, f"post_{part}_layernorm"))] if gemma else [] for part in ("attention", "feedforward")]
     return _Block(
         norm=_norm(layer.input_layernorm),
-        q=lambda x: q_norm(heads(attn.q_proj(x))),
-        kv=lambda x: (k_norm(heads(attn.k_proj(x))), heads(attn.v_proj(x))),
-        out=_then(attn.o_proj, *after[0]),
+        q=lambda x: q_norm(heads(q(x))),
+        kv=lambda x: (k_norm(heads(k(x))), heads(v(x))),
+        out=_then(out, *after[0]),
         mlp=_then(_norm(mid), _gated(layer.mlp), *after[1]),
         scale=attn.scaling,
         rope=kind if lm.arch == "gemma3" else "all",
@@ -339,12 +360,12 @@ def _neox_block(lm: LM, i: int) -> _Block:
     layer, attn = lm.layers[i], lm.layers[i].attention
     weight = attn.query_key_value.weight.unflatten(0, (lm.n_heads, 3, lm.d_head))
     bias = weight.new_zeros(weight.shape[:3]) if attn.query_key_value.bias is None else attn.query_key_value.bias.view(weight.shape[:3])
-    part = lambda k: (weight[:, k].flatten(0, 1), bias[:, k].flatten())
-    q, k, v = part(0), part(1), part(2)
-    project = lambda x, of: torch.nn.functional.linear(x, *of).unflatten(-1, (lm.n_heads, -1))
+    q, k, v = (_linear(weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3))
+    heads = lambda x: x.unflatten(-1, (lm.n_heads, -1))
+    mlp = _dense(layer.mlp.dense_h_to_4h), layer.mlp.act, _dense(layer.mlp.dense_4h_to_h)
     return _Block(
-        norm=layer.input_layernorm, q=lambda x: project(x, q), kv=lambda x: (project(x, k), project(x, v)),
-        out=attn.dense, mlp=_then(layer.post_attention_layernorm, layer.mlp), scale=attn.scaling, rope="all",
+        norm=layer.input_layernorm, q=lambda x: heads(q(x)), kv=lambda x: (heads(k(x)), heads(v(x))),
+        out=_dense(attn.dense), mlp=_then(layer.post_attention_layernorm, *mlp), scale=attn.scaling, rope="all",
         parallel=lm.parallel,
     )  # fmt: skip
 
@@ -356,19 +377,18 @@ class NoFastPath(BadInput):
     "A model that the staircase cannot walk."
 
 
-def _check_fast(lm: LM) -> None:
-    "Refuse what the staircase does not know."
-    config, why = lm.hf.config, None
+def _refusal(lm: LM) -> str | None:
+    "Why the staircase does not take a model."
+    config = lm.hf.config
     if lm.arch not in _BLOCKS:
-        why = f"it is of the family {lm.arch!r}, and known are {', '.join(_BLOCKS)}"
-    elif len(set(getattr(lm.hf, "hf_device_map", {"": 0}).values())) > 1:
-        why = "it lies on several devices"
-    elif lm.arch in ("gpt2", "gpt_neox") and getattr(config, "quantization_config", None) is not None:
-        why = "its weights are quantized"
-    elif set(getattr(config, "layer_types", None) or _KINDS) - set(_KINDS) or getattr(config, "use_bidirectional_attention", False):
-        why = "its attention is of a kind other than causal, full or sliding"
-    if why:
-        raise NoFastPath(f"no fast path for {lm.name!r}: {why}; use engine='naive'")
+        return f"it is of the family {lm.arch!r}, and known are {', '.join(_BLOCKS)}"
+    if len(set(getattr(lm.hf, "hf_device_map", {"": 0}).values())) > 1:
+        return "it lies on several devices"
+    if lm.arch in ("gpt2", "gpt_neox") and getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized"
+    if set(getattr(config, "layer_types", None) or _KINDS) - set(_KINDS) or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is of a kind other than causal, full or sliding"
+    return None
 
 # %% ../nbs/08_patching.ipynb #5cc9d741
 Put = Callable[[str, Tensor], None]  # a site's name and its tensor, which may be written into
@@ -458,7 +478,8 @@ class _Walk:
     "The layers of a model, for runs of one length."
 
     def __init__(self, lm: LM, n_tokens: int, work: Work):
-        _check_fast(lm)
+        if why := _refusal(lm):
+            raise NoFastPath(f"no fast path for {lm.name!r}: {why}; use engine='naive'")
         self.lm, self.n_tokens, self.work, self.L = lm, n_tokens, work, lm.n_layers
         self.blocks = [_BLOCKS[lm.arch](lm, i) for i in range(self.L)]
         at = torch.arange(n_tokens, device=lm.device)
@@ -688,10 +709,10 @@ def climb(self: _Sweep, rows: _Rows) -> Float[Tensor, "rows d_model"]:
             part = rows.take(some)
             grid = _Grid.of(part.start, T)
             where = at(some, grid)
-            cache = tuple(base[f"cached_{site}"][i][part.pair] for site in ("key", "value"))
-            x = walk.layer(i, stream[where], grid, self.again(i, part, grid), cache)
+            cache = tuple(base[f"cached_{site}"][i].index_select(0, part.pair) for site in ("key", "value"))
+            x = walk.layer(i, stream.index_select(0, where), grid, self.again(i, part, grid), cache)
             if i < walk.L - 1:
-                stream[where] = x
+                stream.index_copy_(0, where, x)
             else:
                 final[some] = x
     return self.topped(rows, final)
@@ -717,7 +738,7 @@ def chunks(self: _Sweep, rows: _Rows, which: Bool[Tensor, "rows"]) -> Iterator[I
 
 # %% ../nbs/08_patching.ipynb #e5d6082b
 _HOLD = 2**27  # bytes
-_CHUNK = {"cpu": 512}  # tokens; elsewhere 8192
+_CHUNK = {"cpu": 1024}  # tokens; elsewhere 8192
 _NEEDS = {  # site: what the sweep reads of the base run besides the stream and the cache
     "head_out": ("head_out", "mlp_out"), "attn_out": ("mlp_out",), "mlp_out": ("attn_out", "resid_mid"), "key": ("query",), "value": ("query",),
 }  # fmt: skip
@@ -821,4 +842,110 @@ def _runs(x: Int[Tensor, "rows"]) -> list[int]:
     return x.unique_consecutive(return_counts=True)[1].tolist()
 
 
+def _walked_logits(lm: LM, tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+    "Final logits of a plain run, by the walk."
+    last = _Walk(lm, len(tokens), Work()).run([tokens], ["resid_pre"], len(tokens))["resid_pre"][-1][:, 0]
+    return lm.unembed(lm.hf.get_submodule(lm.adapter.norm)(last))
+
+
 ENGINES["staircase"] = _staircase
+
+# %% ../nbs/08_patching.ipynb #adbe2efd
+def _traced(
+    lm: LM, tokens: list[int], rows: Sequence[Sequence[tuple]], view: Callable
+) -> Float[Tensor, "rows vocab"]:
+    "Final logits of a run under each of several patches, in one trace; a patch is a module's path, a side, values, head and position."
+    logits = []
+    with lm.nn.trace() as tracer:
+        for patches in rows:
+            with tracer.invoke(tokens):
+                for path, side, values, head, position in patches:
+                    module = lm.nn.get(path)
+                    x = module.input if side == "input" else module.output
+                    view(x[0] if isinstance(x, tuple) else x)[:, position, head] = values[position, head]
+                logits.append(lm.nn.output.logits[:, -1].float().save())
+    return torch.cat(logits)
+
+
+def _traced_states(lm: LM, tokens: list[int], places: Sequence[tuple[str, str]], view: Callable) -> list[Float[Tensor, "pos head d_head"]]:
+    "A site's values in a run, by layer."
+    states = []
+    with lm.nn.trace() as tracer:
+        with tracer.invoke(tokens):
+            for path, side in places:
+                module = lm.nn.get(path)
+                x = module.input if side == "input" else module.output
+                states.append(view(x[0] if isinstance(x, tuple) else x)[0].clone().save())
+    return states
+
+# %% ../nbs/08_patching.ipynb #02d7a227
+def _nnsight(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
+    "One trace a layer, one invoke for each of its cells."
+    view, names = _view(lm, ask.site), {module: name for name, module in lm.hf.named_modules()}
+    where = [(names[module], side) for module, side in (_where(lm, ask.site, k) for k in range(lm.n_layers))]
+    for i, pair in enumerate(ask.pairs):
+        base, each = list(pair.base), lm.n_layers * len(pair.base)
+        yield i, [], _traced(lm, base, [[]], view)
+        states = _traced_states(lm, list(pair.donor), where, view)
+        ask.work.layer_tokens += 2 * each
+        for layer in range(len(ask.layers)):
+            cells = [cell for cell in _cells(pair, ask) if cell[0][0] == layer]
+            for some in (cells[k : k + 256] for k in range(0, len(cells), 256)):
+                window = lambda k: range(k, min(k + ask.window, lm.n_layers))
+                rows = [[(*where[k], states[k], head, p) for k in window(at)] for _, at, head, p in some]
+                logits = _traced(lm, base, rows, view)
+                ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(some), ask.work.layer_tokens + len(some) * each
+                yield i, [cell for cell, *_ in some], logits
+
+
+ENGINES["nnsight"] = _nnsight
+
+# %% ../nbs/08_patching.ipynb #f8ec5728
+_TL_NAMES = {"head_out": "z", "key": "k", "value": "v"}  # the others are called the same there
+
+
+def _bridge(lm: LM):
+    "The model in TransformerLens's bridge, made once."
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if hasattr(lm, "_bridge"):
+        return lm._bridge
+    hf = copy.deepcopy(lm.hf, {id(t): t for t in [*lm.hf.parameters(), *lm.hf.buffers()]})
+    hf.config.architectures = hf.config.architectures or [type(hf).__name__]
+    lm._bridge = TransformerBridge.boot_transformers(lm.name, hf_model=hf, tokenizer=lm.tokenizer, device=str(lm.device))
+    return lm._bridge
+
+
+def _transformer_lens(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
+    "TransformerLens's loop over cells."
+    if ask.window > 1:
+        raise BadInput(f"window={ask.window}: TransformerLens's generic patching takes one layer at a time; use another engine")
+    import transformer_lens.patching as tl
+
+    bridge, columns = _bridge(lm), ["layer", "pos"] + ["head"] * (ask.heads > 1 or ask.site in _TL_NAMES)
+    setter = tl.layer_pos_patch_setter if len(columns) == 2 else tl.layer_pos_head_vector_patch_setter
+    final = lambda logits: logits[:, -1].float()
+    for i, pair in enumerate(ask.pairs):
+        base, donor = (torch.tensor([run], device=lm.device) for run in (pair.base, pair.donor))
+        yield i, [], final(bridge(base))
+        cache, cells = bridge.run_with_cache(donor)[1], list(_cells(pair, ask))
+        for some in (cells[k : k + 256] for k in range(0, len(cells), 256)):
+            index = pd.DataFrame([(layer, p, head)[: len(columns)] for _, layer, head, p in some], columns=columns)
+            rows, keep = [], lambda logits: rows.append(final(logits)) or rows[-1].new_zeros(())
+            with _no_bar(tl):
+                tl.generic_activation_patch(bridge, base, cache, keep, setter, _TL_NAMES.get(ask.site, ask.site), index_df=index)
+            yield i, [cell for cell, *_ in some], torch.cat(rows)
+        ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(cells), ask.work.layer_tokens + (len(cells) + 2) * lm.n_layers * len(pair.base)
+
+
+ENGINES["transformer_lens"] = _transformer_lens
+
+# %% ../nbs/08_patching.ipynb #4ec637cb
+@contextmanager
+def _no_bar(module):
+    "A module's `tqdm` silent for a while."
+    bar, module.tqdm = module.tqdm, lambda items, **_: items
+    try:
+        yield
+    finally:
+        module.tqdm = bar

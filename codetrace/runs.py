@@ -668,6 +668,9 @@ def _papermill(notebook: Path, folder: Path, given: dict):
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # threads that wait by spinning starve each other on a shared machine
     os.environ["CODETRACE_RUN"] = str(folder.resolve())
     try:
         papermill.execute_notebook(

@@ -6,13 +6,15 @@
 __all__ = ['DIRECTIONS', 'METRICS', 'REASONS', 'logger', 'CANDIDATES', 'UNIT', 'CONTROLS', 'TOGETHER', 'INTERVENTIONS',
            'CannotTrace', 'CutRole', 'Misaligned', 'token_roles', 'sweep', 'Case', 'select_pairs', 'exclusion_counts',
            'draw_cases', 'cases_of_run', 'by_name', 'peaks', 'handover', 'controls', 'Trace', 'trace', 'summary_rows',
-           'headline', 'control_table', 'head_figure', 'CausalExperimentRunner', 'run_causal_tracing_experiment']
+           'headline', 'control_table', 'program_figure', 'mean_figure', 'lines_figure', 'head_figure',
+           'CausalExperimentRunner', 'run_causal_tracing_experiment']
 
-# %% ../nbs/11_tracing.ipynb #7bf6718e
+# %% ../nbs/11_tracing.ipynb #73c7e3da
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from . import figures, programs, runs, tracking
 from .errors import BadInput, UnknownName, choose, nearest
-from .models import LM, Intervention, load
+from .models import LM, _hook, load
 from .patching import SITES, Pair, patch_all
 from .programs import Program, Span
 from .stats import benjamini_hochberg, bootstrap_interval, sign_flip_p, wilson
@@ -478,7 +480,7 @@ def handover(
         low, high = np.nanquantile(layers, [0.025, 0.975]) if np.isfinite(layers).any() and len(ahead) > 1 else (np.nan, np.nan)
     return float(first(ahead.mean(0))), float(low), float(high)
 
-# %% ../nbs/11_tracing.ipynb #740da766
+# %% ../nbs/11_tracing.ipynb #d640da18
 CONTROLS = ("no-op", "random", "unrelated, base's answer", "unrelated, same answer")
 
 
@@ -490,9 +492,34 @@ def _swap(
     positions: Sequence[int],  # One a row
     states: Float[Tensor, "rows d_model"],  # What is put there
 ) -> Float[Tensor, "rows vocab"]:
-    "Final logits of the base run with one state replaced in each row."
-    with lm.intervene(Intervention(site, layer, states[:, None], positions=[[p] for p in positions])):
-        return lm.logits(lm.tokenize([list(tokens)] * len(positions)))
+    "Final logits of the base run with one state replaced in each row. What stands before all positions runs once, as a cache."
+    rows, start = len(positions), min(positions)
+    column = torch.tensor(positions, device=lm.device) - start
+
+    def put(x: Float[Tensor, "rows col d_model"]) -> Tensor | None:
+        new = x if site == "resid_mid" else x.clone()  # the stream itself, which the module's input is only a reading of
+        new[torch.arange(rows), column] = states.to(x)
+        return None if new is x else new
+
+    cache = _cache(lm, tokens[:start], rows) if start else None
+    ids = torch.tensor([list(tokens[start:])] * rows, device=lm.device)
+    place = torch.arange(start, len(tokens), device=lm.device).expand(rows, -1)
+    mask = torch.ones(rows, len(tokens), dtype=torch.long, device=lm.device)
+    hook = _hook(*lm.site_module(site, layer), put)
+    try:
+        with torch.no_grad():
+            hidden = lm.hf.base_model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=cache is not None)
+            return lm.unembed(hidden.last_hidden_state[:, -1])
+    finally:
+        hook.remove()
+
+
+def _cache(lm: LM, tokens: Sequence[int], rows: int):
+    "Keys and values of a text, once for each row."
+    with torch.no_grad():
+        cache = lm.hf.base_model(torch.tensor([list(tokens)], device=lm.device), use_cache=True).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _states_at(lm: LM, tokens: Sequence[int], site: str, layers: Sequence[int], positions: Sequence[int]) -> Float[Tensor, "layer rows d_model"]:
@@ -565,7 +592,7 @@ def _control_rows(lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers
         head = pd.array([pd.NA] * len(where), dtype="Int64")
         yield pd.concat([where.assign(program=i, site=site, layer=layer, head=head), found], axis=1)
 
-# %% ../nbs/11_tracing.ipynb #1522d419
+# %% ../nbs/11_tracing.ipynb #a5f6f2c3
 @dataclass(frozen=True)
 class Trace:
     "What was traced, and what came out."
@@ -576,19 +603,21 @@ class Trace:
     controls: pd.DataFrame  # As from `controls`, with `direction`
     run: runs.Run | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def summary(self) -> pd.DataFrame:
         "Means over programs, by name."
         return by_name(self.cells, ["direction"])
 
-    @property
+    @cached_property
     def control_summary(self) -> pd.DataFrame:
         "The same of the controls."
         return by_name(self.controls, ["direction", "control"]) if len(self.controls) else self.controls.assign(n=0)
 
     def of(self, direction: str | None = None, site: str | None = None) -> "Trace":
-        "One direction and site; the first by default."
-        one = lambda t: t[(t["direction"] == (direction or self.cells["direction"].iloc[0])) & (t["site"] == (site or self.cells["site"].iloc[0]))]
+        "One direction and site; by default the first, and of the sites the first without heads."
+        direction = direction or self.cells["direction"].iloc[0]
+        site = site or self.cells.sort_values("head", na_position="first", kind="stable")["site"].iloc[0]
+        one = lambda t: t[(t["direction"] == direction) & (t["site"] == site)]
         return Trace(self.cases, self.why, one(self.cells), one(self.controls), self.run)
 
 # %% ../nbs/11_tracing.ipynb #0cf78475
@@ -685,9 +714,10 @@ def _aggregated(found: Trace) -> dict:
     tables = {"cells": found.summary, "peaks": peaks(found.cells, ["direction"]), "controls": found.control_summary}
     return {"programs": counts} | {name: _plain(table) for name, table in tables.items()}
 
-# %% ../nbs/11_tracing.ipynb #220100e7
+# %% ../nbs/11_tracing.ipynb #133f4e74
 def _with_interval(value: float, low: float, high: float) -> str:
-    return "–" if value != value else f"{value:.2f}" + ("" if low != low else f" [{low:.2f}, {high:.2f}]")
+    value, low, high = (f"{x:.2f}".replace("-0.00", "0.00") if x == x else "" for x in (value, low, high))
+    return "–" if not value else value + (f" [{low}, {high}]" if low else "")
 
 
 def summary_rows(found: Trace) -> list[dict]:
@@ -704,18 +734,20 @@ def summary_rows(found: Trace) -> list[dict]:
 def headline(found: Trace) -> str:
     "One line for the list of runs."
     one = found.of()
-    layer, low, high = handover(one.cells)
+    vectors = one.cells["head"].isna().all()
+    layer, low, high = handover(one.cells) if vectors else (np.nan,) * 3
     parts = [f"n={len(found.cases)}"]
     if layer == layer:
-        parts.append(f"the value leaves the root for the final token at layer {layer:.0f}" + ("" if low != low else f" [{low:.0f}, {high:.0f}]"))
-    between = peaks(one.cells)
-    between = between[~between["name"].isin(["lhs 1", "rhs 1", "final"]) & between["effect"].notna()]
-    if len(between):
-        best = between.loc[between["chosen_at"].abs().idxmax()]
-        parts.append(f"in between strongest: {best['name']} at layer {best['layer']}, effect {_with_interval(best['effect'], best['low'], best['high'])}")
+        parts.append(f"final token overtakes the root at layer {layer:.0f}" + ("" if low != low else f" [{low:.0f}, {high:.0f}]"))
+    best = peaks(one.cells)
+    best = best[(~best["name"].isin(["lhs 1", "rhs 1", "final"]) | (not vectors)) & best["effect"].notna()]
+    if len(best):
+        top = best.loc[best["chosen_at"].abs().idxmax()]
+        where = f"{top['name']} at layer {top['layer']}" + ("" if vectors else f", head {top['head']}")
+        parts.append(f"strongest {'in between' if vectors else 'head'}: {where}, effect {_with_interval(top['effect'], top['low'], top['high'])}, n={top['n']:.0f}")
     return "; ".join(parts)
 
-# %% ../nbs/11_tracing.ipynb #7b180bbd
+# %% ../nbs/11_tracing.ipynb #5cd9cc88
 def control_table(
     found: Trace,
 ) -> pd.DataFrame:  # One row a control, and the donor's own states at the same cells
@@ -733,19 +765,48 @@ def control_table(
         rows.append(about | {"largest cell": means[means.abs().idxmax()], "success rate": cells["success"].mean()})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_tracing.ipynb #66257926
+def program_figure(
+    found: Trace,
+    program: int = 0,  # Number of the case
+):
+    "One program's grid; None where only heads were swept."
+    one = found.of()
+    return None if one.cells["head"].notna().any() else figures.token_grid(one.cells[one.cells["program"] == program])
 
+
+def mean_figure(found: Trace):
+    "The grid of means by name, a panel a site; None where only heads were swept."
+    means = found.summary[(found.summary["direction"] == found.cells["direction"].iloc[0]) & found.summary["head"].isna()]
+    return None if means.empty else figures.name_grid(means)
+
+
+def lines_figure(
+    found: Trace,
+    metric: str = "effect",  # Or `success`
+):
+    "Means by name over layers, with intervals and controls; None where only heads were swept."
+    one = found.of()
+    return None if one.cells["head"].notna().any() else figures.layer_lines(one.summary, metric, one.control_summary if len(one.controls) else None)
+
+# %% ../nbs/11_tracing.ipynb #d6dd1511
 def head_figure(found: Trace):
     "The heads' figure, of the first direction; None where no heads were swept."
     heads = found.cells[(found.cells["site"] == "head_out") & (found.cells["direction"] == found.cells["direction"].iloc[0])]
     if heads.empty:
         return None
     half = heads["program"].isin(sorted(heads["program"].unique())[::2])
-    summary = by_name(heads)
     if half.all():
-        return figures.head_grid(summary)
+        return figures.head_grid(by_name(heads))
     chosen = by_name(heads[half]).assign(size=lambda t: t["effect"].abs()).nlargest(10, "size")
-    ranking = chosen[_CELL].merge(by_name(heads[~half]), on=_CELL, how="left")
-    return figures.head_grid(summary, ranking=ranking)
+    return figures.head_grid(by_name(heads), ranking=chosen[_CELL].merge(by_name(heads[~half]), on=_CELL))
+
+
+def _save(figure, path: Path):
+    "Keep a figure beside the record, if there is one."
+    if figure is not None:
+        figure.savefig(path)
+    return figure
 
 # %% ../nbs/11_tracing.ipynb #409af549
 INTERVENTIONS = {"residual_stream": ("resid_pre",), "attention_heads": ("head_out",)}

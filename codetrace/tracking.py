@@ -474,7 +474,9 @@ def _answers(
                 records.append([row for row in answer_batch(self.model(name), c, unit) if missing(c, row)])
             if no_cache and name in self.loaded:
                 self.unload_model(name)
-        return pd.DataFrame(records.rows()).sort_values(list(key), ignore_index=True)
+        order = {name: n for n, name in enumerate([*names, *dict.fromkeys(c.name for c in configs)])}
+        rows = sorted(records.rows(), key=lambda row: [order.get(row[k], row[k]) for k in key])
+        return pd.DataFrame(rows)
 
 # %% ../nbs/10_tracking.ipynb #4601bb49
 def _jsonable(table: pd.DataFrame) -> list[dict]:

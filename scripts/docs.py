@@ -1,6 +1,7 @@
-"""The site: chapters as nbdev processes them, then the reference records, rendered by Quarto where it is installed, else by smalldocs.
+"""The site and the thesis appendix: chapters as nbdev processes them, then the reference records.
 
-`python scripts/docs.py` renders into _docs/; `--check` only says whether it would, and fails on any warning.
+Quarto renders them where it is installed, else smalldocs does, which makes the same book as a website.
+`python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
 import re
@@ -9,23 +10,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 HOME = Path(__file__).resolve().parents[1]
 PROJECT = HOME / "_proc" / "site"
 
 
-def assemble() -> Path:
-    "A docs project of its own: _quarto.yml, processed chapters, reference records."
+def chapters(entries: list) -> list[str]:
+    "All files of a book, in order."
+    return [f for e in entries for f in ([e] if isinstance(e, str) else chapters(e["chapters"]))]
+
+
+def as_website(config: dict) -> dict:
+    "The configuration of the same pages as a website: parts become sections of the sidebar."
+    book = config["book"]
+    side = [e if isinstance(e, str) else {"section": e["part"], "contents": e["chapters"]} for e in book["chapters"]]
+    about = {"title": book["title"], "description": book["description"], "sidebar": {"contents": side}}
+    return config | {"project": config["project"] | {"type": "website"}, "website": about, "book": None}
+
+
+def assemble(quarto: bool) -> Path:
+    "A docs project of its own: configuration, processed chapters, reference records."
     from nbdev.serve import proc_nbs
 
+    config = yaml.safe_load((HOME / "_quarto.yml").read_text(encoding="utf-8"))
     processed = Path(proc_nbs(n_workers=2))
     shutil.rmtree(PROJECT, ignore_errors=True)
-    (PROJECT / "nbs").mkdir(parents=True)
-    shutil.copy(HOME / "_quarto.yml", PROJECT)
-    for path in processed.glob("*.ipynb"):
-        shutil.copy(path, PROJECT / "nbs")
-    for name in re.findall(r"runs/reference/\S+\.ipynb", (HOME / "_quarto.yml").read_text(encoding="utf-8")):
+    for name in chapters(config["book"]["chapters"]):
         (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HOME / name, PROJECT / name)
+        source = HOME / name if name.startswith("runs/") else processed / Path(name).name
+        text = re.sub(r'"output-file: [^"]*",?\n', "", source.read_text(encoding="utf-8"))  # nbdev names pages its way
+        if name == "index.ipynb":
+            text = re.sub(r"\]\((\d+_\w+\.ipynb)\)", r"](nbs/\1)", text)
+        (PROJECT / name).write_text(text, encoding="utf-8")
+    config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
+    (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return PROJECT
 
 
@@ -34,12 +53,12 @@ def run(*words: str):
 
 
 def main(check: bool):
-    assemble()
-    if check:
-        run("smalldocs", "check", ".")
-    if shutil.which("quarto") and not check:
+    quarto = bool(shutil.which("quarto")) and not check
+    assemble(quarto)
+    if quarto:
         run("quarto", "render")
     else:
+        run("smalldocs", "check", ".")
         run("smalldocs", "render", ".", "--strict", "--quiet")
     if not check:
         shutil.rmtree(HOME / "_docs", ignore_errors=True)
@@ -48,4 +67,7 @@ def main(check: bool):
 
 
 if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+    try:
+        main("--check" in sys.argv[1:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

@@ -1,0 +1,266 @@
+"What a notebook cannot hold of `patching`: every engine on every family and site, odd batches, running out of memory, bad input."
+
+import pytest
+import torch
+
+from codetrace import models, patching
+from codetrace.errors import BadInput, UnknownName
+from codetrace.patching import Pair, Work, layer_tokens, patch_all, plain_logits, sites
+
+CODE = "a = {}\nb = a\n#b:"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="session", params=models.TINY)
+def lm(request):
+    return models.load(f"tiny:{request.param}", attn="eager")
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return models.load("tiny:llama", attn="eager")
+
+
+def logits(x, i):
+    return x
+
+
+def lead(x, i):
+    return x[:, :8]
+
+
+def pair_of(lm, code=CODE, base=3, donor=7, **options) -> Pair:
+    return Pair(*lm.ids([code.format(base), code.format(donor)]), **options)
+
+
+def hooks(lm) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.hf.modules())
+
+
+def agree(got, want):
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert (x - y).abs().max() <= TOLERANCE
+        assert torch.equal(x.argmax(-1), y.argmax(-1))
+
+
+# --- engines agree
+
+
+def test_all_engines_on_every_site_in_both_directions(lm):
+    pair = pair_of(lm)
+    pairs = [pair, Pair(pair.donor, pair.base)]
+    ends = (pair.first, len(pair.base) - 1)
+    fewer = [Pair(pair.base, pair.donor, ends), Pair(pair.donor, pair.base, ends)]
+    for site in sites(lm):
+        want = patch_all(lm, pairs, site, logits, engine="naive")
+        assert want[0].shape == (lm.n_layers, patching.n_heads(lm, site), len(pair.base), lm.hf.config.vocab_size)
+        assert (want[0] - want[0][0, 0, 0]).abs().max() > 1e-2, "a patch must change something"
+        agree(patch_all(lm, pairs, site, logits), want)
+        for engine in ("nnsight", "transformer_lens"):
+            agree(patch_all(lm, fewer, site, logits, engine=engine), [x[:, :, ends] for x in want])
+    assert hooks(lm) == 0
+
+
+@pytest.mark.parametrize("site", patching.SITES)
+def test_windows(lm, site):
+    if site not in sites(lm):
+        pytest.skip(f"{lm.arch} has no {site}")
+    for window in (2, 9):
+        want = patch_all(lm, [pair_of(lm)], site, lead, engine="naive", window=window)
+        agree(patch_all(lm, [pair_of(lm)], site, lead, window=window), want)
+    agree(patch_all(lm, [pair_of(lm)], site, lead, engine="nnsight", window=2), patch_all(lm, [pair_of(lm)], site, lead, window=2))
+
+
+def test_nothing_is_left_out_by_mistake(lm):
+    "Cells that are known to be the base's are, when they are computed."
+    for site in sites(lm):
+        some = patch_all(lm, [pair_of(lm)], site, logits)
+        agree(patch_all(lm, [pair_of(lm)], site, logits, everything=True), some)
+
+
+def test_plain_runs(lm):
+    runs = lm.ids(["a = 3\n#a:", "b", "a = 4\n#a:"])
+    assert torch.allclose(plain_logits(lm, runs), lm.logits(runs), atol=1e-5)
+
+
+def test_the_donors_stream_at_the_last_token_gives_the_donors_logits(lm):
+    pair = pair_of(lm)
+    top = patch_all(lm, [pair], "resid_post", logits)[0][-1, 0, -1]
+    assert torch.allclose(top, plain_logits(lm, [pair.donor])[0], atol=1e-5)
+
+
+def test_patched_with_itself(lm):
+    "No-op: the base exactly where nothing is computed; the base but for rounding where everything is."
+    base = pair_of(lm).base
+    want = plain_logits(lm, [base])[0]
+    for site in sites(lm):
+        got = patch_all(lm, [Pair(base, base)], site, logits)[0]
+        assert torch.equal(got, want.expand_as(got))
+        computed = patch_all(lm, [Pair(base, base)], site, logits, everything=True)[0]
+        assert (computed - want).abs().max() < 2e-5
+
+
+# --- batches
+
+
+def test_pairs_of_many_lengths_with_their_own_positions(llama):
+    pairs = [
+        pair_of(llama),
+        pair_of(llama, "{} = b", "a", "c", positions=(2, 0)),
+        pair_of(llama, positions=()),
+        pair_of(llama, base=9, donor=1, positions=(8, 3, 8)),
+        pair_of(llama, "b = {}\nb = a\n#b:", "x", "y"),
+        pair_of(llama, "{}", "x", "y"),
+    ]
+    for site in ("resid_pre", "head_out", "value"):
+        want = patch_all(llama, pairs, site, lead, layers=[2, 0], engine="naive")
+        assert [tuple(x.shape[:1] + x.shape[2:3]) for x in want] == [(2, len(pair.positions)) for pair in pairs]
+        agree(patch_all(llama, pairs, site, lead, layers=[2, 0]), want)
+
+
+def test_the_measure_is_told_the_pair(llama):
+    tell = lambda x, i: torch.full((len(x), 1), float(i))
+    for engine in patching.ENGINES:
+        out = patch_all(llama, [pair_of(llama), pair_of(llama, "{}", "x", "y")], "mlp_out", tell, engine=engine)
+        assert [set(x.flatten().tolist()) for x in out] == [{0.0}, {1.0}]
+
+
+def test_small_parts_give_the_same(llama, monkeypatch):
+    pairs = [pair_of(llama, base=b, donor=d) for b in range(3) for d in range(4, 6)]
+    want = patch_all(llama, pairs, "head_out", lead)
+    monkeypatch.setattr(patching, "_HOLD", 20_000)
+    monkeypatch.setitem(patching._CHUNK, "cpu", 5)
+    agree(patch_all(llama, pairs, "head_out", lead), want)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_the_batch_halves_when_memory_runs_out(llama, monkeypatch, error):
+    pairs = [pair_of(llama, base=b, donor=9) for b in range(5)]
+    want, sizes = patch_all(llama, pairs, "resid_post", lead), []
+    prepare, climb = patching._prepare, patching._Sweep.climb
+
+    def tight_prepare(walk, ask, numbers):
+        if len(numbers) > 2:
+            raise error
+        return prepare(walk, ask, numbers)
+
+    def tight_climb(self, rows):
+        sizes.append(len(rows))
+        if len(rows) > 6:
+            raise error
+        return climb(self, rows)
+
+    monkeypatch.setattr(patching, "_prepare", tight_prepare)
+    monkeypatch.setattr(patching._Sweep, "climb", tight_climb)
+    agree(patch_all(llama, pairs, "resid_post", lead), want)
+    assert min(sizes) <= 6 < max(sizes)
+
+
+def test_other_errors_are_not_swallowed(llama, monkeypatch):
+    monkeypatch.setattr(patching._Sweep, "climb", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        patch_all(llama, [pair_of(llama)], "resid_pre", lead)
+
+
+# --- what is computed
+
+
+def test_work_is_what_the_arithmetic_says(llama):
+    pair, work = pair_of(llama), Work()
+    patch_all(llama, [pair], "resid_pre", lead, work=work)
+    L, T, p0 = llama.n_layers, len(pair.base), pair.first
+    assert work.layer_tokens == layer_tokens(L, T, p0)
+    assert work.cells == (L - 1) * (T - p0) + 1
+    every = Work()
+    patch_all(llama, [pair], "resid_pre", lead, everything=True, work=every)
+    assert every.cells == L * T
+
+
+def test_naive_work(llama):
+    pair, work = pair_of(llama), Work()
+    patch_all(llama, [pair], "resid_pre", lead, engine="naive", work=work)
+    assert work.layer_tokens == layer_tokens(llama.n_layers, len(pair.base), pair.first, naive=True)
+
+
+def test_sdpa_models_and_half_precision(llama):
+    "The staircase has its own attention, and takes any dtype."
+    sdpa = models.load("tiny:llama", attn="sdpa")
+    agree(patch_all(sdpa, [pair_of(sdpa)], "resid_pre", lead), patch_all(sdpa, [pair_of(sdpa)], "resid_pre", lead, engine="naive"))
+    half = models.load("tiny:gemma3", dtype="bfloat16", attn="eager")
+    for site in sites(half):
+        got, want = (patch_all(half, [pair_of(half)], site, lead, engine=engine)[0] for engine in ("staircase", "naive"))
+        assert (got - want).abs().mean() < 0.05 * want.std()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(engine="stairs"), "unknown engine 'stairs': did you mean 'staircase'"),
+        (dict(site="resid_pro"), "unknown site 'resid_pro': did you mean"),
+        (dict(layers=[3]), "unknown layer 3"),
+        (dict(layers=[-1]), "unknown layer -1"),
+        (dict(window=0), "window=0"),
+        (dict(window=2, engine="transformer_lens"), "use another engine"),
+    ],
+)
+def test_bad_input(llama, options, message):
+    options = {"site": "resid_pre", "engine": "naive"} | options
+    with pytest.raises(BadInput, match=message):
+        patch_all(llama, [pair_of(llama)], measure=lead, **options)
+
+
+def test_bad_pairs():
+    with pytest.raises(BadInput, match="base has 2 tokens, donor 1"):
+        Pair((1, 2), (1,))
+    with pytest.raises(BadInput, match="base has 0 tokens"):
+        Pair((), ())
+    with pytest.raises(BadInput, match="position 2 is outside"):
+        Pair((1, 2), (1, 3), positions=(2,))
+
+
+def test_no_resid_mid_in_parallel():
+    neox = models.load("tiny:gpt_neox", attn="eager")
+    with pytest.raises(BadInput, match="no resid_mid"):
+        patch_all(neox, [pair_of(neox)], "resid_mid", lead)
+
+
+def test_not_inside_an_intervention(llama):
+    with llama.intervene(models.Intervention("resid_pre", 0, 0.0)), pytest.raises(BadInput, match="intervene"):
+        patch_all(llama, [pair_of(llama)], "resid_pre", lead)
+
+
+def test_unknown_families_are_refused_with_the_way_out(monkeypatch):
+    lm = models.load("tiny:qwen2", attn="eager")
+    monkeypatch.delitem(patching._BLOCKS, "qwen2")
+    with pytest.raises(patching.NoFastPath, match="engine='naive'"):
+        patch_all(lm, [pair_of(lm)], "resid_pre", lead)
+    assert patch_all(lm, [pair_of(lm)], "resid_pre", lead, engine="naive")[0].isfinite().all()
+    monkeypatch.setattr(lm.hf.config, "layer_types", ["chunked_attention"] * 3)
+    monkeypatch.setitem(patching._BLOCKS, "qwen2", patching._llama_block)
+    with pytest.raises(patching.NoFastPath, match="attention"):
+        patch_all(lm, [pair_of(lm)], "resid_pre", lead)
+
+
+def test_unknown_names_are_key_errors_too():
+    assert issubclass(UnknownName, BadInput)
+
+
+# --- the real model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", patching.SITES)
+def test_smollm2(site):
+    "Every cell of two layers out of three, staircase against naive; a few against the other engines."
+    lm = models.load("smollm2", dtype="float32", attn="eager")
+    pair = pair_of(lm, "a = {}\nb = 5\nc = a\n#c:")
+    pair = Pair(pair.base, pair.donor, positions=(3, 7, 11, len(pair.base) - 1))
+    pairs, layers = [pair, Pair(pair.donor, pair.base, pair.positions)], range(0, lm.n_layers, 3 if patching.n_heads(lm, site) == 1 else 10)
+    want = patch_all(lm, pairs, site, logits, layers=layers, engine="naive")
+    agree(patch_all(lm, pairs, site, logits, layers=layers), want)
+    for engine in ("nnsight", "transformer_lens"):
+        agree(patch_all(lm, pairs[:1], site, logits, layers=layers[:3], engine=engine), [want[0][:3]])

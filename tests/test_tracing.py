@@ -1,0 +1,345 @@
+"What a notebook cannot hold of `tracing`: planted truths, every family of models, several tokenizers, refusals, resuming."
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from codetrace import models, programs, runs, tracing
+from codetrace.errors import BadInput, UnknownName
+from codetrace.models import Intervention
+from codetrace.tracing import METRICS, CannotTrace, Case, CutRole, Misaligned
+
+PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return models.load("tiny:llama")
+
+
+def pair_of(lm, depth=2, seq_len=4, style="print", seed=0):
+    rng = np.random.default_rng(seed)
+    program = programs.make_variable_binding_program(seq_len, rng, depth=depth, query_style=style)
+    return programs.make_counterfactual_pair(program, rng, lm.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pairs(llama):
+    return [pair_of(llama, depth, seed=seed) for seed, depth in enumerate((1, 2, 2))]
+
+
+# --- roles
+
+
+def bpe(lm, regex: bool, joined=()):
+    "The same vocabulary cut otherwise: without the rule that keeps kinds of characters apart, or with tokens of one's own."
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models._smollm2_folder("tokenizer"), local_files_only=True)
+    if not regex:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in joined])
+    return models.LM("other", lm.hf, tokenizer, "x")
+
+
+@pytest.mark.parametrize("style", programs.QUERY_STYLES)
+@pytest.mark.parametrize("regex", [True, False])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
+    lm, (program, _) = bpe(llama, regex), pair_of(llama, depth, 5, style)
+    for prompt in (program.code, PREFIX + program.code):
+        table = tracing.token_roles(lm, program, prompt).set_index("name")
+        for link in program.chain:
+            assert table["token"][f"rhs {link.depth}"].strip() == program.text(link.rhs)
+            assert table["token"][f"lhs {link.depth}"].strip() == program.text(link.lhs)
+            assert "\n" in table["token"][f"end {link.depth}"]
+            assert table["line"][f"rhs {link.depth}"] == link.line
+        assert table["token"]["query"].strip() == program.query
+        assert table["position"]["final"] == len(table) - 1
+        others = table.loc[["end other"]]["line"] if "end other" in table.index else []
+        assert sorted([*others, *(link.line for link in program.chain)]) == list(range(5))
+
+
+def test_a_special_token_at_the_start_shifts_positions_only(llama):
+    from tokenizers.processors import TemplateProcessing
+
+    lm, (program, _) = bpe(llama, True), pair_of(llama)
+    bos = lm.tokenizer.convert_ids_to_tokens(1)
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    table, plain = tracing.token_roles(lm, program), tracing.token_roles(llama, program)
+    assert list(table["name"][1:]) == list(plain["name"]) and list(table["line"]) == [-1, *plain["line"]]
+
+
+@pytest.mark.parametrize(("joined", "role"), [(["(w"], "query"), (["= 2"], "rhs 1"), (["2\nj"], "rhs 1")])
+def test_a_role_cut_in_the_middle_of_a_token_is_refused(llama, joined, role):
+    program = programs.as_program(("k = 2\nj = k\nw = j\nprint(w)  # prints ", "2"))
+    with pytest.raises(CutRole, match=role):
+        tracing.token_roles(bpe(llama, True, joined), program)
+
+
+def test_other_generators_have_roles(llama):
+    rng = np.random.default_rng(0)
+    for name, make in programs.GENERATORS.items():
+        program = make(3, rng)
+        table = tracing.token_roles(llama, program)
+        assert {"rhs 1", "query", "final"} <= set(table["name"]) or program.query_span[1] == len(program.code), name
+
+
+def test_a_prompt_that_asks_in_words_has_no_query_token(llama):
+    program, _ = pair_of(llama)
+    table = tracing.token_roles(llama, program, f"What is {program.query}?\n\n{program.source}\n\nAnswer:")
+    assert "query" not in set(table["name"]) and table["name"].iloc[-1] == "final" and table["line"].iloc[-1] == -1
+    assert (table["name"] == "rhs 1").sum() == 1
+
+
+# --- pairs that do not line up
+
+
+def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
+    assert issubclass(CannotTrace, BadInput)
+    made = lambda code: programs.as_program((code, code.split("\n")[0][-1]))
+    program, other = made("a = 1\nb = 2\nc = a\n#c:"), made("a = 1\nb = 2\n#a:")
+    moved = programs.as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
+    long = [programs.as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
+    for bad, error, says in [
+        ((program, program), CannotTrace, "no difference"),
+        ((program, other), Misaligned, "tokens"),
+        ((program, moved), Misaligned, "same roles"),
+        (long, CannotTrace, "is 2 tokens"),
+    ]:
+        with pytest.raises(error, match=says):
+            tracing.sweep(llama, [tuple(bad)], positions="final")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"positions": "querry"}, "did you mean 'query'"),
+        ({"sites": ["resid"]}, "site"),
+        ({"direction": "both"}, "direction"),
+        ({"engine": "fast"}, "engine"),
+    ],
+)
+def test_unknown_names_are_named(llama, pairs, options, says):
+    with pytest.raises(UnknownName, match=says):
+        tracing.sweep(llama, pairs[:1], **options)
+
+
+# --- the sweep
+
+
+def by_hand(lm, pair, prefix, site, layer, position, head=None):
+    "One cell through the models' own capture and intervene."
+    aligned = tracing._align(lm, pair, prefix=prefix)
+    state = lm.capture([list(aligned.donor)], [(site, layer)], positions=[position])[site, layer][0, 0]
+    value = state if head is None else state[head]
+    with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
+        logits = lm.logits([list(aligned.base)])[0]
+    plain = lm.logits([list(aligned.base)])[0].log_softmax(-1)
+    own, wanted = aligned.answers
+    log_probs = logits.log_softmax(-1)
+    kl = float((plain.exp() * (plain - log_probs)).sum())
+    return float(logits[wanted] - logits[own]), float(logits.argmax() == wanted), float(log_probs[wanted].exp()), kl
+
+
+@pytest.mark.parametrize("arch", models.TINY)
+def test_a_sweep_is_the_experiment_done_by_hand(arch):
+    lm = models.load(f"tiny:{arch}", attn="eager")
+    pair = pair_of(lm)
+    for site in ("resid_pre", "mlp_out", "head_out"):
+        cells = tracing.sweep(lm, [pair], [site], positions="named", prefix=PREFIX)
+        live = cells[cells["name"].isin(["rhs 1", "rhs 2", "query"])].sample(4, random_state=0)
+        for cell in live.itertuples():
+            head = None if pd.isna(cell.head) else int(cell.head)
+            expected = by_hand(lm, pair, PREFIX, site, cell.layer, cell.position, head)
+            assert [cell.logit_diff, cell.success, cell.prob, cell.kl] == pytest.approx(expected, abs=2e-4)
+
+
+def test_planted_truths(llama, pairs):
+    cells = tracing.sweep(llama, pairs, ["resid_pre", "resid_post"], positions="all", prefix=PREFIX)
+    pre, post = (cells[cells["site"] == site] for site in ("resid_pre", "resid_post"))
+    last = llama.n_layers - 1
+    # the embedding of the changed token is the whole difference, the last state of the last token is the whole answer
+    assert pre[(pre["layer"] == 0) & (pre["name"] == "rhs 1")]["effect"].tolist() == pytest.approx([1] * 3, abs=1e-4)
+    assert post[(post["layer"] == last) & (post["name"] == "final")]["effect"].tolist() == pytest.approx([1] * 3, abs=1e-4)
+    # other tokens' embeddings are the same in both runs; other tokens' last states reach no logit
+    silent = [pre[(pre["layer"] == 0) & (pre["name"] != "rhs 1")], post[(post["layer"] == last) & (post["name"] != "final")]]
+    for rows in silent:
+        assert rows["effect"].abs().max() < 1e-4 and rows["kl"].abs().max() < 1e-5
+    # before the root nothing differs, exactly
+    for program, rows in cells.groupby("program"):
+        root = rows["position"][rows["name"] == "rhs 1"].iloc[0]
+        assert (rows[rows["position"] < root]["effect"] == 0).all(), program
+    # one layer's output is the next one's input
+    shifted = post[post["layer"] < last].assign(layer=lambda t: t["layer"] + 1)[["program", "layer", "position", "logit_diff"]]
+    both = pre.merge(shifted, on=["program", "layer", "position"])
+    assert np.allclose(both["logit_diff_x"], both["logit_diff_y"], atol=1e-4) and len(both)
+
+
+def test_directions_are_each_others_mirror(llama, pairs):
+    there = tracing.sweep(llama, pairs, positions="named", direction="noise")
+    back = tracing.sweep(llama, [pair[::-1] for pair in pairs], positions="named", direction="denoise")
+    pd.testing.assert_frame_equal(there, back)
+
+
+def test_unswept_is_nan_never_zero(llama, pairs):
+    cells = tracing.sweep(llama, pairs, positions=["query", "final"])
+    asked = cells["name"].isin(["query", "final"])
+    assert cells[~asked][list(METRICS)].isna().all(axis=None) and cells[asked][list(METRICS)].notna().all(axis=None)
+    assert list(cells.columns) == ["program", "site", "layer", "head", "position", "token", "name", *METRICS]
+
+
+def test_engines_agree(llama, pairs):
+    fast, slow = (tracing.sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive"))
+    assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) < 1e-4
+    assert fast["success"].equals(slow["success"])
+
+
+@pytest.mark.parametrize("arch", models.TINY)
+def test_controls_swap_what_interventions_swap(arch):
+    lm = models.load(f"tiny:{arch}")
+    aligned = tracing._align(lm, pair_of(lm), prefix=PREFIX)
+    at = list(tracing._named(aligned).values())
+    for site in ("resid_pre", "resid_mid", "attn_out"):
+        if site not in lm.sites:
+            continue
+        states = tracing._states_at(lm, aligned.donor, site, [1], at)[0]
+        mine = tracing._swap(lm, aligned.base, site, 1, at, states)
+        with lm.intervene(Intervention(site, 1, states[:, None], positions=[[p] for p in at])):
+            theirs = lm.logits(lm.tokenize([list(aligned.base)] * len(at)))
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_random_controls_have_the_donors_norm(llama, pairs):
+    aligned = [tracing._align(llama, pair) for pair in pairs]
+    given = {kind: states for kind, _, states in tracing._donations(llama, aligned, 0, "resid_pre", [1, 2], 0)}
+    donor = tracing._states_at(llama, aligned[0].donor, "resid_pre", [1, 2], list(tracing._named(aligned[0]).values()))
+    torch.testing.assert_close(given["random"].norm(dim=-1), donor.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(given["random"], donor, dim=-1).abs().max() < 0.7
+
+
+# --- a whole trace
+
+
+def start(folder):
+    folder.mkdir(exist_ok=True)
+    return runs.Run(folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}})
+
+
+def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
+    cases = [Case(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
+    options = {"directions": ["denoise", "noise"], "control_layers": 1}
+    whole = tracing.trace(llama, cases, start(tmp_path / "a"), **options)
+    sweep, calls = tracing.sweep, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sweep(*args, **kwargs)
+
+    monkeypatch.setattr(tracing, "sweep", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tracing.trace(llama, cases, start(tmp_path / "b"), **options)
+    resumed = tracing.trace(llama, cases, start(tmp_path / "b"), **options)
+    assert len(calls) == 3 + 2  # two units of four and two programs in each direction: the first two were kept
+    pd.testing.assert_frame_equal(resumed.cells, whole.cells)
+    for name in ("intervention_results.json", "patch_results.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_json_holds_the_cells(llama, tmp_path):
+    cases = [Case(*pair_of(llama, seed=seed)) for seed in range(2)]
+    found = tracing.trace(llama, cases, start(tmp_path), sites=["resid_pre", "head_out"], positions="query,final", control_layers=0)
+    one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
+    heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
+    assert np.shape(heads) == (3, llama.n_heads, len(one["tokens"])) and np.shape(vector) == (3, len(one["tokens"]))
+    at = one["names"].index("query")
+    cells = found.cells[(found.cells["program"] == 1) & (found.cells["name"] == "query") & (found.cells["layer"] == 2)]
+    assert vector[2][at] == pytest.approx(cells[cells["site"] == "resid_pre"]["effect"].item(), abs=1e-5)
+    assert heads[2][3][at] == pytest.approx(cells[cells["head"] == 3]["effect"].item(), abs=1e-5)
+    assert vector[2][0] is None
+    assert json.loads((tmp_path / "patch_results.json").read_text())["programs"]["traced"] == 2
+
+
+def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
+    cases = [Case(*pair_of(llama, seed=seed, depth=1, seq_len=5)) for seed in range(6)]
+    known = {case.program.code for case in cases[:3]} | {case.counterfactual.code for case in cases[1:]}
+    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [program.code in known for _, program in asked])
+    kept, table = tracing.select_pairs(llama, [case.pair for case in cases], shallow=True)
+    assert kept == [1, 2]
+    assert list(table["why"]) == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
+    strict, table = tracing.select_pairs(llama, [case.pair for case in cases])
+    assert strict == [i for i in kept if programs.beyond_shallow(cases[i].program) and programs.beyond_shallow(cases[i].counterfactual)]
+    assert tracing.exclusion_counts(table["why"])["programs"].sum() == 6
+
+
+def test_programs_drawn_do_not_depend_on_how_many_are_wanted(llama, monkeypatch):
+    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [len(program.query) == 1 for _, program in asked])
+    few, many = (tracing.draw_cases(llama, n, [5], [1, 2], num_shots=1)[0] for n in (2, 8))
+    assert [case.program for case in few] == [many[0].program, many[4].program]
+    assert all(case.prefix and programs.beyond_shallow(case.program) for case in many)
+
+
+def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
+    cases, why = tracing.draw_cases(llama, 1, [3], [1])
+    assert cases == [] and len(why) == tracing.CANDIDATES
+    with pytest.raises(CannotTrace, match="answers none of 40 programs"):
+        tracing.trace(llama, cases, start(tmp_path), why)
+
+
+def test_peaks_are_not_judged_where_they_were_chosen():
+    rng, chosen, judged = np.random.default_rng(0), [], []
+    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "name": "query"} | dict.fromkeys(METRICS, 0.0)
+    for _ in range(6):
+        noise = pd.DataFrame(
+            [about | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
+        )
+        peak = tracing.peaks(noise).iloc[0]
+        chosen.append(abs(peak["chosen_at"]))
+        judged.append(np.sign(peak["chosen_at"]) * peak["effect"])
+        assert peak["n"] == 20
+    assert np.mean(chosen) > 0.45 and abs(np.mean(judged)) < 0.25
+    assert (tracing.by_name(noise)["q"] > 0.05).all()
+
+
+def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
+    from codetrace.tracking import ExperimentRunner, quick_experiment
+
+    config = quick_experiment("x", models=["tiny:llama"], num_seqs=4, seq_lens=[4], num_shots=1, depths=[2], query_style="print")
+    run = start(tmp_path)
+    runner = ExperimentRunner()
+    runner.loaded["tiny:llama"] = llama
+    samples = runner.run(config, run=run).samples
+    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [True] * len(asked))
+    assert not samples["correct"].any()
+    cases, why = tracing.cases_of_run(llama, tmp_path, 3, shallow=True)
+    assert cases == [] and why == ["wrong on the program"] * 4
+    rows = [dict(row, correct=True) for row in samples.to_dict("records")]
+    monkeypatch.setattr(tracing, "read_records", lambda *args, **kwargs: rows)
+    cases, why = tracing.cases_of_run(llama, tmp_path, 3, shallow=True)
+    assert [case.program.code for case in cases] == list(samples["code"][:3]) and why == [""] * 3
+    assert all(row["prompt"] == case.prefix + case.program.code for row, case in zip(rows, cases))
+    with pytest.raises(BadInput, match="no answers of"):
+        tracing.cases_of_run(models.LM("other", llama.hf, llama.tokenizer), tmp_path, 3)
+
+
+def test_the_seeds_api(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [True] * len(asked))
+    runner = tracing.CausalExperimentRunner()
+    runner.loaded["tiny:llama"] = llama
+    program, counterfactual = pair_of(llama)
+    given = [program, (program.code, program.answer), (program.code, program.answer, {"a": 1}), (program, counterfactual)]
+    found = runner.run_intervention_experiment(model_id="tiny:llama", programs=given, intervention_type="attention_heads", shallow=True)
+    assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
+    record = runs.newest("tracing")
+    assert record["run_id"] == found.run.folder.name and "strongest head" in record["headline"]
+    assert {"intervention_results.json", "patch_results.json"} <= set(record["outputs"])
+    assert tracing.program_figure(found) is None and tracing.head_figure(found) is not None
