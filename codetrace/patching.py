@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -152,7 +153,7 @@ def _states(lm: LM, tokens: Sequence[int], site: str) -> list[Float[Tensor, "pos
         _final_logits(lm, tokens)
     return states
 
-
+# %% ../nbs/08_patching.ipynb #1871e72c
 @dataclass(frozen=True, eq=False)
 class _Ask:
     "What `patch_all` was asked for, checked."
@@ -286,7 +287,7 @@ def _norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return lambda x: torch.nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
-
+# %% ../nbs/08_patching.ipynb #b93dbdf8
 def _linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Callable[[Tensor], Tensor]:
     "A product with weights: for many rows in float32 on a CPU by oneDNN, which is faster there than the library torch calls by default."
     plain, kernel = torch.nn.functional.linear, getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -394,9 +395,11 @@ def _refusal(lm: LM) -> str | None:
 Put = Callable[[str, Tensor], None]  # a site's name and its tensor, which may be written into
 
 
-def _finish(block: _Block, x: Float[Tensor, "rows d_model"], z: Tensor | None, put: Put, known: dict[str, Tensor] = {}) -> Float[Tensor, "rows d_model"]:
+def _finish(
+    block: _Block, x: Float[Tensor, "rows d_model"], z: Tensor | None, put: Put, known: dict[str, Tensor] | None = None
+) -> Float[Tensor, "rows d_model"]:
     "The stream after a layer, from the stream before it and the heads' outputs."
-    attn_out, mid, mlp_out = (known.get(site) for site in ("attn_out", "resid_mid", "mlp_out"))
+    attn_out, mid, mlp_out = ((known or {}).get(site) for site in ("attn_out", "resid_mid", "mlp_out"))
     if attn_out is None and mid is None:
         put("head_out", z)
         attn_out = block.out(z)
@@ -494,22 +497,27 @@ class _Walk:
             seen = (ahead >= 0) & (ahead < (window or n_tokens))
             self.masks[window] = torch.zeros(seen.shape, device=lm.device).masked_fill(~seen, torch.finfo(torch.float32).min)
 
-    def turn(self, i: int, x: Tensor, pos: Int[Tensor, "tokens"]) -> Tensor:
-        "Queries or keys of layer i, rotated."
-        kind = self.blocks[i].rope
-        return x if kind is None else _rotate(x, *(table[pos] for table in self.rope[kind]))
+# %% ../nbs/08_patching.ipynb #f4c23f3b
+@patch
+def turn(self: _Walk, i: int, x: Float[Tensor, "tokens head d_head"], pos: Int[Tensor, "tokens"]) -> Tensor:
+    "Queries or keys of layer i, rotated."
+    kind = self.blocks[i].rope
+    return x if kind is None else _rotate(x, *(table[pos] for table in self.rope[kind]))
 
-    def attend(self, i: int, q, k, v) -> Tensor:
-        "Attention of queries at the last positions."
-        block = self.blocks[i]
-        return _attend(block, q, k, v, self.masks[block.window][-q.shape[1] :])
 
-    def embed(self, tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "tokens d_model"]:
-        "The stream before layer 0."
-        x = self.lm.hf.get_input_embeddings()(tokens)
-        if self.lm.arch == "gpt2":
-            x = x + self.lm.hf.transformer.wpe.weight[: self.n_tokens]
-        return x.flatten(0, 1)
+@patch
+def attend(self: _Walk, i: int, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "rows query width"]:
+    "Attention of queries at the last positions."
+    return _attend(self.blocks[i], q, k, v, self.masks[self.blocks[i].window][-q.shape[1] :])
+
+
+@patch
+def embed(self: _Walk, tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "tokens d_model"]:
+    "The stream before layer 0."
+    x = self.lm.hf.get_input_embeddings()(tokens)
+    if self.lm.arch == "gpt2":
+        x = x + self.lm.hf.transformer.wpe.weight[: self.n_tokens]
+    return x.flatten(0, 1)
 
 # %% ../nbs/08_patching.ipynb #c7d72646
 @patch
@@ -653,7 +661,7 @@ def attending(self: _Sweep, i: int, rows: _Rows) -> tuple[Tensor, _Grid]:
     walk.work.layer_tokens += len(x)
     return _finish(walk.blocks[i], x, z, _ignore), grid
 
-
+# %% ../nbs/08_patching.ipynb #b2ce83f9
 @patch
 def again(self: _Sweep, i: int, rows: _Rows, grid: _Grid) -> Put:
     "For windows: writes the donor's values into rows patched below layer i whose window reaches it."
@@ -675,49 +683,41 @@ def again(self: _Sweep, i: int, rows: _Rows, grid: _Grid) -> Put:
 
     return put if self.window > 1 else _ignore
 
-# %% ../nbs/08_patching.ipynb #d51de7bb
+# %% ../nbs/08_patching.ipynb #edcc4865
+@patch
+def join(self: _Sweep, i: int, rows: _Rows) -> tuple[Float[Tensor, "tokens d_model"], _Grid]:
+    "The stream before layer i of rows that enter there, and where its tokens stand; above the last layer, the final tokens."
+    if self.site in ("key", "value"):
+        return self.attending(i - 1, rows)
+    grid = _Grid.of(rows.start, self.walk.n_tokens)
+    if i == self.walk.L:
+        return self.entering(i, rows), grid
+    x = self.base["resid_pre"][i][rows.pair[grid.row], grid.pos]
+    x[grid.first] = self.entering(i, rows)
+    return x, grid
+
+
 @patch
 def climb(self: _Sweep, rows: _Rows) -> Float[Tensor, "rows d_model"]:
     "The final stream of every row."
-    walk, base, T = self.walk, self.base, self.walk.n_tokens
-    like = base["resid_pre"][0]
-    begin = (T - rows.start).cumsum(0) - (T - rows.start)  # where each row's tokens lie in `stream`
-    stream = like.new_empty(int((T - rows.start).sum()), like.shape[-1])
-    final = like.new_empty(len(rows), like.shape[-1])
-
-    def at(some, grid):  # where the tokens of some rows lie
-        return begin[some][grid.row] + grid.pos - grid.start[grid.row]
-
+    walk, n, like = self.walk, self.walk.n_tokens - rows.start, self.base["resid_pre"][0]
+    begin = n.cumsum(0) - n  # where each row's tokens lie in `stream`
+    stream, final = like.new_empty(int(n.sum()), like.shape[-1]), like.new_empty(len(rows), like.shape[-1])
+    place = lambda some, grid: begin[some][grid.row] + grid.pos - grid.start[grid.row]
     for i in range(walk.L + 1):
         for some in self.chunks(rows, rows.enter == i):
+            x, grid = self.join(i, rows.take(some))
+            stream.index_copy_(0, place(some, grid), x) if i < walk.L else final.index_copy_(0, some, x)
+        for some in self.chunks(rows, rows.enter <= i) if i < walk.L else ():
             part = rows.take(some)
-            if self.site in ("key", "value"):
-                x, grid = self.attending(i - 1, part)
-            elif i == walk.L:
-                x, grid = self.entering(i, part), None
-            else:
-                grid = _Grid.of(part.start, T)
-                x = base["resid_pre"][i][part.pair[grid.row], grid.pos]
-                x[grid.first] = self.entering(i, part)
-            if i == walk.L:
-                final[some] = x
-            else:
-                stream[at(some, grid)] = x
-        if i == walk.L:
-            continue
-        for some in self.chunks(rows, rows.enter <= i):
-            part = rows.take(some)
-            grid = _Grid.of(part.start, T)
-            where = at(some, grid)
-            cache = tuple(base[f"cached_{site}"][i].index_select(0, part.pair) for site in ("key", "value"))
+            grid = _Grid.of(part.start, walk.n_tokens)
+            cache = tuple(self.base[f"cached_{site}"][i].index_select(0, part.pair) for site in ("key", "value"))
+            where = place(some, grid)
             x = walk.layer(i, stream.index_select(0, where), grid, self.again(i, part, grid), cache)
-            if i < walk.L - 1:
-                stream.index_copy_(0, where, x)
-            else:
-                final[some] = x
+            stream.index_copy_(0, where, x) if i < walk.L - 1 else final.index_copy_(0, some, x)
     return self.topped(rows, final)
 
-
+# %% ../nbs/08_patching.ipynb #87d76217
 @patch
 def topped(self: _Sweep, rows: _Rows, final: Tensor) -> Tensor:
     "For windows of the stream that reach past the last layer: the donor's final stream."
@@ -774,7 +774,7 @@ def _staircase(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
         each = 4 * n_tokens * lm.n_layers * lm.d_model * lm.dtype.itemsize
         n = max(1, 2 * _HOLD // each)
         for some in (group[i : i + n] for i in range(0, len(group), n)):
-            for part, sweep in _halving(some, lambda part: _prepare(walk, ask, part)):
+            for part, sweep in _halving(some, partial(_prepare, walk, ask)):
                 yield from _sweep_pairs(lm, ask, part, sweep)
 
 
@@ -916,31 +916,14 @@ def _bridge(lm: LM):
     return lm._bridge
 
 
-def _transformer_lens(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
-    "TransformerLens's loop over cells."
-    if ask.window > 1:
-        raise BadInput(f"window={ask.window}: TransformerLens's generic patching takes one layer at a time; use another engine")
-    import transformer_lens.patching as tl
+class _Kept(list):
+    "A metric that keeps the final logits it is shown."
 
-    bridge, columns = _bridge(lm), ["layer", "pos"] + ["head"] * (ask.heads > 1 or ask.site in _TL_NAMES)
-    setter = tl.layer_pos_patch_setter if len(columns) == 2 else tl.layer_pos_head_vector_patch_setter
-    final = lambda logits: logits[:, -1].float()
-    for i, pair in enumerate(ask.pairs):
-        base, donor = (torch.tensor([run], device=lm.device) for run in (pair.base, pair.donor))
-        yield i, [], final(bridge(base))
-        cache, cells = bridge.run_with_cache(donor)[1], list(_cells(pair, ask))
-        for some in (cells[k : k + 256] for k in range(0, len(cells), 256)):
-            index = pd.DataFrame([(layer, p, head)[: len(columns)] for _, layer, head, p in some], columns=columns)
-            rows, keep = [], lambda logits: rows.append(final(logits)) or rows[-1].new_zeros(())
-            with _no_bar(tl):
-                tl.generic_activation_patch(bridge, base, cache, keep, setter, _TL_NAMES.get(ask.site, ask.site), index_df=index)
-            yield i, [cell for cell, *_ in some], torch.cat(rows)
-        ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(cells), ask.work.layer_tokens + (len(cells) + 2) * lm.n_layers * len(pair.base)
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+        self.append(logits[:, -1].float())
+        return logits.new_zeros(())
 
 
-ENGINES["transformer_lens"] = _transformer_lens
-
-# %% ../nbs/08_patching.ipynb #4ec637cb
 @contextmanager
 def _no_bar(module):
     "A module's `tqdm` silent for a while."
@@ -949,3 +932,27 @@ def _no_bar(module):
         yield
     finally:
         module.tqdm = bar
+
+# %% ../nbs/08_patching.ipynb #13c6c7e7
+def _transformer_lens(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
+    "TransformerLens's loop over cells."
+    if ask.window > 1:
+        raise BadInput(f"window={ask.window}: TransformerLens's generic patching takes one layer at a time; use another engine")
+    import transformer_lens.patching as tl
+
+    bridge, columns = _bridge(lm), ["layer", "pos"] + ["head"] * (ask.heads > 1 or ask.site in _TL_NAMES)
+    setter = tl.layer_pos_patch_setter if len(columns) == 2 else tl.layer_pos_head_vector_patch_setter
+    for i, pair in enumerate(ask.pairs):
+        base, donor = (torch.tensor([run], device=lm.device) for run in (pair.base, pair.donor))
+        yield i, [], bridge(base)[:, -1].float()
+        cache, cells = bridge.run_with_cache(donor)[1], list(_cells(pair, ask))
+        for some in (cells[k : k + 256] for k in range(0, len(cells), 256)):
+            index = pd.DataFrame([(layer, p, head)[: len(columns)] for _, layer, head, p in some], columns=columns)
+            rows = _Kept()
+            with _no_bar(tl):
+                tl.generic_activation_patch(bridge, base, cache, rows, setter, _TL_NAMES.get(ask.site, ask.site), index_df=index)
+            yield i, [cell for cell, *_ in some], torch.cat(rows)
+        ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(cells), ask.work.layer_tokens + (len(cells) + 2) * lm.n_layers * len(pair.base)
+
+
+ENGINES["transformer_lens"] = _transformer_lens

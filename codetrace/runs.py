@@ -698,9 +698,10 @@ def _ended(run: Run, error: BaseException) -> Exception | None:
             f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS"
         )
     if known is None:
-        message = "the kernel died: killed, or out of memory" if "Kernel died" in str(error) else str(error)
-        run.fail(kind := type(error).__name__, message)
-        known = {"type": kind, "message": message, "user": False, "cell": None}
+        kind, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        message = "the kernel died: killed, or out of memory" if "Kernel died" in message else message
+        run.fail(kind, message, cell=getattr(error, "exec_count", None))
+        known = run.manifest["error"]
     if known["user"]:
         return BadInput(known["message"])
     return RunFailed(f"{known['type']}: {known['message']} (see {run.folder / 'notebook.ipynb'})")

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'METRICS', 'REASONS', 'logger', 'CANDIDATES', 'UNIT', 'CONTROLS', 'TOGETHER', 'INTERVENTIONS',
            'CannotTrace', 'CutRole', 'Misaligned', 'token_roles', 'sweep', 'Case', 'select_pairs', 'exclusion_counts',
-           'draw_cases', 'cases_of_run', 'by_name', 'peaks', 'handover', 'controls', 'Trace', 'trace', 'summary_rows',
-           'headline', 'control_table', 'program_figure', 'mean_figure', 'lines_figure', 'head_figure',
-           'CausalExperimentRunner', 'run_causal_tracing_experiment']
+           'draw_cases', 'cases_of_run', 'by_name', 'peaks', 'handover', 'controls', 'attribution',
+           'approximation_error', 'Trace', 'trace', 'summary_rows', 'headline', 'control_table', 'program_figure',
+           'mean_figure', 'lines_figure', 'head_figure', 'CausalExperimentRunner', 'run_causal_tracing_experiment']
 
-# %% ../nbs/11_tracing.ipynb #73c7e3da
+# %% ../nbs/11_tracing.ipynb #5a318cfd
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -592,6 +592,73 @@ def _control_rows(lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers
         head = pd.array([pd.NA] * len(where), dtype="Int64")
         yield pd.concat([where.assign(program=i, site=site, layer=layer, head=head), found], axis=1)
 
+# %% ../nbs/11_tracing.ipynb #fa45cc0a
+def _gradients(
+    lm: LM,
+    pair: _Aligned,
+    where: Sequence[tuple[str, int]],  # Sites and layers
+) -> tuple[dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]]:  # States of the base run, and the gradient of its logit difference
+    "One forward and one backward pass of the base run."
+    seen, handles = {}, []
+    handles.append(lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_()))
+    for key in where:
+        handles.append(_hook(*lm.site_module(*key), lambda x, key=key: seen.__setitem__(key, x)))
+    try:
+        with torch.enable_grad():
+            ids = torch.tensor([list(pair.base)], device=lm.device)
+            logits = lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])[0]
+            found = torch.autograd.grad(logits[pair.answers[1]] - logits[pair.answers[0]], [seen[key] for key in where], materialize_grads=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: x.detach() for key, x in seen.items()}, dict(zip(where, found))
+
+# %% ../nbs/11_tracing.ipynb #263c0dfa
+def attribution(
+    lm: LM,
+    pairs: Sequence[tuple[Program, Program]],
+    sites: Sequence[str] = ("resid_pre",),
+    direction: str = "denoise",
+    prefix: str | Sequence[str] = "",  # Text before every program, or before each
+) -> pd.DataFrame:  # One row a cell: `program, site, layer, head, position` and `attribution`, the approximate effect
+    "Attribution patching of all tokens."
+    prefixes, tables = [prefix] * len(pairs) if isinstance(prefix, str) else list(prefix), []
+    for i, (pair, before) in enumerate(zip(pairs, prefixes, strict=True)):
+        aligned, where = _align(lm, pair, direction, before), [(site, layer) for site in sites for layer in range(lm.n_layers)]
+        base, gradient = _gradients(lm, aligned, where)
+        donor, _ = _gradients(lm, replace(aligned, base=aligned.donor), where)
+        plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
+        full = float((plain[1] - plain[0])[list(aligned.answers)].diff())
+        keep = aligned.roles["position"].tolist()
+        for site in sites:
+            heads = lm.n_heads if site == "head_out" else 1
+            product = torch.stack([((donor[site, layer] - base[site, layer]) * gradient[site, layer])[0, keep] for layer in range(lm.n_layers)])
+            share = product.unflatten(-1, (heads, -1)).sum(-1).transpose(1, 2) / full
+            cells = torch.full((*share.shape, len(METRICS)), torch.nan)
+            cells[..., METRICS.index("effect")] = share.float().cpu()
+            tables.append(_long(lm, aligned, i, site, cells))
+    table = pd.concat(tables, ignore_index=True).rename(columns={"effect": "attribution"})
+    return table[["program", *_CELL[:-1], "position", "attribution"]]
+
+# %% ../nbs/11_tracing.ipynb #e72bc3db
+def approximation_error(
+    cells: pd.DataFrame,  # From `sweep`, with `attribution`
+    more: Sequence[str] = (),  # Further columns that tell cells apart
+) -> pd.DataFrame:  # One row a site
+    "How far attribution patching is from the exact sweep."
+    rows = []
+    real = cells[cells["effect"].notna() & (cells["kl"] != 0)]
+    for key, mine in real.groupby([*more, "site"], sort=False):
+        scores = []
+        for _, one in mine.groupby("program"):
+            top = max(1, len(one) // 10)
+            exact, cheap = (set(one[column].abs().nlargest(top).index) for column in ("effect", "attribution"))
+            scores.append((one["effect"].corr(one["attribution"], method="spearman"), len(exact & cheap) / top))
+        (rank, recall), (low, high) = np.nanmean(scores, 0), bootstrap_interval(np.array(scores))
+        about = dict(zip([*more, "site"], key)) | {"n": len(scores), "rank correlation": rank, "rank low": low[0], "rank high": high[0]}
+        rows.append(about | {"recall of top tenth": recall, "recall low": low[1], "recall high": high[1], "chance recall": 0.1})
+    return pd.DataFrame(rows)
+
 # %% ../nbs/11_tracing.ipynb #a5f6f2c3
 @dataclass(frozen=True)
 class Trace:
@@ -620,7 +687,7 @@ class Trace:
         one = lambda t: t[(t["direction"] == direction) & (t["site"] == site)]
         return Trace(self.cases, self.why, one(self.cells), one(self.controls), self.run)
 
-# %% ../nbs/11_tracing.ipynb #0cf78475
+# %% ../nbs/11_tracing.ipynb #5d05490b
 TOGETHER = 4  # Programs swept at a time
 
 
@@ -631,6 +698,7 @@ def _swept(
     sites: Sequence[str],
     directions: Sequence[str],
     progress,
+    approximate: bool = False,  # Also by attribution patching
     **options,  # For `sweep`
 ) -> pd.DataFrame:
     "The cells of all programs, those of an earlier attempt included."
@@ -639,7 +707,10 @@ def _swept(
         done = {(d, p, s) for d, p, s, *_ in records.done()}
         for direction, site, members in progress([u for u in units if (u[0], u[2][0], u[1]) not in done], desc="tracing"):
             part = [cases[i] for i in members]
-            found = sweep(lm, [c.pair for c in part], [site], direction=direction, prefix=[c.prefix for c in part], **options)
+            about = {"sites": [site], "direction": direction, "prefix": [c.prefix for c in part]}
+            found = sweep(lm, [c.pair for c in part], **about, **options)
+            if approximate and site in lm.sites:
+                found = found.merge(attribution(lm, [c.pair for c in part], **about), on=["program", *_CELL[:-1], "position"])
             found = found.assign(program=found["program"] + members[0], direction=direction, head=found["head"].fillna(-1))
             records.append(found.to_dict("records"))
             records.flush()
@@ -647,9 +718,10 @@ def _swept(
     table["head"] = table["head"].astype("Int64").mask(table["head"] < 0)
     order = {site: n for n, site in enumerate(sites)}
     table = table.sort_values(["direction", "site", "program", "layer", "head", "position"], key=lambda c: c.map(order) if c.name == "site" else c)
-    return table[["direction", "program", *_CELL[:-1], "position", "token", "name", *METRICS]].reset_index(drop=True)
+    columns = ["direction", "program", *_CELL[:-1], "position", "token", "name", *METRICS]
+    return table[columns + [c for c in table if c not in columns]].reset_index(drop=True)
 
-# %% ../nbs/11_tracing.ipynb #28fc8282
+# %% ../nbs/11_tracing.ipynb #8ec8616f
 def trace(
     lm: LM,
     cases: Sequence[Case],  # From `draw_cases`, `cases_of_run` or your own
@@ -662,6 +734,7 @@ def trace(
     window: int = 1,
     control_layers: int = 4,  # Spread evenly; 0: no controls
     control_programs: int = 8,  # At most
+    approximate: bool = False,  # Also by attribution patching, for its error
     seed: int = 0,
 ) -> Trace:
     "Sweep all cases with their controls, and write `intervention_results.json` and `patch_results.json` beside the cells."
@@ -669,7 +742,7 @@ def trace(
         raise CannotTrace(f"{lm.name} answers none of {len(why)} programs with their counterfactuals: ask shorter or shallower ones, or show more solved examples (num_shots)")
     for site in sites:
         choose(site, SITES, "site")
-    options = {"positions": positions, "engine": engine, "window": window}
+    options = {"positions": positions, "engine": engine, "window": window, "approximate": approximate}
     cells = _swept(lm, cases, run.folder / "cells", sites, directions, run.progress, **options)
     layers = sorted({int(layer) for layer in np.linspace(0, lm.n_layers - 1, control_layers + 2)[1:-1]})
     checks = [
@@ -681,7 +754,7 @@ def trace(
     run.write_json("patch_results.json", _aggregated(found))
     return found
 
-# %% ../nbs/11_tracing.ipynb #ef248d7b
+# %% ../nbs/11_tracing.ipynb #9b67e015
 def _plain(table: pd.DataFrame) -> list[dict]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
@@ -712,6 +785,8 @@ def _aggregated(found: Trace) -> dict:
     "Everything over programs."
     counts = exclusion_counts(found.why)["programs"].to_dict()
     tables = {"cells": found.summary, "peaks": peaks(found.cells, ["direction"]), "controls": found.control_summary}
+    if "attribution" in found.cells:
+        tables["attribution"] = approximation_error(found.cells, ["direction"])
     return {"programs": counts} | {name: _plain(table) for name, table in tables.items()}
 
 # %% ../nbs/11_tracing.ipynb #133f4e74
