@@ -146,30 +146,25 @@ def _line(manifest: dict) -> dict:
     return about | {"status": manifest["status"], "headline": " ".join(said.split())[:100]}
 
 # %% ../nbs/90_cli.ipynb #2bb9a1d5
+def _files(manifest: dict) -> list[Path]:
+    "The record, the figures and the tables of a run; not the parts that tables are stored in."
+    names = [name for name in ("notebook.ipynb", *manifest.get("outputs", {})) if "/" not in name]
+    return [path for name in names if (path := Path(manifest["folder"]) / name).is_file()]
+
+
 def _show(manifest: dict):
     "One run on the terminal."
-    folder = Path(manifest["folder"])
     _print_table([_line(manifest)])
     _print_table(manifest.get("summary") or [])
-    given = {name: json.dumps(value) for name, value in manifest.get("parameters", {}).items()}
-    _print_table([{"parameter": name, "value": value} for name, value in given.items()])
-    files = [name for name in ("notebook.ipynb", *manifest.get("outputs", {})) if (folder / name).is_file()]
+    _print_table([{"parameter": k, "value": json.dumps(v)} for k, v in manifest.get("parameters", {}).items()])
     if error := manifest.get("error"):
-        print(
-            f"error in cell {error.get('cell')}: {error.get('type')}: {error['message']}"
-            if error.get("cell")
-            else f"error: {error['message']}"
-        )
-    for name in [
-        name
-        for name in files
-        if Path(name).suffix in (".ipynb", ".png", ".pdf", ".json", ".parquet") and "/" not in name
-    ]:
-        print(folder / name)
+        where = f" in cell {error['cell']}" if error.get("cell") else ""
+        print(f"error{where}: {error.get('type', '')} {error['message']}")
+    print(*_files(manifest), sep="\n")
     for name in runs.verify(manifest):
         print(f"{name}: not what the run wrote", file=sys.stderr)
 
-
+# %% ../nbs/90_cli.ipynb #6189dd55
 @app.command(epilog="Examples:  codetrace show tracking  |  codetrace show 20261121T2210")
 def show(
     names: Annotated[

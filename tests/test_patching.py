@@ -22,7 +22,8 @@ def llama():
 
 
 def logits(x, i):
-    return x
+    "A sample of the logits, and the prediction."
+    return torch.cat([x[:, ::16], x.argmax(-1, keepdim=True).float()], -1)
 
 
 def lead(x, i):
@@ -40,8 +41,7 @@ def hooks(lm) -> int:
 def agree(got, want):
     for x, y in zip(got, want, strict=True):
         assert x.shape == y.shape
-        assert (x - y).abs().max() <= TOLERANCE
-        assert torch.equal(x.argmax(-1), y.argmax(-1))
+        assert torch.allclose(x, y, rtol=0, atol=TOLERANCE)
 
 
 # --- engines agree
@@ -54,11 +54,11 @@ def test_all_engines_on_every_site_in_both_directions(lm):
     fewer = [Pair(pair.base, pair.donor, ends), Pair(pair.donor, pair.base, ends)]
     for site in sites(lm):
         want = patch_all(lm, pairs, site, logits, engine="naive")
-        assert want[0].shape == (lm.n_layers, patching.n_heads(lm, site), len(pair.base), lm.hf.config.vocab_size)
-        assert (want[0] - want[0][0, 0, 0]).abs().max() > 1e-2, "a patch must change something"
+        assert want[0].shape[:3] == (lm.n_layers, patching.n_heads(lm, site), len(pair.base))
+        assert (want[0] - want[0][0, 0, 0])[..., :-1].abs().max() > 1e-2, "a patch must change something"
         agree(patch_all(lm, pairs, site, logits), want)
         for engine in ("nnsight", "transformer_lens"):
-            agree(patch_all(lm, fewer, site, logits, engine=engine), [x[:, :, ends] for x in want])
+            agree(patch_all(lm, fewer, site, logits, layers=[0, 2], engine=engine), [x[::2, :, ends] for x in want])
     assert hooks(lm) == 0
 
 
@@ -69,7 +69,9 @@ def test_windows(lm, site):
     for window in (2, 9):
         want = patch_all(lm, [pair_of(lm)], site, lead, engine="naive", window=window)
         agree(patch_all(lm, [pair_of(lm)], site, lead, window=window), want)
-    agree(patch_all(lm, [pair_of(lm)], site, lead, engine="nnsight", window=2), patch_all(lm, [pair_of(lm)], site, lead, window=2))
+    end = pair_of(lm, positions=(len(pair_of(lm).base) - 1,))
+    some = dict(layers=[0, 2], window=2)
+    agree(patch_all(lm, [end], site, lead, engine="nnsight", **some), patch_all(lm, [end], site, lead, **some))
 
 
 def test_nothing_is_left_out_by_mistake(lm):
@@ -87,13 +89,13 @@ def test_plain_runs(lm):
 def test_the_donors_stream_at_the_last_token_gives_the_donors_logits(lm):
     pair = pair_of(lm)
     top = patch_all(lm, [pair], "resid_post", logits)[0][-1, 0, -1]
-    assert torch.allclose(top, plain_logits(lm, [pair.donor])[0], atol=1e-5)
+    assert torch.allclose(top, logits(plain_logits(lm, [pair.donor]), 0)[0], atol=1e-5)
 
 
 def test_patched_with_itself(lm):
     "No-op: the base exactly where nothing is computed; the base but for rounding where everything is."
     base = pair_of(lm).base
-    want = plain_logits(lm, [base])[0]
+    want = logits(plain_logits(lm, [base]), 0)[0]
     for site in sites(lm):
         got = patch_all(lm, [Pair(base, base)], site, logits)[0]
         assert torch.equal(got, want.expand_as(got))
@@ -252,11 +254,16 @@ def test_unknown_names_are_key_errors_too():
 # --- the real model
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    return models.load("smollm2", dtype="float32", attn="eager")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("site", patching.SITES)
-def test_smollm2(site):
-    "Every cell of two layers out of three, staircase against naive; a few against the other engines."
-    lm = models.load("smollm2", dtype="float32", attn="eager")
+def test_smollm2(smollm2, site):
+    "Four positions of every third layer (with heads: every tenth), staircase against naive; a few cells against the other engines."
+    lm = smollm2
     pair = pair_of(lm, "a = {}\nb = 5\nc = a\n#c:")
     pair = Pair(pair.base, pair.donor, positions=(3, 7, 11, len(pair.base) - 1))
     pairs, layers = [pair, Pair(pair.donor, pair.base, pair.positions)], range(0, lm.n_layers, 3 if patching.n_heads(lm, site) == 1 else 10)

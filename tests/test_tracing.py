@@ -224,6 +224,31 @@ def test_random_controls_have_the_donors_norm(llama, pairs):
     assert torch.nn.functional.cosine_similarity(given["random"], donor, dim=-1).abs().max() < 0.7
 
 
+@pytest.mark.parametrize("arch", models.TINY)
+def test_attribution_is_the_slope_of_a_small_patch(arch):
+    lm, step = models.load(f"tiny:{arch}"), 2e-3
+    pair = pair_of(lm)
+    aligned = tracing._align(lm, pair, prefix=PREFIX)
+    own, wanted = aligned.answers
+    plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
+    full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
+    for site in ("resid_pre", "attn_out", "head_out"):
+        table = tracing.attribution(lm, [pair], [site], prefix=PREFIX)
+        for cell in table[table["attribution"].abs() > 1e-3].sample(3, random_state=0).itertuples():
+            head = None if pd.isna(cell.head) else int(cell.head)
+            base, donor = (
+                lm.capture([list(ids)], [(site, cell.layer)], positions=[cell.position])[site, cell.layer][0, 0]
+                for ids in (aligned.base, aligned.donor)
+            )
+            moved = base + step * (donor - base)
+            value = moved if head is None else moved[head]
+            with lm.intervene(Intervention(site, cell.layer, value, positions=cell.position, heads=head)):
+                logits = lm.logits([list(aligned.base)])[0]
+            slope = float(logits[wanted] - logits[own] - plain[0, wanted] + plain[0, own]) / step / full
+            assert cell.attribution == pytest.approx(slope, rel=0.1, abs=0.02)
+    assert not any(parameter.requires_grad for parameter in lm.hf.parameters())
+
+
 # --- a whole trace
 
 
