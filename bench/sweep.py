@@ -10,6 +10,7 @@ by the number of layers; `--stride 1` times all of it. Peak memory is that of a 
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import math
@@ -29,11 +30,11 @@ from codetrace.patching import Pair, Work, layer_tokens, patch_all
 TEXT = "a = {}\nb = 5\nc = a\nd = b\ne = c\nf = d\ng = e\nh = f\ni = g\nj = h\nk = i\nl = j\nm = k\nn = l\no = n\n#o:"
 
 
-def pair_of(lm, n_tokens: int) -> Pair:
-    "Two runs of so many tokens that differ in one of the first."
-    base, donor = (lm.ids([TEXT.format(digit)])[0][:n_tokens] for digit in (3, 7))
-    assert len(base) == n_tokens, f"the text has only {len(base)} tokens"
-    return Pair(base, donor)
+def pairs_of(lm, n_tokens: int) -> list[Pair]:
+    "Couples of runs of so many tokens that differ in one of the first; eight for a small model, whose programs are swept together, else one."
+    runs = [lm.ids([TEXT.format(digit)])[0][:n_tokens] for digit in range(9)]
+    assert len(runs[0]) == n_tokens, f"the text has only {len(runs[0])} tokens"
+    return [Pair(base, donor) for base, donor in itertools.pairwise(runs)][: 8 if lm.name == "small" else 1]
 
 
 def cut(lm, n_layers: int):
@@ -45,10 +46,12 @@ def cut(lm, n_layers: int):
 
 
 def small() -> "models.LM":
-    "A model of the size that is trained for such studies: 6 layers, 128 wide; overhead rules."
+    "A model of the size that is trained for such studies: 6 layers, 64 wide; overhead rules."
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4)
+    sizes = dict(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4
+    )
     config = AutoConfig.for_model("llama", vocab_size=8192, bos_token_id=1, eos_token_id=2, **sizes)
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
@@ -62,7 +65,8 @@ def lead(logits, i):
 
 class Bench:
     def __init__(self, options):
-        self.repeats, self.stride, self.clock = options.repeats, options.stride, time.process_time if options.cpu_time else time.perf_counter
+        self.repeats, self.stride = options.repeats, options.stride
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
 
     def alternate(self, contestants: dict) -> dict[str, float]:
         "Median seconds of each, one after the other in every round; the first round only warms up."
@@ -77,24 +81,40 @@ class Bench:
 
     def sweeps(self, lm, n_tokens: int, site: str, engines, stride: int) -> dict[str, float]:
         "Seconds of a whole sweep by each engine."
-        pair, some = pair_of(lm, n_tokens), list(range(0, lm.n_layers, stride))
-        run = lambda engine: lambda: patch_all(lm, [pair], site, lead, layers=None if engine == "staircase" else some, engine=engine)
+        pairs, some = pairs_of(lm, n_tokens), list(range(0, lm.n_layers, stride))
+        run = lambda engine: (
+            lambda: patch_all(lm, pairs, site, lead, layers=None if engine == "staircase" else some, engine=engine)
+        )
         seconds = self.alternate({engine: run(engine) for engine in ("staircase", *engines)})
         seconds |= {engine: seconds[engine] * lm.n_layers / len(some) for engine in engines}
         ratios = {engine: round(seconds[engine] / seconds["staircase"], 2) for engine in engines}
-        report(model=lm.name, layers=lm.n_layers, tokens=n_tokens, site=site, staircase=round(seconds["staircase"], 3), times_faster_than=ratios)
+        report(
+            model=lm.name,
+            layers=lm.n_layers,
+            tokens=n_tokens,
+            site=site,
+            pairs=len(pairs),
+            staircase=round(seconds["staircase"], 3),
+            times_faster_than=ratios,
+        )
         return seconds
 
     def share(self, lm, n_tokens: int) -> dict[str, float]:
         "Layer-tokens a second of the sweep over those of a plain batched forward pass; and how many were computed over how many are needed."
-        pair, work, rows = pair_of(lm, n_tokens), Work(), 32
+        pair, work, rows = pairs_of(lm, n_tokens)[0], Work(), 32
         ids = torch.tensor([pair.base] * rows)
         patch_all(lm, [pair], "resid_pre", lead, work=work)
         needed = layer_tokens(lm.n_layers, n_tokens, pair.first)
         plain = lambda: lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
         seconds = self.alternate({"plain": plain, "staircase": lambda: patch_all(lm, [pair], "resid_pre", lead)})
-        rate = {"plain": rows * n_tokens * lm.n_layers / seconds["plain"], "staircase": work.layer_tokens / seconds["staircase"]}
-        out = {"layer_tokens_over_needed": work.layer_tokens / needed, "share_of_plain_forward": rate["staircase"] / rate["plain"]}
+        rate = {
+            "plain": rows * n_tokens * lm.n_layers / seconds["plain"],
+            "staircase": work.layer_tokens / seconds["staircase"],
+        }
+        out = {
+            "layer_tokens_over_needed": work.layer_tokens / needed,
+            "share_of_plain_forward": rate["staircase"] / rate["plain"],
+        }
         report(model=lm.name, tokens=n_tokens, **out)
         return out
 
@@ -105,8 +125,10 @@ def report(**what):
 
 def difference(lm, n_tokens: int, stride: int) -> float:
     "The largest difference of any logit between staircase and naive."
-    pair, layers, whole = pair_of(lm, n_tokens), list(range(0, lm.n_layers, stride)), lambda logits, i: logits
-    got, want = (patch_all(lm, [pair], "resid_pre", whole, layers=layers, engine=engine)[0] for engine in ("staircase", "naive"))
+    pair, layers, whole = pairs_of(lm, n_tokens)[0], list(range(0, lm.n_layers, stride)), lambda logits, i: logits
+    got, want = (
+        patch_all(lm, [pair], "resid_pre", whole, layers=layers, engine=engine)[0] for engine in ("staircase", "naive")
+    )
     assert torch.equal(got.argmax(-1), want.argmax(-1)), "a prediction differs"
     return (got - want).abs().max().item()
 
@@ -125,12 +147,23 @@ def peak(options) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 repeats, loops on every tenth layer, 25 tokens only")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 repeats, loops timed on every tenth layer, 25 tokens only"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
-    parser.add_argument("--stride", type=int, default=3, help="time loops over cells on every so many layers (heads: five times as many)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=3,
+        help="time loops over cells on every so many layers (heads: five times as many)",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cpu-time", action="store_true", help="count the process's own time: on a machine that others use, with --threads 1")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process's own time: on a machine that others use, with --threads 1",
+    )
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -139,13 +172,15 @@ def main() -> None:
     torch.set_grad_enabled(False)
     lm = models.load("smollm2", dtype=options.dtype, attn="eager")
     if options.peak:
-        patch_all(lm, [pair_of(lm, 25)] * 4, "resid_pre", lead)
+        patch_all(lm, pairs_of(lm, 25) * 4, "resid_pre", lead)
         return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     bench, loops, heads_stride = Bench(options), ("naive", "nnsight", "transformer_lens"), min(5 * options.stride, 30)
     sizes = [25] if options.quick else [25, 12, 60]
     tiny, by_tokens, by_layers, heads, little = small(), {}, {}, {}, {}
     for n in sizes:
-        by_tokens[n] = bench.sweeps(lm, n, "resid_pre", loops if n == 25 else ("naive",), options.stride * (1 if n < 60 else 3))
+        by_tokens[n] = bench.sweeps(
+            lm, n, "resid_pre", loops if n == 25 else ("naive",), options.stride * (1 if n < 60 else 3)
+        )
         little[n] = bench.sweeps(tiny, n, "resid_pre", loops, 1)
     for n in sizes[:2]:
         heads[n] = bench.sweeps(lm, n, "head_out", ("naive",), heads_stride)

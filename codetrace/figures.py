@@ -66,7 +66,12 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     return placed
 
 # %% ../nbs/06_figures.ipynb #b7bcd75b
-_SERIES = [{"marker": "o", "mfc": "white"}, {"marker": "o", "mfc": "k"}, {"marker": "s", "mfc": "0.5"}, {"marker": "^", "mfc": "white"}]
+_SERIES = [
+    {"marker": "o", "mfc": "white"},
+    {"marker": "o", "mfc": "k"},
+    {"marker": "s", "mfc": "0.5"},
+    {"marker": "^", "mfc": "white"},
+]
 
 
 def _series(ax: Axes, rows: pd.DataFrame, look: dict, shift: float):
@@ -81,12 +86,12 @@ def _panel(ax: Axes, cells: pd.DataFrame, name: str, many: bool):
     lengths = sorted(cells["seq_len"].unique())
     cells = cells.assign(at=cells["seq_len"].map(lengths.index))
     floor = cells.groupby("at")["baseline"].max()
-    ax.step(
-        [-0.4, *[at + 0.4 for at in floor.index]], [floor.iloc[0], *floor], where="pre", color=GREY, lw=1, zorder=0
-    )
+    ax.step([-0.4, *[at + 0.4 for at in floor.index]], [floor.iloc[0], *floor], where="pre", color=GREY, lw=1, zorder=0)
     for k, (_, rows) in enumerate(cells.groupby("series", sort=True)):
         _series(ax, rows.sort_values("at"), _SERIES[k % len(_SERIES)], 0.12 * k if many else 0)
-    ax.set(title=name, ylim=(-0.03, 1.03), xlim=(-0.5, len(lengths) - 0.3), xticks=range(len(lengths)), xticklabels=lengths)
+    ax.set(
+        title=name, ylim=(-0.03, 1.03), xlim=(-0.5, len(lengths) - 0.3), xticks=range(len(lengths)), xticklabels=lengths
+    )
     ax.set_yticks([0, 0.5, 1])
     range_frame(ax, (0, len(lengths) - 1), (0, 1))
 
@@ -101,7 +106,9 @@ def accuracy(
     panels = list(table.groupby(["task", "depth"], sort=False, dropna=False))
     width, rows = min(columns, len(panels)), -(-len(panels) // columns)
     with style():
-        fig, axes = plt.subplots(rows, width, figsize=(2.1 * width + 0.9, 1.75 * rows + 0.3), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(
+            rows, width, figsize=(2.1 * width + 0.9, 1.75 * rows + 0.3), sharey=True, squeeze=False
+        )
         for ax, ((task, depth), cells) in zip(axes.flat, panels):
             name = task.replace("_", " ") + ("" if depth != depth else f", depth {int(depth)}")
             _panel(ax, cells, name, table["series"].nunique() > 1)
@@ -143,7 +150,12 @@ def agreement(
             ax.hlines(y, rows["low"], rows["high"], color="k", lw=0.8)
             ax.plot(rows["share"], y, "o", color="k", ms=4.5)
             ax.plot(rows["chance"], y, "|", color=GREY, ms=9, mew=1.5)
-            ax.set(title=f"{series}, {int(rows['n'].max())} wrong", xlim=(-0.02, 1), ylim=(len(names) - 0.5, -0.5), xticks=[0, 0.5, 1])
+            ax.set(
+                title=f"{series}, {int(rows['n'].max())} wrong",
+                xlim=(-0.02, 1),
+                ylim=(len(names) - 0.5, -0.5),
+                xticks=[0, 0.5, 1],
+            )
             ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
             ax.spines["left"].set_visible(False)
             ax.tick_params(axis="y", length=0)
@@ -173,7 +185,7 @@ def _paint(ax: Axes, values: "np.ndarray", limit: float):
     ax.set_xticks(range(0, values.shape[1], step))
     return drawn
 
-# %% ../nbs/06_figures.ipynb #98dd93d8
+# %% ../nbs/06_figures.ipynb #24183291
 def _panels(values: dict[str, "np.ndarray"], caption: str, xlabel: str = "layer", label_width: float = 1.6):
     "A row of grids on one scale; gives figure and axes. `label_width` is in inches."
     import matplotlib.pyplot as plt
@@ -182,17 +194,33 @@ def _panels(values: dict[str, "np.ndarray"], caption: str, xlabel: str = "layer"
     rows, columns = next(iter(values.values())).shape
     limit = max((np.nanmax(np.abs(v)) for v in values.values() if not np.isnan(v).all()), default=1) or 1
     width = max(1.6, min(3.4, 0.095 * columns))
-    size = label_width + (width + 0.1) * len(values) + 0.8, max(1.1, 0.155 * rows) + 0.75
+    size = label_width + (width + 0.1) * len(values) + 0.8, max(0.3, 0.155 * rows) + 0.95
     fig, axes = plt.subplots(1, len(values), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, (title, matrix) in zip(axes.flat, values.items()):
         drawn = _paint(ax, matrix, limit)
         ax.set(title=title, xlabel=xlabel)
-    bar = fig.colorbar(drawn, ax=axes, shrink=min(1, 1.1 / (0.155 * rows + 0.2)), aspect=12, pad=0.01, anchor=(0, 1.0))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=7)
-    fig.supxlabel(caption, x=0.005, ha="left", fontsize=7, color="0.35")
+    _bar(fig, drawn, ax=axes, shrink=min(1, 1.1 / (0.155 * rows)), aspect=12, pad=0.01)
+    _caption(fig, caption)
     plt.close(fig)
     return fig, list(axes.flat)
+
+
+def _bar(fig: Figure, drawn, **place):
+    "The scale of a grid, without a box."
+    bar = fig.colorbar(drawn, anchor=(0, 1.0), **place)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7)
+
+
+def _caption(fig: Figure, text: str):
+    "What a figure shows, how many programs, which intervals: small, below it."
+    fig.supxlabel(text, x=0.005, ha="left", fontsize=7, color="0.35")
+
+
+def _beside(ax: Axes, row: int, text: str, right: bool, points: float, **look):
+    "Text beside a row of a grid, `points` from its edge."
+    place = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 7.5}
+    ax.annotate(text, (int(right), row), (points, 0), **place, **look)
 
 
 def _of(rows: pd.DataFrame) -> int:
@@ -202,7 +230,7 @@ def _of(rows: pd.DataFrame) -> int:
 # %% ../nbs/06_figures.ipynb #94b823a7
 _VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
-
+# %% ../nbs/06_figures.ipynb #daa6c1c1
 def token_grid(
     cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, name` and the metrics; NaN is not swept
     metrics: tuple[str, ...] = ("effect",),  # A panel each, and for each site
@@ -218,16 +246,17 @@ def token_grid(
                 values[title] = rows.pivot(index="position", columns="layer", values=metric).to_numpy(float)
         caption = "One program. Effect: share of the logit difference between the two answers\nthat one patched state brings about. Hatched: not swept."
         fig, axes = _panels(values, caption, label_width=2.6)
-        axes[0].set_yticks(range(len(tokens)), [t.translate(_VISIBLE) for t in tokens["token"]], family="DejaVu Sans Mono", fontsize=7.5)
+        shown = [token.translate(_VISIBLE) for token in tokens["token"]]
+        axes[0].set_yticks(range(len(tokens)), shown, family="DejaVu Sans Mono", fontsize=7.5)
         lines = _line_starts(list(tokens["token"]))
         left = -48 - 4.6 * max(len(text) for _, text in lines)
         for row, text in lines:
-            axes[0].annotate(text, (0, row), (left, 0), xycoords=axes[0].get_yaxis_transform(), textcoords="offset points", va="center", family="DejaVu Sans Mono", fontsize=7.5, color="0.45")
+            _beside(axes[0], row, text, False, left, family="DejaVu Sans Mono", color="0.45")
         for row, name in enumerate(tokens["name"]):
-            axes[-1].annotate(name, (1, row), (3, 0), xycoords=axes[-1].get_yaxis_transform(), textcoords="offset points", va="center", fontsize=7.5)
+            _beside(axes[-1], row, name, True, 3)
     return fig
 
-
+# %% ../nbs/06_figures.ipynb #007bfff4
 def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
     "Index of the first token of each line, and the line."
     starts, lines = [0], "".join(tokens).split("\n")
@@ -247,17 +276,25 @@ def name_grid(
         for site, rows in summary.groupby("site", sort=False):
             for metric in metrics:
                 title = f"{site}, {'success rate' if metric == 'success' else metric.replace('_', ' ')}"
-                values[title] = rows.pivot(index="name", columns="layer", values=metric).reindex(index=names, columns=layers).to_numpy(float)
+                values[title] = (
+                    rows.pivot(index="name", columns="layer", values=metric)
+                    .reindex(index=names, columns=layers)
+                    .to_numpy(float)
+                )
         caption = f"Mean over n = {_of(summary)} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the donor's."
         fig, axes = _panels(values, caption)
         counts = summary.groupby("name")["n"].max()
-        axes[0].set_yticks(range(len(names)), [name if counts[name] == _of(summary) else f"{name} (n = {counts[name]})" for name in names], fontsize=8)
+        axes[0].set_yticks(
+            range(len(names)),
+            [name if counts[name] == _of(summary) else f"{name} (n = {counts[name]})" for name in names],
+            fontsize=8,
+        )
     return fig
 
 # %% ../nbs/06_figures.ipynb #3dbc55ed
 _MARKS = {"random": "x", "unrelated, same answer": "^", "unrelated, base's answer": "v", "no-op": "|"}
 
-
+# %% ../nbs/06_figures.ipynb #9ca743d6
 def layer_lines(
     summary: pd.DataFrame,  # One row a cell: `layer, name, n`, the metric and its interval
     metric: str = "effect",  # Or `success`
@@ -272,86 +309,108 @@ def layer_lines(
     wide, last = min(columns, len(lines)), int(summary["layer"].max())
     rows = -(-len(lines) // wide)
     with style():
-        fig, axes = plt.subplots(rows, wide, figsize=(1.75 * wide + 0.4, 1.35 * rows + 0.65), sharex=True, sharey=True, squeeze=False, layout="constrained")
+        size = 1.75 * wide + 0.4, 1.35 * rows + 0.65
+        options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+        fig, axes = plt.subplots(rows, wide, figsize=size, **options)
+        bottom, top = min(0, summary[low].min(), summary[metric].min()), max(1, summary[metric].max())
         for ax, (name, own) in zip(axes.flat, lines.items()):
             for other in lines.values():
                 ax.plot(other["layer"], other[metric], color="0.8", lw=0.6, zorder=0)
-            ax.fill_between(own["layer"], own[low], own[high], color="0.6", alpha=0.5, lw=0, zorder=1)
-            ax.plot(own["layer"], own[metric], color="k", lw=1.1)
+            _line(ax, own, metric, low, high)
             _control_marks(ax, controls, name, metric)
             ax.set_title(name + ("" if own["n"].max() == _of(summary) else f" (n = {own['n'].max()})"), pad=3)
-            bottom, top = min(0, summary[low].min(), summary[metric].min()), max(1, summary[metric].max())
             ax.set(yticks=[0, 0.5, 1], xticks=sorted({0, last // 2, last}))
-            range_frame(ax, (0, last), (min(0, bottom), max(1, top)))
+            range_frame(ax, (0, last), (bottom, top))
         for i, ax in enumerate(axes.flat):
             ax.tick_params(labelbottom=i + wide >= len(lines))
             if i >= len(lines):
                 ax.axis("off")
         axes[0, 0].set_ylabel("success rate" if metric == "success" else metric.replace("_", " "))
         axes[-1, 0].set_xlabel("layer")
-        fig.supxlabel(_lines_caption(summary, metric, controls), x=0.005, ha="left", fontsize=7, color="0.35")
+        _caption(fig, _lines_caption(summary, metric, controls))
         plt.close(fig)
     return fig
 
 # %% ../nbs/06_figures.ipynb #b34c501b
+def _line(ax: Axes, own: pd.DataFrame, metric: str, low: str, high: str):
+    "One line with its band."
+    ax.fill_between(own["layer"], own[low], own[high], color="0.6", alpha=0.5, lw=0, zorder=1)
+    ax.plot(own["layer"], own[metric], color="k", lw=1.1)
+
+
 def _control_marks(ax: Axes, controls, name: str, metric: str):
     "Marks for the control experiments at one named position."
     if controls is None:
         return
     for control, rows in controls[controls["name"] == name].groupby("control", sort=False):
         if control != "no-op":
-            ax.plot(rows["layer"], rows[metric], _MARKS.get(control, "."), color="k", mfc="w", ms=3.2, mew=0.6, zorder=3)
+            ax.plot(
+                rows["layer"], rows[metric], _MARKS.get(control, "."), color="k", mfc="w", ms=3.2, mew=0.6, zorder=3
+            )
 
 
 def _lines_caption(summary, metric: str, controls) -> str:
     interval = "95% bootstrap intervals" if metric == "effect" else "95% Wilson intervals"
     caption = f"Mean over n = {_of(summary)} programs, {interval}; grey: the other positions."
     if controls is not None and len(controls):
-        shown = {"random": "× random state of the donor's norm", "unrelated, same answer": "△ state of an unrelated program with the donor's answer", "unrelated, base's answer": "▽ … with the base's answer"}
+        shown = {
+            "random": "× random state of the donor's norm",
+            "unrelated, same answer": "△ state of an unrelated program with the donor's answer",
+            "unrelated, base's answer": "▽ … with the base's answer",
+        }
         kinds = [text for kind, text in shown.items() if kind in set(controls["control"])]
         caption += f"\nControls (n ≤ {_of(controls)}): " + ", ".join(kinds) + "."
     return caption
+
+# %% ../nbs/06_figures.ipynb #3ed45b8c
+def _strongest(ax: Axes, best: pd.DataFrame):
+    "Heads with their intervals, a row each."
+    y = range(len(best))
+    ax.hlines(y, best["low"], best["high"], color="k", lw=0.8)
+    ax.plot(best["effect"], y, "o", color="k", ms=3.5)
+    ax.axvline(0, color=GREY, lw=0.6, zorder=0)
+    ax.set_yticks(
+        y,
+        [f"layer {r.layer}, head {r.head}, {r.name_}" for r in best.rename(columns={"name": "name_"}).itertuples()],
+        fontsize=7.5,
+    )
+    ax.set(ylim=(len(best) - 0.5, -0.5), title="strongest heads", xlabel="effect")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
 
 # %% ../nbs/06_figures.ipynb #ef2b80b4
 def head_grid(
     summary: pd.DataFrame,  # One row a cell: `layer, head, name, n, effect, low, high`
     names: int = 3,  # Grids, for the names with the largest effects
     top: int = 10,  # Heads listed
-    ranking: pd.DataFrame | None = None,  # Heads to list, best first, with intervals from other programs than they were chosen on; None: those of `summary`
+    ranking: pd.DataFrame | None = None,  # Heads to list, best first; None: chosen from `summary` itself
 ) -> Figure:
     "Layers by heads, and the strongest heads."
     import matplotlib.pyplot as plt
-    import numpy as np
 
     cells = summary[summary["head"].notna()].assign(size=lambda t: t["effect"].abs())
     shown = list(cells.groupby("name")["size"].max().sort_values(ascending=False).index[:names])
     best = (cells.sort_values("size", ascending=False) if ranking is None else ranking).head(top)
     limit = cells["size"].max() or 1
     with style():
-        fig, axes = plt.subplots(1, len(shown) + 1, figsize=(1.5 * len(shown) + 3.6, 3.1), layout="constrained", width_ratios=[1] * len(shown) + [1.5])
+        widths = [1] * len(shown) + [1.5]
+        size = 1.5 * len(shown) + 3.6, 3.1
+        fig, axes = plt.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
         for ax, name in zip(axes, shown):
             rows = cells[cells["name"] == name]
             drawn = _paint(ax, rows.pivot(index="layer", columns="head", values="effect").to_numpy(float), limit)
             ax.invert_yaxis()
             ax.set(title=name, xlabel="head")
         axes[0].set_ylabel("layer")
-        bar = fig.colorbar(drawn, ax=axes[-2], shrink=0.35, aspect=10, anchor=(0, 1.0))
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=7)
-        y, ax = np.arange(len(best)), axes[-1]
-        ax.hlines(y, best["low"], best["high"], color="k", lw=0.8)
-        ax.plot(best["effect"], y, "o", color="k", ms=3.5)
-        ax.axvline(0, color=GREY, lw=0.6, zorder=0)
-        ax.set_yticks(y, [f"layer {r.layer}, head {r.head}, {r.name_}" for r in best.rename(columns={"name": "name_"}).itertuples()], fontsize=7.5)
-        ax.set(ylim=(len(best) - 0.5, -0.5), title="strongest heads", xlabel="effect")
-        ax.spines["left"].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-        how = "chosen on the other half of the programs" if ranking is not None else "chosen and judged on the same programs"
-        fig.supxlabel(f"Mean over n = {_of(summary)} programs; strongest heads: n = {_of(best)}, 95% bootstrap intervals, {how}.", x=0.005, ha="left", fontsize=7, color="0.35")
+        _bar(fig, drawn, ax=axes[-2], shrink=0.35, aspect=10)
+        _strongest(axes[-1], best)
+        how = "chosen on the other half of the programs" if ranking is not None else "chosen on the same programs"
+        intervals = f"strongest heads: n = {_of(best)}, 95% bootstrap intervals, {how}"
+        _caption(fig, f"Mean over n = {_of(summary)} programs; {intervals}.")
         plt.close(fig)
     return fig
 
-# %% ../nbs/06_figures.ipynb #acdf5a1d
+# %% ../nbs/06_figures.ipynb #6102373c
 def exact_against(
     cells: "pd.DataFrame",  # One row a cell, with `effect` and the approximation
     approximation: str,  # Its column
@@ -363,13 +422,15 @@ def exact_against(
     sites = list(real.groupby("site", sort=False))
     low, high = min(real["effect"].min(), 0), max(real["effect"].max(), 1)
     with style():
-        fig, axes = plt.subplots(1, len(sites), figsize=(2.3 * len(sites) + 0.4, 2.5), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            1, len(sites), figsize=(2.3 * len(sites) + 0.4, 2.5), squeeze=False, layout="constrained"
+        )
         for ax, (site, rows) in zip(axes.flat, sites):
             ax.plot([low, high], [low, high], color=GREY, lw=0.6, zorder=0)
-            ax.plot(rows["effect"], rows[approximation], ".", color="k", ms=2, alpha=0.4, mew=0)
+            ax.plot(rows["effect"], rows[approximation], ".", color="k", ms=3.5, alpha=0.6, mew=0)
             ax.set(title=site, xlabel="exact effect")
             range_frame(ax, (low, high), (rows[approximation].min(), rows[approximation].max()))
         axes[0, 0].set_ylabel(approximation)
-        fig.supxlabel(f"n = {_of(real)} programs, a dot a cell; grey: exact.", x=0.005, ha="left", fontsize=7, color="0.35")
+        _caption(fig, f"n = {_of(real)} programs, a dot a cell; grey: exact.")
         plt.close(fig)
     return fig

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -37,12 +36,16 @@ class Pair:
         for name in ("base", "donor"):
             object.__setattr__(self, name, tuple(int(t) for t in getattr(self, name)))
         if len(self.base) != len(self.donor) or not self.base:
-            raise BadInput(f"base has {len(self.base)} tokens, donor {len(self.donor)}: a pair needs two runs of one length, of at least one token")
+            raise BadInput(
+                f"base has {len(self.base)} tokens, donor {len(self.donor)}: a pair needs two runs of one length, of at least one token"
+            )
         positions = range(len(self.base)) if self.positions is None else self.positions
         object.__setattr__(self, "positions", tuple(int(p) for p in positions))
         wrong = [p for p in self.positions if not 0 <= p < len(self.base)]
         if wrong:
-            raise BadInput(f"position {wrong[0]} is outside a pair of {len(self.base)} tokens: positions are 0 to {len(self.base) - 1}")
+            raise BadInput(
+                f"position {wrong[0]} is outside a pair of {len(self.base)} tokens: positions are 0 to {len(self.base) - 1}"
+            )
 
     @property
     def first(self) -> int:  # The length where nothing differs
@@ -101,7 +104,9 @@ def _where(lm: LM, site: str, layer: int) -> tuple[torch.nn.Module, str]:
 def _watch(
     lm: LM,
     site: str,
-    see: dict[int, Callable[[Float[Tensor, "batch pos head d_head"]], None]],  # By layer; each is called with the site's view, and may write into it
+    see: dict[
+        int, Callable[[Float[Tensor, "batch pos head d_head"]], None]
+    ],  # By layer; each is called with the site's view, and may write into it
 ):
     "A block in which functions see, and may change in place, a site of some layers."
     view, handles = _view(lm, site), []
@@ -113,7 +118,11 @@ def _watch(
         def leave(_, args, out):
             f(view(out[0] if isinstance(out, tuple) else out))
 
-        return module.register_forward_hook(leave) if side == "output" else module.register_forward_pre_hook(enter, with_kwargs=True)
+        return (
+            module.register_forward_hook(leave)
+            if side == "output"
+            else module.register_forward_pre_hook(enter, with_kwargs=True)
+        )
 
     try:
         for layer, f in see.items():
@@ -124,7 +133,9 @@ def _watch(
             handle.remove()
 
 # %% ../nbs/08_patching.ipynb #ef956d8a
-Measure = Callable[[Float[Tensor, "rows vocab"], int], Float[Tensor, "rows metric"]]  # final logits of some cells, and the number of their pair
+Measure = Callable[
+    [Float[Tensor, "rows vocab"], int], Float[Tensor, "rows metric"]
+]  # final logits of some cells, and the number of their pair
 Cell = tuple[int, int, int]  # index of the layer in `layers`, head, index of the position in `pair.positions`
 
 # %% ../nbs/08_patching.ipynb #c06414bf
@@ -169,11 +180,12 @@ class _Ask:
 
 def _cells(pair: Pair, ask: _Ask) -> Iterator[tuple[Cell, int, int, int]]:
     "Each cell that must be computed, and its layer, head and position."
+    first = 0 if ask.everything else pair.first
+    where = [(at, position) for at, position in enumerate(pair.positions) if position >= first]
     for at, layer in enumerate(ask.layers):
         for head in range(ask.heads):
-            for where, position in enumerate(pair.positions):
-                if position >= pair.first or ask.everything:
-                    yield (at, head, where), layer, head, position
+            for column, position in where:
+                yield (at, head, column), layer, head, position
 
 # %% ../nbs/08_patching.ipynb #616a80b8
 def _naive(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
@@ -190,7 +202,10 @@ def _naive(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
             top = min(layer + ask.window, lm.n_layers)
             with _watch(lm, ask.site, {k: write(states[k], head, position) for k in range(layer, top)}):
                 logits = _final_logits(lm, pair.base)
-            ask.work.cells, ask.work.layer_tokens = ask.work.cells + 1, ask.work.layer_tokens + lm.n_layers * len(pair.base)
+            ask.work.cells, ask.work.layer_tokens = (
+                ask.work.cells + 1,
+                ask.work.layer_tokens + lm.n_layers * len(pair.base),
+            )
             yield i, [cell], logits
 
 # %% ../nbs/08_patching.ipynb #386b1bbf
@@ -233,7 +248,9 @@ def _check(lm: LM, site: str, layers: Sequence[int] | None, window: int) -> list
     if window < 1:
         raise BadInput(f"window={window}: a window is at least one layer")
     if lm._interventions:
-        raise BadInput("patch_all inside an `intervene` block: not every engine would see the intervention; leave the block first")
+        raise BadInput(
+            "patch_all inside an `intervene` block: not every engine would see the intervention; leave the block first"
+        )
     return layers
 
 # %% ../nbs/08_patching.ipynb #b922d619
@@ -291,11 +308,16 @@ def _norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 def _linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Callable[[Tensor], Tensor]:
     "A product with weights: for many rows in float32 on a CPU by oneDNN, which is faster there than the library torch calls by default."
     plain, kernel = torch.nn.functional.linear, getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available() or kernel is None:
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+        or kernel is None
+    ):
         return lambda x: plain(x, weight, bias)
-    return lambda x: kernel(x, weight, bias, "none", [], "") if len(x) >= 192 else plain(x, weight, bias)
+    return lambda x: kernel(x, weight, bias, "none", [], "") if x.shape[0] >= 64 else plain(x, weight, bias)
 
-
+# %% ../nbs/08_patching.ipynb #9bd879c8
 def _dense(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     "A linear module; the module itself if it is anything more than that (quantized, adapted, hooked)."
     bare = type(module) is torch.nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
@@ -321,13 +343,17 @@ def _then(*steps: Callable) -> Callable[[Tensor], Tensor]:
 # %% ../nbs/08_patching.ipynb #537d0626
 def _llama_block(lm: LM, i: int) -> _Block:
     "Llama, Qwen 2 and 3, Gemma 2 and 3."
-    layer, config, heads = lm.layers[i], lm.hf.config, lambda x: x.unflatten(-1, (-1, lm.d_head))
+    layer, config, heads = lm.layers[i], lm.hf.config, lambda x: x.view(x.shape[0], -1, lm.d_head)
     attn, gemma = layer.self_attn, lm.arch.startswith("gemma")
     kind = (getattr(config, "layer_types", None) or ["full_attention"] * lm.n_layers)[i]
-    q_norm, k_norm = (_norm(getattr(attn, name)) if hasattr(attn, name) else (lambda x: x) for name in ("q_norm", "k_norm"))
+    q_norm, k_norm = (
+        _norm(getattr(attn, name)) if hasattr(attn, name) else (lambda x: x) for name in ("q_norm", "k_norm")
+    )
     q, k, v, out = (_dense(getattr(attn, f"{name}_proj")) for name in "qkvo")
     mid = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
-    after = [[_norm(getattr(layer, f"post_{part}_layernorm"))] if gemma else [] for part in ("attention", "feedforward")]
+    after = [
+        [_norm(getattr(layer, f"post_{part}_layernorm"))] if gemma else [] for part in ("attention", "feedforward")
+    ]
     return _Block(
         norm=_norm(layer.input_layernorm),
         q=lambda x: q_norm(heads(q(x))),
@@ -355,12 +381,16 @@ def _gpt2_block(lm: LM, i: int) -> _Block:
         out=layer.attn.c_proj, mlp=_then(layer.ln_2, layer.mlp), scale=layer.attn.scaling, rope=None,
     )  # fmt: skip
 
-
+# %% ../nbs/08_patching.ipynb #6368d298
 def _neox_block(lm: LM, i: int) -> _Block:
     "GPT-NeoX: query, key and value of one head, then of the next."
     layer, attn = lm.layers[i], lm.layers[i].attention
     weight = attn.query_key_value.weight.unflatten(0, (lm.n_heads, 3, lm.d_head))
-    bias = weight.new_zeros(weight.shape[:3]) if attn.query_key_value.bias is None else attn.query_key_value.bias.view(weight.shape[:3])
+    bias = (
+        weight.new_zeros(weight.shape[:3])
+        if attn.query_key_value.bias is None
+        else attn.query_key_value.bias.view(weight.shape[:3])
+    )
     q, k, v = (_linear(weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3))
     heads = lambda x: x.unflatten(-1, (lm.n_heads, -1))
     mlp = _dense(layer.mlp.dense_h_to_4h), layer.mlp.act, _dense(layer.mlp.dense_4h_to_h)
@@ -371,7 +401,9 @@ def _neox_block(lm: LM, i: int) -> _Block:
     )  # fmt: skip
 
 
-_BLOCKS = {"gpt2": _gpt2_block, "gpt_neox": _neox_block} | dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "gemma3"), _llama_block)
+_BLOCKS = {"gpt2": _gpt2_block, "gpt_neox": _neox_block} | dict.fromkeys(
+    ("llama", "qwen2", "qwen3", "gemma2", "gemma3"), _llama_block
+)
 
 # %% ../nbs/08_patching.ipynb #37e3cd12
 class NoFastPath(BadInput):
@@ -387,7 +419,9 @@ def _refusal(lm: LM) -> str | None:
         return "it lies on several devices"
     if lm.arch in ("gpt2", "gpt_neox") and getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized"
-    if set(getattr(config, "layer_types", None) or _KINDS) - set(_KINDS) or getattr(config, "use_bidirectional_attention", False):
+    if set(getattr(config, "layer_types", None) or _KINDS) - set(_KINDS) or getattr(
+        config, "use_bidirectional_attention", False
+    ):
         return "its attention is of a kind other than causal, full or sliding"
     return None
 
@@ -467,7 +501,9 @@ def _attend(
     return z.view(rows, kv, n, group * d).transpose(1, 2).reshape(rows, n, heads * d)
 
 
-def _rotate(x: Float[Tensor, "tokens head d_head"], cos: Float[Tensor, "tokens rotary"], sin: Float[Tensor, "tokens rotary"]) -> Tensor:
+def _rotate(
+    x: Float[Tensor, "tokens head d_head"], cos: Float[Tensor, "tokens rotary"], sin: Float[Tensor, "tokens rotary"]
+) -> Tensor:
     "Rotary embedding of the first dimensions of every head, as halves."
     n, half = cos.shape[-1], cos.shape[-1] // 2
     cos, sin = cos[:, None], sin[:, None]
@@ -495,7 +531,9 @@ class _Walk:
         for window in {block.window for block in self.blocks}:
             ahead = at[:, None] - at
             seen = (ahead >= 0) & (ahead < (window or n_tokens))
-            self.masks[window] = torch.zeros(seen.shape, device=lm.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+            self.masks[window] = torch.zeros(seen.shape, device=lm.device).masked_fill(
+                ~seen, torch.finfo(torch.float32).min
+            )
 
 # %% ../nbs/08_patching.ipynb #f4c23f3b
 @patch
@@ -520,6 +558,20 @@ def embed(self: _Walk, tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "tokens
     return x.flatten(0, 1)
 
 # %% ../nbs/08_patching.ipynb #c7d72646
+def _read(
+    k: Float[Tensor, "tokens head d_head"],
+    v: Float[Tensor, "tokens head d_head"],
+    grid: _Grid,
+    cache: tuple[Tensor, Tensor] | None,
+) -> tuple[Float[Tensor, "rows head pos d_head"], ...]:
+    "Keys and values of whole runs: the rows' own, before them the cache's."
+    if cache is None:
+        return tuple(grid.spread(t).transpose(1, 2) for t in (k, v))
+    for old, new in zip(cache, (k, v)):
+        old.transpose(1, 2)[grid.row, grid.pos] = new
+    return cache
+
+# %% ../nbs/08_patching.ipynb #02096f37
 @patch
 def layer(
     self: _Walk,
@@ -527,8 +579,11 @@ def layer(
     x: Float[Tensor, "tokens d_model"],  # Stream before the layer
     grid: _Grid,
     put: Put,
-    cache: tuple[Tensor, Tensor] | None = None,  # Base keys and values of each row, "rows kv_head pos d_head"; written into
-) -> Float[Tensor, "tokens d_model"] | Float[Tensor, "rows d_model"]:  # Stream after it; only the final tokens after the last layer
+    cache: tuple[Tensor, Tensor]
+    | None = None,  # Base keys and values of each row, "rows kv_head pos d_head"; written into
+) -> (
+    Float[Tensor, "tokens d_model"] | Float[Tensor, "rows d_model"]
+):  # Stream after it; only the final tokens after the last layer
     "One layer, with every site shown to `put`."
     block = self.blocks[i]
     put("resid_pre", x)
@@ -537,12 +592,7 @@ def layer(
     put("key", k)
     put("value", v)
     k = self.turn(i, k, pos)
-    if cache is None:
-        k, v = (grid.spread(t).transpose(1, 2) for t in (k, v))
-    else:
-        for old, new in zip(cache, (k, v)):
-            old.transpose(1, 2)[grid.row, pos] = new
-        k, v = cache
+    k, v = _read(k, v, grid, cache)
     put("cached_key", k)
     put("cached_value", v)
     if i == self.L - 1:
@@ -551,7 +601,7 @@ def layer(
     q = q[:, None] if i == self.L - 1 else grid.spread(q)
     put("query", q)
     z = self.attend(i, q, k, v)
-    self.work.layer_tokens += len(x)
+    self.work.layer_tokens += x.shape[0]
     return _finish(block, x, z[:, 0] if i == self.L - 1 else grid.pack(z), put)
 
 # %% ../nbs/08_patching.ipynb #054a7dcb
@@ -561,7 +611,9 @@ def run(
     runs: Sequence[Sequence[int]],  # Token ids
     keep: Sequence[str],  # Sites
     chunk: int,  # Tokens at a time
-) -> dict[str, list[Float[Tensor, "batch pos ..."]]]:  # By site, a tensor a layer; of the last layer, what comes after attention has only the final position
+) -> dict[
+    str, list[Float[Tensor, "batch pos ..."]]
+]:  # By site, a tensor a layer; of the last layer, what comes after attention has only the final position
     "Plain runs, and their values at some sites; `resid_pre` has one more, the stream after the last layer."
     parts, n = [], max(1, chunk // self.n_tokens)
     for rows in (runs[i : i + n] for i in range(0, len(runs), n)):
@@ -569,7 +621,9 @@ def run(
 
         def put(site, x, kept=kept, rows=rows):
             if site in kept:
-                kept[site].append((x if site.startswith(("cached", "query")) else x.unflatten(0, (len(rows), -1))).clone())
+                kept[site].append(
+                    (x if site.startswith(("cached", "query")) else x.unflatten(0, (len(rows), -1))).clone()
+                )
 
         grid = _Grid.of(torch.zeros(len(rows), dtype=torch.long, device=self.lm.device), self.n_tokens)
         x = self.embed(torch.tensor(rows, device=self.lm.device))
@@ -634,7 +688,11 @@ def entering(self: _Sweep, i: int, rows: _Rows) -> Float[Tensor, "rows d_model"]
     else:
         known[self.site] = new
     if self.site == "mlp_out":
-        known |= {"attn_out" if block.parallel else "resid_mid": self.there(base["attn_out" if block.parallel else "resid_mid"], i, rows)}
+        known |= {
+            "attn_out" if block.parallel else "resid_mid": self.there(
+                base["attn_out" if block.parallel else "resid_mid"], i, rows
+            )
+        }
     elif block.parallel:
         known["mlp_out"] = self.there(base["mlp_out"], i, rows)
     self.walk.work.layer_tokens += 0 if "mlp_out" in known else len(rows)
@@ -696,7 +754,7 @@ def join(self: _Sweep, i: int, rows: _Rows) -> tuple[Float[Tensor, "tokens d_mod
     x[grid.first] = self.entering(i, rows)
     return x, grid
 
-
+# %% ../nbs/08_patching.ipynb #dd9780ef
 @patch
 def climb(self: _Sweep, rows: _Rows) -> Float[Tensor, "rows d_model"]:
     "The final stream of every row."
@@ -752,7 +810,7 @@ def _halving(items, run: Callable) -> Iterator:
         try:
             result = run(part)
         except RuntimeError as error:  # torch.OutOfMemoryError on an accelerator; a plain RuntimeError on a CPU
-            if len(part) < 2 or not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            if len(part) < 2 or not (isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)):
                 raise
             result = None
         if result is None:
@@ -794,11 +852,11 @@ def _prepare(walk: _Walk, ask: _Ask, numbers: list[int]) -> _Sweep:
     return _Sweep(walk, site, ask.window, base, donor, chunk)
 
 # %% ../nbs/08_patching.ipynb #4b796727
-def _same(sweep: _Sweep, i: int) -> np.ndarray:
-    "Where layer i of base and donor hold the same, 'batch pos head'."
+def _same(sweep: _Sweep, i: int) -> list[list[list[bool]]]:
+    "Where layer i of base and donor hold the same: by pair, position from the end, head."
     split = (sweep.walk.lm.n_heads, -1) if sweep.site == "head_out" else (n_heads(sweep.walk.lm, sweep.site), -1)
     base, donor = (x.flatten(2).unflatten(-1, split) for x in (sweep.base[sweep.site][i], sweep.donor[i]))
-    return (base == donor).all(-1).cpu().numpy()
+    return (base == donor).all(-1).tolist()
 
 
 def _rows(ask: _Ask, numbers: list[int], sweep: _Sweep) -> _Rows:
@@ -813,7 +871,7 @@ def _rows(ask: _Ask, numbers: list[int], sweep: _Sweep) -> _Rows:
             if layer + after >= L and p < T - 1 and sweep.site not in ("key", "value"):
                 continue  # the final position never reads it
             window = range(layer, min(layer + sweep.window, layers))
-            if same is None or not all(same[k][b, p - T, head] for k in window if p - T >= -same[k].shape[1]):
+            if same is None or not all(same[k][b][p - T][head] for k in window if T - p <= len(same[k][b])):
                 rows.append((p, b, layer, head, layer + after, cell))
     rows.sort(key=lambda row: row[:5])
     columns = torch.tensor([row[:5] for row in rows], device=sweep.walk.lm.device, dtype=torch.long).reshape(-1, 5).T
@@ -828,7 +886,9 @@ def _sweep_pairs(lm: LM, ask: _Ask, numbers: list[int], sweep: _Sweep) -> Iterat
         yield number, [], lm.unembed(norm(last[b : b + 1]))
     rows = _rows(ask, numbers, sweep)
     tokens = (sweep.walk.n_tokens - rows.start).cumsum(0) * last.shape[-1] * last.element_size() // _HOLD
-    for bundle in map(rows.take, torch.arange(len(rows), device=tokens.device).split(_runs(tokens))) if len(rows) else ():
+    for bundle in (
+        map(rows.take, torch.arange(len(rows), device=tokens.device).split(_runs(tokens))) if len(rows) else ()
+    ):
         for part, final in _halving(bundle, sweep.climb):
             ask.work.cells += len(part)
             for b, number in enumerate(numbers):
@@ -851,9 +911,7 @@ def _walked_logits(lm: LM, tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]
 ENGINES["staircase"] = _staircase
 
 # %% ../nbs/08_patching.ipynb #adbe2efd
-def _traced(
-    lm: LM, tokens: list[int], rows: Sequence[Sequence[tuple]], view: Callable
-) -> Float[Tensor, "rows vocab"]:
+def _traced(lm: LM, tokens: list[int], rows: Sequence[Sequence[tuple]], view: Callable) -> Float[Tensor, "rows vocab"]:
     "Final logits of a run under each of several patches, in one trace; a patch is a module's path, a side, values, head and position."
     logits = []
     with lm.nn.trace() as tracer:
@@ -867,7 +925,9 @@ def _traced(
     return torch.cat(logits)
 
 
-def _traced_states(lm: LM, tokens: list[int], places: Sequence[tuple[str, str]], view: Callable) -> list[Float[Tensor, "pos head d_head"]]:
+def _traced_states(
+    lm: LM, tokens: list[int], places: Sequence[tuple[str, str]], view: Callable
+) -> list[Float[Tensor, "pos head d_head"]]:
     "A site's values in a run, by layer."
     states = []
     with lm.nn.trace() as tracer:
@@ -894,7 +954,10 @@ def _nnsight(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
                 window = lambda k: range(k, min(k + ask.window, lm.n_layers))
                 rows = [[(*where[k], states[k], head, p) for k in window(at)] for _, at, head, p in some]
                 logits = _traced(lm, base, rows, view)
-                ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(some), ask.work.layer_tokens + len(some) * each
+                ask.work.cells, ask.work.layer_tokens = (
+                    ask.work.cells + len(some),
+                    ask.work.layer_tokens + len(some) * each,
+                )
                 yield i, [cell for cell, *_ in some], logits
 
 
@@ -912,10 +975,12 @@ def _bridge(lm: LM):
         return lm._bridge
     hf = copy.deepcopy(lm.hf, {id(t): t for t in [*lm.hf.parameters(), *lm.hf.buffers()]})
     hf.config.architectures = hf.config.architectures or [type(hf).__name__]
-    lm._bridge = TransformerBridge.boot_transformers(lm.name, hf_model=hf, tokenizer=lm.tokenizer, device=str(lm.device))
+    lm._bridge = TransformerBridge.boot_transformers(
+        lm.name, hf_model=hf, tokenizer=lm.tokenizer, device=str(lm.device)
+    )
     return lm._bridge
 
-
+# %% ../nbs/08_patching.ipynb #adf57f51
 class _Kept(list):
     "A metric that keeps the final logits it is shown."
 
@@ -937,7 +1002,9 @@ def _no_bar(module):
 def _transformer_lens(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tensor]]:
     "TransformerLens's loop over cells."
     if ask.window > 1:
-        raise BadInput(f"window={ask.window}: TransformerLens's generic patching takes one layer at a time; use another engine")
+        raise BadInput(
+            f"window={ask.window}: TransformerLens's generic patching takes one layer at a time; use another engine"
+        )
     import transformer_lens.patching as tl
 
     bridge, columns = _bridge(lm), ["layer", "pos"] + ["head"] * (ask.heads > 1 or ask.site in _TL_NAMES)
@@ -950,9 +1017,14 @@ def _transformer_lens(lm: LM, ask: _Ask) -> Iterator[tuple[int, list[Cell], Tens
             index = pd.DataFrame([(layer, p, head)[: len(columns)] for _, layer, head, p in some], columns=columns)
             rows = _Kept()
             with _no_bar(tl):
-                tl.generic_activation_patch(bridge, base, cache, rows, setter, _TL_NAMES.get(ask.site, ask.site), index_df=index)
+                tl.generic_activation_patch(
+                    bridge, base, cache, rows, setter, _TL_NAMES.get(ask.site, ask.site), index_df=index
+                )
             yield i, [cell for cell, *_ in some], torch.cat(rows)
-        ask.work.cells, ask.work.layer_tokens = ask.work.cells + len(cells), ask.work.layer_tokens + (len(cells) + 2) * lm.n_layers * len(pair.base)
+        ask.work.cells, ask.work.layer_tokens = (
+            ask.work.cells + len(cells),
+            ask.work.layer_tokens + (len(cells) + 2) * lm.n_layers * len(pair.base),
+        )
 
 
 ENGINES["transformer_lens"] = _transformer_lens

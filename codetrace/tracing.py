@@ -6,11 +6,15 @@
 __all__ = ['DIRECTIONS', 'METRICS', 'REASONS', 'logger', 'CANDIDATES', 'UNIT', 'CONTROLS', 'TOGETHER', 'INTERVENTIONS',
            'CannotTrace', 'CutRole', 'Misaligned', 'token_roles', 'sweep', 'Case', 'select_pairs', 'exclusion_counts',
            'draw_cases', 'cases_of_run', 'by_name', 'peaks', 'handover', 'controls', 'attribution',
-           'approximation_error', 'Trace', 'trace', 'summary_rows', 'headline', 'control_table', 'program_figure',
-           'mean_figure', 'lines_figure', 'head_figure', 'CausalExperimentRunner', 'run_causal_tracing_experiment']
+           'approximation_error', 'knockout', 'knockout_summary', 'Trace', 'check_options', 'trace', 'summary_rows',
+           'headline', 'control_table', 'program_figure', 'mean_figure', 'lines_figure', 'head_figure',
+           'CausalExperimentRunner', 'run_causal_tracing_experiment']
 
-# %% ../nbs/11_tracing.ipynb #5a318cfd
+# %% ../nbs/11_tracing.ipynb #69f99c3d
+import inspect
+import json
 import logging
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,10 +30,10 @@ from torch import Tensor
 from . import figures, programs, runs, tracking
 from .errors import BadInput, UnknownName, choose, nearest
 from .models import LM, _hook, load
-from .patching import SITES, Pair, patch_all
+from .patching import ENGINES, SITES, Pair, patch_all
 from .programs import Program, Span
 from .stats import benjamini_hochberg, bootstrap_interval, sign_flip_p, wilson
-from .store import Records, read_records
+from .store import Records, atomic_write, read_records
 
 # %% ../nbs/11_tracing.ipynb #59b1ad37
 class CannotTrace(BadInput):
@@ -78,7 +82,9 @@ def _token_of(
     beside = text[min(offsets[over[0]][0], start) : start] + text[end : max(offsets[over[-1]][1], end)]
     if beside.strip() and not name.startswith("end"):
         token = text[slice(*offsets[over[-1]])]
-        raise CutRole(f"{name} ({text[start:end]!r}) is part of the token {token!r}: this tokenizer cannot be traced there; try another query style")
+        raise CutRole(
+            f"{name} ({text[start:end]!r}) is part of the token {token!r}: this tokenizer cannot be traced there; try another query style"
+        )
     return over[-1]
 
 # %% ../nbs/11_tracing.ipynb #66577129
@@ -130,7 +136,9 @@ def _one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
     "The prompt as the tokenizer wants it, and the answer's token."
     prompt, ids = tracking.answer_tokens(lm.tokenizer, prompt, program.answer)
     if len(ids) != 1:
-        raise CannotTrace(f"the answer {program.answer!r} is {len(ids)} tokens for {lm.name}: tracing needs answers of one token")
+        raise CannotTrace(
+            f"the answer {program.answer!r} is {len(ids)} tokens for {lm.name}: tracing needs answers of one token"
+        )
     return prompt, ids[0]
 
 # %% ../nbs/11_tracing.ipynb #986d8831
@@ -145,12 +153,16 @@ def _align(
     prompts, answers = zip(*(_one_token_answer(lm, prefix + program.code, program) for program in pair))
     base, donor = (tuple(ids) for ids in lm.ids(list(prompts)))
     if len(base) != len(donor):
-        raise Misaligned(f"{pair[0].code!r} has {len(base)} tokens and its counterfactual {len(donor)}: swapping needs equal numbers; make the pair with a tokenizer")
+        raise Misaligned(
+            f"{pair[0].code!r} has {len(base)} tokens and its counterfactual {len(donor)}: swapping needs equal numbers; make the pair with a tokenizer"
+        )
     roles, other = (token_roles(lm, program, prompt) for program, prompt in zip(pair, prompts))
     if list(roles["name"]) != list(other["name"]):
         raise Misaligned(f"{pair[0].code!r} and {pair[1].code!r} do not play the same roles at the same tokens")
     if base == donor or answers[0] == answers[1]:
-        raise CannotTrace(f"{pair[0].code!r}: program and counterfactual, or their answers, are the same: there is no difference to trace")
+        raise CannotTrace(
+            f"{pair[0].code!r}: program and counterfactual, or their answers, are the same: there is no difference to trace"
+        )
     differs = next(i for i, (a, b) in enumerate(zip(base, donor)) if a != b)
     return _Aligned(base, donor, answers, roles[roles["line"] >= 0].reset_index(drop=True), differs)
 
@@ -168,7 +180,7 @@ def _measure(
     success = (logits.argmax(-1) == wanted).float()
     return torch.stack([difference, torch.full_like(kl, torch.nan), success, log_probs[:, wanted].exp(), kl], -1)
 
-# %% ../nbs/11_tracing.ipynb #2c0b6084
+# %% ../nbs/11_tracing.ipynb #76b18728
 def _wanted(
     roles: pd.DataFrame,  # Of the asked program
     positions: str | Sequence[str],  # `all`, `named`, or names
@@ -176,10 +188,20 @@ def _wanted(
     "Which tokens to sweep."
     if isinstance(positions, str) and positions in ("all", "named"):
         return list(roles["position"][(roles["name"] != "") | (positions == "all")])
-    names = [n.strip() for n in positions.split(",")] if isinstance(positions, str) else list(positions)
-    if unknown := [n for n in names if not (n in set(roles["name"]) or n.startswith(("rhs ", "lhs ", "end ")))]:
-        raise UnknownName(f"unknown position {unknown[0]!r}: {nearest(unknown[0], {'all', 'named', *roles['name']} - {''})}")
-    return list(roles["position"][roles["name"].isin(names)])
+    return list(roles["position"][roles["name"].isin(_names(positions))])
+
+
+def _names(positions: str | Sequence[str]) -> list[str]:
+    "The names in `positions`; `all` and `named` are none."
+    if positions in ("all", "named"):
+        return []
+    names = [name.strip() for name in positions.split(",")] if isinstance(positions, str) else list(positions)
+    for name in names:
+        if not re.fullmatch(r"query|final|end other|(lhs|rhs|end) [1-9]\d*[b-z]?", name):
+            raise UnknownName(
+                f"unknown position {name!r}: {nearest(name, ['all', 'named', 'query', 'final', 'end other', 'lhs 1', 'rhs 1', 'end 1'])}"
+            )
+    return names
 
 # %% ../nbs/11_tracing.ipynb #b2c60080
 def sweep(
@@ -191,7 +213,9 @@ def sweep(
     engine: str = "staircase",  # Or an oracle: `naive`, `nnsight`, `transformer_lens`
     prefix: str | Sequence[str] = "",  # Text before every program, or before each
     window: int = 1,  # Layers patched at once, from the one named on
-) -> pd.DataFrame:  # One row a cell: `program, site, layer, head, position, token, name` and METRICS; NaN where not swept
+) -> (
+    pd.DataFrame
+):  # One row a cell: `program, site, layer, head, position, token, name` and METRICS; NaN where not swept
     "Patch every layer at the chosen tokens of each program, and measure the answer."
     prefixes = [prefix] * len(pairs) if isinstance(prefix, str) else list(prefix)
     sites = [sites] if isinstance(sites, str) else list(sites)
@@ -210,12 +234,25 @@ def sweep(
     return table
 
 # %% ../nbs/11_tracing.ipynb #ea5f77a3
-def _patched(lm: LM, aligned: list[_Aligned], swept: list[list[int]], site: str, measure, engine: str, window: int, plain: list[Tensor]):
+def _patched(
+    lm: LM,
+    aligned: list[_Aligned],
+    swept: list[list[int]],
+    site: str,
+    measure,
+    engine: str,
+    window: int,
+    plain: list[Tensor],
+):
     "For each pair, `(index, site, [layer head token metric])`."
     live = [[p for p in positions if p >= pair.differs] for pair, positions in zip(aligned, swept)]
     some = [i for i, positions in enumerate(live) if positions]
     jobs = [Pair(aligned[i].base, aligned[i].donor, tuple(live[i])) for i in some]
-    found = patch_all(lm, jobs, site, lambda logits, k: measure(logits, some[k]), engine=engine, window=window) if jobs else []
+    found = (
+        patch_all(lm, jobs, site, lambda logits, k: measure(logits, some[k]), engine=engine, window=window)
+        if jobs
+        else []
+    )
     heads = max((cells.shape[1] for cells in found), default=1)
     for i, (pair, positions) in enumerate(zip(aligned, swept)):
         first = pair.roles["position"].iloc[0]
@@ -226,8 +263,10 @@ def _patched(lm: LM, aligned: list[_Aligned], swept: list[list[int]], site: str,
             cells[: len(patched), :, [p - first for p in live[i]]] = patched
         yield i, site, cells
 
-
-def _long(lm: LM, pair: _Aligned, program: int, site: str, cells: Float[Tensor, "layer head token metric"]) -> pd.DataFrame:
+# %% ../nbs/11_tracing.ipynb #aaab793b
+def _long(
+    lm: LM, pair: _Aligned, program: int, site: str, cells: Float[Tensor, "layer head token metric"]
+) -> pd.DataFrame:
     "Cells as rows."
     layer, head, token = (index.ravel() for index in np.indices(cells.shape[:3]))
     roles = pair.roles.iloc[token]
@@ -304,7 +343,10 @@ def select_pairs(
     "Choose the pairs whose both answers the model knows."
     prefixes = [prefix] * len(pairs) if isinstance(prefix, str) else list(prefix)
     why = _excluded(lm, [Case(*pair, before) for pair, before in zip(pairs, prefixes, strict=True)], shallow)
-    rows = [{"answer": p.answer, "counterfactual": c.answer, "depth": p.depth, "kept": not w, "why": w} for (p, c), w in zip(pairs, why)]
+    rows = [
+        {"answer": p.answer, "counterfactual": c.answer, "depth": p.depth, "kept": not w, "why": w}
+        for (p, c), w in zip(pairs, why)
+    ]
     return [i for i, w in enumerate(why) if not w], pd.DataFrame(rows)
 
 
@@ -319,7 +361,7 @@ def exclusion_counts(
 CANDIDATES = 40  # For every program wanted
 UNIT = 8  # Programs that go through the model together
 
-
+# %% ../nbs/11_tracing.ipynb #01cb9ed1
 def _candidate(
     generator: str,  # A key of `programs.GENERATORS`
     seq_len: int,
@@ -332,8 +374,13 @@ def _candidate(
     shallow: bool,
 ) -> Case | None:  # None where the program has no counterfactual
     "One program with its solved examples, from its own stream of random numbers."
-    rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in ("tracing", seed, generator, seq_len, depth, number)])
-    make, options = choose(generator, programs.GENERATORS, "generator"), {"query_style": query_style} | ({} if depth is None else {"depth": depth})
+    rng = np.random.default_rng(
+        [zlib.crc32(str(part).encode()) for part in ("tracing", seed, generator, seq_len, depth, number)]
+    )
+    make, options = (
+        choose(generator, programs.GENERATORS, "generator"),
+        {"query_style": query_style} | ({} if depth is None else {"depth": depth}),
+    )
     program = programs.draw(make, seq_len, rng, (lambda p: True) if shallow else programs.beyond_shallow, **options)
     solved = [programs.draw(make, seq_len, rng, lambda p: p.code != program.code, **options) for _ in range(num_shots)]
     try:
@@ -364,7 +411,10 @@ def draw_cases(
         for start in range(0, CANDIDATES * want, UNIT):
             if len(found) == want:
                 break
-            batch = [_candidate(generator, seq_len, depth, i, num_shots, query_style, seed, lm.tokenizer, shallow) for i in range(start, start + UNIT)]
+            batch = [
+                _candidate(generator, seq_len, depth, i, num_shots, query_style, seed, lm.tokenizer, shallow)
+                for i in range(start, start + UNIT)
+            ]
             reasons = iter(_excluded(lm, [case for case in batch if case], shallow))
             for case in batch:
                 reason = next(reasons) if case else REASONS[1]
@@ -385,7 +435,9 @@ def cases_of_run(
     "Programs that a run of phase `tracking` found answered correctly."
     rows = [row for row in read_records(Path(folder) / "samples", as_rows=True) if row["model"] == lm.name]
     if not rows:
-        raise BadInput(f"{folder} holds no answers of {lm.name!r}: run phase tracking with that model, or leave input empty")
+        raise BadInput(
+            f"{folder} holds no answers of {lm.name!r}: run phase tracking with that model, or leave input empty"
+        )
     cases, why = [], []
     for row in rows:
         if len(cases) == num_programs:
@@ -396,7 +448,7 @@ def cases_of_run(
         why.append(reason)
     return cases, why
 
-
+# %% ../nbs/11_tracing.ipynb #4398a59e
 def _case_of_row(row: dict, lm: LM, seed: int) -> Case | None:
     "The program of a record, with its prefix and a counterfactual."
     program = programs.as_program((row["code"], row["answer"]), row["task"])
@@ -423,7 +475,7 @@ def _place(name: str) -> tuple:
         return (2, ["query", "final"].index(name)) if name in ("query", "final") else (1, name)
     return 0, len(depth.rstrip("bcdefg")), depth, ["lhs", "rhs", "end"].index(side)
 
-
+# %% ../nbs/11_tracing.ipynb #ade311b5
 def by_name(
     cells: pd.DataFrame,  # From `sweep`
     more: Sequence[str] = (),  # Further columns that tell cells apart, such as `direction`
@@ -477,13 +529,15 @@ def handover(
     drawn = np.random.default_rng(0).integers(len(ahead), size=(n_resamples, len(ahead)))
     layers = first(ahead[drawn].mean(1))
     with np.errstate(invalid="ignore"):
-        low, high = np.nanquantile(layers, [0.025, 0.975]) if np.isfinite(layers).any() and len(ahead) > 1 else (np.nan, np.nan)
+        low, high = (
+            np.nanquantile(layers, [0.025, 0.975]) if np.isfinite(layers).any() and len(ahead) > 1 else (np.nan, np.nan)
+        )
     return float(first(ahead.mean(0))), float(low), float(high)
 
 # %% ../nbs/11_tracing.ipynb #d640da18
 CONTROLS = ("no-op", "random", "unrelated, base's answer", "unrelated, same answer")
 
-
+# %% ../nbs/11_tracing.ipynb #0d736306
 def _swap(
     lm: LM,
     tokens: Sequence[int],  # The base run
@@ -497,7 +551,9 @@ def _swap(
     column = torch.tensor(positions, device=lm.device) - start
 
     def put(x: Float[Tensor, "rows col d_model"]) -> Tensor | None:
-        new = x if site == "resid_mid" else x.clone()  # the stream itself, which the module's input is only a reading of
+        new = (
+            x if site == "resid_mid" else x.clone()
+        )  # the stream itself, which the module's input is only a reading of
         new[torch.arange(rows), column] = states.to(x)
         return None if new is x else new
 
@@ -508,12 +564,14 @@ def _swap(
     hook = _hook(*lm.site_module(site, layer), put)
     try:
         with torch.no_grad():
-            hidden = lm.hf.base_model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=cache is not None)
+            hidden = lm.hf.base_model(
+                ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=cache is not None
+            )
             return lm.unembed(hidden.last_hidden_state[:, -1])
     finally:
         hook.remove()
 
-
+# %% ../nbs/11_tracing.ipynb #63202a03
 def _cache(lm: LM, tokens: Sequence[int], rows: int):
     "Keys and values of a text, once for each row."
     with torch.no_grad():
@@ -522,7 +580,9 @@ def _cache(lm: LM, tokens: Sequence[int], rows: int):
     return cache
 
 
-def _states_at(lm: LM, tokens: Sequence[int], site: str, layers: Sequence[int], positions: Sequence[int]) -> Float[Tensor, "layer rows d_model"]:
+def _states_at(
+    lm: LM, tokens: Sequence[int], site: str, layers: Sequence[int], positions: Sequence[int]
+) -> Float[Tensor, "layer rows d_model"]:
     "A run's states."
     got = lm.capture([list(tokens)], [(site, layer) for layer in layers], positions=list(positions))
     return torch.stack([got[site, layer][0] for layer in layers])
@@ -534,15 +594,24 @@ def _named(pair: _Aligned) -> dict[str, int]:
     return dict(zip(table["name"], table["position"]))
 
 
-def _unrelated(aligned: Sequence[_Aligned], i: int, answer: int, rng: np.random.Generator) -> tuple[tuple[int, ...], dict[str, int]] | None:
+def _unrelated(
+    aligned: Sequence[_Aligned], i: int, answer: int, rng: np.random.Generator
+) -> tuple[tuple[int, ...], dict[str, int]] | None:
     "Another program's run that has this answer, with its named positions."
     others = [pair for j, pair in enumerate(aligned) if j != i]
-    runs_ = [(tokens, _named(pair)) for pair in others for tokens, said in zip((pair.base, pair.donor), pair.answers) if said == answer]
+    runs_ = [
+        (tokens, _named(pair))
+        for pair in others
+        for tokens, said in zip((pair.base, pair.donor), pair.answers)
+        if said == answer
+    ]
     same = [run for run in runs_ if set(run[1]) == set(_named(aligned[i]))] or runs_
     return same[int(rng.integers(len(same)))] if same else None
 
 # %% ../nbs/11_tracing.ipynb #e718ae76
-def _donations(lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers: Sequence[int], seed: int) -> Iterator[tuple[str, list[str], Tensor]]:
+def _donations(
+    lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers: Sequence[int], seed: int
+) -> Iterator[tuple[str, list[str], Tensor]]:
     "Kind of control, names, and the states to put there."
     rng, pair, at = np.random.default_rng([seed, i]), aligned[i], _named(aligned[i])
     names = list(at)
@@ -556,7 +625,7 @@ def _donations(lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers: S
         if shared:
             yield kind, shared, _states_at(lm, found[0], site, layers, [found[1][name] for name in shared])
 
-
+# %% ../nbs/11_tracing.ipynb #bf10219e
 def controls(
     lm: LM,
     cases: Sequence[Case],
@@ -574,19 +643,29 @@ def controls(
     for i in progress(range(len(cases))[:first], desc="controls"):
         for site in (site for site in sites if site in lm.sites and site != "head_out"):
             tables += _control_rows(lm, aligned, i, site, layers, seed)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["control", "program", *_CELL, "position", *METRICS])
+    return (
+        pd.concat(tables, ignore_index=True)
+        if tables
+        else pd.DataFrame(columns=["control", "program", *_CELL, "position", *METRICS])
+    )
 
 # %% ../nbs/11_tracing.ipynb #3a1f1f82
-def _control_rows(lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers: list[int], seed: int) -> Iterator[pd.DataFrame]:
+def _control_rows(
+    lm: LM, aligned: Sequence[_Aligned], i: int, site: str, layers: list[int], seed: int
+) -> Iterator[pd.DataFrame]:
     "All controls of one program, a layer at a time."
     pair, at = aligned[i], _named(aligned[i])
     plain = lm.logits(lm.tokenize([list(pair.base), list(pair.donor)]))
     base = plain[0].log_softmax(-1)
     low, high = _measure(plain, pair, base)[:, 0].tolist()
     given = list(_donations(lm, aligned, i, site, layers, seed))
-    where = pd.DataFrame([(kind, name, at[name]) for kind, names, _ in given for name in names], columns=["control", "name", "position"])
+    where = pd.DataFrame(
+        [(kind, name, at[name]) for kind, names, _ in given for name in names], columns=["control", "name", "position"]
+    )
     for k, layer in enumerate(layers):
-        logits = _swap(lm, pair.base, site, layer, list(where["position"]), torch.cat([states[k] for *_, states in given]))
+        logits = _swap(
+            lm, pair.base, site, layer, list(where["position"]), torch.cat([states[k] for *_, states in given])
+        )
         found = pd.DataFrame(_measure(logits, pair, base).double().cpu().numpy(), columns=list(METRICS))
         found["effect"] = (found["logit_diff"] - low) / (high - low)
         head = pd.array([pd.NA] * len(where), dtype="Int64")
@@ -597,7 +676,9 @@ def _gradients(
     lm: LM,
     pair: _Aligned,
     where: Sequence[tuple[str, int]],  # Sites and layers
-) -> tuple[dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]]:  # States of the base run, and the gradient of its logit difference
+) -> tuple[
+    dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]
+]:  # States of the base run, and the gradient of its logit difference
     "One forward and one backward pass of the base run."
     seen, handles = {}, []
     handles.append(lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_()))
@@ -607,7 +688,9 @@ def _gradients(
         with torch.enable_grad():
             ids = torch.tensor([list(pair.base)], device=lm.device)
             logits = lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])[0]
-            found = torch.autograd.grad(logits[pair.answers[1]] - logits[pair.answers[0]], [seen[key] for key in where], materialize_grads=True)
+            found = torch.autograd.grad(
+                logits[pair.answers[1]] - logits[pair.answers[0]], [seen[key] for key in where], materialize_grads=True
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -624,7 +707,10 @@ def attribution(
     "Attribution patching of all tokens."
     prefixes, tables = [prefix] * len(pairs) if isinstance(prefix, str) else list(prefix), []
     for i, (pair, before) in enumerate(zip(pairs, prefixes, strict=True)):
-        aligned, where = _align(lm, pair, direction, before), [(site, layer) for site in sites for layer in range(lm.n_layers)]
+        aligned, where = (
+            _align(lm, pair, direction, before),
+            [(site, layer) for site in sites for layer in range(lm.n_layers)],
+        )
         base, gradient = _gradients(lm, aligned, where)
         donor, _ = _gradients(lm, replace(aligned, base=aligned.donor), where)
         plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
@@ -632,7 +718,12 @@ def attribution(
         keep = aligned.roles["position"].tolist()
         for site in sites:
             heads = lm.n_heads if site == "head_out" else 1
-            product = torch.stack([((donor[site, layer] - base[site, layer]) * gradient[site, layer])[0, keep] for layer in range(lm.n_layers)])
+            product = torch.stack(
+                [
+                    ((donor[site, layer] - base[site, layer]) * gradient[site, layer])[0, keep]
+                    for layer in range(lm.n_layers)
+                ]
+            )
             share = product.unflatten(-1, (heads, -1)).sum(-1).transpose(1, 2) / full
             cells = torch.full((*share.shape, len(METRICS)), torch.nan)
             cells[..., METRICS.index("effect")] = share.float().cpu()
@@ -655,9 +746,109 @@ def approximation_error(
             exact, cheap = (set(one[column].abs().nlargest(top).index) for column in ("effect", "attribution"))
             scores.append((one["effect"].corr(one["attribution"], method="spearman"), len(exact & cheap) / top))
         (rank, recall), (low, high) = np.nanmean(scores, 0), bootstrap_interval(np.array(scores))
-        about = dict(zip([*more, "site"], key)) | {"n": len(scores), "rank correlation": rank, "rank low": low[0], "rank high": high[0]}
-        rows.append(about | {"recall of top tenth": recall, "recall low": low[1], "recall high": high[1], "chance recall": 0.1})
+        about = dict(zip([*more, "site"], key)) | {
+            "n": len(scores),
+            "rank correlation": rank,
+            "rank low": low[0],
+            "rank high": high[0],
+        }
+        rows.append(
+            about | {"recall of top tenth": recall, "recall low": low[1], "recall high": high[1], "chance recall": 0.1}
+        )
     return pd.DataFrame(rows)
+
+# %% ../nbs/11_tracing.ipynb #1177f797
+def _blocked(
+    edges: Sequence[tuple[int, int]], n: int, like: Tensor | None, dtype: torch.dtype, device
+) -> Float[Tensor, "rows 1 pos pos"]:
+    "A causal mask (or `like`) with one edge cut in each row."
+    low = torch.finfo(dtype).min
+    if like is None:
+        mask = torch.full((n, n), low, dtype=dtype, device=device).triu(1).expand(len(edges), 1, n, n)
+    else:
+        mask = torch.where(like, 0.0, low).to(dtype) if like.dtype == torch.bool else like
+        mask = mask[..., :n, :n].expand(len(edges), 1, n, n)
+    mask = mask.clone()
+    for row, (reader, read) in enumerate(edges):
+        mask[row, 0, reader, read] = low
+    return mask
+
+# %% ../nbs/11_tracing.ipynb #1077da12
+def _cut(
+    lm: LM,
+    tokens: Sequence[int],
+    edges: Sequence[tuple[int, int]],  # (reading, read) positions, one edge a row
+    layers: Sequence[int],
+) -> Float[Tensor, "rows vocab"]:
+    "Final logits of a run in which, in some layers, one token cannot attend to another."
+    ids = torch.tensor([list(tokens)] * len(edges), device=lm.device)
+
+    def enter(module, args, kwargs):
+        mask = _blocked(edges, len(tokens), kwargs.get("attention_mask"), lm.dtype, lm.device)
+        return args, kwargs | {"attention_mask": mask}
+
+    attention = lm.adapter.attn_proj.rsplit(".", 1)[0]
+    hooks = [
+        lm.layers[layer].get_submodule(attention).register_forward_pre_hook(enter, with_kwargs=True) for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            return lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+# %% ../nbs/11_tracing.ipynb #79d3f574
+def _edges(pair: _Aligned) -> dict[str, tuple[int, int]]:
+    "Edges worth cutting: from the query and the final token back to the chain, and to a line off it."
+    at = _named(pair) | {name: p for name, p in zip(pair.roles["name"], pair.roles["position"]) if name == "end other"}
+    return {
+        f"{a} → {b}": (at[a], at[b]) for a in ("query", "final") for b in at if a in at and a != b and at[b] < at[a]
+    }
+
+# %% ../nbs/11_tracing.ipynb #b7125d5a
+def knockout(
+    lm: LM,
+    cases: Sequence[Case],
+    window: int = 6,  # Layers cut at once
+    step: int | None = None,  # From window to window; None: they do not overlap
+    progress=lambda steps, **about: steps,
+) -> pd.DataFrame:  # One row a program, edge and window: `layer` is its first; `prob` of the answer, is it `correct`, `kl` from the plain run
+    "Cut attention edges, a window of layers at a time."
+    if window < 1:
+        raise BadInput(f"window must be at least 1 layer, not {window!r}")
+    tables = []
+    for i in progress(range(len(cases)), desc="knockout"):
+        pair = _align(lm, cases[i].pair, prefix=cases[i].prefix)
+        edges, plain = _edges(pair), lm.logits([list(pair.base)])[0].log_softmax(-1)
+        for first in range(0, lm.n_layers, step or window):
+            log_probs = _cut(
+                lm, pair.base, list(edges.values()), range(first, min(first + window, lm.n_layers))
+            ).log_softmax(-1)
+            found = {
+                "prob": log_probs[:, pair.answers[0]].exp(),
+                "correct": (log_probs.argmax(-1) == pair.answers[0]).float(),
+            }
+            found["kl"] = (plain.exp() * (plain - log_probs)).sum(-1)
+            columns = {name: values.double().cpu().numpy() for name, values in found.items()}
+            tables.append(pd.DataFrame({"program": i, "name": list(edges), "layer": first} | columns))
+    return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/11_tracing.ipynb #11690d73
+def knockout_summary(
+    cut: pd.DataFrame,  # From `knockout`
+) -> pd.DataFrame:  # One row an edge and window, with Wilson's interval
+    "How often the answer survives."
+    order = {name: i for i, name in enumerate(dict.fromkeys(cut.sort_values("name")["name"]))}
+    table = (
+        cut.groupby(["name", "layer"])
+        .agg(n=("program", "nunique"), correct=("correct", "mean"), kl=("kl", "mean"), prob=("prob", "mean"))
+        .reset_index()
+    )
+    table["correct_low"], table["correct_high"] = wilson(table["correct"] * table["n"], table["n"])
+    return table.sort_values(["name", "layer"], key=lambda c: c.map(order) if c.name == "name" else c).reset_index(
+        drop=True
+    )
 
 # %% ../nbs/11_tracing.ipynb #a5f6f2c3
 @dataclass(frozen=True)
@@ -690,7 +881,17 @@ class Trace:
 # %% ../nbs/11_tracing.ipynb #5d05490b
 TOGETHER = 4  # Programs swept at a time
 
+# %% ../nbs/11_tracing.ipynb #62bc02bf
+def _sweep_cases(lm: LM, cases: list[Case], site: str, direction: str, approximate: bool, **options) -> pd.DataFrame:
+    "Cells as they are stored: -1 where a site has no heads."
+    about = {"sites": [site], "direction": direction, "prefix": [c.prefix for c in cases]}
+    pairs, cell = [c.pair for c in cases], ["program", *_CELL[:-1], "position"]
+    found = sweep(lm, pairs, **about, **options)
+    if approximate and site in lm.sites:
+        found = found.merge(attribution(lm, pairs, **about), on=cell)
+    return found.assign(direction=direction, head=found["head"].fillna(-1))
 
+# %% ../nbs/11_tracing.ipynb #739b5823
 def _swept(
     lm: LM,
     cases: Sequence[Case],
@@ -702,26 +903,57 @@ def _swept(
     **options,  # For `sweep`
 ) -> pd.DataFrame:
     "The cells of all programs, those of an earlier attempt included."
-    units = [(d, s, range(len(cases))[i : i + TOGETHER]) for d in directions for s in sites for i in range(0, len(cases), TOGETHER)]
+    units = [
+        (d, s, range(len(cases))[i : i + TOGETHER])
+        for d in directions
+        for s in sites
+        for i in range(0, len(cases), TOGETHER)
+    ]
     with Records(folder, key=("direction", "program", "site", "layer", "head", "position"), part_rows=10**9) as records:
         done = {(d, p, s) for d, p, s, *_ in records.done()}
-        for direction, site, members in progress([u for u in units if (u[0], u[2][0], u[1]) not in done], desc="tracing"):
-            part = [cases[i] for i in members]
-            about = {"sites": [site], "direction": direction, "prefix": [c.prefix for c in part]}
-            found = sweep(lm, [c.pair for c in part], **about, **options)
-            if approximate and site in lm.sites:
-                found = found.merge(attribution(lm, [c.pair for c in part], **about), on=["program", *_CELL[:-1], "position"])
-            found = found.assign(program=found["program"] + members[0], direction=direction, head=found["head"].fillna(-1))
+        left = [(d, s, members) for d, s, members in units if (d, members[0], s) not in done]
+        for direction, site, members in progress(left, desc="tracing"):
+            found = _sweep_cases(lm, [cases[i] for i in members], site, direction, approximate, **options)
+            found["program"] += members[0]
             records.append(found.to_dict("records"))
             records.flush()
         table = records.table()
     table["head"] = table["head"].astype("Int64").mask(table["head"] < 0)
     order = {site: n for n, site in enumerate(sites)}
-    table = table.sort_values(["direction", "site", "program", "layer", "head", "position"], key=lambda c: c.map(order) if c.name == "site" else c)
+    keys = ["direction", "site", "program", "layer", "head", "position"]
+    table = table.sort_values(keys, key=lambda c: c.map(order) if c.name == "site" else c)
     columns = ["direction", "program", *_CELL[:-1], "position", "token", "name", *METRICS]
     return table[columns + [c for c in table if c not in columns]].reset_index(drop=True)
 
-# %% ../nbs/11_tracing.ipynb #8ec8616f
+# %% ../nbs/11_tracing.ipynb #95ed8e60
+def check_options(
+    sites: Sequence[str],
+    directions: Sequence[str],
+    positions: str | Sequence[str],
+    engine: str,
+    num_programs: int = 1,
+    generator: str = "variable_binding",
+    query_style: str = "print",
+    depths: Sequence[int] = (),
+):
+    "Find a slip before a model is loaded; raises `BadInput`."
+    for values, known, what in [
+        (sites, SITES, "site"),
+        (directions, DIRECTIONS, "direction"),
+        ([engine], ENGINES, "engine"),
+        ([query_style], programs.QUERY_STYLES, "query style"),
+    ]:
+        if not values:
+            raise BadInput(f"no {what} given: give at least one of {', '.join(known)}")
+        for value in values:
+            choose(value, known, what)
+    _names(positions)
+    if num_programs < 1:
+        raise BadInput(f"num_programs must be at least 1, not {num_programs!r}")
+    if depths and "depth" not in inspect.signature(choose(generator, programs.GENERATORS, "generator")).parameters:
+        raise BadInput(f"generator {generator!r} takes no depth: give depths=[]")
+
+# %% ../nbs/11_tracing.ipynb #22e03f85
 def trace(
     lm: LM,
     cases: Sequence[Case],  # From `draw_cases`, `cases_of_run` or your own
@@ -738,49 +970,72 @@ def trace(
     seed: int = 0,
 ) -> Trace:
     "Sweep all cases with their controls, and write `intervention_results.json` and `patch_results.json` beside the cells."
+    check_options(sites, directions, positions, engine)
     if not cases:
-        raise CannotTrace(f"{lm.name} answers none of {len(why)} programs with their counterfactuals: ask shorter or shallower ones, or show more solved examples (num_shots)")
-    for site in sites:
-        choose(site, SITES, "site")
+        raise CannotTrace(
+            f"{lm.name} answers none of {len(why)} programs with their counterfactuals: ask shorter or shallower ones, or show more solved examples (num_shots)"
+        )
     options = {"positions": positions, "engine": engine, "window": window, "approximate": approximate}
     cells = _swept(lm, cases, run.folder / "cells", sites, directions, run.progress, **options)
     layers = sorted({int(layer) for layer in np.linspace(0, lm.n_layers - 1, control_layers + 2)[1:-1]})
     checks = [
-        controls(lm, cases, sites if layers else (), layers, direction, control_programs, seed, run.progress).assign(direction=direction)
+        controls(lm, cases, sites if layers else (), layers, direction, control_programs, seed, run.progress).assign(
+            direction=direction
+        )
         for direction in directions
     ]
     found = Trace(list(cases), list(why) or [""] * len(cases), cells, pd.concat(checks, ignore_index=True), run)
-    run.write_json("intervention_results.json", _detailed(found))
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in _detailed(found))
+    atomic_write(run.folder / "intervention_results.json", f"[\n{lines}\n]\n")
     run.write_json("patch_results.json", _aggregated(found))
     return found
 
-# %% ../nbs/11_tracing.ipynb #9b67e015
+# %% ../nbs/11_tracing.ipynb #cfd2e150
 def _plain(table: pd.DataFrame) -> list[dict]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def _nested(rows: pd.DataFrame, metric: str) -> list:
     "A program's cells as nested lists."
-    heads = rows["head"].nunique() or 1
-    values = rows[metric].to_numpy().reshape(rows["layer"].nunique(), heads, -1).astype(object)
-    values[rows[metric].isna().to_numpy().reshape(values.shape)] = None
-    return (values if rows["head"].notna().any() else values[:, 0]).tolist()
+    shape = [
+        rows[column].nunique()
+        for column in ("layer", "head", "position")
+        if column != "head" or rows[column].notna().any()
+    ]
+    values = rows[metric].to_numpy().reshape(shape)
+    return np.where(np.isnan(values), None, values.astype(object)).tolist()
 
-
+# %% ../nbs/11_tracing.ipynb #d931b182
 def _detailed(found: Trace) -> list[dict]:
     "One entry a program."
     entries = []
     for i, case in enumerate(found.cases):
-        mine = found.cells[found.cells["program"] == i]
-        tokens = mine.drop_duplicates("position")
-        about = {"program": i, "task": case.program.task, "code": case.program.code, "counterfactual": case.counterfactual.code, "prefix": case.prefix}
-        about |= {"query": case.program.query, "depth": case.program.depth, "answer": case.program.answer, "counterfactual_answer": case.counterfactual.answer}
-        about |= {key + "s": tokens[key].tolist() for key in ("position", "token", "name")}
-        results = {f"{d}/{s}": {m: _nested(rows.round(6), m) for m in METRICS} for (d, s), rows in mine.groupby(["direction", "site"], sort=False)}
+        mine = found.cells[found.cells["program"] == i].round(6)
+        tokens, swept = mine.drop_duplicates("position"), mine[mine["kl"].notna()]
+        about = {
+            "program": i,
+            "task": case.program.task,
+            "code": case.program.code,
+            "counterfactual": case.counterfactual.code,
+            "prefix": case.prefix,
+        }
+        about |= {
+            "query": case.program.query,
+            "depth": case.program.depth,
+            "answer": case.program.answer,
+            "counterfactual_answer": case.counterfactual.answer,
+        }
+        about |= {key + "s": tokens[key].tolist() for key in ("position", "token", "name")} | {
+            "swept": sorted(set(swept["position"].tolist()))
+        }
+        results = {
+            f"{d}/{s}": {m: _nested(rows, m) for m in METRICS}
+            for (d, s), rows in swept.groupby(["direction", "site"], sort=False)
+        }
         entries.append(about | {"results": results})
     return entries
 
-
+# %% ../nbs/11_tracing.ipynb #f053b5f2
 def _aggregated(found: Trace) -> dict:
     "Everything over programs."
     counts = exclusion_counts(found.why)["programs"].to_dict()
@@ -789,7 +1044,7 @@ def _aggregated(found: Trace) -> dict:
         tables["attribution"] = approximation_error(found.cells, ["direction"])
     return {"programs": counts} | {name: _plain(table) for name, table in tables.items()}
 
-# %% ../nbs/11_tracing.ipynb #133f4e74
+# %% ../nbs/11_tracing.ipynb #ee635fbf
 def _with_interval(value: float, low: float, high: float) -> str:
     value, low, high = (f"{x:.2f}".replace("-0.00", "0.00") if x == x else "" for x in (value, low, high))
     return "–" if not value else value + (f" [{low}, {high}]" if low else "")
@@ -801,11 +1056,15 @@ def summary_rows(found: Trace) -> list[dict]:
     return [
         {"direction": r.direction, "site": r.site, "position": r.name_, "layer": int(r.layer)}
         | ({} if pd.isna(r.head) else {"head": int(r.head)})
-        | {"n": 0 if r.n != r.n else int(r.n), "effect [95%]": _with_interval(r.effect, r.low, r.high), "success [95%]": _with_interval(r.success, r.success_low, r.success_high)}
+        | {
+            "n": 0 if r.n != r.n else int(r.n),
+            "effect [95%]": _with_interval(r.effect, r.low, r.high),
+            "success [95%]": _with_interval(r.success, r.success_low, r.success_high),
+        }
         for r in table.rename(columns={"name": "name_"}).itertuples()
     ]
 
-
+# %% ../nbs/11_tracing.ipynb #ddafb98e
 def headline(found: Trace) -> str:
     "One line for the list of runs."
     one = found.of()
@@ -813,13 +1072,19 @@ def headline(found: Trace) -> str:
     layer, low, high = handover(one.cells) if vectors else (np.nan,) * 3
     parts = [f"n={len(found.cases)}"]
     if layer == layer:
-        parts.append(f"final token overtakes the root at layer {layer:.0f}" + ("" if low != low else f" [{low:.0f}, {high:.0f}]"))
+        parts.append(
+            f"final token overtakes the root at layer {layer:.0f}" + ("" if low != low else f" [{low:.0f}, {high:.0f}]")
+        )
     best = peaks(one.cells)
-    best = best[(~best["name"].isin(["lhs 1", "rhs 1", "final"]) | (not vectors)) & best["effect"].notna()]
-    if len(best):
+    best = best[best["effect"].notna()]
+    between = best[~best["name"].isin(["lhs 1", "rhs 1", "final"])]
+    in_between = vectors and len(between) > 0
+    if len(best := between if in_between else best):
         top = best.loc[best["chosen_at"].abs().idxmax()]
         where = f"{top['name']} at layer {top['layer']}" + ("" if vectors else f", head {top['head']}")
-        parts.append(f"strongest {'in between' if vectors else 'head'}: {where}, effect {_with_interval(top['effect'], top['low'], top['high'])}, n={top['n']:.0f}")
+        parts.append(
+            f"strongest {'in between' if in_between else 'cell'}: {where}, effect {_with_interval(top['effect'], top['low'], top['high'])}, n={top['n']:.0f}"
+        )
     return "; ".join(parts)
 
 # %% ../nbs/11_tracing.ipynb #5cd9cc88
@@ -830,13 +1095,23 @@ def control_table(
     cell = ["direction", "program", "site", "layer", "name"]
     if not len(found.controls):
         return pd.DataFrame(columns=["control"])
-    same = found.cells.merge(found.controls[cell].drop_duplicates(), on=cell).assign(control="the counterfactual itself")
+    same = found.cells.merge(found.controls[cell].drop_duplicates(), on=cell).assign(
+        control="the counterfactual itself"
+    )
     both = pd.concat([same, found.controls], ignore_index=True)
     rows = []
     for (direction, site, kind), cells in both.groupby(["direction", "site", "control"], sort=False):
         low, high = bootstrap_interval(cells["effect"], cells["program"])
         means = cells.groupby(["layer", "name"])["effect"].mean()
-        about = {"direction": direction, "site": site, "control": kind, "n": cells["program"].nunique(), "mean effect": cells["effect"].mean(), "low": low, "high": high}
+        about = {
+            "direction": direction,
+            "site": site,
+            "control": kind,
+            "n": cells["program"].nunique(),
+            "mean effect": cells["effect"].mean(),
+            "low": low,
+            "high": high,
+        }
         rows.append(about | {"largest cell": means[means.abs().idxmax()], "success rate": cells["success"].mean()})
     return pd.DataFrame(rows)
 
@@ -852,7 +1127,9 @@ def program_figure(
 
 def mean_figure(found: Trace):
     "The grid of means by name, a panel a site; None where only heads were swept."
-    means = found.summary[(found.summary["direction"] == found.cells["direction"].iloc[0]) & found.summary["head"].isna()]
+    means = found.summary[
+        (found.summary["direction"] == found.cells["direction"].iloc[0]) & found.summary["head"].isna()
+    ]
     return None if means.empty else figures.name_grid(means)
 
 
@@ -862,12 +1139,18 @@ def lines_figure(
 ):
     "Means by name over layers, with intervals and controls; None where only heads were swept."
     one = found.of()
-    return None if one.cells["head"].notna().any() else figures.layer_lines(one.summary, metric, one.control_summary if len(one.controls) else None)
+    return (
+        None
+        if one.cells["head"].notna().any()
+        else figures.layer_lines(one.summary, metric, one.control_summary if len(one.controls) else None)
+    )
 
 # %% ../nbs/11_tracing.ipynb #d6dd1511
 def head_figure(found: Trace):
     "The heads' figure, of the first direction; None where no heads were swept."
-    heads = found.cells[(found.cells["site"] == "head_out") & (found.cells["direction"] == found.cells["direction"].iloc[0])]
+    heads = found.cells[
+        (found.cells["site"] == "head_out") & (found.cells["direction"] == found.cells["direction"].iloc[0])
+    ]
     if heads.empty:
         return None
     half = heads["program"].isin(sorted(heads["program"].unique())[::2])
@@ -895,11 +1178,16 @@ def _as_case(given, lm: LM, seed: int, prefix: str) -> Case | None:
         return Case(*given, prefix)
     program = programs.as_program(given)
     try:
-        return Case(*programs.make_counterfactual_pair(program, np.random.default_rng([seed, zlib.crc32(program.code.encode())]), lm.tokenizer), prefix)
+        return Case(
+            *programs.make_counterfactual_pair(
+                program, np.random.default_rng([seed, zlib.crc32(program.code.encode())]), lm.tokenizer
+            ),
+            prefix,
+        )
     except programs.NoCounterfactual:
         return None
 
-
+# %% ../nbs/11_tracing.ipynb #a5244c98
 class CausalExperimentRunner:
     "Traces programs; keeps models loaded between experiments."
 
@@ -928,7 +1216,11 @@ def _run_intervention_experiment(
 ) -> Trace:
     "Trace programs that the model answers correctly, and write a run."
     sites, lm = choose(intervention_type, INTERVENTIONS, "intervention type"), self.model(model_id)
-    drawing = {key: options.pop(key) for key in ("seq_lens", "depths", "generator", "num_shots", "query_style") if key in options}
+    drawing = {
+        key: options.pop(key)
+        for key in ("seq_lens", "depths", "generator", "num_shots", "query_style")
+        if key in options
+    }
     if programs is None:
         cases, why = draw_cases(lm, num_programs, seed=seed, shallow=shallow, **drawing)
     else:
@@ -944,7 +1236,7 @@ def _run_intervention_experiment(
         run.finish(headline(found), summary=summary_rows(found))
     return found
 
-
+# %% ../nbs/11_tracing.ipynb #ef27f408
 CausalExperimentRunner.run_intervention_experiment = _run_intervention_experiment
 
 # %% ../nbs/11_tracing.ipynb #1fa65dc0

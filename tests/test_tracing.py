@@ -167,9 +167,14 @@ def test_planted_truths(llama, pairs):
     last = llama.n_layers - 1
     # the embedding of the changed token is the whole difference, the last state of the last token is the whole answer
     assert pre[(pre["layer"] == 0) & (pre["name"] == "rhs 1")]["effect"].tolist() == pytest.approx([1] * 3, abs=1e-4)
-    assert post[(post["layer"] == last) & (post["name"] == "final")]["effect"].tolist() == pytest.approx([1] * 3, abs=1e-4)
+    assert post[(post["layer"] == last) & (post["name"] == "final")]["effect"].tolist() == pytest.approx(
+        [1] * 3, abs=1e-4
+    )
     # other tokens' embeddings are the same in both runs; other tokens' last states reach no logit
-    silent = [pre[(pre["layer"] == 0) & (pre["name"] != "rhs 1")], post[(post["layer"] == last) & (post["name"] != "final")]]
+    silent = [
+        pre[(pre["layer"] == 0) & (pre["name"] != "rhs 1")],
+        post[(post["layer"] == last) & (post["name"] != "final")],
+    ]
     for rows in silent:
         assert rows["effect"].abs().max() < 1e-4 and rows["kl"].abs().max() < 1e-5
     # before the root nothing differs, exactly
@@ -177,7 +182,9 @@ def test_planted_truths(llama, pairs):
         root = rows["position"][rows["name"] == "rhs 1"].iloc[0]
         assert (rows[rows["position"] < root]["effect"] == 0).all(), program
     # one layer's output is the next one's input
-    shifted = post[post["layer"] < last].assign(layer=lambda t: t["layer"] + 1)[["program", "layer", "position", "logit_diff"]]
+    shifted = post[post["layer"] < last].assign(layer=lambda t: t["layer"] + 1)[
+        ["program", "layer", "position", "logit_diff"]
+    ]
     both = pre.merge(shifted, on=["program", "layer", "position"])
     assert np.allclose(both["logit_diff_x"], both["logit_diff_y"], atol=1e-4) and len(both)
 
@@ -196,7 +203,9 @@ def test_unswept_is_nan_never_zero(llama, pairs):
 
 
 def test_engines_agree(llama, pairs):
-    fast, slow = (tracing.sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive"))
+    fast, slow = (
+        tracing.sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive")
+    )
     assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) < 1e-4
     assert fast["success"].equals(slow["success"])
 
@@ -249,12 +258,39 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
     assert not any(parameter.requires_grad for parameter in lm.hf.parameters())
 
 
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("arch", models.TINY)
+def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
+    if arch == "gemma2" and attn == "sdpa":
+        pytest.skip("soft caps need eager attention")
+    lm = models.load(f"tiny:{arch}", attn=attn)
+    aligned = tracing._align(lm, pair_of(lm))
+    n, root, everywhere = len(aligned.base), aligned.differs, range(lm.n_layers)
+    plain = lm.logits([list(aligned.base)])[0]
+    torch.testing.assert_close(tracing._cut(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(plain, tracing._cut(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3)
+    assert not torch.allclose(plain, lm.logits([list(aligned.donor)])[0], atol=1e-3)
+    # with every edge to the root cut, what it holds cannot reach the answer
+    blocked = tracing._blocked
+
+    def block_all(*args):
+        mask = blocked(*args)
+        mask[:, :, root + 1 :, root] = torch.finfo(lm.dtype).min
+        return mask
+
+    monkeypatch.setattr(tracing, "_blocked", block_all)
+    base, donor = (tracing._cut(lm, tokens, [(n - 1, root)], everywhere)[0] for tokens in (aligned.base, aligned.donor))
+    torch.testing.assert_close(base, donor, atol=1e-4, rtol=1e-3)
+
+
 # --- a whole trace
 
 
 def start(folder):
     folder.mkdir(exist_ok=True)
-    return runs.Run(folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}})
+    return runs.Run(
+        folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}}
+    )
 
 
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
@@ -281,15 +317,16 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
 
 def test_the_json_holds_the_cells(llama, tmp_path):
     cases = [Case(*pair_of(llama, seed=seed)) for seed in range(2)]
-    found = tracing.trace(llama, cases, start(tmp_path), sites=["resid_pre", "head_out"], positions="query,final", control_layers=0)
+    found = tracing.trace(
+        llama, cases, start(tmp_path), sites=["resid_pre", "head_out"], positions="query,final", control_layers=0
+    )
     one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
     heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
-    assert np.shape(heads) == (3, llama.n_heads, len(one["tokens"])) and np.shape(vector) == (3, len(one["tokens"]))
-    at = one["names"].index("query")
+    assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
+    assert [one["names"][one["positions"].index(p)] for p in one["swept"]] == ["query", "final"]
     cells = found.cells[(found.cells["program"] == 1) & (found.cells["name"] == "query") & (found.cells["layer"] == 2)]
-    assert vector[2][at] == pytest.approx(cells[cells["site"] == "resid_pre"]["effect"].item(), abs=1e-5)
-    assert heads[2][3][at] == pytest.approx(cells[cells["head"] == 3]["effect"].item(), abs=1e-5)
-    assert vector[2][0] is None
+    assert vector[2][0] == pytest.approx(cells[cells["site"] == "resid_pre"]["effect"].item(), abs=1e-5)
+    assert heads[2][3][0] == pytest.approx(cells[cells["head"] == 3]["effect"].item(), abs=1e-5)
     assert json.loads((tmp_path / "patch_results.json").read_text())["programs"]["traced"] == 2
 
 
@@ -301,7 +338,11 @@ def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
     assert kept == [1, 2]
     assert list(table["why"]) == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
     strict, table = tracing.select_pairs(llama, [case.pair for case in cases])
-    assert strict == [i for i in kept if programs.beyond_shallow(cases[i].program) and programs.beyond_shallow(cases[i].counterfactual)]
+    assert strict == [
+        i
+        for i in kept
+        if programs.beyond_shallow(cases[i].program) and programs.beyond_shallow(cases[i].counterfactual)
+    ]
     assert tracing.exclusion_counts(table["why"])["programs"].sum() == 6
 
 
@@ -321,7 +362,9 @@ def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
 
 def test_peaks_are_not_judged_where_they_were_chosen():
     rng, chosen, judged = np.random.default_rng(0), [], []
-    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "name": "query"} | dict.fromkeys(METRICS, 0.0)
+    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "name": "query"} | dict.fromkeys(
+        METRICS, 0.0
+    )
     for _ in range(6):
         noise = pd.DataFrame(
             [about | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
@@ -337,7 +380,9 @@ def test_peaks_are_not_judged_where_they_were_chosen():
 def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     from codetrace.tracking import ExperimentRunner, quick_experiment
 
-    config = quick_experiment("x", models=["tiny:llama"], num_seqs=4, seq_lens=[4], num_shots=1, depths=[2], query_style="print")
+    config = quick_experiment(
+        "x", models=["tiny:llama"], num_seqs=4, seq_lens=[4], num_shots=1, depths=[2], query_style="print"
+    )
     run = start(tmp_path)
     runner = ExperimentRunner()
     runner.loaded["tiny:llama"] = llama
@@ -361,10 +406,17 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
     runner = tracing.CausalExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     program, counterfactual = pair_of(llama)
-    given = [program, (program.code, program.answer), (program.code, program.answer, {"a": 1}), (program, counterfactual)]
-    found = runner.run_intervention_experiment(model_id="tiny:llama", programs=given, intervention_type="attention_heads", shallow=True)
+    given = [
+        program,
+        (program.code, program.answer),
+        (program.code, program.answer, {"a": 1}),
+        (program, counterfactual),
+    ]
+    found = runner.run_intervention_experiment(
+        model_id="tiny:llama", programs=given, intervention_type="attention_heads", shallow=True
+    )
     assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
     record = runs.newest("tracing")
-    assert record["run_id"] == found.run.folder.name and "strongest head" in record["headline"]
+    assert record["run_id"] == found.run.folder.name and "strongest cell" in record["headline"]
     assert {"intervention_results.json", "patch_results.json"} <= set(record["outputs"])
     assert tracing.program_figure(found) is None and tracing.head_figure(found) is not None
