@@ -119,7 +119,7 @@ def _print_table(rows: list[dict]):
         table.add_column(name, overflow="fold", justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
         table.add_row(*[_cell(row.get(name)).replace("[", r"\[") for name in rows[0]])
-    Console(width=None if sys.stdout.isatty() else 250, highlight=False, soft_wrap=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 250, highlight=False, force_jupyter=False).print(table)
 
 # %% ../nbs/90_cli.ipynb #dccb94c2
 @app.command(name="runs", epilog="Examples:  codetrace runs  |  codetrace runs --json | jq '.[-1].headline'")

@@ -23,7 +23,13 @@ def main(names: list[str]):
     for path in [Path(name) for name in names] or sorted((HOME / "nbs").glob("*.ipynb")):
         print(path.name, flush=True)
         book = nbformat.read(path, as_version=4)
-        Client(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+        Client(
+            book,
+            timeout=600,
+            kernel_name="python3",
+            extra_arguments=["--log-level=CRITICAL"],
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute()
         book.metadata.pop("widgets", None)
         nbformat.write(book, path)
 
