@@ -17,13 +17,24 @@ CHECKS = {
     "ruff format": ["ruff", "format", "--check", "."],
     "docs": [sys.executable, "scripts/docs.py", "--check"],
     "notebooks": ["nbdev_test", "--n_workers", "2", "--timing", *(["--flags", "slow"] if SLOW else [])],
-    "tests": [sys.executable, "-m", "pytest", "-q", *(["-m", "slow or not slow"] if SLOW else [])],
+    "tests": [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        *(["-m", "slow or not slow"] if SLOW else []),
+    ],
 }
 
 
 def main() -> int:
     environment = os.environ | {
         "CODETRACE_RUNS": tempfile.mkdtemp(prefix="codetrace-runs-"),
+        "OMP_NUM_THREADS": "1",  # notebooks and tests run two at a time
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
