@@ -14,11 +14,13 @@ def main() -> int:
     for phase in PHASES:
         began = time.monotonic()
         print(f"\n== {phase}, with demo/{phase}.yaml", flush=True)
-        done = subprocess.run(["codetrace", "run", phase, "-f", f"demo/{phase}.yaml"], cwd=HOME)
+        command = ["codetrace", "run", phase, "-f", f"demo/{phase}.yaml"]
+        done = subprocess.run(command, cwd=HOME, stdout=subprocess.DEVNULL)  # shown at the end
         if done.returncode != 0:
             return done.returncode
         took[phase] = time.monotonic() - began
-    print("\n== all runs", flush=True)
+    print("\n== what was found, and where", flush=True)
+    subprocess.run(["codetrace", "show", *PHASES], cwd=HOME)
     subprocess.run(["codetrace", "runs"], cwd=HOME)
     whole = sum(took.values())
     print(f"{whole:.0f} s: " + ", ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in took.items()))
