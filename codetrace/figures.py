@@ -151,7 +151,7 @@ def agreement(
             ax.plot(rows["share"], y, "o", color="k", ms=4.5)
             ax.plot(rows["chance"], y, "|", color=GREY, ms=9, mew=1.5)
             ax.set(
-                title=f"{series}, {int(rows['n'].max())} wrong",
+                title=f"{series}, n ≤ {int(rows['n'].max())}",
                 xlim=(-0.02, 1),
                 ylim=(len(names) - 0.5, -0.5),
                 xticks=[0, 0.5, 1],
