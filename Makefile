@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-slow docs lab export execute clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ export: $(READY)  ## notebooks -> codetrace/*.py and README.md
 execute: $(READY)  ## run the notebooks in place, so that the docs show what the code gives
 	@python scripts/execute.py $(NB)
 	@nbdev_clean
+
+bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
+	@python bench/sweep.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

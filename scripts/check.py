@@ -25,7 +25,7 @@ CHECKS = {
         "-n",
         "2",
         "--dist",
-        "loadfile",
+        "worksteal",
         *(["-m", "slow or not slow"] if SLOW else []),
     ],
 }
