@@ -11,6 +11,7 @@ __all__ = ['checkout', 'notebooks', 'runs_root', 'Parameter', 'parameters_of', '
 import ast
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -663,8 +664,6 @@ def _progress_shown(folder: Path, phase: str, shown: bool):
 # %% ../nbs/07_runs.ipynb #d7a51b80
 def _papermill(notebook: Path, folder: Path, given: dict):
     "Execute `notebook` into `folder`."
-    import logging
-
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -691,6 +690,9 @@ def _ended(run: Run, error: BaseException) -> Exception | None:
     run.manifest |= read_json(run.folder / "run.json")
     known = run.manifest["error"]
     if isinstance(error, KeyboardInterrupt | SystemExit):
+        logging.getLogger("asyncio").setLevel(
+            logging.CRITICAL
+        )  # the kernel's client complains of tasks it could not end
         run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
         return BadInput(f"interrupted; the same command continues run {run.manifest['run_id']}")
     if isinstance(error, OSError):

@@ -49,8 +49,9 @@ def wait_for_rows(root: Path):
     wait_for(lambda: list(root.glob("tracking/*/samples/part-*.parquet")))
 
 
-def kernel_of(process: subprocess.Popen) -> psutil.Process:
-    return next(p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline()))
+def kernel_of(process: subprocess.Popen) -> psutil.Process | None:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return next((p for p in children if "ipykernel" in " ".join(p.cmdline())), None)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,16 @@ def uninterrupted(tmp_path_factory) -> bytes:
 @pytest.mark.parametrize("victim", ["launcher", "kernel", "ctrl-c"])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
     process = begin(tmp_path, *LONG)
+    kernel = wait_for(lambda: kernel_of(process))
     wait_for_rows(tmp_path)
-    kernel = kernel_of(process)
+    kernel.suspend()  # so that it cannot finish first
     {
         "launcher": process.kill,
         "kernel": kernel.kill,
         "ctrl-c": lambda: process.send_signal(signal.SIGINT),
     }[victim]()
+    if victim != "kernel":
+        kernel.resume()
     _, error = process.communicate(timeout=60)
     status, code = {"launcher": ("interrupted", -9), "kernel": ("failed", 1), "ctrl-c": ("interrupted", 2)}[victim]
     assert process.returncode == code, error
