@@ -39,7 +39,7 @@ docs: $(READY)  ## the site and the thesis appendix
 	@python scripts/docs.py
 
 lab: $(READY)  ## JupyterLab on the notebooks
-	@jupyter lab nbs/
+	@jupyter lab nbs/ $$(test $$(id -u) -ne 0 || echo --allow-root) $(ARGS)
 
 export: $(READY)  ## notebooks -> codetrace/*.py and README.md
 	@nbdev_export
