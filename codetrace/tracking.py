@@ -28,7 +28,7 @@ from .errors import BadInput, choose
 from .models import LM, load
 from .programs import Program
 from .stats import wilson
-from .store import Records
+from .store import Records, plain_rows
 
 # %% ../nbs/10_tracking.ipynb #66c604bd
 PROMPTS: dict[str, str] = {
@@ -479,14 +479,10 @@ def _answers(
         return pd.DataFrame(rows)
 
 # %% ../nbs/10_tracking.ipynb #4601bb49
-def _jsonable(table: pd.DataFrame) -> list[dict]:
-    return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
 @patch
 def _write(self: ExperimentRunner, result: Result):
-    summary = {"accuracy": _jsonable(result.table), "wrong_answers": _jsonable(result.agreement)}
-    result.run.write_json("results.json", _jsonable(result.samples))
+    summary = {"accuracy": plain_rows(result.table), "wrong_answers": plain_rows(result.agreement)}
+    result.run.write_json("results.json", plain_rows(result.samples))
     result.run.write_json("summary.json", summary)
     accuracy_figure(result).savefig(result.run.folder / "accuracy_plot.png")
 

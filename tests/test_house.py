@@ -137,7 +137,7 @@ def test_parameters_are_literals_with_comments():
 
 
 def test_heavy_packages_are_imported_late():
-    heavy = "torch transformers nnsight pandas pyarrow matplotlib papermill scipy statsmodels nbformat"
+    heavy = "torch transformers peft sklearn nnsight pandas pyarrow matplotlib papermill scipy statsmodels nbformat"
     probe = f"import sys, codetrace.cli; print([m for m in {heavy.split()} if m in sys.modules])"
     assert run(sys.executable, "-c", probe).stdout.strip() == "[]"
 

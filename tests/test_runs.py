@@ -150,6 +150,12 @@ BEFORE_THE_KERNEL = {
     "cannot read parameters from nowhere.yaml": ["run", "tracking", "-f", "nowhere.yaml"],
     "no run '2099'": ["show", "2099"],
     "no complete run of phase 'tracking'": ["show", "tracking"],
+    "3 of 3 shards are missing; run this first: codetrace run tracing -p shards=3 -p shard=0": [
+        "run",
+        "tracing",
+        "-p",
+        "shards=3",
+    ],
 }
 
 
@@ -228,3 +234,17 @@ def test_help_answers_at_once():
 def test_every_command_has_an_example(command, tmp_path):
     done = codetrace(tmp_path, command, "--help")
     assert done.returncode == 0 and "Example" in done.stdout and f"codetrace {command}" in done.stdout
+
+
+def test_a_record_may_leave_files_out(tmp_path):
+    "What is listed as left out is not missing; any other file is."
+    from codetrace import runs
+    from codetrace.store import sha256
+
+    (tmp_path / "a.json").write_text("1")
+    outputs = {"a.json": {"sha256": sha256(tmp_path / "a.json")}, "weights/w": {"sha256": "0"}}
+    manifest = {"folder": str(tmp_path), "outputs": outputs}
+    assert runs.verify(manifest) == ["weights/w"]
+    assert runs.verify(manifest | {"left_out": ["weights/w"]}) == []
+    (tmp_path / "a.json").write_text("2")
+    assert runs.verify(manifest | {"left_out": ["weights/w"]}) == ["a.json"]

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from codetrace import models, programs, runs, tracing
+from codetrace import controls, knockout, models, programs, runs, tracing
 from codetrace.errors import BadInput, UnknownName
 from codetrace.models import Intervention
-from codetrace.tracing import METRICS, CannotTrace, Case, CutRole, Misaligned
+from codetrace.pairs import METRICS, CannotTrace, Case, CutRole, Misaligned, align, named
+from codetrace.patching import _states, sites
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
 
@@ -136,7 +137,7 @@ def test_unknown_names_are_named(llama, pairs, options, says):
 
 def by_hand(lm, pair, prefix, site, layer, position, head=None):
     "One cell through the models' own capture and intervene."
-    aligned = tracing._align(lm, pair, prefix=prefix)
+    aligned = align(lm, pair, prefix=prefix)
     state = lm.capture([list(aligned.donor)], [(site, layer)], positions=[position])[site, layer][0, 0]
     value = state if head is None else state[head]
     with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
@@ -211,33 +212,81 @@ def test_engines_agree(llama, pairs):
 
 
 @pytest.mark.parametrize("arch", models.TINY)
-def test_controls_swap_what_interventions_swap(arch):
+def test_controls_put_what_interventions_put(arch):
     lm = models.load(f"tiny:{arch}")
-    aligned = tracing._align(lm, pair_of(lm), prefix=PREFIX)
-    at = list(tracing._named(aligned).values())
-    for site in ("resid_pre", "resid_mid", "attn_out"):
-        if site not in lm.sites:
-            continue
-        states = tracing._states_at(lm, aligned.donor, site, [1], at)[0]
-        mine = tracing._swap(lm, aligned.base, site, 1, at, states)
-        with lm.intervene(Intervention(site, 1, states[:, None], positions=[[p] for p in at])):
-            theirs = lm.logits(lm.tokenize([list(aligned.base)] * len(at)))
-        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-3)
+    aligned = align(lm, pair_of(lm), prefix=PREFIX)
+    at = named(aligned)
+    for site in sites(lm):
+        states = _states(lm, aligned.donor, site)
+        heads = states[1].shape[1]
+        places = [(layer, heads - 1, at[name]) for layer in (1, 2) for name in ("rhs 1", "query", "final")]
+        given = [states[layer][position, head] for layer, head, position in places]
+        plain, mine = controls.put(lm, aligned.base, site, places, given)
+        torch.testing.assert_close(plain[0], lm.logits([list(aligned.base)])[0], atol=2e-4, rtol=1e-3)
+        if site in ("key", "value"):
+            continue  # `intervene` does not know them; the exact sweep does, below
+        for row, (layer, head, position) in enumerate(places):
+            only = {} if site != "head_out" else {"heads": head}
+            with lm.intervene(Intervention(site, layer, given[row], positions=position, **only)):
+                theirs = lm.logits([list(aligned.base)])[0]
+            torch.testing.assert_close(mine[row], theirs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("arch", models.TINY)
+def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
+    monkeypatch.setattr(controls, "ROWS", 7)  # the last rows do not fill a batch
+    lm = models.load(f"tiny:{arch}")
+    cases = [Case(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
+    heads = [(site, layer, 1, name) for site in ("head_out", "key") for layer in (0, 2) for name in ("rhs 2", "final")]
+    table, some = (
+        pd.DataFrame(heads, columns=["site", "layer", "head", "name"]),
+        ["resid_pre", "mlp_out", "head_out", "key"],
+    )
+    found = controls.controls(lm, cases, some, [1], "noise", heads=table)
+    silent, noise = (found[found["control"] == kind] for kind in ("no-op", "random"))
+    assert len(silent) == len(noise) and list(dict.fromkeys(silent["site"])) == some
+    assert (silent["effect"] == 0).all() and (silent["kl"] == 0).all()
+    assert (noise[(noise["name"] == "final") & (noise["layer"] < 2)]["kl"] > 0).all()
+
+
+def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pairs):
+    "A donor's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
+    cells = tracing.sweep(llama, pairs[1:2], ["head_out", "key", "value"], positions=["rhs 1", "query"])
+    aligned = align(llama, pairs[1])
+    own, wanted = aligned.answers
+    for site, rows in cells[cells["kl"].notna() & (cells["layer"] == 1)].groupby("site"):
+        states = _states(llama, aligned.donor, site)[1]
+        places = [(1, int(r.head), int(r.position)) for r in rows.itertuples()]
+        _, logits = controls.put(llama, aligned.base, site, places, [states[p, h] for _, h, p in places])
+        assert (logits[:, wanted] - logits[:, own]).tolist() == pytest.approx(rows["logit_diff"].tolist(), abs=1e-4)
 
 
 def test_random_controls_have_the_donors_norm(llama, pairs):
-    aligned = [tracing._align(llama, pair) for pair in pairs]
-    given = {kind: states for kind, _, states in tracing._donations(llama, aligned, 0, "resid_pre", [1, 2], 0)}
-    donor = tracing._states_at(llama, aligned[0].donor, "resid_pre", [1, 2], list(tracing._named(aligned[0]).values()))
-    torch.testing.assert_close(given["random"].norm(dim=-1), donor.norm(dim=-1))
-    assert torch.nn.functional.cosine_similarity(given["random"], donor, dim=-1).abs().max() < 0.7
+    aligned, cells = [align(llama, pair) for pair in pairs], [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
+    for site in ("resid_pre", "head_out"):
+        mine = [(layer, head * (site == "head_out"), name) for layer, head, name in cells]
+        given = {cell: x for kind, cell, x in controls._donations(llama, aligned, 0, site, mine, 0) if kind == "random"}
+        for (layer, head, name), state in given.items():
+            donor = _states(llama, aligned[0].donor, site)[layer][named(aligned[0])[name], head]
+            torch.testing.assert_close(state.norm(), donor.norm())
+            assert abs(torch.nn.functional.cosine_similarity(state, donor, dim=0)) < 0.9
+
+
+def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
+    make = lambda name, root: programs.as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
+    aligned = [align(llama, (make(name, root), make(name, other))) for name, root, other in [("a", 3, 7), ("c", 7, 5)]]
+    kinds = [kind for kind, *_ in controls._donations(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)]
+    assert kinds == ["no-op", "random", "unrelated, same answer"]  # nobody else answers 3
+    *_, (_, _, state) = controls._donations(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)
+    expected = _states(llama, aligned[1].base, "resid_pre")[1][named(aligned[1])["query"], 0]
+    torch.testing.assert_close(state, expected)
 
 
 @pytest.mark.parametrize("arch", models.TINY)
 def test_attribution_is_the_slope_of_a_small_patch(arch):
     lm, step = models.load(f"tiny:{arch}"), 2e-3
     pair = pair_of(lm)
-    aligned = tracing._align(lm, pair, prefix=PREFIX)
+    aligned = align(lm, pair, prefix=PREFIX)
     own, wanted = aligned.answers
     plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
     full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
@@ -264,22 +313,24 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
     if arch == "gemma2" and attn == "sdpa":
         pytest.skip("soft caps need eager attention")
     lm = models.load(f"tiny:{arch}", attn=attn)
-    aligned = tracing._align(lm, pair_of(lm))
+    aligned = align(lm, pair_of(lm))
     n, root, everywhere = len(aligned.base), aligned.differs, range(lm.n_layers)
     plain = lm.logits([list(aligned.base)])[0]
-    torch.testing.assert_close(tracing._cut(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(plain, tracing._cut(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3)
+    torch.testing.assert_close(knockout._cut(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(plain, knockout._cut(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3)
     assert not torch.allclose(plain, lm.logits([list(aligned.donor)])[0], atol=1e-3)
     # with every edge to the root cut, what it holds cannot reach the answer
-    blocked = tracing._blocked
+    blocked = knockout._blocked
 
     def block_all(*args):
         mask = blocked(*args)
         mask[:, :, root + 1 :, root] = torch.finfo(lm.dtype).min
         return mask
 
-    monkeypatch.setattr(tracing, "_blocked", block_all)
-    base, donor = (tracing._cut(lm, tokens, [(n - 1, root)], everywhere)[0] for tokens in (aligned.base, aligned.donor))
+    monkeypatch.setattr(knockout, "_blocked", block_all)
+    base, donor = (
+        knockout._cut(lm, tokens, [(n - 1, root)], everywhere)[0] for tokens in (aligned.base, aligned.donor)
+    )
     torch.testing.assert_close(base, donor, atol=1e-4, rtol=1e-3)
 
 
@@ -313,6 +364,62 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
     pd.testing.assert_frame_equal(resumed.cells, whole.cells)
     for name in ("intervention_results.json", "patch_results.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# --- shards
+
+
+def as_run(folder, shards=()):
+    run = start(folder)
+    run.manifest["inputs"] = [{"folder": str(x), "shard": k} for k, x in enumerate(shards)]
+    return run
+
+
+@pytest.fixture(scope="session")
+def ten_cases(llama):
+    return [Case(*pair_of(llama, depth=1 + seed % 2, seed=seed), PREFIX) for seed in range(10)]
+
+
+ASKED = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
+    whole = tracing.trace(llama, ten_cases, as_run(tmp_path / "whole"), **ASKED, approximate=True)
+    parts = [tmp_path / f"part{k}" for k in range(shards)]
+    swept = []
+    for k, folder in enumerate(parts):
+        found = tracing.trace(llama, ten_cases, as_run(folder), **ASKED, approximate=True, shards=shards, shard=k)
+        swept += [sorted(set(found.cells["program"]))]
+        assert not found.controls.size
+        assert not (folder / "patch_results.json").exists()
+    assert [i for part in swept for i in part] == list(range(10)) and all(
+        part[0] % tracing.TOGETHER == 0 for part in swept
+    )
+    merged = tracing.trace(
+        llama, ten_cases, as_run(tmp_path / "merged", parts), **ASKED, approximate=True, shards=shards
+    )
+    pd.testing.assert_frame_equal(merged.cells, whole.cells, check_exact=True)
+    pd.testing.assert_frame_equal(merged.controls, whole.controls, check_exact=True)
+    files = lambda name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
+    assert files("merged") == files("whole") and files("whole")
+    for name in ("intervention_results.json", "patch_results.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_shards_that_do_not_fit_are_refused(llama, ten_cases, tmp_path):
+    few = {"positions": "query", "control_layers": 0, "shards": 3}
+    parts = [tmp_path / f"part{k}" for k in range(3)]
+    for k, folder in enumerate(parts):
+        tracing.trace(llama, ten_cases, as_run(folder), **few, shard=k)
+    with pytest.raises(BadInput, match="give shards=3 or fewer"):
+        tracing.trace(llama, ten_cases, as_run(tmp_path / "x"), **few | {"shards": 4}, shard=0)
+    with pytest.raises(CannotTrace, match="no denoise/resid_pre of program 8"):
+        tracing.trace(llama, ten_cases, as_run(tmp_path / "a", parts[:2]), **few)
+    with pytest.raises(BadInput, match="already"):
+        tracing.trace(llama, ten_cases, as_run(tmp_path / "b", [*parts, parts[0]]), **few)
+    with pytest.raises(CannotTrace, match="part0 is a shard of other programs"):
+        tracing.trace(llama, ten_cases[::-1], as_run(tmp_path / "c", parts), **few)
 
 
 def test_the_json_holds_the_cells(llama, tmp_path):
@@ -420,3 +527,64 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
     assert record["run_id"] == found.run.folder.name and "strongest cell" in record["headline"]
     assert {"intervention_results.json", "patch_results.json"} <= set(record["outputs"])
     assert tracing.program_figure(found) is None and tracing.head_figure(found) is not None
+
+
+def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, ten_cases, tmp_path):
+    found = tracing.trace(llama, ten_cases, start(tmp_path), sites=["resid_pre", "head_out", "value"], control_layers=1)
+    heads = found.controls[found.controls["head"].notna()]
+    assert set(heads["site"]) == {"head_out", "value"} and set(heads["program"]) == {1, 3, 5, 7, 9}
+    assert set(found.controls[found.controls["head"].isna()]["program"]) == set(range(8))
+    for site, rows in heads.groupby("site"):
+        chosen = tracing.strongest_heads(found.cells[found.cells["site"] == site])
+        assert len(chosen) == 10 and len(rows[["layer", "head", "name"]].drop_duplicates()) <= 10
+        assert rows["control"].nunique() >= 3 and (rows[rows["control"] == "no-op"]["effect"] == 0).all()
+    table = tracing.control_table(found).set_index(["site", "control"])
+    real = found.cells.merge(
+        heads[heads["site"] == "value"][["program", "site", "layer", "head", "name"]].drop_duplicates()
+    )
+    assert table.loc[("value", "the counterfactual itself"), "mean effect"] == pytest.approx(real["effect"].mean())
+    assert table.loc[("head_out", "no-op"), "largest cell"] == 0
+
+
+# --- the real model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", tracing.DIRECTIONS)
+def test_smollm2_engines_decide_alike(direction):
+    "Every success decision is the same, and no logit difference is further off than 1e-4 of what eager attention gives both."
+    lm, rng = models.load("smollm2", dtype="float32", attn="eager"), np.random.default_rng(0)
+    program = programs.make_variable_binding_program(3, rng, depth=2, query_style="print")
+    pair = programs.make_counterfactual_pair(program, rng, lm.tokenizer)
+    sweep = lambda site, engine: tracing.sweep(lm, [pair], site, ["rhs 2", "final"], direction, engine)
+    for site in ("resid_pre", "attn_out"):
+        fast = sweep(site, "staircase")
+        for engine in ("naive", "nnsight", "transformer_lens"):
+            slow = sweep(site, engine)
+            assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) <= 2e-4, (site, engine)
+            assert fast["success"].equals(slow["success"]), (site, engine)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_reference_can_be_what_is_patched(direction):
+    "The changed reference carries the whole effect before layer 0, and neither root any; names are the program's in both directions."
+    lm = models.load("tiny:llama")
+    program = programs.as_program(("k = 4\nm = 7\nx = k\nb = x\n#b:", 4))
+    pair = programs.make_redirected_pair(program, np.random.default_rng(0), lm.tokenizer)
+    case = tracing.Case(*pair)
+    assert case.origin == "rhs 2"
+    cells = tracing.sweep(lm, [pair], direction=direction).set_index(["name", "layer"])["effect"]
+    assert cells["rhs 2", 0] == pytest.approx(1, abs=1e-4)
+    assert cells["rhs 1", 0] == 0 and cells["rhs 1b", 0] == 0
+    assert {"lhs 1b", "end 1b", "rhs 3"} <= set(cells.index.get_level_values("name"))
+
+
+def test_reference_cases_are_drawn_and_unknown_changes_named():
+    from codetrace import planted
+
+    lm = planted.load()
+    cases, _ = tracing.draw_cases(lm, 4, (6,), (2,), num_shots=0, query_style="hash", change="reference")
+    assert len(cases) == 4 and {case.origin for case in cases} == {"rhs 2"}
+    assert all(case.program.chain[0] != case.counterfactual.chain[0] for case in cases)
+    with pytest.raises(BadInput, match="value"):
+        tracing.draw_cases(lm, 1, (6,), (2,), change="valeu")

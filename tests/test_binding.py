@@ -1,0 +1,200 @@
+"The model that has learnt binding: shipped, whole, and as good as it is said to be."
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from codetrace import binding, models, programs, runs
+from codetrace.errors import BadInput
+from codetrace.stats import wilson
+
+HOME = Path(__file__).resolve().parents[1]
+ADAPTER = HOME / "codetrace" / "data" / "binding"
+
+
+@pytest.fixture(scope="module")
+def taught():
+    return models.load("binding")
+
+
+def fresh(n: int, seed: int, **options) -> list[binding.Bindings]:
+    "Held-out programs of 4 to 16 lines, in about equal numbers."
+    rng = np.random.default_rng([seed, 77])
+    lengths = [k for k in range(4, 17) if k > options.get("depth", 1)]
+    sizes = [n // len(lengths) + (i < n % len(lengths)) for i in range(len(lengths))]
+    return [binding.sample(size, rng, k, max_depth=min(4, k - 1), **options) for k, size in zip(lengths, sizes) if size]
+
+
+def right(lm, several) -> tuple[int, int]:
+    "Answers whose top token over the entire vocabulary is right, and how many were asked."
+    found = [(binding.answers(lm, b) == b.of_asked("value")).ravel() for b in several]
+    return int(np.concatenate(found).sum()), sum(map(len, found))
+
+
+def test_the_shipped_model_follows_references(taught):
+    k, n = right(taught, fresh(300, seed=1))
+    assert n == 300 and k / n >= 0.99, f"{k} of {n} right"
+
+
+def test_it_answers_plain_prompts_as_packed_ones(taught):
+    asked = fresh(13, seed=2)
+    plain = [b.program(row) for b in asked for row in range(len(b))]
+    said = taught.tokenizer.batch_decode(taught.logits([p.code for p in plain]).argmax(-1)[:, None])
+    packed = np.concatenate([binding.answers(taught, b).ravel() for b in asked])
+    assert [str(digit) for digit in packed] == said
+    assert said == [p.answer for p in plain]
+
+
+def test_the_untaught_model_does_not():
+    k, n = right(models.load("smollm2"), fresh(65, seed=3))
+    assert wilson(k, n)[1] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_two_thousand_at_every_depth(taught, depth):
+    k, n = right(taught, fresh(2000, seed=4, depth=depth))
+    assert n == 2000 and k / n >= 0.99, f"depth {depth}: {k} of {n} right, interval {wilson(k, n)}"
+
+
+def test_what_is_shipped_is_small():
+    assert sum(p.stat().st_size for p in ADAPTER.iterdir()) < 12e6
+    stages = HOME / "adapters"
+    assert sum(p.stat().st_size for p in stages.rglob("*") if p.is_file()) <= 40e6
+    assert len(models.binding_steps()) == 8
+
+
+def test_the_last_stage_is_the_shipped_adapter():
+    last = HOME / "adapters" / "binding" / f"step-{models.binding_steps()[-1]:06d}"
+    for path in ADAPTER.iterdir():
+        assert (last / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_shipped_adapter_is_that_of_the_reference_record():
+    record = next((HOME / "runs" / "reference" / "binding").glob("*/run.json"))
+    outputs = json.loads(record.read_text())["outputs"]
+    from codetrace.store import sha256
+
+    name = f"weights/step-{models.binding_steps()[-1]:06d}/adapter_model.safetensors"
+    assert outputs[name]["sha256"] == sha256(ADAPTER / "adapter_model.safetensors")
+
+
+def test_merging_adds_the_adapter_and_nothing_else():
+    "W + (alpha / r) B A, by hand."
+    from safetensors.torch import load_file
+
+    base, merged = (models.load(name, dtype="float32") for name in ("smollm2", "binding"))
+    state = load_file(ADAPTER / "adapter_model.safetensors")
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.29.mlp.down_proj"):
+        a, b = (state[f"base_model.model.{path}.lora_{part}.weight"].float() for part in "AB")
+        want = base.hf.get_submodule(path).weight + config["lora_alpha"] / config["r"] * b @ a
+        assert torch.allclose(merged.hf.get_submodule(path).weight, want, atol=1e-6)
+    assert torch.equal(base.hf.model.embed_tokens.weight, merged.hf.model.embed_tokens.weight)
+    assert "adapter sha256:" in merged.revision
+
+
+def test_a_wrong_stage_or_folder_is_named(tmp_path):
+    with pytest.raises(BadInput, match="binding@"):
+        models.load("binding@7")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match="no adapter"):
+        models.load(str(tmp_path))
+    with pytest.raises(BadInput, match="leave out quantize"):
+        models.load("binding", quantize="8bit")
+
+
+def test_the_arrays_agree_with_the_single_generator_and_with_python():
+    rng = np.random.default_rng(0)
+    for lines in (3, 8, 16):
+        drawn = binding.sample(60, rng, lines, max_depth=min(4, lines - 1), queries=2)
+        for row in range(len(drawn)):
+            for query in range(2):
+                program = drawn.program(row, query)  # runs it; raises where the answer is another
+                at = drawn.asked[row, query]
+                assert program.depth == drawn.depth[row, at]
+                scope = {}
+                exec(program.source, {}, scope)
+                assert scope[program.query] == drawn.value[row, at]
+
+
+def test_both_generators_draw_from_one_distribution():
+    "Lines that start a chain, and the depth of the deepest variable, in 3000 programs of each."
+    from scipy.stats import chi2_contingency
+
+    rng = np.random.default_rng(1)
+    ours = binding.sample(3000, rng, 8)
+    constants = np.bincount((ours.source < 0).sum(1), minlength=9)[2:]
+    # the single generator first draws the depth it will ask for, which favours programs that have it: ask for 1, which all have
+    theirs = [programs.make_variable_binding_program(8, rng, depth=1) for _ in range(3000)]
+    other = np.bincount([len(programs.constants(p)) for p in theirs], minlength=9)[2:]
+    both = np.array([constants, other])
+    assert chi2_contingency(both[:, both.sum(0) > 20]).pvalue > 1e-3
+
+
+def test_held_out_is_held_out():
+    rng = np.random.default_rng(2)
+    train = binding.sample(3000, rng, 6, split="train", queries=2)
+    texts = {train.program(row).source for row in range(300)}
+    assert binding.fingerprint(train).min() > 0
+    constants = train.source < 0
+    assert not binding.HELD_OUT_PAIRS[train.letter[constants], train.digit[constants]].any()
+    assert binding.HELD_OUT_PAIRS.sum() == 26
+    test = binding.sample(300, rng, 6)
+    assert not texts & {test.program(row).source for row in range(300)}
+
+
+def test_half_a_training_continues_to_the_same_weights(tmp_path):
+    "Killed between two checkpoints: the lost steps are repeated, no row is doubled."
+
+    class Killed(BaseException):
+        pass
+
+    def train(folder, until=None):
+        lm = binding.with_adapter(models.load("tiny:qwen3"), rank=2)
+        plan = binding.Plan(7, programs=2, queries=2, lines=(4, 6), max_depth=3, learning_rate=1e-2, warmup=1)
+
+        def steps(items, **_):
+            for step in items:
+                if step == until:
+                    raise Killed
+                yield step
+
+        judged = [binding.sample(4, np.random.default_rng(0), 5)]
+        table, scores = binding.learn(lm, plan, folder, [0, 2, 4], judged, checkpoint_every=3, progress=steps)
+        return {name: p.detach() for name, p in binding._learning(lm).items()}, table, scores
+
+    whole, losses, scores = train(tmp_path / "whole")
+    for until in (2, 5):
+        with pytest.raises(Killed):
+            train(tmp_path / "pieces", until)
+    again, losses_again, scores_again = train(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert losses["loss"].tolist() == losses_again["loss"].tolist() and losses["step"].tolist() == list(range(1, 8))
+    assert scores.drop(columns="step").equals(scores_again.drop(columns="step"))
+    name = "step-000007/adapter_model.safetensors"
+    assert (tmp_path / "whole/weights" / name).read_bytes() == (tmp_path / "pieces/weights" / name).read_bytes()
+
+
+def test_scratch_models_are_models(tmp_path):
+    "A new transformer learns, is saved, and loads as any folder does."
+    lm = binding.from_scratch(2, 2, 32)
+    before = lm.hf.model.embed_tokens.weight.clone()
+    plan = binding.Plan(3, programs=4, queries=2, lines=(3, 4), max_depth=2, learning_rate=1e-2, warmup=1)
+    binding.learn(lm, plan, tmp_path)
+    assert not torch.equal(before, lm.hf.model.embed_tokens.weight)
+    again = models.load(str(tmp_path / "weights" / "step-000003"), dtype="float32")
+    asked = binding.sample(3, np.random.default_rng(0), 4)
+    assert torch.allclose(again.logits([asked.program(0).code]), lm.logits([asked.program(0).code]), atol=1e-5)
+
+
+def test_reference_training_is_complete():
+    record = next((HOME / "runs" / "reference" / "binding").glob("*/run.json"))
+    manifest = runs.read(record.parent)
+    assert manifest["status"] == "complete"
+    final = [row for row in manifest["summary"] if row["part"] == "as in training"]
+    assert [row["programs"] for row in final] == [f"depth {d}" for d in (1, 2, 3, 4)]
+    assert all(float(row["accuracy"]) >= 0.99 for row in final)

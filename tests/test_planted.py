@@ -1,0 +1,111 @@
+"The planted circuit is a truth test: it works by construction, and the tools find it and nothing else."
+
+import numpy as np
+import pytest
+import torch
+
+from codetrace import mechanism, planted, programs, tracing
+from codetrace.patching import Pair, patch_all
+
+LENGTHS = {1: (2, 3, 8, 16), 2: (3, 5, 9, 16)}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return planted.load()
+
+
+def drawn(depth: int, seq_len: int, n: int, seed: int = 0):
+    rng = np.random.default_rng([seed, depth, seq_len])
+    return [programs.make_variable_binding_program(seq_len, rng, depth=depth) for _ in range(n)]
+
+
+def share_right(lm, asked) -> float:
+    said = lm.logits([p.code for p in asked]).argmax(-1).tolist()
+    return float(np.mean([planted.VOCABULARY[i] == p.answer for i, p in zip(said, asked)]))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_it_answers_every_program(lm, depth):
+    assert all(share_right(lm, drawn(depth, seq_len, 100)) == 1 for seq_len in LENGTHS[depth])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_whatever_the_noise(seed):
+    lm = planted.load(seed=seed)
+    assert share_right(lm, drawn(2, 16, 60, seed) + drawn(1, 16, 60, seed)) == 1
+
+
+def test_it_has_two_hops_and_no_more(lm):
+    assert share_right(lm, drawn(3, 8, 60) + drawn(4, 8, 60)) < 0.2
+
+
+def test_noise_is_noise(lm):
+    "There is something not to find: the noise depends on the value, and reaches the logits."
+    one, other = programs.make_counterfactual_pair(drawn(2, 5, 1)[0], np.random.default_rng(0), lm.tokenizer)
+    states = lm.capture([one.code, other.code], [("head_out", layer) for layer in range(lm.n_layers)])
+    differs = [(x[0] - x[1]).norm(dim=-1).amax(0) > 1e-3 for x in states.values()]
+    assert torch.stack(differs).sum() > 15
+    quiet = planted.load(noise=0)
+    assert (lm.logits(one.code) - quiet.logits(one.code)).abs().max() > 0.01
+
+
+def cases_of(lm, depth: int, n: int = 10, seq_len: int = 6):
+    return tracing.draw_cases(lm, n, (seq_len,), (depth,), num_shots=0, query_style="hash")[0]
+
+
+STAY = {  # where the value is before each layer, in a program of depth 2
+    0: "rhs 1", 1: "rhs 1", 2: "rhs 2", 3: "rhs 2", 4: "query", 5: "final",
+}  # fmt: skip
+
+
+def test_the_sweep_finds_the_way_of_the_value(lm):
+    cells = tracing.sweep(lm, [case.pair for case in cases_of(lm, 2)], ["resid_pre"], "all")
+    means = cells.groupby(["layer", "name"])["effect"].mean()
+    for (layer, name), effect in means.items():
+        assert effect == pytest.approx(float(STAY[layer] == name), abs=0.05), (layer, name)
+    assert cells["effect"][(cells["name"] == "") | (cells["name"] == "end other")].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("seed", [0, 4])
+def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
+    lm = planted.load(seed=seed)
+    cells = tracing.sweep(lm, [case.pair for case in cases_of(lm, depth)], ["head_out"], "all")
+    means = cells.groupby(["layer", "head", "name"])["effect"].mean()
+    found = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
+    assert found == planted.carriers(depth)
+    assert means[[key for key in means.index if key not in planted.carriers(depth)]].abs().max() < 0.02
+    assert means[list(planted.carriers(depth))].min() > 0.95
+
+
+def test_the_naive_engine_agrees(lm):
+    one, other = cases_of(lm, 2, 1, 5)[0].pair
+    base, donor = lm.ids([one.code, other.code])
+    last = lambda logits, i: logits
+    for site in ("resid_pre", "head_out", "mlp_out"):
+        fast, slow = (patch_all(lm, [Pair(base, donor)], site, last, engine=e)[0] for e in ("staircase", "naive"))
+        assert torch.allclose(fast, slow, atol=1e-3), site
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
+    asked = mechanism.draw_reference(lm, 80, (6,), (depth,))
+    means = mechanism.head_means(lm, asked[40:])
+    rows = [mechanism.ablate_each(lm, asked[:40], means, layer) for layer in range(lm.n_layers)]
+    right = {at: own["correct"].mean() for t in rows for at, own in t.groupby(["layer", "head"])}
+    assert {at for at, share in right.items() if share < 0.5} == planted.needed(depth)
+    assert all(share == 1 for at, share in right.items() if at not in planted.needed(depth))
+
+
+def test_random_donors_do_not_bring_the_answer(lm):
+    "A random state of the donor's norm destroys, but does not carry: its effect is about a half, its success nothing."
+    rows = mechanism.swap_heads(lm, cases_of(lm, 2), sorted(planted.carriers(2)))
+    noise, real = (rows[rows["kind"] == kind] for kind in ("chosen, noise", "chosen"))
+    assert real["success"].mean() == 1 and noise["success"].mean() < 0.35
+    assert real["effect"].min() > 0.95 and noise["effect"].mean() < 0.75
+
+
+def test_other_formats_are_refused_aloud(lm):
+    with pytest.raises(Exception, match=r"(?i)unk|vocabulary|token"):
+        lm.ids("print(a)")
