@@ -7,7 +7,8 @@ __all__ = ['logger', 'LETTERS', 'DIGITS', 'HELD_OUT_PAIRS', 'SPLITS', 'HEURISTIC
            'REHEARSAL', 'Bindings', 'fingerprint', 'sample', 'Alphabet', 'Packed', 'pack', 'answer_logits', 'answers',
            'graded', 'summarised', 'with_adapter', 'character_tokenizer', 'from_scratch', 'python_source',
            'nats_per_token', 'forgetting', 'Plan', 'save_weights', 'learn', 'examination', 'examine', 'evaluation_set',
-           'rule_shares', 'learning_figure', 'loss_figure', 'report', 'reference_records']
+           'rule_shares', 'learning_figure', 'loss_figure', 'report', 'reference_records', 'traced_records',
+           'trace_figures']
 
 # %% ../nbs/12_binding.ipynb #61277c09
 import logging
@@ -764,3 +765,14 @@ def reference_records(
     home = runs.checkout()
     found = [m for m in runs.index(home / "runs") if "reference" in Path(m["folder"]).parts] if home else []
     return [m for m in found if m["phase"] == phase and all(m["parameters"].get(k) == v for k, v in match.items())]
+
+# %% ../nbs/12_binding.ipynb #1b691551
+def traced_records() -> dict[str, dict]:
+    "The reference traces of the taught model, by what their counterfactuals change."
+    return {m["parameters"]["change"]: m for m in reference_records("tracing", model="binding")}
+
+
+def trace_figures(record: dict):
+    "The grid of named positions of a trace's record."
+    cells = read_json(Path(record["folder"]) / "patch_results.json")["cells"]
+    return figures.name_grid(pd.DataFrame(cells).replace({None: np.nan}))
