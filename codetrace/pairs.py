@@ -147,12 +147,11 @@ def one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
     return prompt, ids[0]
 
 # %% ../nbs/10a_pairs.ipynb #986d8831
-def _shared_names(own: pd.Series, other: pd.Series, chains: Sequence[tuple]) -> pd.Series:
-    "The names of a pair's tokens: the program's, and with a b those that only its counterfactual's chain has."
+def _shared_names(own: pd.Series, other: pd.Series, redirected: bool) -> pd.Series:
+    "The names of a pair's tokens: the program's, and where a reference was changed, with a b those that only the counterfactual's chain has."
     free = own.isin(["", "end other"])
     theirs = ~other.isin(["", "end other"])
-    strict = [link.line for link in chains[0]] == [link.line for link in chains[1]]
-    if (own != other)[~free & theirs].any() or (strict and list(own) != list(other)):
+    if (own != other)[~free & theirs].any() or (not redirected and list(own) != list(other)):
         raise Misaligned("a program and its counterfactual do not play the same roles at the same tokens")
     return own.mask(free & theirs, other + "b")
 
@@ -173,7 +172,9 @@ def align(
         )
     tables = [token_roles(lm, program, prompt) for program, prompt in zip(pair, prompts)]
     own, other = (table["name"] for table in (tables if direction == "denoise" else tables[::-1]))
-    roles = tables[0].assign(name=_shared_names(own, other, [program.chain for program in pair]))
+    lines = [[link.line for link in program.chain] for program in pair]
+    redirected = lines[0] != lines[1] and sum(a != b for a, b in zip(base, donor)) == 1
+    roles = tables[0].assign(name=_shared_names(own, other, redirected))
     if base == donor or answers[0] == answers[1]:
         raise CannotTrace(
             f"{pair[0].code!r}: program and counterfactual, or their answers, are the same: there is no difference to trace"

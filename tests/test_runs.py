@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
-LONG = [*STUDY, "-n", "100"]  # 200 programs, four units
+LONG = [*STUDY, "-n", "150"]  # 300 programs, six units
 
 
 def environment(root: Path, **more: str) -> dict:
@@ -50,8 +51,11 @@ def wait_for_rows(root: Path):
 
 
 def kernel_of(process: subprocess.Popen) -> psutil.Process | None:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return next((p for p in children if "ipykernel" in " ".join(p.cmdline())), None)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # git, say, that has just ended
+            if "ipykernel" in " ".join(child.cmdline()):
+                return child
+    return None
 
 
 @pytest.fixture(scope="module")
