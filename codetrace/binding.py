@@ -310,7 +310,11 @@ def graded(
                 "answer": bindings.value[row, at],
                 "said": said[row, query],
             }
-            rows.append(about | {"seen": said[row, query] in bindings.digit[row]} | _shallow(bindings, row))
+            rows.append(
+                about
+                | {"seen": said[row, query] >= 0 and said[row, query] in bindings.digit[row]}
+                | _shallow(bindings, row)
+            )
     table = pd.DataFrame(rows)
     return table.assign(correct=table["answer"] == table["said"])
 
@@ -336,7 +340,7 @@ def summarised(
         rows.append(
             about
             | {"seen": group["seen"].mean()}
-            | {rule: (group["said"] == group[rule]).mean() for rule in HEURISTICS}
+            | {rule: ((group["said"] == group[rule]) & (group["said"] >= 0)).mean() for rule in HEURISTICS}
         )
     return pd.DataFrame(rows)
 
@@ -695,6 +699,7 @@ def _rule_panel(ax, evaluation: pd.DataFrame, right: dict[str, float]) -> int:
 def learning_figure(
     evaluation: pd.DataFrame,  # From `learn`
     right: dict[str, float] | None = None,  # From `rule_shares`, of the programs evaluated
+    rules_from: int = 0,  # Step from which on agreement with the rules is drawn
 ):
     "Accuracy by depth, and agreement with shallow rules, over training."
     import matplotlib.pyplot as plt
@@ -702,10 +707,11 @@ def learning_figure(
     with figures.style():
         fig, (left, beside) = plt.subplots(1, 2, figsize=(7.4, 2.7), sharey=True, layout="constrained")
         _depth_panel(left, evaluation)
-        n = _rule_panel(beside, evaluation, right or {})
+        n = _rule_panel(beside, evaluation[evaluation["step"] >= rules_from], right or {})
         for ax, title in ((left, "Answers that are right"), (beside, "Answers that are …")):
             ax.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
             ax.set_xscale("symlog", linthresh=10)
+            ax.set_xlim(left=0)
             ax.legend(frameon=False, fontsize=7)
         marks = " Triangles: how often the rule is right." if right else ""
         caption = f"Held-out programs, n = {n} queries an evaluation, 95% Wilson intervals.{marks}"
