@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'METRICS', 'CELL', 'VECTORS', 'CannotTrace', 'CutRole', 'Misaligned', 'program_start', 'token_roles',
-           'Case', 'Aligned', 'one_token_answer', 'align', 'named', 'measure', 'cell_rows']
+           'Case', 'Aligned', 'one_token_answer', 'align', 'named_positions', 'named', 'measure', 'cell_rows']
 
 # %% ../nbs/10a_pairs.ipynb #e0440f9e
 from collections.abc import Iterator, Sequence
@@ -147,10 +147,12 @@ def one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
     return prompt, ids[0]
 
 # %% ../nbs/10a_pairs.ipynb #986d8831
+_UNNAMED = ("", "end other")  # Names that several tokens may bear
+
+
 def _shared_names(own: pd.Series, other: pd.Series, redirected: bool) -> pd.Series:
     "The names of a pair's tokens: the program's, and where a reference was changed, with a b those that only the counterfactual's chain has."
-    free = own.isin(["", "end other"])
-    theirs = ~other.isin(["", "end other"])
+    free, theirs = own.isin(_UNNAMED), ~other.isin(_UNNAMED)
     if (own != other)[~free & theirs].any() or (not redirected and list(own) != list(other)):
         raise Misaligned("a program and its counterfactual do not play the same roles at the same tokens")
     return own.mask(free & theirs, other + "b")
@@ -183,12 +185,17 @@ def align(
     return Aligned(base, donor, answers, roles[roles["line"] >= 0].reset_index(drop=True), differs)
 
 # %% ../nbs/10a_pairs.ipynb #b6865bff
-def named(
-    pair: Aligned,
+def named_positions(
+    roles: pd.DataFrame,  # From `token_roles`
 ) -> dict[str, int]:  # Position by name; names that several tokens bear are left out
     "The positions that have a name of their own."
-    table = pair.roles[(pair.roles["name"] != "") & (pair.roles["name"] != "end other")]
-    return dict(zip(table["name"], table["position"]))
+    table = roles[~roles["name"].isin(_UNNAMED)]
+    return dict(zip(table["name"], table["position"].astype(int)))
+
+
+def named(pair: Aligned) -> dict[str, int]:
+    "The same, of a pair that lines up."
+    return named_positions(pair.roles)
 
 # %% ../nbs/10a_pairs.ipynb #13994142
 METRICS = ("logit_diff", "effect", "success", "prob", "kl")

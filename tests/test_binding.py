@@ -179,6 +179,16 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path):
     assert (tmp_path / "whole/weights" / name).read_bytes() == (tmp_path / "pieces/weights" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "slip", [{"steps": 0}, {"lines": (8, 4)}, {"lines": (4,)}, {"lines": (1, 4)}, {"queries": 0}, {"programs": -1}]
+)
+def test_a_plan_that_cannot_be_is_named(slip):
+    good = {"steps": 5, "programs": 2, "queries": 2, "lines": (4, 6), "max_depth": 3, "learning_rate": 1e-3}
+    binding.Plan(**good)
+    with pytest.raises(BadInput, match=next(iter(slip))):
+        binding.Plan(**good | slip)
+
+
 def test_scratch_models_are_models(tmp_path):
     "A new transformer learns, is saved, and loads as any folder does."
     lm = binding.from_scratch(2, 2, 32)

@@ -28,9 +28,10 @@ def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProce
 
 
 def begin(root: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [BIN / "codetrace", *words], env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # what a shell starts in the background ignores Ctrl-C, and its children with it
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), preexec_fn=heeds, **pipes)
 
 
 def manifests(root: Path) -> list[dict]:
@@ -94,7 +95,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
     if victim == "kernel":
         assert "kernel died" in error and "kernel died" in manifest["error"]["message"]
     if victim == "ctrl-c":
-        assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error
+        assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error, error
     assert not (Path(manifest["folder"]) / "results.json").exists()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
 
@@ -111,6 +112,23 @@ def test_a_finished_run_is_never_written_again(tmp_path):
     first, second = manifests(tmp_path)
     assert first["digest"] == second["digest"] and first["run_id"] != second["run_id"]
     assert first["status"] == second["status"] == "complete"
+
+
+def test_a_reference_record_leaves_out_what_it_is_told_to(tmp_path):
+    assert codetrace(tmp_path / "runs", *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
+    (manifest,) = manifests(tmp_path / "runs")
+    command = [sys.executable, HOME / "scripts" / "reference.py", manifest["run_id"], "--to", tmp_path / "kept"]
+    done = subprocess.run([*command, "--leave-out", "*.parquet"], env=environment(tmp_path / "runs"), timeout=120)
+    assert done.returncode == 0
+    (kept,) = manifests(tmp_path / "kept")
+    files = {str(p.relative_to(kept["folder"])) for p in Path(kept["folder"]).rglob("*.*")}
+    parts = {name for name in manifest["outputs"] if name.endswith(".parquet")}
+    assert (
+        parts
+        and parts == set(kept["left_out"])
+        and files == set(manifest["outputs"]) - parts | {"run.json", "notebook.ipynb"}
+    )
+    assert codetrace(tmp_path / "kept", "show", kept["run_id"]).returncode == 0  # the rest is still verified
 
 
 def test_two_processes_never_write_one_run(tmp_path):
