@@ -158,13 +158,14 @@ def over_steps(
     said = f"n = {table['n'].max()} queries, 95% Wilson intervals; grey: the other panels" + (
         "; dotted: of the right answers." if table["learnt"].notna().any() else "."
     )
+    ticks = [step for step in (0, 10, 100, 1_000, 10_000, 100_000) if step <= last] if last >= 10 else [0, last]
     with _panels(len(names), 5, 1.5, 1.3, said) as axes:
         for ax, name in zip(axes.flat, names):
             _curve(ax, table, name)
             ax.set_title(name, pad=3)
             ax.set_xscale("symlog", linthresh=10)
-            ax.set(xlim=(0, last), ylim=(-0.03, 1.03), yticks=[0, 0.5, 1], xticks=[0, 10, 100][: 2 + (last > 100)])
-            ax.set_xticklabels([0, 10, 100][: 2 + (last > 100)])
+            ax.set(xlim=(0, last), ylim=(-0.03, 1.03), yticks=[0, 0.5, 1])
+            ax.set_xticks(ticks, map(str, ticks), minor=False)
             ax.minorticks_off()
         axes[-1, 0].set_xlabel("step")
     return axes[0, 0].figure
@@ -175,11 +176,15 @@ def loss(
 ) -> Figure:
     "Loss of every step, and its running median."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     with style():
         fig, ax = plt.subplots(figsize=(3.6, 2.2), layout="constrained")
         ax.plot(training["step"], training["loss"], ".", color="0.7", ms=2)
         ax.plot(training["step"], training["loss"].rolling(15, 1, center=True).median(), "k", lw=1)
         ax.set(xlabel="step", title="Loss, nats an answer; line: median of 15 steps", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter())
+        ax.xaxis.get_major_locator().set_params(integer=True)
         plt.close(fig)
     return fig
