@@ -622,7 +622,7 @@ def headline(found: Trace) -> str:
     vectors = one.cells["head"].isna().all()
     origin = found.cases[0].origin
     layer, low, high = handover(one.cells, origin) if vectors else (np.nan,) * 3
-    parts = [f"n={len(found.cases)}"]
+    parts = [f"n={one.cells['program'].nunique()}"]
     if layer == layer:
         parts.append(
             f"final token overtakes {'the root' if origin == 'rhs 1' else origin} at layer {layer:.0f}"
