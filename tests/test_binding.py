@@ -147,15 +147,36 @@ def test_held_out_is_held_out():
     assert not texts & {test.program(row).source for row in range(300)}
 
 
-def test_half_a_training_continues_to_the_same_weights(tmp_path):
+def test_programs_grow_when_they_are_mastered():
+    plan = binding.Plan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3, mastery=0.9)
+    assert plan.levels == [(3, 1), (4, 2), (5, 3), (6, 4), (7, 4), (8, 4), (9, 4)]
+    at, reached = (0, []), []
+    for right in [0.0] * 10 + [1.0] * 45 + [0.5] * 60 + [1.0] * 1000:
+        at = binding._after(plan, at, {"right": right})
+        reached.append(at[0])
+    assert reached[53:55] == [0, 1]  # 45 of the last 50 steps
+    assert max(reached[55:154]) == 1 and reached[154] == 2 and reached[-1] == 6  # 40 of 50, and ten halves
+    assert [plan.batch(0, level).letter.shape[1] <= plan.levels[level][0] for level in range(7)] == [True] * 7
+    assert max(plan.batch(step, 0).of_asked("depth").max() for step in range(20)) == 1
+    assert {plan.batch(step, 6).letter.shape[1] for step in range(60)} == set(range(3, 10))
+    flat = binding.Plan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3)
+    assert flat.next_level(0, [1.0] * 99) == 0
+
+
+@pytest.mark.parametrize("mastery", [0.0, 0.9])
+def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, mastery):
     "Killed between two checkpoints: the lost steps are repeated, no row is doubled."
+    growing = lambda plan, level, right: min(level + (len(right) >= 2), len(plan.levels) - 1)  # mastered in two steps
+    monkeypatch.setattr(binding.Plan, "next_level", growing if mastery else binding.Plan.next_level)
 
     class Killed(BaseException):
         pass
 
     def train(folder, until=None):
         lm = binding.with_adapter(models.load("tiny:qwen3"), rank=2)
-        plan = binding.Plan(7, programs=2, queries=2, lines=(4, 6), max_depth=3, learning_rate=1e-2, warmup=1)
+        plan = binding.Plan(
+            7, programs=2, queries=2, lines=(4, 6), max_depth=3, learning_rate=1e-2, warmup=1, mastery=mastery
+        )
 
         def steps(items, **_):
             for step in items:
@@ -174,13 +195,23 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path):
     again, losses_again, scores_again = train(tmp_path / "pieces")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert losses["loss"].tolist() == losses_again["loss"].tolist() and losses["step"].tolist() == list(range(1, 8))
+    assert losses["level"].tolist() == losses_again["level"].tolist() == ([0, 0, 1, 1, 2, 2, 2] if mastery else [0] * 7)
     assert scores.drop(columns="step").equals(scores_again.drop(columns="step"))
     name = "step-000007/adapter_model.safetensors"
     assert (tmp_path / "whole/weights" / name).read_bytes() == (tmp_path / "pieces/weights" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "slip", [{"steps": 0}, {"lines": (8, 4)}, {"lines": (4,)}, {"lines": (1, 4)}, {"queries": 0}, {"programs": -1}]
+    "slip",
+    [
+        {"steps": 0},
+        {"lines": (8, 4)},
+        {"lines": (4,)},
+        {"lines": (1, 4)},
+        {"queries": 0},
+        {"programs": -1},
+        {"mastery": 1.0},
+    ],
 )
 def test_a_plan_that_cannot_be_is_named(slip):
     good = {"steps": 5, "programs": 2, "queries": 2, "lines": (4, 6), "max_depth": 3, "learning_rate": 1e-3}
