@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={about['min_python']}",
     packages=find_packages(include=["codetrace", "codetrace.*"]),
-    include_package_data=True,
+    package_data={"codetrace": ["data/**/*"]},
     cmdclass={"build_py": BuildWithNotebooks},
     install_requires=about["requirements"].split(),
     extras_require={"dev": about["dev_requirements"].split(), "quant": about["quant_requirements"].split()},
