@@ -67,6 +67,10 @@ def run(
     model: Annotated[
         str | None, typer.Option("--model", metavar="M", help="The model: a name, a hub name or a folder.")
     ] = None,
+    problems: Annotated[
+        str | None,
+        typer.Option("--problems", metavar="P", help="The problem set: a name, or a JSON, JSONL or Parquet file."),
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", metavar="N", help="How many programs or problems.")] = None,
     input: Annotated[
         str | None, typer.Option("--input", metavar="RUN", help="The run to read, instead of the newest that fits.")
@@ -76,8 +80,10 @@ def run(
     "Run one phase in batch; repeat the command to continue it after an interruption."
     from codetrace.errors import choose
 
-    declared = runs.parameters_of(choose(phase, runs.notebooks(), "phase"))
-    shared = runs.shorthands(declared, model=model, n=n, input=input)
+    declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
+    if problems and Path(problems).is_file():
+        problems = str(Path(problems).resolve())
+    shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems)
     done = runs.execute(phase, given_parameters(p or [], f) | shared, show_progress=not quiet)
     _show(done)
 
@@ -89,9 +95,15 @@ def phases(phase: Annotated[str | None, typer.Argument(help="Show this phase's p
 
     books = runs.notebooks()
     if phase is None:
-        _print_table([{"phase": name, "asks": _question(path), "notebook": path.name} for name, path in books.items()])
+        number = {name: number for number, name in runs.NUMBERS.items()}
+        _print_table(
+            [
+                {"phase": name, "number": number.get(name, ""), "asks": _question(path), "notebook": path.name}
+                for name, path in books.items()
+            ]
+        )
     else:
-        found = runs.parameters_of(choose(phase, books, "phase")).values()
+        found = runs.parameters_of(choose(runs.named(phase), books, "phase")).values()
         _print_table([{"parameter": x.name, "default": json.dumps(x.default), "meaning": x.help} for x in found])
 
 
@@ -176,7 +188,8 @@ def show(
 ):
     "Show runs: results, parameters, files."
     for name in names:
-        _show(runs.newest(name) if name in runs.notebooks() else runs.find(name))
+        phase = runs.named(name)
+        _show(runs.newest(phase) if phase in runs.notebooks() else runs.find(name))
 
 # %% ../nbs/90_cli.ipynb #6449c183
 def main():
