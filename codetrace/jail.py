@@ -866,7 +866,8 @@ class Supervisor:
     def __init__(self, config: dict, fences: dict):
         self.config, self.limits, self.fences = config, config["limits"], fences
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if os.fork() == 0:
+        self.zygote = os.fork()
+        if self.zygote == 0:
             self.control.close()
             os.dup2(config["null"], 0), os.dup2(config["null"], 1)
             zygote(theirs, config, fences)
@@ -1065,6 +1066,8 @@ def main():
         try:
             job = _from_json(receive(0))
         except Gone:
+            supervisor.control.close()
+            os.waitpid(supervisor.zygote, 0)
             os._exit(0)
         try:
             verdict = grade(supervisor, job)

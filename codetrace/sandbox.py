@@ -88,7 +88,7 @@ class View:
 
     python: str  # The interpreter
     prefix: str  # Where it is installed
-    path: tuple[str, ...]  # Its module search path
+    path: tuple[str, ...]  # Where it finds the standard library
     libraries: tuple[str, ...]  # Folders and files, with the standard library among them
     hidden: tuple[str, ...]  # What lies in them and is not to be seen: other people's packages
     packages: tuple[str, ...]  # What is to be seen nevertheless
@@ -108,7 +108,7 @@ def view() -> View:
     return View(
         python,
         sys.base_prefix,
-        (stdlib, sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload", *([str(home)] if home else [])),
+        (stdlib, sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload"),
         tuple(libraries),
         tuple(sorted({os.path.realpath(path) for path in others})),
         tuple(str(home / name) for name in ("numpy", "numpy.libs") if (home / name).exists()) if home else (),
@@ -129,29 +129,35 @@ def _environment(folder: str) -> dict[str, str]:
     return quiet | threads | {"HOME": folder, "TMPDIR": folder}
 
 # %% ../nbs/02_sandbox.ipynb #be7a87d2
+def _inside(path: str) -> str:
+    "Where a path of this machine appears in tier 1."
+    seen = view()
+    if path.startswith(seen.prefix + "/") and not seen.prefix.startswith("/usr"):
+        return "/python" + path[len(seen.prefix) :]
+    return f"/packages/{os.path.basename(path)}" if path in seen.packages else path
+
+
 def _bubblewrap() -> list[str]:
     "The command that starts a worker in tier 1."
     seen = view()
     words = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     words += ["--die-with-parent", "--new-session", "--clearenv"] + ([] if os.getuid() == 0 else ["--unshare-user"])
-    for name, value in _environment("/tmp").items():
+    for name, value in (_environment("/tmp") | {"LD_LIBRARY_PATH": "/python/lib"}).items():
         words += ["--setenv", name, value]
-    parents = {str(parent) for path in (*seen.libraries, *seen.packages) for parent in Path(path).parents}
-    for path in sorted(parents - {"/", *seen.libraries}):
-        words += ["--perms", "0755", "--dir", path]  # root's may be closed to the user that candidates run as
+    inside = [_inside(path) for path in (*seen.libraries, *seen.packages)] + ["/codetrace/jail.py", "/dev/null"]
+    for path in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/", *inside}):
+        words += ["--perms", "0755", "--dir", path]  # else open to the starter alone
     for path in seen.libraries:
-        words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+        words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, _inside(path)]
     for path in seen.hidden:
-        words += ["--tmpfs", path]
+        words += ["--tmpfs", _inside(path), "--remount-ro", _inside(path)]
     for path in seen.packages:
-        words += ["--ro-bind", path, path]
-    for path in seen.hidden:
-        words += ["--remount-ro", path]
+        words += ["--ro-bind", path, _inside(path)]
     for name in ("null", "zero", "random", "urandom"):
         words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     words += ["--proc", "/proc", "--dir", "/tmp", "--symlink", "/tmp", "/dev/shm"]
     words += ["--ro-bind", jail.__file__, "/codetrace/jail.py", "--remount-ro", "/", "--chdir", "/", "--"]
-    return [*words, seen.python, *_BARE, "/codetrace/jail.py"]
+    return [*words, _inside(seen.python), *_BARE, "/codetrace/jail.py"]
 
 
 def _readable() -> list[str]:
@@ -182,9 +188,12 @@ def _spare_uid() -> int:
 def _configuration(tier: int, limits: Limits, folder: str) -> dict:
     "What a worker is told in the first frame."
     seen, root = view(), os.getuid() == 0
-    about = {"tier": tier, "limits": asdict(limits), "folder": folder, "path": seen.path, "prefix": seen.prefix}
+    about = {"tier": tier, "limits": asdict(limits), "folder": folder, "prefix": seen.prefix}
     about |= {"uid": _spare_uid() if root else None, "shared_uid": tier == 2 and not root}
-    return about | ({"readable": _readable(), "listable": seen.path} if tier == 2 else {})
+    if tier == 1:
+        return about | {"path": [*map(_inside, seen.path), "/packages"]}
+    path = [*seen.path, *sorted({os.path.dirname(package) for package in seen.packages})]
+    return about | {"path": path, "readable": _readable(), "listable": path}
 
 # %% ../nbs/02_sandbox.ipynb #775ab26f
 class Worker:
