@@ -518,6 +518,7 @@ def _become_candidate(config: dict, channel: int, output: int, fences: dict):
     limits = config["limits"]
     try:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        processes = limits["processes"] + (_tasks(os.getuid()) if config["shared_uid"] else 0)
         os.dup2(channel, 103), os.dup2(output, 102)
         os.dup2(config["null"], 0), os.dup2(102, 1), os.dup2(102, 2), os.dup2(103, 3)
         if config["tier"] == 1:
@@ -529,7 +530,7 @@ def _become_candidate(config: dict, channel: int, output: int, fences: dict):
         keep = config.get("keep", 3)
         os.closerange(4, keep), os.closerange(keep + 1, 1 << 20)
         os.chdir(config["folder"])
-        _limit(limits, limits["processes"] + (_tasks(os.getuid()) if config["shared_uid"] else 0))
+        _limit(limits, processes)
         _install(config["filter"])
     except BaseException as error:
         _say(3, "", "setup", f"{type(error).__name__}: {error}")
@@ -778,6 +779,33 @@ class Candidate:
             raise
         raise Forged("neither a value nor an exception")
 
+# %% ../nbs/02_jail.ipynb #d53dc233
+def _imports(setup: str, space: dict) -> set[str]:
+    "Carry out the imports of a setup among the judge's names; which names they bind."
+    import ast
+
+    try:
+        tree = ast.parse(setup)
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, "<setup>", "exec", dont_inherit=True), space)
+    except BaseException:
+        return set()
+    return _bound(tree)
+
+
+def _modules(tree: object, space: dict) -> dict:
+    "Modules of the standard library that a test names without importing them."
+    import ast
+
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & sys.stdlib_module_names
+    found = {}
+    for name in sorted(names - set(space)):
+        try:
+            found[name] = __import__(name)
+        except Exception:
+            pass
+    return found
+
 # %% ../nbs/02_jail.ipynb #64c9d78a
 def _verdict_of(test: str, entry_point: str, space: dict, bound: set[str]) -> tuple[str, str]:
     "Run one test."
@@ -786,6 +814,7 @@ def _verdict_of(test: str, entry_point: str, space: dict, bound: set[str]) -> tu
         code = compile(tree, "<test>", "exec", dont_inherit=True)
     except BaseException as error:
         return "exception", f"the test cannot be read: {type(error).__name__}: {error}"
+    space |= _modules(tree, space)
     bound |= _bound(tree)
     held = []
     space["__held__"] = lambda: held.append(1)
@@ -829,7 +858,6 @@ def judge(job: dict, channel: int, report: int, longest: int):
 
     name = job["entry_point"]
     space = {"__name__": "tests", "__ask__": lambda source: candidate.ask(source=source)}
-    space |= {module: __import__(module) for module in _USUAL}
     space[name] = lambda *args, **kwargs: candidate.ask(name=name, arguments=pack((args, kwargs)))
     try:
         word, detail = _loaded(candidate, job)
@@ -845,19 +873,6 @@ def judge(job: dict, channel: int, report: int, longest: int):
     except Forged as error:
         say("sandbox_violation", str(error))
     say("done")
-
-# %% ../nbs/02_jail.ipynb #7ba7c093
-def _imports(setup: str, space: dict) -> set[str]:
-    "Carry out the imports of a setup among the judge's names; which names they bind."
-    import ast
-
-    try:
-        tree = ast.parse(setup)
-        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(tree, "<setup>", "exec", dont_inherit=True), space)
-    except BaseException:
-        return set()
-    return _bound(tree)
 
 # %% ../nbs/02_jail.ipynb #884be588
 class Supervisor:
