@@ -9,6 +9,7 @@ __all__ = ['Unknown', 'pack', 'unpack', 'Gone', 'TooLong', 'receive', 'send', 'n
 
 # %% ../nbs/02_jail.ipynb #6c141305
 import ctypes
+import gc
 import json
 import os
 import random
@@ -267,7 +268,7 @@ def numbers(
 
 _NUMBER = numbers(_PROCESSES + _FATAL + _OTHERS)
 
-# %% ../nbs/02_jail.ipynb #26ffc675
+# %% ../nbs/02_jail.ipynb #eda3720e
 _LOAD, _EQUAL, _AT_LEAST, _MASKED, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _REFUSE, _MISSING = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # the last two: EPERM, ENOSYS
 _ARCH = {1: 0xC000003E, 2: 0xC00000B7}
@@ -275,29 +276,38 @@ _NEW_NAMESPACES = 0x7E020000
 _FIRST_ARGUMENT = 16
 
 
+def _tree(intervals: list[tuple[int, tuple]]) -> list[tuple[int, int, int, int]]:
+    "Instructions that find the interval a number lies in; each has its first number and what is to be done."
+    if len(intervals) == 1:
+        return list(intervals[0][1])
+    middle = len(intervals) // 2
+    low, high = _tree(intervals[:middle]), _tree(intervals[middle:])
+    return [(_AT_LEAST, len(low), 0, intervals[middle][0]), *low, *high]
+
+# %% ../nbs/02_jail.ipynb #35ec0e20
 def filter_program(
     role: str,  # "candidate" or "judge"
     touch: bool,  # May it change modes and times of files?
     column: int | None = _COLUMN,  # 1 for x86-64, 2 for aarch64
 ) -> list[tuple[int, int, int, int]]:  # Instructions
     "The system-call filter of a process that runs foreign code."
-    allowed, others = numbers(_ALLOWED + (_TOUCHES if touch else ""), column), numbers(_OTHERS, column)
-    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _ARCH[column]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    if column == 1:  # the x32 calls, which share the architecture's name
-        code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    for number in numbers(_FATAL, column).values():
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _KILL)]
+    allow, kill, refuse, missing = (((_RETURN, 0, 0, what),) for what in (_ALLOW, _KILL, _REFUSE, _MISSING))
+    argument, others = (_LOAD, 0, 0, _FIRST_ARGUMENT), numbers(_OTHERS, column)
+    what = dict.fromkeys(numbers(_ALLOWED + (_TOUCHES if touch else ""), column).values(), allow)
     if role == "candidate":
-        allowed |= numbers(_PROCESSES, column)
-        clone = allowed.pop("clone")  # without new namespaces
-        code += [(_EQUAL, 0, 4, clone), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_MASKED, 0, 1, _NEW_NAMESPACES)]
-        code += [(_RETURN, 0, 0, _KILL), (_RETURN, 0, 0, _ALLOW)]
-    code += [(_EQUAL, 0, 4, others["prlimit64"]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_EQUAL, 1, 0, 0)]  # own limits only
-    code += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
-    for number in allowed.values():
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-    # what is newer than this list does not exist, so that the C library falls back on what does
-    return code + [(_AT_LEAST, 0, 1, others["pidfd_send_signal"]), (_RETURN, 0, 0, _MISSING), (_RETURN, 0, 0, _REFUSE)]
+        what |= dict.fromkeys(numbers(_PROCESSES, column).values(), allow)
+        what[numbers(_PROCESSES, column)["clone"]] = (argument, (_MASKED, 0, 1, _NEW_NAMESPACES), *kill, *allow)
+    what[others["prlimit64"]] = (argument, (_EQUAL, 1, 0, 0), *refuse, *allow)  # its own limits only
+    what |= dict.fromkeys(numbers(_FATAL, column).values(), kill)
+    newest = others["pidfd_send_signal"]  # from here on, what is not allowed does not exist: the C library has other ways
+    intervals = []
+    for number in range(max(what) + 2):
+        done = what.get(number, missing if number >= newest else refuse)
+        if not intervals or intervals[-1][1] != done:
+            intervals.append((number, done))
+    if column == 1:  # the x32 calls, which share the architecture's name
+        intervals.append((0x40000000, kill))
+    return [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _ARCH[column]), *kill, (_LOAD, 0, 0, 0), *_tree(intervals)]
 
 # %% ../nbs/02_jail.ipynb #a13475a6
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -510,6 +520,7 @@ def serve(fd: int, longest: int):
         work = _evaluate
 
 # %% ../nbs/02_jail.ipynb #e48b146e
+_MANY = 256  # no process here ever holds so many descriptors
 _USUAL = "math re collections heapq bisect itertools functools operator string typing copy datetime statistics".split()
 
 
@@ -519,8 +530,7 @@ def _become_candidate(config: dict, channel: int, output: int, fences: dict):
     try:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         processes = limits["processes"] + (_tasks(os.getuid()) if config["shared_uid"] else 0)
-        os.dup2(channel, 103), os.dup2(output, 102)
-        os.dup2(config["null"], 0), os.dup2(102, 1), os.dup2(102, 2), os.dup2(103, 3)
+        os.dup2(config["null"], 0), os.dup2(output, 1), os.dup2(output, 2), os.dup2(channel, 3)
         if config["tier"] == 1:
             os.setsid()
             _prctl(_PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
@@ -528,7 +538,7 @@ def _become_candidate(config: dict, channel: int, output: int, fences: dict):
         else:
             _enter(fences["candidate"])
         keep = config.get("keep", 3)
-        os.closerange(4, keep), os.closerange(keep + 1, 1 << 20)
+        os.closerange(4, keep), os.closerange(keep + 1, _MANY)
         os.chdir(config["folder"])
         _limit(limits, processes)
         _install(config["filter"])
@@ -550,6 +560,8 @@ def zygote(control: socket.socket, config: dict, fences: dict):
         __import__(name)
     config["self"] = os.getuid(), os.getgid()  # a new user namespace does not know them yet
     config["filter"] = compiled(filter_program("candidate", touch=config["tier"] == 1))
+    unpack(pack([_evaluate({"f": abs}, {"source": "f(-1)"})]))  # what has run once runs faster in every fork
+    gc.collect(), gc.freeze()
     start = _start_apart if config["tier"] == 1 else _start_guarded
     while True:
         message, fds, *_ = socket.recv_fds(control, 64, 2)
@@ -887,9 +899,10 @@ class Supervisor:
             os.dup2(config["null"], 0), os.dup2(config["null"], 1)
             zygote(theirs, config, fences)
         theirs.close()
-        __import__("ast")
+        __import__("ast").unparse(rewritten("assert f(1) == 2", "f"))
         for name in _USUAL:
             __import__(name)
+        gc.collect(), gc.freeze()
         self.filter = compiled(filter_program("judge", touch=False))
 
     def start(self) -> tuple[int, int, int]:
@@ -913,13 +926,12 @@ class Supervisor:
             return pid, reading
         try:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.dup2(channel, 103), os.dup2(report, 104)
             for fd in range(3):
                 os.dup2(self.config["null"], fd)
-            os.dup2(103, 3), os.dup2(104, 4)
+            os.dup2(channel, 3), os.dup2(report, 4)
             if self.fences:
                 _enter(self.fences["judge"])
-            os.closerange(5, 1 << 20)
+            os.closerange(5, _MANY)
             _limit(self.limits | {"file_size": 1 << 20}, 1 << 20)
             _install(self.filter)
             judge(job, 3, 4, self.limits["answer"])
@@ -1073,7 +1085,8 @@ def main():
     config = _from_json(receive(0))
     sys.modules.pop("jail", None)
     sys.argv, sys.path[:] = [""], config["path"]
-    config["null"] = os.open("/dev/null", os.O_RDWR)
+    os.closerange(3, _MANY)
+    config["null"] = os.open("/dev/null", os.O_RDWR)  # 3, which is free to be taken by a channel once it is copied
     fences = _descend(config)
     supervisor = Supervisor(config, fences)
     send(1, "ready")
