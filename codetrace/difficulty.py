@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from . import figures, runs
+from . import figures, runs, sandbox
 from . import problems as problem_sets
 from .models import load
 from .problems import Problem
@@ -25,7 +25,7 @@ def complexity(
     "Cyclomatic complexity of a whole solution, helpers included."
     from radon.visitors import ComplexityVisitor
 
-    return ComplexityVisitor.from_code(code).total_complexity
+    return ComplexityVisitor.from_ast(problem_sets.parse(code)).total_complexity
 
 # %% ../nbs/20_difficulty.ipynb #4cbe892e
 _BLOCKS = (
@@ -46,7 +46,7 @@ def nesting(
             return max(1 + deepest([node.test, *node.body]), depth(node.orelse[0]))  # an elif is as deep as its if
         return deepest(ast.iter_child_nodes(node)) + isinstance(node, _BLOCKS)
 
-    return depth(ast.parse(code))
+    return depth(problem_sets.parse(code))
 
 
 def lines(
@@ -111,8 +111,6 @@ def reference_verdicts(
     workers: int | None = None,  # Of the sandbox; None: one a core
 ) -> pd.DataFrame:  # One row a problem: `task_id, reference, detail`
     "Run every reference against its tests, in the sandbox."
-    from codetrace import sandbox
-
     jobs = [sandbox.Job(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in problems]
     rows = [[p.task_id, v.verdict, v.detail] for p, v in zip(problems, sandbox.grade(jobs, workers=workers))]
     return pd.DataFrame(rows, columns=["task_id", "reference", "detail"])
