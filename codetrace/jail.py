@@ -299,7 +299,9 @@ def filter_program(
         what[numbers(_PROCESSES, column)["clone"]] = (argument, (_MASKED, 0, 1, _NEW_NAMESPACES), *kill, *allow)
     what[others["prlimit64"]] = (argument, (_EQUAL, 1, 0, 0), *refuse, *allow)  # its own limits only
     what |= dict.fromkeys(numbers(_FATAL, column).values(), kill)
-    newest = others["pidfd_send_signal"]  # from here on, what is not allowed does not exist: the C library has other ways
+    newest = others[
+        "pidfd_send_signal"
+    ]  # from here on, what is not allowed does not exist: the C library has other ways
     intervals = []
     for number in range(max(what) + 2):
         done = what.get(number, missing if number >= newest else refuse)
@@ -328,7 +330,9 @@ def _syscall(name: str, *arguments) -> int:
 
 def _prctl(option: int, *arguments) -> int:
     padded = [*arguments, 0, 0, 0, 0][:4]
-    return _checked(_libc.prctl(option, *(ctypes.c_ulong(a) if isinstance(a, int) else a for a in padded)), f"prctl {option}")
+    return _checked(
+        _libc.prctl(option, *(ctypes.c_ulong(a) if isinstance(a, int) else a for a in padded)), f"prctl {option}"
+    )
 
 
 def compiled(program: list[tuple[int, int, int, int]]) -> ctypes.Array:
@@ -1098,7 +1102,7 @@ def _descend(config: dict) -> dict[str, int]:
 
 def _by_handle(path: str, prefix: str, handle: int) -> str:
     inside = path == prefix or path.startswith(prefix + "/")
-    return f"/proc/self/fd/{handle}{path[len(prefix):]}" if inside else path
+    return f"/proc/self/fd/{handle}{path[len(prefix) :]}" if inside else path
 
 # %% ../nbs/02_jail.ipynb #e6aaca41
 def main():
@@ -1121,5 +1125,10 @@ def main():
         try:
             verdict = grade(supervisor, job)
         except OSError as error:
-            verdict = {"verdict": "runner_error", "per_test": [None] * len(job["tests"]), "detail": str(error), "seconds": 0.0}
+            verdict = {
+                "verdict": "runner_error",
+                "per_test": [None] * len(job["tests"]),
+                "detail": str(error),
+                "seconds": 0.0,
+            }
         send(1, _to_json(verdict))

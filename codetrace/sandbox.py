@@ -101,8 +101,20 @@ def view() -> View:
     stdlib, libdir = sysconfig.get_path("stdlib"), sysconfig.get_config_var("LIBDIR") or "/usr/lib"
     numpy = find_spec("numpy")
     home = Path(numpy.origin).parents[1] if numpy and numpy.origin else None
-    libraries = [python, libdir, stdlib, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"]
-    libraries = [p for p in dict.fromkeys(libraries) if os.path.exists(p) and not any(p.startswith(q + "/") for q in libraries)]
+    libraries = [
+        python,
+        libdir,
+        stdlib,
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/etc/ld.so.cache",
+        "/usr/share/zoneinfo",
+    ]
+    libraries = [
+        p for p in dict.fromkeys(libraries) if os.path.exists(p) and not any(p.startswith(q + "/") for q in libraries)
+    ]
     others = [p for top in libraries for kind in ("site", "dist") for p in Path(top).glob(f"python*/{kind}-packages")]
     others += Path(stdlib).glob("*-packages")
     return View(
@@ -146,8 +158,8 @@ def _bubblewrap() -> list[str]:
     for name, value in (_environment("/tmp") | {"LD_LIBRARY_PATH": "/python/lib"}).items():
         words += ["--setenv", name, value]
     inside = [_inside(path) for path in (*seen.libraries, *seen.packages)] + ["/codetrace/jail.py", "/dev/null"]
-    for path in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/", *inside}):
-        words += ["--perms", "0755", "--dir", path]  # else open to the starter alone
+    for folder in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/", *inside}):
+        words += ["--perms", "0755", "--dir", folder]  # else open to the starter alone
     for path in seen.libraries:
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, _inside(path)]
     for path in seen.hidden:
@@ -266,7 +278,14 @@ class NoSandbox(BadInput):
 _TRIALS = [
     ("passed", Job("def f(x): return x + 1", "f", ("assert f(1) == 2",))),
     ("failed_assertion", Job("def f(x): return x", "f", ("assert f(1) == 2",))),
-    ("exception", Job("import os\ndef f(): return os.listdir(os.sep + 'home') and open('/etc/passwd').read()", "f", ("assert f()",))),
+    (
+        "exception",
+        Job(
+            "import os\ndef f(): return os.listdir(os.sep + 'home') and open('/etc/passwd').read()",
+            "f",
+            ("assert f()",),
+        ),
+    ),
 ]
 
 
@@ -289,7 +308,14 @@ def why_not(tier: int) -> str | None:
         return str(error)
     finally:
         worker.close()
-    return next((f"a trial gave {got.verdict} instead of {wanted}: {got.detail}" for wanted, got in said if got.verdict != wanted), None)
+    return next(
+        (
+            f"a trial gave {got.verdict} instead of {wanted}: {got.detail}"
+            for wanted, got in said
+            if got.verdict != wanted
+        ),
+        None,
+    )
 
 # %% ../nbs/02_sandbox.ipynb #56f1ed4e
 def choose_tier(tier: int | None = None) -> int:
