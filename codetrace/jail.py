@@ -189,7 +189,7 @@ def receive(fd: int, longest: int = 1 << 30) -> str:
     except OSError:
         raise Gone from None
 
-
+# %% ../nbs/02_jail.ipynb #60f18a2e
 def send(fd: int, text: str, _write=os.write):
     "One frame."
     data = text.encode("utf-8", "surrogatepass")
@@ -342,7 +342,7 @@ def compiled(program: list[tuple[int, int, int, int]]) -> ctypes.Array:
     head.code = code  # keeps it alive
     return head
 
-
+# %% ../nbs/02_jail.ipynb #fdba7129
 def _install(head: ctypes.Array):
     _prctl(_PR_SET_SECCOMP, 2, head)
 
@@ -482,7 +482,7 @@ def _load(space: dict, source: dict) -> tuple[str, str]:
         exec(compile(source["setup"], "<setup>", "exec", dont_inherit=True), space)
     return "loaded", _to_json(callable(space.get(source["entry_point"])))
 
-
+# %% ../nbs/02_jail.ipynb #62582804
 def _evaluate(space: dict, request: dict) -> tuple[str, str]:
     "The value of a call."
     if "source" in request:
@@ -584,7 +584,7 @@ def zygote(control: socket.socket, config: dict, fences: dict):
         control.recv(64)
         control.send(_ending(pid, result).encode())
 
-
+# %% ../nbs/02_jail.ipynb #0436388d
 def _start_apart(config: dict, fences: dict, channel: int, output: int) -> tuple[int, int, int]:
     pid, handle = fork_apart()
     if pid == 0:
@@ -617,7 +617,7 @@ def _start_guarded(config: dict, fences: dict, channel: int, output: int) -> tup
     os.close(writing)
     return pid, os.pidfd_open(pid), reading
 
-
+# %% ../nbs/02_jail.ipynb #2031b228
 def _guard(config: dict, fences: dict, channel: int, output: int, writing: int):
     "Start a candidate in a fence and clear the fence when it ends."
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -842,7 +842,7 @@ def _verdict_of(test: str, entry_point: str, space: dict, bound: set[str]) -> tu
         if said := getattr(error, "said_by_candidate", None):
             return ("memory" if isinstance(error, MemoryError) else "exception"), said
         if isinstance(error, AssertionError):
-            return "failed_assertion", str(error)[:300]
+            return "failed_assertion", (str(error) or test.strip())[:300]
         return "exception", f"in the test: {type(error).__name__}: {error}"[:300]
     return ("passed", "") if held else ("failed_assertion", "the test asserts nothing")
 
@@ -864,7 +864,7 @@ def _loaded(candidate: Candidate, job: dict) -> tuple[str, str]:
     error = _remote_error(text) if text else MemoryError()
     return "memory" if isinstance(error, MemoryError) else _LOADING[kind], getattr(error, "said_by_candidate", "")
 
-
+# %% ../nbs/02_jail.ipynb #699b8757
 def judge(job: dict, channel: int, report: int, longest: int):
     "Load a job's source and run its tests; each outcome is reported as a line of JSON."
     candidate = Candidate(channel, longest)
@@ -987,7 +987,7 @@ def _watch(config: dict, report: int, output: int, pids: tuple[int, int]) -> tup
             reason = "output_limit"
     return said, reason
 
-
+# %% ../nbs/02_jail.ipynb #e4bef852
 def _drained(fd: int, most: int) -> int:
     "How many bytes wait in a pipe."
     os.set_blocking(fd, False)

@@ -52,7 +52,7 @@ class Verdict:
     detail: str  # Why, for people
     seconds: float  # Wall time
 
-
+# %% ../nbs/02_sandbox.ipynb #63ed87a3
 @dataclass(frozen=True)
 class Limits:
     "What a candidate may use; sizes in bytes, times in seconds."
@@ -93,7 +93,7 @@ class View:
     hidden: tuple[str, ...]  # What lies in them and is not to be seen: other people's packages
     packages: tuple[str, ...]  # What is to be seen nevertheless
 
-
+# %% ../nbs/02_sandbox.ipynb #93d7f999
 @cache
 def view() -> View:
     "What this interpreter needs of this machine."
@@ -172,7 +172,7 @@ def _bubblewrap() -> list[str]:
     words += ["--ro-bind", jail.__file__, "/codetrace/jail.py", "--remount-ro", "/", "--chdir", "/", "--"]
     return [*words, _inside(seen.python), *_BARE, "/codetrace/jail.py"]
 
-
+# %% ../nbs/02_sandbox.ipynb #c41a448d
 def _readable() -> list[str]:
     "The same view as single grants, since Landlock can only add."
     seen = view()
@@ -288,7 +288,7 @@ _TRIALS = [
     ),
 ]
 
-
+# %% ../nbs/02_sandbox.ipynb #4b5b61ed
 @cache
 def why_not(tier: int) -> str | None:
     "Why this machine does not offer a tier; None when it does."
