@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -463,13 +464,17 @@ def _unfenced(
     if not marks or fenced or _defines(before, entry_point):
         return before, bool(marks)
     ends = [*(m.start() for m in marks[1:]), len(text)]
-    blocks = [(text[m.end() : end], end < len(text)) for m, end in list(zip(marks, ends))[::2]]  # the others close
+    plain = lambda m, block: textwrap.dedent(block) if m.group()[0].isspace() else block  # a fence in a list
+    blocks = [
+        (plain(m, text[m.end() : end]), end < len(text)) for m, end in list(zip(marks, ends))[::2]
+    ]  # the others close
     best = [b for b in blocks if _defines(b[0], entry_point)] or [b for b in blocks if re.search(r"^def ", b[0], re.M)]
     return (best or blocks)[0]
 
 # %% ../nbs/01_problems.ipynb #8a4c3a0d
 _CONTINUES = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
 _CODE = re.compile(r"(?:async )?def \w|class \w+ *[:(]|import \w|from [\w.]+ import|@\w|[\w., ]+ *[-+*/|&]?=(?!=)")
+_OPENS = re.compile(r"[(\[{]|\\$|\"\"\"|'''|^(?:if|for|while|with|try|match)\b")  # may need the lines that follow
 
 
 def _try_parse(text: str) -> list[ast.stmt] | None:
@@ -487,9 +492,12 @@ def _pieces(
     "Cut text into top-level statements and what is none."
     lines = text.split("\n")
     starts = [i for i, line in enumerate(lines) if not _CONTINUES.match(line)] + [len(lines)]
-    at, lead = 0, 0  # comments and blank lines go with the statement that follows
+    lead = 0 if all(re.match(r"\s*(#|$)", line) for line in lines[: starts[0]]) else starts[0]
+    at = 0  # comments and blank lines go with the statement that follows
     while at < len(starts) - 1:
-        for to in range(at + 1, len(starts)):
+        first = lines[starts[at]]
+        furthest = len(starts) if _CODE.match(first) or _OPENS.search(first) else at + 2
+        for to in range(at + 1, furthest):
             if (body := _try_parse("\n".join(lines[starts[at] : starts[to]]))) is not None:
                 break
         else:
@@ -543,7 +551,10 @@ def _without_leftovers(kept: list[tuple[str, list[ast.stmt]]], entry_point: str)
     "Leave out assignments after the function that no function reads."
     after, pieces = False, []
     text = "\n".join(piece for piece, body in kept if body)
-    read = _globals_read(text) | {entry_point}
+    try:
+        read = _globals_read(text) | {entry_point}
+    except SyntaxError:  # a `return` outside a function parses, and does not compile: the answer stays as it is
+        return [piece for piece, _ in kept]
     for piece, body in kept:
         assigns = bool(body) and all(isinstance(n, ast.Assign | ast.AnnAssign | ast.AugAssign) for n in body)
         if not (after and assigns and not set().union(*map(_bound, body)) & read):

@@ -205,3 +205,14 @@ def test_phases_on_whole_sets(name, root):
     assert f"{n} of {n} references pass" in done["headline"]
     done = runs.execute("0.1", {"problems": name, "input": "difficulty"}, show_progress=False)
     assert sum(json.loads((Path(done["folder"]) / "split_metadata.json").read_text())["split_sizes"].values()) == n
+
+
+def test_phases_go_by_number_too():
+    from typer.testing import CliRunner
+
+    from codetrace.cli import app
+
+    said = {name: CliRunner().invoke(app, ["phases", name]).stdout for name in ("0", "difficulty", "0.1", "splits")}
+    assert said["0"] == said["difficulty"] != said["0.1"] == said["splits"] and "stratify_by" in said["splits"]
+    declared = runs.parameters_of(runs.notebooks()["splits"])
+    assert runs.shorthands(declared, problems="humaneval", n=20) == {"problems": "humaneval", "num_problems": 20}
