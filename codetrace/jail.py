@@ -1041,6 +1041,25 @@ _REASONS = {
     "crashed": "it wrote more files than it may",
 }
 
+# %% ../nbs/02_jail.ipynb #aeff953d
+def _outcomes(said: bytes, n: int) -> list[list[str]]:
+    "The judge's lines, as far as they are what a judge of so many tests says."
+    outcomes = []
+    for line in said.split(b"\n")[: n + 2]:
+        try:
+            word, detail = _from_json(line.decode())
+        except (ValueError, TypeError, RecursionError):
+            break
+        if not (isinstance(word, str) and isinstance(detail, str) and (word in _WORDS)):
+            break
+        outcomes.append([word, detail])
+        if word in ("gone", "done"):
+            break
+    return outcomes
+
+
+_WORDS = "passed failed_assertion exception syntax_error memory output_limit sandbox_violation no_function runner_error gone done".split()
+
 # %% ../nbs/02_jail.ipynb #cf0921d4
 def grade(supervisor: Supervisor, job: dict) -> dict:
     "One job's verdict."
@@ -1049,7 +1068,7 @@ def grade(supervisor: Supervisor, job: dict) -> dict:
     pid, report = supervisor.judge(job, channel)
     os.close(channel)
     said, reason = _watch(config, report, output, (candidate, pid))
-    outcomes = [_from_json(line) for line in said.decode().split("\n")[:-1]]
+    outcomes = _outcomes(said, len(job["tests"]))
     if outcomes and outcomes[-1][0] == "gone":  # let it end by itself, to see how
         select.select([handle], [], [], 1.0)
     os.kill(pid, signal.SIGKILL)
@@ -1073,8 +1092,9 @@ def _verdict(job: dict, outcomes: list, reason: str | None, death: tuple[str, st
         outcomes = [*outcomes[:-1], death]
     elif reason is not None:
         outcomes = [*outcomes[:n], (reason, _REASONS[reason])]
-    elif not done:
+    elif not done or (len(outcomes) <= n and all(word == "passed" for word, _ in outcomes)):
         outcomes = [*outcomes[:n], ("crashed", f"the judge ended with status {judged}")]
+    outcomes = outcomes[: n + 1]
     wrong = next((i for i, (word, _) in enumerate(outcomes) if word != "passed"), None)
     per_test = [word for word, _ in outcomes[1:]] + [None] * (n + 1 - len(outcomes))
     if wrong is None and len(outcomes) == n + 1:

@@ -194,7 +194,9 @@ def _spare_uid() -> int:
     "A user who has no processes, for candidates of root."
     import random
 
-    taken = {entry.stat().st_uid for entry in os.scandir("/proc") if entry.name.isdigit()}
+    import psutil
+
+    taken = {process.info["uids"].real for process in psutil.process_iter(["uids"]) if process.info["uids"]}
     return random.SystemRandom().choice([uid for uid in range(61184, 65520) if uid not in taken])
 
 
