@@ -698,7 +698,13 @@ def shorthands(
     full: bool = False,  # For `full`, the settings of the publication
 ) -> dict:  # Values by parameter name
     "What the options that every phase shares mean for this one."
-    wanted = {("model", "models"): model, _COUNTS: n, ("input",): input, ("problems",): problems, ("full",): full or None}
+    wanted = {
+        ("model", "models"): model,
+        _COUNTS: n,
+        ("input",): input,
+        ("problems",): problems,
+        ("full",): full or None,
+    }
     values = {}
     for names, value in wanted.items():
         if value is not None:
