@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GREY', 'style', 'range_frame', 'accuracy', 'agreement', 'difficulty', 'shares', 'token_grid', 'name_grid',
-           'layer_lines', 'head_grid', 'exact_against']
+           'layer_lines', 'head_grid', 'exact_against', 'save']
 
 # %% ../nbs/06_figures.ipynb #2e70f2c4
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -506,3 +507,13 @@ def exact_against(
         _caption(fig, f"n = {_of(real)} programs, a dot a cell; grey: exact.")
         plt.close(fig)
     return fig
+
+# %% ../nbs/06_figures.ipynb #1b8bfc7a
+def save(
+    figure: Figure | None,
+    path: Path,
+) -> Figure | None:  # The same, to be shown
+    "Keep a figure beside the record, if there is one."
+    if figure is not None:
+        figure.savefig(path)
+    return figure

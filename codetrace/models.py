@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SITES', 'ARCHITECTURES', 'TINY', 'Texts', 'Positions', 'Architecture', 'UnsupportedArchitecture', 'LM', 'cache_dir',
-           'cached_folder', 'MissingWheel', 'NotEnoughMemory', 'NotAModel', 'NoNetwork', 'available', 'CannotQuantize',
-           'binding_steps', 'load', 'Batch', 'Intervention']
+           'cached_folder', 'MissingWheel', 'NotEnoughMemory', 'NotAModel', 'NoNetwork', 'available', 'small_tokenizer',
+           'CannotQuantize', 'binding_steps', 'load', 'Batch', 'Intervention']
 
 # %% ../nbs/03_models.ipynb #c568c431
 import hashlib
@@ -454,6 +454,28 @@ def available() -> dict[str, str]:  # Name: what it is
             if repo.repo_type == "model" and any(_has_weights(r.snapshot_path) for r in repo.revisions):
                 names[repo.repo_id] = "in the local Hugging Face cache"
     return names
+
+# %% ../nbs/03_models.ipynb #6f3c754f
+def small_tokenizer(
+    vocabulary: Sequence[str],  # Every token; what else a text holds is `special["unk_token"]`, or an error
+    pattern: str,  # A regular expression for one token
+    **special: str,  # `bos_token`, which then starts every text, `pad_token`, `unk_token`
+):
+    "A tokenizer that cuts texts by a pattern."
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = {"unk_token": special["unk_token"]} if "unk_token" in special else {}
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, **unknown))
+    tokenizer.decoder, tokenizer.pre_tokenizer = Fuse(), Split(Regex(pattern), "isolated")
+    if start := special.get("bos_token"):
+        ids = [(start, list(vocabulary).index(start))]
+        tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 # %% ../nbs/03_models.ipynb #9b965ac9
 class CannotQuantize(BadInput):

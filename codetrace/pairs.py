@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'METRICS', 'CELL', 'VECTORS', 'CannotTrace', 'CutRole', 'Misaligned', 'program_start', 'token_roles',
-           'Case', 'Aligned', 'one_token_answer', 'align', 'named', 'measure', 'cell_rows']
+           'Case', 'Aligned', 'one_token_answer', 'align', 'named_positions', 'named', 'measure', 'cell_rows']
 
 # %% ../nbs/10a_pairs.ipynb #e0440f9e
 from collections.abc import Iterator, Sequence
@@ -147,12 +147,13 @@ def one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
     return prompt, ids[0]
 
 # %% ../nbs/10a_pairs.ipynb #986d8831
-def _shared_names(own: pd.Series, other: pd.Series, chains: Sequence[tuple]) -> pd.Series:
-    "The names of a pair's tokens: the program's, and with a b those that only its counterfactual's chain has."
-    free = own.isin(["", "end other"])
-    theirs = ~other.isin(["", "end other"])
-    strict = [link.line for link in chains[0]] == [link.line for link in chains[1]]
-    if (own != other)[~free & theirs].any() or (strict and list(own) != list(other)):
+_UNNAMED = ("", "end other")  # Names that several tokens may bear
+
+
+def _shared_names(own: pd.Series, other: pd.Series, redirected: bool) -> pd.Series:
+    "The names of a pair's tokens: the program's, and where a reference was changed, with a b those that only the counterfactual's chain has."
+    free, theirs = own.isin(_UNNAMED), ~other.isin(_UNNAMED)
+    if (own != other)[~free & theirs].any() or (not redirected and list(own) != list(other)):
         raise Misaligned("a program and its counterfactual do not play the same roles at the same tokens")
     return own.mask(free & theirs, other + "b")
 
@@ -173,7 +174,9 @@ def align(
         )
     tables = [token_roles(lm, program, prompt) for program, prompt in zip(pair, prompts)]
     own, other = (table["name"] for table in (tables if direction == "denoise" else tables[::-1]))
-    roles = tables[0].assign(name=_shared_names(own, other, [program.chain for program in pair]))
+    lines = [[link.line for link in program.chain] for program in pair]
+    redirected = lines[0] != lines[1] and sum(a != b for a, b in zip(base, donor)) == 1
+    roles = tables[0].assign(name=_shared_names(own, other, redirected))
     if base == donor or answers[0] == answers[1]:
         raise CannotTrace(
             f"{pair[0].code!r}: program and counterfactual, or their answers, are the same: there is no difference to trace"
@@ -182,12 +185,17 @@ def align(
     return Aligned(base, donor, answers, roles[roles["line"] >= 0].reset_index(drop=True), differs)
 
 # %% ../nbs/10a_pairs.ipynb #b6865bff
-def named(
-    pair: Aligned,
+def named_positions(
+    roles: pd.DataFrame,  # From `token_roles`
 ) -> dict[str, int]:  # Position by name; names that several tokens bear are left out
     "The positions that have a name of their own."
-    table = pair.roles[(pair.roles["name"] != "") & (pair.roles["name"] != "end other")]
-    return dict(zip(table["name"], table["position"]))
+    table = roles[~roles["name"].isin(_UNNAMED)]
+    return dict(zip(table["name"], table["position"].astype(int)))
+
+
+def named(pair: Aligned) -> dict[str, int]:
+    "The same, of a pair that lines up."
+    return named_positions(pair.roles)
 
 # %% ../nbs/10a_pairs.ipynb #13994142
 METRICS = ("logit_diff", "effect", "success", "prob", "kl")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .models import LM
+from .models import LM, small_tokenizer
 
 # %% ../nbs/09_planted.ipynb #3f5d14ed
 @dataclass(frozen=True)
@@ -66,20 +66,7 @@ N_POSITIONS = 68  # Sixteen lines and a query
 
 def _tokenizer():
     "Letters, digits, and what stands between them; anything else is an error."
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
-    tokenizer.decoder = Fuse()
-    tokenizer.pre_tokenizer = Split(Regex(r" = |[\s\S]"), "isolated")
-    start = ("<s>", VOCABULARY.index("<s>"))
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
-    options = {"bos_token": "<s>", "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    return small_tokenizer(VOCABULARY, r" = |[\s\S]", bos_token="<s>")
 
 # %% ../nbs/09_planted.ipynb #25c0ca73
 _WIDTHS = {

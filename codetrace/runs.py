@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'checkout', 'notebooks', 'named', 'runs_root', 'Parameter', 'parameters_of', 'BadParameter', 'checked',
            'notebook_code', 'library_code', 'digest', 'provenance', 'RunBusy', 'NoInput', 'read', 'index', 'find',
-           'verify', 'newest', 'resolve', 'part', 'command', 'shard_runs', 'Run', 'peak_memory', 'open_run', 'launcher',
-           'start', 'RunFailed', 'shorthands', 'execute']
+           'verify', 'references', 'newest', 'resolve', 'part', 'command', 'shard_runs', 'Run', 'peak_memory',
+           'open_run', 'launcher', 'start', 'RunFailed', 'shorthands', 'execute']
 
 # %% ../nbs/07_runs.ipynb #e6f4305d
 import ast
@@ -263,9 +263,24 @@ def verify(
     return [name for name in sorted(there) if damaged(name)]
 
 # %% ../nbs/07_runs.ipynb #70c8fb6e
+def _is_reference(m: dict) -> bool:
+    "Is this one of the records that the repository keeps?"
+    return "reference" in Path(m["folder"]).parts
+
+
+def references(
+    phase: str,  # Phase name
+    **match,  # Parameters that the record must have been made with
+) -> list[dict]:  # Manifests, oldest first; none outside a checkout
+    "The records that the repository keeps of a phase."
+    found = [m for m in index(checkout() / "runs") if _is_reference(m)] if checkout() else []
+    fits = lambda m: m["phase"] == phase and all(m["parameters"].get(key) == value for key, value in match.items())
+    return [m for m in found if fits(m)]
+
+
 def _counts(m: dict, phase: str) -> bool:
     "Is this a run that others may build on?"
-    return m["phase"] == phase and m["status"] == "complete" and "reference" not in Path(m["folder"]).parts
+    return m["phase"] == phase and m["status"] == "complete" and not _is_reference(m)
 
 
 def _shard(m: dict) -> int:

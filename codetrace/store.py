@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StorageError', 'storage_errors', 'atomic_write', 'sha256', 'read_json', 'write_json', 'plain_rows', 'BadRow',
-           'DuplicateRow', 'Records', 'RecordsInUse', 'DamagedRecords', 'read_records']
+           'DuplicateRow', 'Records', 'RecordsInUse', 'DamagedRecords', 'read_records', 'kept']
 
 # %% ../nbs/04_store.ipynb #abfa7aeb
 import errno
@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
@@ -617,3 +617,24 @@ def read_records(
     key = tuple(manifest["key"] if manifest else json.loads(tables[0].schema.metadata[b"key"]))
     whole = _merge(tables or [_arrow([], key, {})], key)
     return _rows(whole) if as_rows else _frame(whole)
+
+# %% ../nbs/04_store.ipynb #bf6835fa
+def kept(
+    folder: Path,  # Of the records
+    units: Mapping[str, Callable],  # Pieces of work by name; each gives a DataFrame
+    progress=lambda steps, **about: steps,
+    desc: str = "",
+) -> "pd.DataFrame":  # Rows of all units, in their order, with `unit`
+    "Rows of pieces of work; those that are done already are read."
+    with Records(folder, key=("unit", "row"), part_rows=10**9) as records:
+        done = {unit for unit, _ in records.done()}
+        for unit in progress([unit for unit in units if unit not in done], desc=desc):
+            rows = units[unit]().assign(unit=unit, row=lambda table: range(len(table)))
+            records.append(plain_rows(rows))
+            records.flush()
+        table = records.table()
+    order = {unit: i for i, unit in enumerate(units)}
+    table = table[table["unit"].isin(order)].sort_values(
+        ["unit", "row"], key=lambda c: c.map(order) if c.name == "unit" else c
+    )
+    return table.drop(columns="row").reset_index(drop=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'logger', 'CANDIDATES', 'UNIT', 'CHANGES', 'TOGETHER', 'INTERVENTIONS', 'sweep', 'select_pairs',
-           'exclusion_counts', 'draw_cases', 'cases_of_run', 'by_name', 'peaks', 'strongest_heads', 'handover', 'Trace',
-           'check_options', 'trace', 'summary_rows', 'headline', 'control_table', 'program_figure', 'mean_figure',
-           'lines_figure', 'head_figure', 'CausalExperimentRunner', 'run_causal_tracing_experiment']
+           'exclusion_counts', 'draw_cases', 'cases_of_run', 'by_name', 'halves', 'peaks', 'strongest_heads',
+           'handover', 'Trace', 'check_options', 'trace', 'summary_rows', 'headline', 'control_table', 'program_figure',
+           'mean_figure', 'lines_figure', 'head_figure', 'CausalExperimentRunner', 'run_causal_tracing_experiment']
 
 # %% ../nbs/11_tracing.ipynb #69f99c3d
 import inspect
@@ -34,7 +34,7 @@ from .pairs import CELL, DIRECTIONS, METRICS, VECTORS, Aligned, CannotTrace, Cas
 from .pairs import align, cell_rows, measure, one_token_answer, program_start, token_roles
 from .patching import ENGINES, SITES, Pair, patch_all
 from .programs import Program
-from .stats import benjamini_hochberg, bootstrap_interval, sign_flip_p, wilson
+from .stats import benjamini_hochberg, bootstrap_interval, sign_flip_p, wilson, with_interval
 from .store import Records, atomic_write, plain_rows, read_json, read_records
 
 # %% ../nbs/11_tracing.ipynb #76b18728
@@ -248,6 +248,7 @@ def cases_of_run(
     num_programs: int,  # At most
     seed: int = 0,
     shallow: bool = False,  # Keep programs that a shallow heuristic could answer
+    change: str = "value",  # As for `draw_cases`
 ) -> tuple[list[Case], list[str]]:  # As `draw_cases`
     "Programs that a run of phase `tracking` found answered correctly."
     rows = [row for row in read_records(Path(folder) / "samples", as_rows=True) if row["model"] == lm.name]
@@ -259,18 +260,18 @@ def cases_of_run(
     for row in rows:
         if len(cases) == num_programs:
             break
-        case = _case_of_row(row, lm, seed) if row["correct"] else None
+        case = _case_of_row(row, lm, seed, change) if row["correct"] else None
         reason = (_excluded(lm, [case], shallow)[0] if case else REASONS[1]) if row["correct"] else REASONS[2]
         cases += [case] if not reason else []
         why.append(reason)
     return cases, why
 
 # %% ../nbs/11_tracing.ipynb #4398a59e
-def _case_of_row(row: dict, lm: LM, seed: int) -> Case | None:
+def _case_of_row(row: dict, lm: LM, seed: int, change: str) -> Case | None:
     "The program of a record, with its prefix and a counterfactual."
     program = programs.as_program((row["code"], row["answer"]), row["task"])
     try:
-        pair = programs.make_counterfactual_pair(program, np.random.default_rng([seed, row["index"]]), lm.tokenizer)
+        pair = choose(change, CHANGES, "change")(program, np.random.default_rng([seed, row["index"]]), lm.tokenizer)
         return Case(*pair, row["prompt"][: program_start(program, row["prompt"])[0]])
     except (programs.NoCounterfactual, CannotTrace):
         return None
@@ -313,9 +314,12 @@ def by_name(
     return table.drop(columns="order").reset_index(drop=True)
 
 # %% ../nbs/11_tracing.ipynb #9afdff61
-def _half(cells: pd.DataFrame) -> pd.Series:
-    "Cells of every second program, on which choices are made; what was chosen is judged on the others."
-    return cells["program"].isin(sorted(cells["program"].unique())[::2])
+def halves(
+    cells: pd.DataFrame,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Cells of every second program, on which choices are made, and of the others, on which what was chosen is judged."
+    choosing = cells["program"].isin(sorted(cells["program"].unique())[::2])
+    return cells[choosing], cells[~choosing]
 
 
 def peaks(
@@ -323,11 +327,11 @@ def peaks(
     more: Sequence[str] = (),  # Further columns that tell cells apart
 ) -> pd.DataFrame:  # One row a name: the cell, its effect where it was chosen (`chosen_at`), and on the other programs
     "Where each named position's effect is largest."
-    choosing = _half(cells)
+    choosing, judging = halves(cells)
     key = [*more, "site", "name"]
-    chosen = by_name(cells[choosing], more).assign(size=lambda t: t["effect"].abs(), chosen_at=lambda t: t["effect"])
+    chosen = by_name(choosing, more).assign(size=lambda t: t["effect"].abs(), chosen_at=lambda t: t["effect"])
     chosen = chosen.loc[chosen.groupby(key, sort=False)["size"].idxmax()]
-    judged = by_name(cells[~choosing], more) if (~choosing).any() else chosen.head(0)
+    judged = by_name(judging, more) if len(judging) else chosen.head(0)
     columns = [*more, *CELL]
     kept = ["n", "effect", "low", "high", "success", "success_low", "success_high"]
     return chosen[[*columns, "chosen_at"]].merge(judged[[*columns, *kept]], on=columns, how="left")
@@ -341,7 +345,7 @@ def strongest_heads(
     heads = cells[cells["head"].notna() & (cells["name"] != "end other")]
     if heads.empty:
         return heads[[*CELL]]
-    means = by_name(heads[_half(heads)]).assign(size=lambda t: t["effect"].abs())
+    means = by_name(halves(heads)[0]).assign(size=lambda t: t["effect"].abs())
     means = means.sort_values("size", ascending=False, kind="stable")
     return means.groupby("site", sort=False).head(top)[[*CELL]].reset_index(drop=True)
 
@@ -485,6 +489,10 @@ def check_options(
         raise BadInput(f"num_programs must be at least 1, not {num_programs!r}")
     if depths and "depth" not in inspect.signature(choose(generator, programs.GENERATORS, "generator")).parameters:
         raise BadInput(f"generator {generator!r} takes no depth: give depths=[]")
+    if change == "reference" and min(depths, default=2) < 2:
+        raise BadInput(
+            f"depths={list(depths)}: a program of depth 1 has no reference to change; give depths of 2 or more"
+        )
 
 # %% ../nbs/11_tracing.ipynb #c279ad86
 def _all_controls(
@@ -498,7 +506,7 @@ def _all_controls(
 ) -> pd.DataFrame:
     "Controls of every direction and site; with heads, at the strongest, and on programs on which those were not chosen."
     vectors, headed = ([site for site in sites if (site in VECTORS) == wanted] for wanted in (True, False))
-    half, tables = sorted(set(cells["program"][_half(cells)])), []
+    half, tables = sorted(set(halves(cells)[0]["program"])), []
     others = [i for i in range(len(cases)) if i not in half] or half
     for direction, mine in cells.groupby("direction", sort=False):
         about = {"direction": direction} | options
@@ -593,11 +601,6 @@ def _write(found: Trace):
     found.run.write_json("patch_results.json", _aggregated(found))
 
 # %% ../nbs/11_tracing.ipynb #ee635fbf
-def _with_interval(value: float, low: float, high: float) -> str:
-    value, low, high = (f"{x:.2f}".replace("-0.00", "0.00") if x == x else "" for x in (value, low, high))
-    return "–" if not value else value + (f" [{low}, {high}]" if low else "")
-
-
 def summary_rows(found: Trace) -> list[dict]:
     "The peaks in the few columns that fit a terminal."
     table = peaks(found.cells, ["direction"])
@@ -606,8 +609,8 @@ def summary_rows(found: Trace) -> list[dict]:
         | ({} if pd.isna(r.head) else {"head": int(r.head)})
         | {
             "n": 0 if r.n != r.n else int(r.n),
-            "effect [95%]": _with_interval(r.effect, r.low, r.high),
-            "success [95%]": _with_interval(r.success, r.success_low, r.success_high),
+            "effect [95%]": with_interval(r.effect, r.low, r.high),
+            "success [95%]": with_interval(r.success, r.success_low, r.success_high),
         }
         for r in table.rename(columns={"name": "name_"}).itertuples()
     ]
@@ -633,7 +636,7 @@ def headline(found: Trace) -> str:
         top = best.loc[best["chosen_at"].abs().idxmax()]
         where = f"{top['name']} at layer {top['layer']}" + ("" if vectors else f", head {top['head']}")
         parts.append(
-            f"strongest {'in between' if in_between else 'cell'}: {where}, effect {_with_interval(top['effect'], top['low'], top['high'])}, n={top['n']:.0f}"
+            f"strongest {'in between' if in_between else 'cell'}: {where}, effect {with_interval(top['effect'], top['low'], top['high'])}, n={top['n']:.0f}"
         )
     return "; ".join(parts)
 
@@ -695,25 +698,18 @@ def head_figure(
     heads = found.of(site=site)
     if heads.cells.empty:
         return None
-    half = _half(heads.cells)
-    if half.all():
+    judging = halves(heads.cells)[1]
+    if judging.empty:
         return figures.head_grid(by_name(heads.cells))
-    ranking = strongest_heads(heads.cells).merge(by_name(heads.cells[~half]), on=[*CELL])
+    ranking = strongest_heads(heads.cells).merge(by_name(judging), on=[*CELL])
     return figures.head_grid(by_name(heads.cells), ranking=ranking, controls=heads.control_summary)
-
-
-def _save(figure, path: Path):
-    "Keep a figure beside the record, if there is one."
-    if figure is not None:
-        figure.savefig(path)
-    return figure
 
 # %% ../nbs/11_tracing.ipynb #409af549
 INTERVENTIONS = {"residual_stream": ("resid_pre",), "attention_heads": ("head_out",)}
 _DRAWING = ("seq_lens", "depths", "generator", "num_shots", "query_style", "change")  # Options of `draw_cases`
 
 
-def _as_case(given, lm: LM, seed: int, prefix: str) -> Case | None:
+def _as_case(given, lm: LM, seed: int, prefix: str, change: str) -> Case | None:
     "Whatever the user calls a program, with a counterfactual; None where it has none."
     if isinstance(given, Case):
         return given
@@ -722,7 +718,7 @@ def _as_case(given, lm: LM, seed: int, prefix: str) -> Case | None:
     program = programs.as_program(given)
     rng = np.random.default_rng([seed, zlib.crc32(program.code.encode())])
     try:
-        return Case(*programs.make_counterfactual_pair(program, rng, lm.tokenizer), prefix)
+        return Case(*choose(change, CHANGES, "change")(program, rng, lm.tokenizer), prefix)
     except programs.NoCounterfactual:
         return None
 
@@ -759,7 +755,7 @@ def _run_intervention_experiment(
     if programs is None:
         cases, why = draw_cases(lm, num_programs, seed=seed, shallow=shallow, **drawing)
     else:
-        given = [_as_case(p, lm, seed, prefix) for p in programs]
+        given = [_as_case(p, lm, seed, prefix, drawing.get("change", "value")) for p in programs]
         reasons = iter(_excluded(lm, [case for case in given if case], shallow))
         why = [next(reasons) if case else REASONS[1] for case in given]
         cases = [case for case, reason in zip(given, why) if not reason]

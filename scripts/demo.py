@@ -8,7 +8,12 @@ from pathlib import Path
 from codetrace import runs
 
 HOME = Path(__file__).resolve().parents[1]
-STUDIES = {"tracking": "tracking", "tracing": "tracing", "binding": "tracing"}  # parameters in demo/, and the phase
+STUDIES = {
+    "tracking": "tracking",
+    "tracing": "tracing",
+    "binding": "tracing",
+    "reference": "tracing",
+}  # parameters in demo/, and the phase
 
 
 def main() -> int:

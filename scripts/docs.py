@@ -41,7 +41,7 @@ def assemble(quarto: bool) -> Path:
         source = HOME / name if name.startswith("runs/") else processed / Path(name).name
         text = re.sub(r'"output-file: [^"]*",?\n', "", source.read_text(encoding="utf-8"))  # nbdev names pages its way
         if name == "index.ipynb":
-            text = re.sub(r"\]\((\d+_\w+\.ipynb)\)", r"](nbs/\1)", text)
+            text = re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", text)
         (PROJECT / name).write_text(text, encoding="utf-8")
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

@@ -10,7 +10,7 @@ HOME = Path(__file__).resolve().parents[1]
 def cell_markdown(cell: dict) -> str:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        return re.sub(r"\]\((\d+_\w+\.ipynb)\)", r"](nbs/\1)", source)
+        return re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", source)
     if re.search(r"^#\| *(hide|default_exp|exports?i?)\b", source, re.M):
         return ""
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))

@@ -1,8 +1,8 @@
 """Make a run a reference record: a copy under runs/reference/ that git keeps.
 
-python scripts/reference.py RUN [--leave-out PATTERN ...]
+python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-What is left out (large weights, say) stays listed in the manifest with its hash, under `left_out`. An older record of the same study goes with --replace.
+What is left out (large weights, say) stays listed in the manifest with its hash, under `left_out`.
 """
 
 import argparse
@@ -20,11 +20,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run id or folder of a complete run")
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="PATTERN", help="outputs that are not copied")
-    parser.add_argument("--replace", metavar="RUN", help="a reference record to remove")
+    parser.add_argument("--to", type=Path, default=HOME / "runs" / "reference", help="default: %(default)s")
     options = parser.parse_args()
     manifest = runs.resolve(options.run)
     source = Path(manifest["folder"])
-    target = HOME / "runs" / "reference" / manifest["phase"] / manifest["run_id"]
+    target = options.to / manifest["phase"] / manifest["run_id"]
     left_out = [name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in options.leave_out)]
     skipped = {source / name for name in left_out}
     ignore = lambda folder, names: [n for n in names if Path(folder) / n in skipped or n.startswith(".")]
@@ -34,9 +34,7 @@ def main():
             folder.rmdir()
     stored = {key: value for key, value in manifest.items() if key != "folder"}
     write_json(target / "run.json", stored | ({"left_out": left_out} if left_out else {}))
-    if options.replace:
-        shutil.rmtree(runs.find(options.replace)["folder"])
-    print(target.relative_to(HOME))
+    print(target)
 
 
 if __name__ == "__main__":

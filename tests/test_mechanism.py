@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from codetrace import mechanism, models, planted, tracing
+from codetrace import asked, directions, heads, mechanism, models, planted, probes, store, tracing
+from codetrace.asked import Asked, ask
 from codetrace.errors import BadInput
-from codetrace.mechanism import Asked, ask
 from codetrace.models import Intervention
 
 
@@ -23,12 +23,12 @@ def cases(lm):
 
 @pytest.fixture(scope="module")
 def reference(lm):
-    return mechanism.draw_reference(lm, 120, (6,), (2,))
+    return asked.draw_reference(lm, 120, (6,), (2,))
 
 
 @pytest.fixture(scope="module")
 def fresh(lm, reference):
-    return mechanism.draw_reference(lm, 30, (6,), (2,), seed=1, other_than=reference)
+    return asked.draw_reference(lm, 30, (6,), (2,), seed=1, other_than=reference)
 
 
 CHOSEN = sorted(planted.carriers(2))
@@ -39,27 +39,27 @@ CHOSEN = sorted(planted.carriers(2))
 
 def test_reference_programs_are_new_and_the_same_every_time(lm, reference, fresh):
     assert len({a.tokens for a in reference + fresh}) == 150
-    assert mechanism.draw_reference(lm, 5, (6,), (2,)) == reference[:5]
-    mixed = mechanism.draw_reference(lm, 8, (4, 6), (1, 2))
-    assert len({kind for kind, _ in mechanism.alike(mixed)}) == 4
-    members = sorted(i for _, some in mechanism.alike(mixed) for i in some)
+    assert asked.draw_reference(lm, 5, (6,), (2,)) == reference[:5]
+    mixed = asked.draw_reference(lm, 8, (4, 6), (1, 2))
+    assert len({kind for kind, _ in asked.alike(mixed)}) == 4
+    members = sorted(i for _, some in asked.alike(mixed) for i in some)
     assert members == list(range(8))
 
 
 def test_too_few_different_programs_are_an_error(lm):
     with pytest.raises(BadInput):
-        mechanism.draw_reference(lm, 10, (1,), (1,))
+        asked.draw_reference(lm, 10, (1,), (1,))
 
 
 # --- heads
 
 
 def test_exactly_the_planted_heads_are_chosen(lm, cases):
-    cells = tracing.sweep(lm, [case.pair for case in cases], ["head_out"], mechanism.HOPS)
-    chosen = mechanism.choose_heads(cells)
-    assert set(mechanism.as_heads(chosen)) == planted.carriers(2)
+    cells = tracing.sweep(lm, [case.pair for case in cases], ["head_out"], heads.HOPS)
+    chosen = heads.choose_heads(cells)
+    assert set(heads.as_heads(chosen)) == planted.carriers(2)
     assert (chosen["low"] > 0.9).all() and (chosen["n"] == 4).all()
-    rest = mechanism.not_chosen(cells, chosen)
+    rest = heads.not_chosen(cells, chosen)
     assert rest["largest"].abs().max() < 0.02
     assert rest["heads"].sum() == 4 * lm.n_layers * lm.n_heads - 3
 
@@ -77,28 +77,28 @@ def cells_of(effects: dict[tuple[int, int], list[float]]) -> pd.DataFrame:
 
 def test_heads_are_judged_on_programs_they_were_not_chosen_on():
     lucky, real = [1.0, 0.0] * 4, [0.5] * 8
-    chosen = mechanism.choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
+    chosen = heads.choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
     judged = chosen.set_index(["layer", "head"])
     assert list(judged.index) == [(0, 0), (0, 1)]
     assert judged["chosen_at"].tolist() == [1.0, 0.5] and judged["effect"].tolist() == [0.0, 0.5]
-    assert len(mechanism.choose_heads(cells_of({(0, 0): lucky, (0, 1): real}), top=1)) == 1
-    assert mechanism.choose_heads(cells_of({(0, 0): [0.01] * 8})).empty
+    assert len(heads.choose_heads(cells_of({(0, 0): lucky, (0, 1): real}), top=1)) == 1
+    assert heads.choose_heads(cells_of({(0, 0): [0.01] * 8})).empty
 
 
 def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
     for name in ("planted", "tiny:llama", "tiny:gpt_neox"):
         lm = mechanism.load_model(name)
-        pairs = cases[:3] if name == "planted" else mechanism.draw_pairs(lm, 3, (5,), (2,))
+        pairs = cases[:3] if name == "planted" else asked.draw_pairs(lm, 3, (5,), (2,))
         cells = tracing.sweep(lm, [case.pair for case in pairs], ["head_out"], "rhs 2, query")
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
-            rows = mechanism.swap_heads(lm, pairs, [head], draws=0)
+            rows = heads.swap_heads(lm, pairs, [head], draws=0)
             got = rows[(rows["kind"] == "chosen") & (rows["name"] == head[2])].sort_values("program")["effect"]
             same = (cells["layer"] == head[0]) & (cells["head"] == head[1]) & (cells["name"] == head[2])
             assert np.allclose(got, cells[same].sort_values("program")["effect"], atol=2e-3), (name, head)
 
 
 def test_only_the_planted_heads_restore_the_answer(lm, cases):
-    shares = mechanism.shares(mechanism.swap_heads(lm, cases, CHOSEN), "effect").set_index(["name", "kind"])
+    shares = asked.shares(heads.swap_heads(lm, cases, CHOSEN), "effect").set_index(["name", "kind"])
     for name in ("rhs 2", "query", "final", "all"):
         assert shares["low"][name, "chosen"] > 0.95
         assert shares["high"][name, "random heads"] < 0.05
@@ -108,37 +108,37 @@ def test_only_the_planted_heads_restore_the_answer(lm, cases):
 def test_random_heads_are_others_of_the_same_layers(lm):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        drawn = mechanism.random_like(lm, CHOSEN, rng)
+        drawn = heads.random_like(lm, CHOSEN, rng)
         assert len(set(drawn)) == len(CHOSEN) and not set(drawn) & set(CHOSEN)
         assert [(layer, name) for layer, _, name in drawn] == [(layer, name) for layer, _, name in CHOSEN]
     layer = [(1, head, "query") for head in range(lm.n_heads)]
-    others = mechanism.random_like(lm, layer, rng)
+    others = heads.random_like(lm, layer, rng)
     assert len(set(others)) == lm.n_heads and not {k for k, *_ in others} & {1}
     every = [(k, h, "query") for k in range(lm.n_layers) for h in range(lm.n_heads)]
-    assert mechanism.random_like(lm, every, rng) == []
+    assert heads.random_like(lm, every, rng) == []
 
 
 def test_ablating_planted_heads_destroys_and_others_do_not(lm, reference, fresh):
-    means = mechanism.head_means(lm, reference)
-    rows = mechanism.ablate_heads(lm, fresh, means, CHOSEN)
-    right = mechanism.shares(rows, "correct", ("where", "name", "kind")).set_index(["where", "name", "kind"])
+    means = heads.head_means(lm, reference)
+    rows = heads.ablate_heads(lm, fresh, means, CHOSEN)
+    right = asked.shares(rows, "correct", ("where", "name", "kind")).set_index(["where", "name", "kind"])
     for where in ("named", "everywhere"):
         for name in ("rhs 2", "query", "final", "all"):
             assert right["high"][where, name, "chosen"] < 0.5
             assert right["correct"][where, name, "random heads"] == 1
     assert right["correct"]["", "", "intact"] == 1
     assert rows["correct"][rows["kind"] == "random heads"].min() == 1
-    decoy = mechanism.ablate_heads(lm, fresh, means, [(2, 1, "end 1"), (2, 1, "end 2")], draws=0)
+    decoy = heads.ablate_heads(lm, fresh, means, [(2, 1, "end 1"), (2, 1, "end 2")], draws=0)
     assert decoy["correct"].min() == 1
 
 
 def test_ablation_agrees_with_a_loop(lm, reference, fresh):
-    means = mechanism.head_means(lm, reference)
+    means = heads.head_means(lm, reference)
     head, name = (1, 3), "rhs 2"
     states = torch.stack(
         [lm.capture([list(a.tokens)], [("head_out", 1)], a.at[name])["head_out", 1][0, 0, 3] for a in reference]
     )
-    rows = mechanism.ablate_heads(lm, fresh, means, [(*head, name)], draws=0)
+    rows = heads.ablate_heads(lm, fresh, means, [(*head, name)], draws=0)
     got = rows[(rows["where"] == "named") & (rows["name"] == name)].sort_values("program")["log_prob"].to_numpy()
     for one, expected in zip(fresh[:5], got):
         with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=one.at[name], heads=3)):
@@ -147,15 +147,15 @@ def test_ablation_agrees_with_a_loop(lm, reference, fresh):
 
 
 def test_means_must_be_of_such_programs(lm, reference):
-    other = mechanism.draw_reference(lm, 2, (4,), (1,))
+    other = asked.draw_reference(lm, 2, (4,), (1,))
     with pytest.raises(BadInput, match="reference_programs"):
-        mechanism.ablate_heads(lm, other, mechanism.head_means(lm, reference), CHOSEN)
+        heads.ablate_heads(lm, other, heads.head_means(lm, reference), CHOSEN)
 
 
 def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
     before = lm.logits([list(fresh[0].tokens)])
-    looked = mechanism.looks_at(lm, fresh[:6], CHOSEN)
-    named = mechanism.named_by_attention(looked).set_index("name")
+    looked = heads.looks_at(lm, fresh[:6], CHOSEN)
+    named = heads.named_by_attention(looked).set_index("name")
     assert named["looks at"].to_dict() == {"rhs 2": "rhs 1", "query": "rhs 2", "final": "query"}
     assert (named["low"] > 0.99).all() and (named["even"] < 0.1).all()
     assert lm.hf.config._attn_implementation == "sdpa"
@@ -166,7 +166,7 @@ def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
 
 
 def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, reference, fresh):
-    found = mechanism.probe(mechanism.states_by_name(lm, reference), mechanism.states_by_name(lm, fresh))
+    found = probes.probe(probes.states_by_name(lm, reference), probes.states_by_name(lm, fresh))
     cells = found.set_index(["name", "layer"])
     arrives = {"rhs 1": 0, "rhs 2": 2, "query": 4, "final": 5, "end 1": 3, "end 2": 3}
     for (name, layer), row in cells.iterrows():
@@ -179,12 +179,12 @@ def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, refer
 
 
 def test_read_is_not_used(lm, cases, reference, fresh):
-    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], mechanism.STREAM)
-    probes = mechanism.probe(mechanism.states_by_name(lm, reference), mechanism.states_by_name(lm, fresh))
-    both = mechanism.beside_effect(probes, resid[resid["kl"].notna()]).set_index(["name", "layer"])
+    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], probes.STREAM)
+    found = probes.probe(probes.states_by_name(lm, reference), probes.states_by_name(lm, fresh))
+    both = probes.beside_effect(found, resid[resid["kl"].notna()]).set_index(["name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
     assert both["low"]["rhs 2", 3] > 0.8 and both["effect"]["rhs 2", 3] > 0.95
-    idle = mechanism.probes_sentence(both.reset_index()).partition("without effect")[2]
+    idle = probes.probes_sentence(both.reset_index()).partition("without effect")[2]
     assert "end 1 (" in idle and "end 2 (" in idle and "lhs" not in idle
 
 
@@ -201,22 +201,22 @@ def planted_directions() -> dict[str, np.ndarray]:
 
 
 def test_nine_planted_directions_are_the_whole_value(lm, cases):
-    parts = mechanism.swap_directions(lm, cases, 4, "query", planted_directions(), [4, 9, planted.D_MODEL])
+    parts = directions.swap_directions(lm, cases, 4, "query", planted_directions(), [4, 9, planted.D_MODEL])
     mean = parts.groupby(["basis", "k"])["effect"].mean()
     assert mean["planted", 9] == pytest.approx(mean["all", lm.d_model], abs=0.02)
     assert mean["planted", 4] < 0.8
     assert abs(mean["rest", planted.D_MODEL - 9]) < 0.05
-    needed = mechanism.directions_needed(parts).set_index("basis")
+    needed = directions.directions_needed(parts).set_index("basis")
     assert needed["k"]["planted"] == 9 and np.isinf(needed["k"]["rest"])
 
 
 def test_directions_from_programs_approach_the_planted(lm, cases, reference):
-    states, values, _ = mechanism.states_by_name(lm, reference)["query"]
-    bases = mechanism.directions(states[4], values)
+    states, values, _ = probes.states_by_name(lm, reference)["query"]
+    bases = directions.directions(states[4], values)
     assert len(bases["values"]) == 9 and all(
         np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-6) for rows in bases.values()
     )
-    parts = mechanism.swap_directions(lm, cases, 4, "query", bases, [9, planted.D_MODEL])
+    parts = directions.swap_directions(lm, cases, 4, "query", bases, [9, planted.D_MODEL])
     mean = parts.groupby(["basis", "k"])["effect"].mean()
     assert mean["values", 9] > 0.8 > 0.2 > mean["random", 9]
     assert mean["random", lm.d_model] == pytest.approx(mean["all", lm.d_model], abs=1e-3)
@@ -224,7 +224,7 @@ def test_directions_from_programs_approach_the_planted(lm, cases, reference):
 
 def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
     cells = tracing.sweep(lm, [case.pair for case in cases[:2]], ["resid_pre"], "query")
-    parts = mechanism.swap_directions(lm, cases[:2], 3, "query", {})
+    parts = directions.swap_directions(lm, cases[:2], 3, "query", {})
     same = cells[(cells["layer"] == 3) & (cells["name"] == "query")].sort_values("program")["effect"]
     assert np.allclose(parts["effect"], same, atol=1e-3)
 
@@ -259,7 +259,7 @@ def test_a_share_of_nothing_is_not_a_number(full):
 
 
 def test_models_are_compared_on_the_same_programs(lm):
-    pairs = mechanism.draw_pairs(lm, 4, (5,), (2,))
+    pairs = asked.draw_pairs(lm, 4, (5,), (2,))
     tables = [mechanism.trace_model(mechanism.load_model(m), pairs).assign(model=m) for m in ("tiny:llama", "planted")]
     peaks = mechanism.training_peaks(pd.concat(tables)).set_index(["model", "name"])
     assert peaks["accuracy"]["planted"].eq(1).all() and peaks["accuracy"]["tiny:llama"].max() < 0.5
@@ -283,16 +283,16 @@ def test_work_that_is_done_is_not_done_again(tmp_path):
         return work
 
     with pytest.raises(KeyboardInterrupt):
-        mechanism.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a", fail=True)})
-    table = mechanism.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
+        store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a", fail=True)})
+    table = store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
     assert calls == ["b", "a", "a"] and list(table["unit"]) == ["b", "b", "a", "a"]
-    again = mechanism.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
+    again = store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
     assert calls == ["b", "a", "a"] and again.equals(table)
 
 
 def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
     units = mechanism.sweep_units(lm, cases[:3], "head_out", "rhs 2, final", together=2)
-    got = mechanism.kept(tmp_path / "h", units)
+    got = store.kept(tmp_path / "h", units)
     whole = tracing.sweep(lm, [case.pair for case in cases[:3]], ["head_out"], "rhs 2, final")
     whole = whole[whole["kl"].notna()]
     key = ["program", "layer", "head", "name"]
@@ -312,5 +312,5 @@ def test_programs_of_several_tokens_an_answer_are_refused():
 
 
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
-    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], mechanism.STREAM)
-    assert mechanism.cells_to_part(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]
+    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], probes.STREAM)
+    assert directions.cells_to_part(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]

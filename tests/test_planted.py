@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from codetrace import mechanism, planted, programs, tracing
+from codetrace import asked, heads, planted, programs, tracing
 from codetrace.patching import Pair, patch_all
 
 LENGTHS = {1: (2, 3, 8, 16), 2: (3, 5, 9, 16)}
@@ -90,9 +90,9 @@ def test_the_naive_engine_agrees(lm):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
-    asked = mechanism.draw_reference(lm, 80, (6,), (depth,))
-    means = mechanism.head_means(lm, asked[40:])
-    rows = [mechanism.ablate_each(lm, asked[:40], means, layer) for layer in range(lm.n_layers)]
+    many = asked.draw_reference(lm, 80, (6,), (depth,))
+    means = heads.head_means(lm, many[40:])
+    rows = [heads.ablate_each(lm, many[:40], means, layer) for layer in range(lm.n_layers)]
     right = {at: own["correct"].mean() for t in rows for at, own in t.groupby(["layer", "head"])}
     assert {at for at, share in right.items() if share < 0.5} == planted.needed(depth)
     assert all(share == 1 for at, share in right.items() if at not in planted.needed(depth))
@@ -100,7 +100,7 @@ def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
 
 def test_random_donors_do_not_bring_the_answer(lm):
     "A random state of the donor's norm destroys, but does not carry: its effect is about a half, its success nothing."
-    rows = mechanism.swap_heads(lm, cases_of(lm, 2), sorted(planted.carriers(2)))
+    rows = heads.swap_heads(lm, cases_of(lm, 2), sorted(planted.carriers(2)))
     noise, real = (rows[rows["kind"] == kind] for kind in ("chosen, noise", "chosen"))
     assert real["success"].mean() == 1 and noise["success"].mean() < 0.35
     assert real["effect"].min() > 0.95 and noise["effect"].mean() < 0.75

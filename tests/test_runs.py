@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
-LONG = [*STUDY, "-n", "100"]  # 200 programs, four units
+LONG = [*STUDY, "-n", "150"]  # 300 programs, six units
 
 
 def environment(root: Path, **more: str) -> dict:
@@ -27,9 +28,10 @@ def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProce
 
 
 def begin(root: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [BIN / "codetrace", *words], env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # what a shell starts in the background ignores Ctrl-C, and its children with it
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), preexec_fn=heeds, **pipes)
 
 
 def manifests(root: Path) -> list[dict]:
@@ -50,8 +52,11 @@ def wait_for_rows(root: Path):
 
 
 def kernel_of(process: subprocess.Popen) -> psutil.Process | None:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return next((p for p in children if "ipykernel" in " ".join(p.cmdline())), None)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # git, say, that has just ended
+            if "ipykernel" in " ".join(child.cmdline()):
+                return child
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
     if victim == "kernel":
         assert "kernel died" in error and "kernel died" in manifest["error"]["message"]
     if victim == "ctrl-c":
-        assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error
+        assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error, error
     assert not (Path(manifest["folder"]) / "results.json").exists()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
 
@@ -107,6 +112,23 @@ def test_a_finished_run_is_never_written_again(tmp_path):
     first, second = manifests(tmp_path)
     assert first["digest"] == second["digest"] and first["run_id"] != second["run_id"]
     assert first["status"] == second["status"] == "complete"
+
+
+def test_a_reference_record_leaves_out_what_it_is_told_to(tmp_path):
+    assert codetrace(tmp_path / "runs", *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
+    (manifest,) = manifests(tmp_path / "runs")
+    command = [sys.executable, HOME / "scripts" / "reference.py", manifest["run_id"], "--to", tmp_path / "kept"]
+    done = subprocess.run([*command, "--leave-out", "*.parquet"], env=environment(tmp_path / "runs"), timeout=120)
+    assert done.returncode == 0
+    (kept,) = manifests(tmp_path / "kept")
+    files = {str(p.relative_to(kept["folder"])) for p in Path(kept["folder"]).rglob("*.*")}
+    parts = {name for name in manifest["outputs"] if name.endswith(".parquet")}
+    assert (
+        parts
+        and parts == set(kept["left_out"])
+        and files == set(manifest["outputs"]) - parts | {"run.json", "notebook.ipynb"}
+    )
+    assert codetrace(tmp_path / "kept", "show", kept["run_id"]).returncode == 0  # the rest is still verified
 
 
 def test_two_processes_never_write_one_run(tmp_path):

@@ -588,3 +588,16 @@ def test_reference_cases_are_drawn_and_unknown_changes_named():
     assert all(case.program.chain[0] != case.counterfactual.chain[0] for case in cases)
     with pytest.raises(BadInput, match="value"):
         tracing.draw_cases(lm, 1, (6,), (2,), change="valeu")
+    with pytest.raises(BadInput, match="no reference to change"):
+        tracing.check_options(["resid_pre"], ["denoise"], "all", "naive", depths=[1, 2], change="reference")
+
+
+def test_given_programs_are_changed_as_asked(tmp_path):
+    from codetrace import planted
+
+    lm = planted.load()
+    program = programs.as_program(("a = 1\nk = 4\nm = 7\nx = k\n#x:", 4))
+    row = {"code": program.code, "answer": "4", "task": "variable_binding", "index": 0, "prompt": program.code}
+    for change, origin in (("value", "rhs 1"), ("reference", "rhs 2")):
+        assert tracing._as_case(program, lm, 0, "", change).origin == origin
+        assert tracing._case_of_row(row, lm, 0, change).origin == origin
