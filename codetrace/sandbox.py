@@ -25,7 +25,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import jail
+from . import answers, fences, jail, judge, keeper
 from .errors import BadInput
 
 # %% ../nbs/02_sandbox.ipynb #ba1e8dc0
@@ -57,7 +57,8 @@ class Verdict:
 class Limits:
     "What a candidate may use; sizes in bytes, times in seconds."
 
-    wall: float = 10.0  # From loading to the last test; more only for who was ready to run and was not let
+    wall: float = 10.0  # From loading to the last test
+    patience: float = 4.0  # How many times `wall`, at most, for who was ready to run and was not let; 1: none
     cpu: float = 10.0  # Processor time, of each process
     memory: int = 512 << 20  # Address space, of each process
     processes: int = 32  # Processes and threads at a time
@@ -127,9 +128,10 @@ def view() -> View:
     )
 
 # %% ../nbs/02_sandbox.ipynb #89f367dc
+_INSIDE = [module.__file__ for module in (answers, fences, jail, judge, keeper)]
 _BOOT = (
-    "import sys, importlib.util as u; s = u.spec_from_file_location('jail', sys.argv[1]); m = u.module_from_spec(s); "
-    "sys.modules['jail'] = m; s.loader.exec_module(m); m.main()"
+    "import sys, types; package = types.ModuleType('codetrace'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules['codetrace'] = package; from codetrace.keeper import main; main()"
 )
 _BARE = ["-s", "-S", "-P", "-B", "-c", _BOOT]  # not -I: it would ignore PYTHONHASHSEED
 
@@ -157,7 +159,7 @@ def _bubblewrap() -> list[str]:
     words += ["--die-with-parent", "--new-session", "--clearenv"] + ([] if os.getuid() == 0 else ["--unshare-user"])
     for name, value in (_environment("/tmp") | {"LD_LIBRARY_PATH": "/python/lib"}).items():
         words += ["--setenv", name, value]
-    inside = [_inside(path) for path in (*seen.libraries, *seen.packages)] + ["/codetrace/jail.py", "/dev/null"]
+    inside = [_inside(path) for path in (*seen.libraries, *seen.packages)] + ["/codetrace/keeper.py", "/dev/null"]
     for folder in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/", *inside}):
         words += ["--perms", "0755", "--dir", folder]  # else open to the starter alone
     for path in seen.libraries:
@@ -169,8 +171,9 @@ def _bubblewrap() -> list[str]:
     for name in ("null", "zero", "random", "urandom"):
         words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     words += ["--proc", "/proc", "--dir", "/tmp", "--symlink", "/tmp", "/dev/shm"]
-    words += ["--ro-bind", jail.__file__, "/codetrace/jail.py", "--remount-ro", "/", "--chdir", "/", "--"]
-    return [*words, _inside(seen.python), *_BARE, "/codetrace/jail.py"]
+    for path in _INSIDE:
+        words += ["--ro-bind", path, f"/codetrace/{os.path.basename(path)}"]
+    return [*words, "--remount-ro", "/", "--chdir", "/", "--", _inside(seen.python), *_BARE, "/codetrace"]
 
 # %% ../nbs/02_sandbox.ipynb #c41a448d
 def _readable() -> list[str]:
@@ -218,7 +221,7 @@ class Worker:
         self.tier, self.limits = tier, limits
         self.folder = "/tmp" if tier == 1 else tempfile.mkdtemp(prefix="codetrace-sandbox-")
         self.errors = tempfile.TemporaryFile()
-        command = _bubblewrap() if tier == 1 else [view().python, *_BARE, jail.__file__]
+        command = _bubblewrap() if tier == 1 else [view().python, *_BARE, os.path.dirname(keeper.__file__)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, env=_environment(self.folder), cwd="/", bufsize=0, **pipes)
         try:
@@ -232,12 +235,12 @@ class Worker:
     def grade(self, job: Job) -> Verdict:
         "Judge one job."
         self._tell({"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)})
-        said = json.loads(self._hear((1 + jail._PATIENCE) * self.limits.wall + 60))
+        said = json.loads(self._hear((1 + self.limits.patience) * self.limits.wall + 60))
         return Verdict(said["verdict"], tuple(said["per_test"]), said["detail"], said["seconds"])
 
     def _tell(self, message: dict):
         try:
-            jail.send(self.process.stdin.fileno(), json.dumps(message))
+            answers.send(self.process.stdin.fileno(), json.dumps(message))
         except OSError:
             raise WorkerLost(self._last_words()) from None
 
@@ -246,8 +249,8 @@ class Worker:
         if not select.select([pipe], [], [], seconds)[0]:
             raise WorkerLost(f"no answer within {seconds:.0f} s")
         try:
-            return jail.receive(pipe)
-        except jail.Gone:
+            return answers.receive(pipe)
+        except answers.Gone:
             raise WorkerLost(self._last_words()) from None
 
     def _last_words(self) -> str:
@@ -294,12 +297,12 @@ _TRIALS = [
 @cache
 def why_not(tier: int) -> str | None:
     "Why this machine does not offer a tier; None when it does."
-    if jail._COLUMN is None or sys.platform != "linux":
+    if fences.COLUMN is None or sys.platform != "linux":
         return f"codetrace knows the system calls of Linux on x86-64 and aarch64, and this is {sys.platform} on {os.uname().machine}"
     if tier == 1 and not shutil.which("bwrap"):
         return "bubblewrap is not installed; on Debian or Ubuntu: apt-get install bubblewrap"
-    if tier == 2 and jail.landlock_abi() < 6:
-        return f"Landlock has ABI {jail.landlock_abi()} here, and 6 is needed: Linux 6.12 or newer, started with landlock among its lsm="
+    if tier == 2 and fences.landlock_abi() < 6:
+        return f"Landlock has ABI {fences.landlock_abi()} here, and 6 is needed: Linux 6.12 or newer, started with landlock among its lsm="
     try:
         worker = Worker(tier, Limits())
     except (WorkerLost, OSError) as error:

@@ -15,7 +15,6 @@ from codetrace.problems import BadProblem, Problem, Prompt, extract, is_answered
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared" / "data" / "mbpp.jsonl"
-MBPP = MBPP if MBPP.is_file() else Path("/work/shared/data/mbpp.jsonl")
 needs_mbpp = pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file is not here")
 
 PROBLEM = Problem(

@@ -17,7 +17,6 @@ from codetrace.splits import SHARES, divide, groups, near_duplicates, sizes, spl
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared" / "data" / "mbpp.jsonl"
-MBPP = MBPP if MBPP.is_file() else Path("/work/shared/data/mbpp.jsonl")
 needs_mbpp = pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file is not here")
 
 
