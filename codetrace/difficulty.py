@@ -15,6 +15,7 @@ import pandas as pd
 
 from . import figures, runs, sandbox
 from . import problems as problem_sets
+from .errors import BadInput
 from .models import load
 from .problems import Problem
 
@@ -72,7 +73,7 @@ def tokenizer_of(
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise problem_sets.BadInput(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def measure(
@@ -109,8 +110,11 @@ def relation(
 def reference_verdicts(
     problems: Sequence[Problem],
     workers: int | None = None,  # Of the sandbox; None: one a core
+    progress=lambda items, **about: items,  # As `Run.progress`
 ) -> pd.DataFrame:  # One row a problem: `task_id, reference, detail`
     "Run every reference against its tests, in the sandbox."
     jobs = [sandbox.Job(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in problems]
-    rows = [[p.task_id, v.verdict, v.detail] for p, v in zip(problems, sandbox.grade(jobs, workers=workers))]
+    with sandbox.Pool(workers) as pool:
+        verdicts = progress(pool.grade(jobs), total=len(jobs), desc="references")
+        rows = [[p.task_id, v.verdict, v.detail] for p, v in zip(problems, verdicts)]
     return pd.DataFrame(rows, columns=["task_id", "reference", "detail"])

@@ -140,7 +140,7 @@ def _field(row: dict, names: str, kind: type, where: str, default=None):
         raise BadProblem(f"{where}: {name!r} must be {wanted}, not {value!r:.60}")
     return value
 
-
+# %% ../nbs/01_problems.ipynb #5a120001
 def _from_mbpp(row: dict, source: str, licence: str, where: str) -> Problem:
     text = _plain(_field(row, "text|prompt", str, where))
     reference = _plain(_field(row, "code", str, where), code=True)

@@ -213,6 +213,42 @@ def _configuration(tier: int, limits: Limits, folder: str) -> dict:
     path = [*seen.path, *sorted({os.path.dirname(package) for package in seen.packages})]
     return about | {"path": path, "readable": _readable(), "listable": path}
 
+# %% ../nbs/02_sandbox.ipynb #5a120008
+def _tell(worker: "Worker", message: dict):
+    "Send one frame."
+    try:
+        answers.send(worker.process.stdin.fileno(), json.dumps(message))
+    except OSError:
+        raise WorkerLost(_last_words(worker)) from None
+
+
+def _hear(worker: "Worker", seconds: float) -> str:
+    "Receive one, and wait no longer than so."
+    pipe = worker.process.stdout.fileno()
+    if not select.select([pipe], [], [], seconds)[0]:
+        raise WorkerLost(f"no answer within {seconds:.0f} s")
+    try:
+        return answers.receive(pipe)
+    except answers.Gone:
+        raise WorkerLost(_last_words(worker)) from None
+
+
+def _last_words(worker: "Worker") -> str:
+    "Why a worker ended."
+    _wait(worker.process)
+    worker.errors.seek(0)
+    lines = worker.errors.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"the worker ended with status {worker.process.poll()}"
+
+
+def _wait(process: subprocess.Popen):
+    "Give a process five seconds to end."
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
 # %% ../nbs/02_sandbox.ipynb #775ab26f
 class Worker:
     "One sandbox, and a pipe into it."
@@ -225,8 +261,8 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, env=_environment(self.folder), cwd="/", bufsize=0, **pipes)
         try:
-            self._tell(_configuration(tier, limits, self.folder))
-            if self._hear(60) != "ready":
+            _tell(self, _configuration(tier, limits, self.folder))
+            if _hear(self, 60) != "ready":
                 raise WorkerLost("the worker did not say that it is ready")
         except BaseException:
             self.close()
@@ -234,43 +270,15 @@ class Worker:
 
     def grade(self, job: Job) -> Verdict:
         "Judge one job."
-        self._tell({"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)})
-        said = json.loads(self._hear((1 + self.limits.patience) * self.limits.wall + 60))
+        _tell(self, {"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)})
+        said = json.loads(_hear(self, (1 + self.limits.patience) * self.limits.wall + 60))
         return Verdict(said["verdict"], tuple(said["per_test"]), said["detail"], said["seconds"])
-
-    def _tell(self, message: dict):
-        try:
-            answers.send(self.process.stdin.fileno(), json.dumps(message))
-        except OSError:
-            raise WorkerLost(self._last_words()) from None
-
-    def _hear(self, seconds: float) -> str:
-        pipe = self.process.stdout.fileno()
-        if not select.select([pipe], [], [], seconds)[0]:
-            raise WorkerLost(f"no answer within {seconds:.0f} s")
-        try:
-            return answers.receive(pipe)
-        except answers.Gone:
-            raise WorkerLost(self._last_words()) from None
-
-    def _last_words(self) -> str:
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"the worker ended with status {self.process.poll()}"
 
     def close(self):
         "End the worker, and with it everything in it."
         for pipe in (self.process.stdin, self.process.stdout):
             pipe.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        _wait(self.process)
         self.errors.close()
         if self.tier == 2:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -331,7 +339,7 @@ def choose_tier(tier: int | None = None) -> int:
                 log.warning("grading in tier 2 (Landlock); tier 1 does not work here: %s", why_not(1))
             return candidate
     reasons = "; ".join(f"tier {t}: {why_not(t)}" for t in ((1, 2) if tier is None else (tier,)))
-    raise NoSandbox(f"this machine can not run code that nobody has read ({reasons}); codetrace doctor says more")
+    raise NoSandbox(f"this machine cannot run code that nobody has read ({reasons}); codetrace doctor says more")
 
 # %% ../nbs/02_sandbox.ipynb #6414466f
 class Pool:
@@ -364,28 +372,29 @@ class Pool:
         for job in jobs:
             if not job.tests:
                 raise BadInput(f"job {job.name or job.entry_point!r} has no tests, so nothing could be said about it")
-            ahead.append(self.threads.submit(self._grade, job))
+            ahead.append(self.threads.submit(_grade, self, job))
             if len(ahead) > 4 * self.count:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
-    def _grade(self, job: Job) -> Verdict:
-        "Judge a job with an idle worker; if that is lost, with a new one."
-        worker, lost = self.idle.get(), ""
-        try:
-            for _ in range(2):
-                try:
-                    return worker.grade(job)
-                except WorkerLost as error:
-                    lost, self.restarts = str(error), self.restarts + 1
-                    log.warning("a sandbox worker was lost and is replaced: %s", lost)
-                    worker.process.kill()
-                    worker.close()
-                    worker = Worker(self.tier, self.limits)
-            return Verdict("runner_error", (None,) * len(job.tests), lost, 0.0)
-        finally:
-            self.idle.put(worker)
+# %% ../nbs/02_sandbox.ipynb #5a12000b
+def _grade(pool: Pool, job: Job) -> Verdict:
+    "Judge a job with an idle worker; if that is lost, with a new one."
+    worker, lost = pool.idle.get(), ""
+    try:
+        for _ in range(2):
+            try:
+                return worker.grade(job)
+            except WorkerLost as error:
+                lost, pool.restarts = str(error), pool.restarts + 1
+                log.warning("a sandbox worker was lost and is replaced: %s", lost)
+                worker.process.kill()
+                worker.close()
+                worker = Worker(pool.tier, pool.limits)
+        return Verdict("runner_error", (None,) * len(job.tests), lost, 0.0)
+    finally:
+        pool.idle.put(worker)
 
 # %% ../nbs/02_sandbox.ipynb #479f77db
 def grade(
