@@ -183,7 +183,7 @@ def difficulty(
             counts = table[row.measure].value_counts()
             ax.vlines(counts.index, 0, counts, color="k", lw=max(0.6, min(3, 60 / counts.index.max())))
             ax.plot(table[row.measure].median(), -0.05 * counts.max(), "^", color="k", ms=4, clip_on=False)
-            said = "" if row.measure == names[0] else f"\nρ = {with_interval(row.rho, row.low, row.high)}"
+            said = "" if row.measure == names[0] else f"\nρ = {row.rho:.2f} [{row.low:.2f}, {row.high:.2f}]"
             ax.set_title(row.measure.replace("_", " ") + said, fontsize=8)
             ax.set(ylim=(-0.1 * counts.max(), None), xticks=sorted({int(counts.index.min()), int(counts.index.max())}))
             ax.set_yticks([0, int(counts.max())])
