@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ from codetrace.sandbox import Job, Limits, Pool, grade
 
 HOME = Path(__file__).resolve().parents[1]
 SHARED = HOME.parent / "shared" / "data"
-QUICK = Limits(wall=3.0)
+QUICK = Limits(wall=3.0, patience=20.0)  # short for who loops or sleeps, long for who is kept waiting by other tests
 NOBODY = 65534
 
 
@@ -113,7 +114,7 @@ with Pool(2, Limits(**limits), tier) as pool:
 """
 
 
-def as_nobody(programs: list, tier: int, limits: dict):
+def as_nobody(programs: list, tier: int, limits: Limits):
     "The same, started by a user without privileges."
     if os.getuid() != 0:
         pytest.skip("only root can become somebody else; the other tests ran as a plain user")
@@ -135,7 +136,7 @@ def as_nobody(programs: list, tier: int, limits: dict):
         pytest.skip("no interpreter here that a user without privileges can run codetrace with")
     rows = [{"code": j.code, "entry_point": j.entry_point, "tests": j.tests, "name": j.name} for j, _ in programs]
     done = subprocess.run(
-        [usable[0], "-c", AS_OTHER], input=json.dumps([tier, limits, rows]), stdout=subprocess.PIPE, **start
+        [usable[0], "-c", AS_OTHER], input=json.dumps([tier, asdict(limits), rows]), stdout=subprocess.PIPE, **start
     )
     assert done.returncode == 0
     verdicts, restarts = json.loads(done.stdout)
@@ -146,13 +147,13 @@ def as_nobody(programs: list, tier: int, limits: dict):
 
 def test_users_without_privileges_can_grade(tier):
     chosen = ("honest", "yes-man", "many", "leaves", "kills its parent", "lifts", "becomes")
-    as_nobody([p for p in own_programs() if p[0].name.startswith(chosen)], tier, {"wall": 3.0})
+    as_nobody([p for p in own_programs() if p[0].name.startswith(chosen)], tier, QUICK)
 
 
 @pytest.mark.slow
 def test_users_without_privileges_can_grade_everything(tier):
-    as_nobody(own_programs(), tier, {"wall": 3.0})
-    as_nobody(shared_programs(), tier, {})
+    as_nobody(own_programs(), tier, QUICK)
+    as_nobody(shared_programs(), tier, Limits())
 
 
 @pytest.mark.slow
