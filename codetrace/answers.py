@@ -12,7 +12,7 @@ import struct
 from collections import deque
 
 # %% ../nbs/02_answers.ipynb #7cffc98a
-def _exactly(value: object, depth: int = 0) -> object:
+def _exactly(value: object) -> object:
     "JSON for a value, tagged; an object of no known type becomes its type's name and its truth."
     if value is None or value is True or value is False:
         return value

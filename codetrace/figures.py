@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -56,6 +57,13 @@ def range_frame(
     "Let the axis lines span the data and nothing more (Tufte 1983, ch. 6)."
     ax.spines["bottom"].set_bounds(*x)
     ax.spines["left"].set_bounds(*y)
+
+
+def _caption(fig: Figure, text: str):
+    "What a figure shows, how many programs, which intervals: small, below it, and no wider."
+    most = int(18 * fig.get_figwidth())  # characters of this size an inch
+    lines = [part for line in text.split("\n") for part in wrap(line, most) or [""]]
+    fig.supxlabel("\n".join(lines), x=0.005, ha="left", fontsize=7, color="0.35")
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
@@ -189,7 +197,7 @@ def difficulty(
             ax.set_yticks([0, int(counts.max())])
             range_frame(ax, (counts.index.min(), counts.index.max()), (0, counts.max()))
         axes[0, 0].set_ylabel("problems")
-        fig.supxlabel(caption, x=0.005, ha="left", fontsize=7, color="0.35")
+        _caption(fig, caption)
         plt.close(fig)
     return fig
 
@@ -216,7 +224,7 @@ def shares(
         ax.set_xticks(range(len(levels)), [f"{level}\n({counted[level]})" for level in levels])
         ax.set(ylim=(0, max(0.7, table["high"].max())), ylabel="share of the problems")
         range_frame(ax, (0, len(levels) - 1), (0, 0.6))
-        fig.supxlabel(caption, x=0.005, ha="left", fontsize=7, color="0.35")
+        _caption(fig, caption)
         plt.close(fig)
     return fig
 
@@ -266,11 +274,6 @@ def _bar(fig: Figure, drawn, **place):
     bar = fig.colorbar(drawn, anchor=(0, 1.0), **place)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7)
-
-
-def _caption(fig: Figure, text: str):
-    "What a figure shows, how many programs, which intervals: small, below it."
-    fig.supxlabel(text, x=0.005, ha="left", fontsize=7, color="0.35")
 
 
 def _beside(ax: Axes, row: int, text: str, right: bool, points: float, **look):
