@@ -170,7 +170,7 @@ def _death(status: int, cpu: float, limits: dict) -> tuple[str, str]:
     "The verdict on a candidate whose process ended by itself."
     if status == -signal.SIGSYS:
         return "sandbox_violation", "the process made a forbidden system call"
-    if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu >= limits["cpu"]):
+    if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu >= limits["cpu"] / 2):
         return "timeout", "out of processor time"
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return "crashed", f"the process {how}"
