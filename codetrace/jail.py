@@ -14,7 +14,7 @@ import socket
 import sys
 import types
 
-from .answers import from_json, pack, receive, send, to_json, unpack
+from .crossing import from_json, pack, receive, send, to_json, unpack
 from codetrace.fences import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,

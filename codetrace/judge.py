@@ -11,7 +11,7 @@ import builtins
 import os
 import sys
 
-from .answers import Gone, TooLong, from_json, pack, receive, send, to_json, unpack
+from .crossing import Gone, TooLong, from_json, pack, receive, send, to_json, unpack
 
 # %% ../nbs/02_judge.ipynb #134e9402
 def _bound(tree: ast.AST, apart: ast.AST | None = None) -> set[str]:

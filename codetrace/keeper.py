@@ -15,7 +15,7 @@ import sys
 import time
 from ast import unparse
 
-from .answers import Gone, from_json, receive, send, to_json
+from .crossing import Gone, from_json, receive, send, to_json
 from codetrace.fences import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,

@@ -19,13 +19,13 @@ import sysconfig
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import answers, fences, jail, judge, keeper
+from . import crossing, fences, jail, judge, keeper
 from .errors import BadInput
 
 # %% ../nbs/02_sandbox.ipynb #ba1e8dc0
@@ -128,7 +128,7 @@ def view() -> View:
     )
 
 # %% ../nbs/02_sandbox.ipynb #89f367dc
-_INSIDE = [module.__file__ for module in (answers, fences, jail, judge, keeper)]
+_INSIDE = [module.__file__ for module in (crossing, fences, jail, judge, keeper)]
 _BOOT = (
     "import sys, types; package = types.ModuleType('codetrace'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['codetrace'] = package; from codetrace.keeper import main; main()"
@@ -217,7 +217,7 @@ def _configuration(tier: int, limits: Limits, folder: str) -> dict:
 def _tell(worker: "Worker", message: dict):
     "Send one frame."
     try:
-        answers.send(worker.process.stdin.fileno(), json.dumps(message))
+        crossing.send(worker.process.stdin.fileno(), json.dumps(message))
     except OSError:
         raise WorkerLost(_last_words(worker)) from None
 
@@ -228,8 +228,8 @@ def _hear(worker: "Worker", seconds: float) -> str:
     if not select.select([pipe], [], [], seconds)[0]:
         raise WorkerLost(f"no answer within {seconds:.0f} s")
     try:
-        return answers.receive(pipe)
-    except answers.Gone:
+        return crossing.receive(pipe)
+    except crossing.Gone:
         raise WorkerLost(_last_words(worker)) from None
 
 
@@ -366,13 +366,17 @@ class Pool:
         while not self.idle.empty():
             self.idle.get().close()
 
+    def submit(self, job: Job) -> Future:
+        "The verdict to come of one job."
+        if not job.tests:
+            raise BadInput(f"job {job.name or job.entry_point!r} has no tests, so nothing could be said about it")
+        return self.threads.submit(_grade, self, job)
+
     def grade(self, jobs: Iterable[Job]) -> Iterator[Verdict]:
         "Verdicts in the order of the jobs; only a few jobs are taken ahead, so a stream may be long."
         ahead: deque = deque()
         for job in jobs:
-            if not job.tests:
-                raise BadInput(f"job {job.name or job.entry_point!r} has no tests, so nothing could be said about it")
-            ahead.append(self.threads.submit(_grade, self, job))
+            ahead.append(self.submit(job))
             if len(ahead) > 4 * self.count:
                 yield ahead.popleft().result()
         while ahead:
