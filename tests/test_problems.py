@@ -1,0 +1,374 @@
+"What a notebook cannot hold of `problems`: the prompts to the letter, real completions cut at every character, files that are wrong."
+
+import ast
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codetrace import problems
+from codetrace.problems import BadProblem, Problem, Prompt, extract, is_answered, load, prompt
+
+HERE = Path(__file__).parent
+MBPP = HERE.parents[1] / "shared" / "data" / "mbpp.jsonl"
+needs_mbpp = pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file is not here")
+
+PROBLEM = Problem(
+    "7",
+    "Return the larger of two numbers.",
+    "def larger(a, b):\n    return max(a, b)\n",
+    ("assert larger(1, 2) == 2", "assert larger(5, 3) == 5", "assert larger(-1, -1) == -1"),
+    "",
+    "larger",
+    "test",
+    "CC0",
+)
+
+
+# prompts, to the letter
+
+
+def test_the_published_prompt():
+    assert prompt(PROBLEM, "pva").text == (
+        "Return the larger of two numbers.\n"
+        "\n"
+        "assert larger(1, 2) == 2\n"
+        "assert larger(5, 3) == 5\n"
+        "assert larger(-1, -1) == -1\n"
+        "\n"
+        "# Solution:"
+    )
+
+
+def test_the_three_shot_prompt():
+    assert prompt(PROBLEM, "three_shot").text == (
+        "You are an expert Python programmer, and here is your task: Write a function to find the similar elements from "
+        "the given two tuple lists. Your code should pass these tests:\n"
+        "\n"
+        "assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)\n"
+        "assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)\n"
+        "assert similar_elements((11, 12, 14, 13),(17, 15, 14, 13)) == (13, 14)\n"
+        "[BEGIN]\n"
+        "def similar_elements(test_tup1, test_tup2):\n"
+        "  res = tuple(set(test_tup1) & set(test_tup2))\n"
+        "  return (res) \n"
+        "[DONE]\n"
+        "\n"
+        "You are an expert Python programmer, and here is your task: Write a python function to identify non-prime "
+        "numbers. Your code should pass these tests:\n"
+        "\n"
+        "assert is_not_prime(2) == False\n"
+        "assert is_not_prime(10) == True\n"
+        "assert is_not_prime(35) == True\n"
+        "[BEGIN]\n"
+        "import math\n"
+        "def is_not_prime(n):\n"
+        "    result = False\n"
+        "    for i in range(2,int(math.sqrt(n)) + 1):\n"
+        "        if n % i == 0:\n"
+        "            result = True\n"
+        "    return result\n"
+        "[DONE]\n"
+        "\n"
+        "You are an expert Python programmer, and here is your task: Write a function to find the largest integers from "
+        "a given list of numbers using heap queue algorithm. Your code should pass these tests:\n"
+        "\n"
+        "assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],3)==[85, 75, 65] \n"
+        "assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],2)==[85, 75] \n"
+        "assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],5)==[85, 75, 65, 58, 35]\n"
+        "[BEGIN]\n"
+        "import heapq as hq\n"
+        "def heap_queue_largest(nums,n):\n"
+        "  largest_nums = hq.nlargest(n, nums)\n"
+        "  return largest_nums\n"
+        "[DONE]\n"
+        "\n"
+        "You are an expert Python programmer, and here is your task: Return the larger of two numbers. Your code should "
+        "pass these tests:\n"
+        "\n"
+        "assert larger(1, 2) == 2\n"
+        "assert larger(5, 3) == 5\n"
+        "assert larger(-1, -1) == -1\n"
+        "[BEGIN]\n"
+    )
+
+
+def test_the_completion_prompt():
+    first = load("humaneval")[0]
+    assert prompt(first, "completion").text == (
+        "from typing import List\n"
+        "\n"
+        "\n"
+        "def has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
+        '    """ Check if in given list of numbers, are any two numbers closer to each other than\n'
+        "    given threshold.\n"
+        "    >>> has_close_elements([1.0, 2.0, 3.0], 0.5)\n"
+        "    False\n"
+        "    >>> has_close_elements([1.0, 2.8, 3.0, 4.0, 5.0, 2.0], 0.3)\n"
+        "    True\n"
+        '    """\n'
+    )
+    assert prompt(first, "completion").stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+
+class Chat:
+    "A tokenizer as Gemma's: the template writes the first token, and so does the tokenizer."
+
+    chat_template, bos_token, bos_token_id = "…", "<bos>", 2
+
+    def __init__(self, adds: bool):
+        self.adds = adds
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": [2, 5] if self.adds else [5]}
+
+    def apply_chat_template(self, turns, add_generation_prompt, tokenize) -> str:
+        assert add_generation_prompt and not tokenize
+        return "<bos>" + "".join(f"<{t['role']}>{t['content']}<end>" for t in turns) + "<model>"
+
+
+MESSAGE = (
+    "You are an expert Python programmer, and here is your task:\nReturn the larger of two numbers.\n"
+    "Your code should pass these tests:\nassert larger(1, 2) == 2\nassert larger(5, 3) == 5\nassert larger(-1, -1) == -1"
+)
+
+
+def test_the_chat_prompt():
+    assert prompt(PROBLEM, "chat", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>"
+    assert prompt(PROBLEM, "chat", Chat(adds=False)).text == f"<bos><user>{MESSAGE}<end><model>"
+    assert prompt(PROBLEM, "chat_code", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>```python\n"
+
+
+def test_the_chat_prompt_of_a_real_tokenizer():
+    from codetrace import models
+
+    assert prompt(PROBLEM, "chat", models.load("tiny:llama").tokenizer).text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        f"<|im_start|>user\n{MESSAGE}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_humaneval_in_chat():
+    first = load("humaneval")[0]
+    asked = prompt(first, "chat", Chat(adds=True)).text
+    assert asked == (
+        "<user>Write a solution to the following problem and make sure that it passes the tests:\n"
+        f"```python\n{first.text.rstrip()}\n```<end><model>"
+    )
+
+
+@pytest.mark.parametrize("style", ["pva", "three_shot", "chat", "chat_code"])
+def test_every_assert_stands_in_the_prompt_once(style):
+    for p in load():
+        text = prompt(p, style, Chat(adds=True)).text
+        assert all(text.count(test) == 1 for test in p.tests), p.task_id
+        assert text.count("assert") == (9 if style == "three_shot" else 0) + sum(t.count("assert") for t in p.tests)
+        assert "assert assert" not in text
+
+
+# completions that a real model wrote
+
+WRITTEN = [json.loads(line) for line in (HERE / "data" / "smollm2_completions.jsonl").read_text().splitlines()]
+
+
+PROBLEMS = {(name, p.task_id): p for name in ("basics", "humaneval") for p in load(name)}
+
+
+def asked(row: dict) -> tuple[Prompt, str]:
+    problem = PROBLEMS[row["problems"], row["task_id"]]
+    return prompt(problem, row["style"], Chat(adds=True)), problem.entry_point
+
+
+@pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
+def test_what_counts_does_not_change_once_it_is_answered(row):
+    put, name = asked(row)
+    whole, answered = extract(row["completion"], put, name), False
+    for end in range(len(row["completion"]) + 1):
+        now = is_answered(row["completion"][:end], put, name)
+        assert now or not answered, "an answer was complete, and then it was not"
+        if now and not answered:
+            assert extract(row["completion"][:end], put, name) == whole
+        answered = now
+
+
+@pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
+def test_what_counts_is_code_and_only_code(row):
+    put, name = asked(row)
+    code = extract(row["completion"], put, name)
+    for line in code.removeprefix(put.prefix).splitlines():
+        assert line.strip() in put.text + row["completion"]
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:
+        assert row["style"] == "three_shot" or row["completion"].rstrip().endswith(code.rstrip().splitlines()[-1])
+        return
+    assert all(isinstance(n, ast.FunctionDef | ast.Import | ast.ImportFrom | ast.Assign) for n in body)
+
+
+ANSWERS = {
+    ("pva", "4"): "def reverse_string(input_str):\n    return input_str[::-1]\n",
+    ("chat", "4"): "def reverse_string(input_str):\n    return input_str[::-1]\n",
+    ("chat_code", "4"): "def reverse_string(input_str):\n    return input_str[::-1]\n",
+    ("three_shot", "4"): "def reverse_string(s):\n  return s[::-1]\n",
+    ("pva", "49"): "def gcd(a, b):\n    if a == 0:\n        return 1\n    return gcd(a, b % a)\n",
+    ("chat", "101"): "",
+}
+
+
+@pytest.mark.parametrize("style, task_id", ANSWERS)
+def test_answers(style, task_id):
+    row = next(r for r in WRITTEN if (r["style"], r["task_id"]) == (style, task_id))
+    assert extract(row["completion"], *asked(row)) == ANSWERS[style, task_id]
+
+
+def function(code: str, name: str) -> str:
+    return next(ast.dump(n) for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+@pytest.mark.parametrize("name", ["basics", "humaneval"])
+@pytest.mark.parametrize("style", ["pva", "three_shot", "chat", "chat_code"])
+def test_a_reference_given_as_an_answer_is_the_answer(name, style):
+    for p in load(name):
+        put = prompt(p, style, Chat(adds=True))
+        for answer in (p.reference, f"Sure, here it is:\n```python\n{p.reference}```\nI hope that helps."):
+            if put.fenced and "```" in answer:
+                continue
+            code = extract(answer, put, p.entry_point)
+            assert function(code, p.entry_point) == function(p.reference, p.entry_point), p.task_id
+
+
+def test_humaneval_bodies_continue_their_prompts():
+    for p in load("humaneval"):
+        body = p.reference.removeprefix(p.text)
+        code = extract(body + "\n\ndef other():\n    pass\n", prompt(p, "completion"), p.entry_point)
+        assert code.strip() == p.reference.strip(), p.task_id
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet=st.sampled_from(list("def f(x):\n    return x`#=[]\"'@ print assert\t\r\\")), max_size=120),
+    st.booleans(),
+)
+def test_any_text_is_read(text, fenced):
+    put = Prompt("", fenced=fenced)
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    assert all(line.strip() in lines for line in extract(text, put, "f").split("\n") if line.strip())
+    assert is_answered(text, put, "f") in (True, False)
+
+
+# problem sets
+
+
+def words(text: str) -> set[tuple[str, ...]]:
+    found = re.findall(r"\w+", text.lower())
+    return {tuple(found[i : i + 2]) for i in range(max(1, len(found) - 1))}
+
+
+def overlap(a: set, b: set) -> float:
+    return len(a & b) / len(a | b)
+
+
+def test_basics_are_all_different():
+    texts = [words(p.text) for p in load()]
+    code = [ast.dump(ast.parse(p.reference)) for p in load()]
+    assert max(overlap(a, b) for n, a in enumerate(texts) for b in texts[:n]) < 0.5
+    assert len(set(code)) == len(code) >= 120
+
+
+@needs_mbpp
+def test_basics_are_not_from_mbpp():
+    theirs = load(str(MBPP))
+    plain = lambda text: re.sub(r"\s", "", text)
+    asserts, code = {plain(t) for p in theirs for t in p.tests}, {plain(p.reference) for p in theirs}
+    texts = [words(p.text) for p in theirs]
+    for p in load():
+        assert not asserts & {plain(t) for t in p.tests} and plain(p.reference) not in code, p.task_id
+        assert max(overlap(words(p.text), t) for t in texts) < 0.5, p.text
+
+
+@needs_mbpp
+def test_all_of_mbpp_is_read():
+    found = load(str(MBPP))
+    assert [p.task_id for p in found] == [str(n) for n in range(1, 975)]
+    assert not any("\r" in field for p in found for field in (p.text, p.reference, p.setup, *p.tests))
+    names = {p.task_id: p.entry_point for p in found}
+    assert (names["1"], names["601"], names["367"]) == ("min_cost", "max_chain_length", "is_tree_balanced")
+    assert "\t" in found[0].reference and "’" in found[121].text and {p.source for p in found} == {"mbpp"}
+    digest = hashlib.sha256("".join(prompt(p).text for p in found).encode()).hexdigest()
+    assert digest == "f65cd28f1c35e3a96e4f17a47494442f92be92e7b9e9beb5d2b2e5aec8e33c6e"
+
+
+ROW = {"task_id": 1, "text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["assert add(1, 2) == 3"]}
+WRONG = {
+    "no field 'test_list'": ROW | {"test_list": None},
+    "'test_list' must be a list of strings": ROW | {"test_list": [1]},
+    "no field 'text' or 'prompt'": {k: v for k, v in ROW.items() if k != "text"},
+    "the code is not Python": ROW | {"code": "def add(a, b:"},
+    "test 1 is not Python": ROW | {"test_list": ["assert add(1,"], "entry_point": "add"},
+    "test 1 does not call 'add'": ROW | {"test_list": ["assert 1 == 1"], "entry_point": "add"},
+    "no function that all tests call": ROW | {"test_list": ["assert sub(1, 2) == 3"]},
+    "does not define 'plus'": ROW | {"entry_point": "plus"},
+    "no tests": ROW | {"test_list": []},
+    "no description": ROW | {"text": "  "},
+    "no 'task_id'": {k: v for k, v in ROW.items() if k != "task_id"},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_wrong_with_a_row_is_said(said, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(WRONG[said]))
+    with pytest.raises(BadProblem, match=re.escape(said)) as caught:
+        load(str(tmp_path / "x.jsonl"))
+    assert "x.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_of_all_kinds(tmp_path):
+    import pandas as pd
+
+    rows = [ROW, ROW | {"task_id": 2, "text": "Add\u2028two."}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
+    )
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    read = [load(str(tmp_path / f"x.{kind}")) for kind in ("json", "jsonl", "parquet")]
+    assert read[0] == read[1] == read[2] and [p.text for p in read[0]] == ["Add.", "Add\u2028two."]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", "not json", '{"task_id": 1}\n[2]'])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_files_that_hold_no_problems(content, kind, tmp_path):
+    (tmp_path / f"x.{kind}").write_text(content)
+    with pytest.raises(BadProblem, match="x\\."):
+        load(str(tmp_path / f"x.{kind}"))
+
+
+def test_two_problems_with_one_id(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([ROW, ROW]))
+    with pytest.raises(BadProblem, match="another problem has this id"):
+        load(str(tmp_path / "x.json"))
+    with pytest.raises(BadProblem, match="nowhere"):
+        load(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_mbpp_from_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    sanitized = {"source_file": "x", "task_id": 12, "prompt": "Add.", "test_imports": ["import math"]}
+    splits = {"train": [sanitized | {k: ROW[k] for k in ("code", "test_list")}], "test": [ROW | {"task_id": 2}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
+    found = load("mbpp-sanitized")
+    assert [(p.task_id, p.setup, p.source) for p in found] == [
+        ("2", "", "mbpp-sanitized"),
+        ("12", "import math", "mbpp-sanitized"),
+    ]
+
+    def offline(*_):
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(problems.BadInput, match="give a local copy: --problems"):
+        load("mbpp")
