@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .figures import range_frame, style
+from .figures import caption_below, range_frame, style
 
 # %% ../nbs/06a_multiples.ipynb #fc45e4b3
 @contextmanager
@@ -28,7 +28,7 @@ def _panels(n: int, columns: int, width: float, height: float, said: str) -> Ite
         yield axes
         for ax in axes.flat[n:]:
             ax.axis("off")
-        fig.supxlabel(said, fontsize=7, x=0, ha="left")
+        caption_below(fig, said)
         plt.close(fig)
 
 # %% ../nbs/06a_multiples.ipynb #c750787a
