@@ -7,7 +7,7 @@ __all__ = ['LETTERS', 'DIGITS', 'HELD_OUT_PAIRS', 'SPLITS', 'PROJECTIONS', 'SOUR
            'Bindings', 'fingerprint', 'sample', 'Alphabet', 'Packed', 'pack', 'answer_logits', 'answers', 'graded',
            'summarised', 'with_adapter', 'character_tokenizer', 'from_scratch', 'python_source', 'nats_per_token',
            'forgetting', 'Plan', 'save_weights', 'learn', 'examination', 'examine', 'evaluation_set', 'rule_shares',
-           'learning_curves', 'report', 'traced_records', 'trace_figure']
+           'learning_curves', 'report', 'learning_figure', 'traced_records', 'trace_figure']
 
 # %% ../nbs/12_binding.ipynb #61277c09
 import shutil
@@ -32,7 +32,7 @@ from .errors import BadInput, choose
 from .models import LM, small_tokenizer
 from .programs import Program
 from .stats import bootstrap_interval, wilson, with_interval
-from .store import Records, atomic_write, read_json
+from .store import Records, atomic_write, read_json, read_records
 from .tracking import HEURISTICS
 
 # %% ../nbs/12_binding.ipynb #6e67fd2a
@@ -749,6 +749,13 @@ def report(examined: pd.DataFrame) -> pd.DataFrame:
             }
             tables.append(about | {"best rule": best, "rule": rules[best], "chance": 0.1})
     return pd.DataFrame(tables)
+
+# %% ../nbs/12_binding.ipynb #1f89821f
+def learning_figure(record: dict, rules_from: int = 0):
+    "How the model of a record learnt."
+    judged = evaluation_set(*[record["parameters"][name] for name in ("num_programs", "lines", "max_depth", "seed")])
+    evaluation = pd.DataFrame(read_json(Path(record["folder"]) / "results.json")["evaluation"])
+    return multiples.over_steps(learning_curves(evaluation, rule_shares(judged), rules_from=rules_from))
 
 # %% ../nbs/12_binding.ipynb #1b691551
 def traced_records() -> dict[str, dict]:

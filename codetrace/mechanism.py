@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['fulldifferences', 'trace_model', 'pooled', 'training_peaks', 'training_grid', 'training_sentence', 'load_model',
-           'sweep_units']
+           'sweep_units', 'mechanism_records', 'recorded', 'recorded_heads']
 
 # %% ../nbs/13_mechanism.ipynb #270a2a9b
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ from .models import LM
 from .pairs import CannotTrace, Case
 from .probes import STREAM, beside_effect, probe, probes_sentence, states_by_name
 from .stats import wilson, with_interval
-from .store import kept, plain_rows
+from .store import kept, plain_rows, read_json, read_records
 
 # %% ../nbs/13_mechanism.ipynb #f19b0c1c
 def fulldifferences(
@@ -159,3 +160,19 @@ def sweep_units(
         return found.assign(program=found["program"] + start, head=head)
 
     return {f"{site} {start}": (lambda start=start: piece(start)) for start in range(0, len(cases), together)}
+
+# %% ../nbs/13_mechanism.ipynb #5a3c4e2c
+def mechanism_records() -> dict[str, dict]:
+    "The reference records of the taught model, by what their counterfactuals change."
+    return {m["parameters"]["change"]: m for m in runs.references("mechanism", model="binding")}
+
+
+def recorded(manifest: dict, name: str) -> pd.DataFrame:
+    "A table of a record: `heads`, `swapped`, `ablated`, `each`, `probes`, `directions`, `compared`."
+    return read_records(Path(manifest["folder"]) / name).drop(columns=["unit", "row"])
+
+
+def recorded_heads(manifest: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Every head's effect, and the heads that were chosen."
+    cells = recorded(manifest, "heads")
+    return cells, choose_heads(cells, manifest["parameters"]["top_heads"], manifest["parameters"]["min_effect"])

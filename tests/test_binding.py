@@ -76,8 +76,8 @@ def test_the_last_stage_is_the_shipped_adapter():
 
 
 def test_the_shipped_adapter_is_that_of_the_reference_record():
-    record = next((HOME / "runs" / "reference" / "binding").glob("*/run.json"))
-    outputs = json.loads(record.read_text())["outputs"]
+    (record,) = runs.references("binding", init="adapter")
+    outputs = record["outputs"]
     name = f"weights/step-{models.binding_steps()[-1]:06d}/adapter_model.safetensors"
     assert outputs[name]["sha256"] == sha256(ADAPTER / "adapter_model.safetensors")
 
@@ -233,8 +233,7 @@ def test_scratch_models_are_models(tmp_path):
 
 
 def test_reference_training_is_complete():
-    record = next((HOME / "runs" / "reference" / "binding").glob("*/run.json"))
-    manifest = runs.read(record.parent)
+    (manifest,) = runs.references("binding", init="adapter")
     assert manifest["status"] == "complete"
     final = [row for row in manifest["summary"] if row["part"] == "as in training"]
     assert [row["programs"] for row in final] == [f"depth {d}" for d in (1, 2, 3, 4)]
