@@ -4,6 +4,7 @@ Quarto renders them where it is installed, else smalldocs does, which makes the 
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,8 @@ def assemble(quarto: bool) -> Path:
         (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
         source = HOME / name if name.startswith("runs/") else processed / Path(name).name
         text = re.sub(r'"output-file: [^"]*",?\n', "", source.read_text(encoding="utf-8"))  # nbdev names pages its way
-        if name == "index.ipynb":
-            text = re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", text)
+        there = os.path.relpath("nbs", Path(name).parent)  # chapters name each other without a folder
+        text = re.sub(r"\]\((\d\w+\.ipynb)\)", rf"]({there}/\1)", text)
         (PROJECT / name).write_text(text, encoding="utf-8")
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
