@@ -104,7 +104,7 @@ def _again():
         return
     state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
     if state == "RUNNING":
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        subprocess.run(["scontrol", "requeue", job], check=False)
 
 # %% ../nbs/07a_machines.ipynb #18b675ca
 @dataclass(frozen=True)
