@@ -67,7 +67,7 @@ class Place:
         heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen([BIN / "codetrace", *words], env=self.environment, preexec_fn=heeds, **pipes)
 
-    def call(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    def call(self, *words: str, timeout: float = 900) -> subprocess.CompletedProcess:
         command = [BIN / "codetrace", *words]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
@@ -94,7 +94,7 @@ class Place:
         return 0
 
 
-def wait_for(condition, seconds: float = 180):
+def wait_for(condition, seconds: float = 600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"

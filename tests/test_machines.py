@@ -77,7 +77,7 @@ def test_sigterm_ends_at_a_checkpoint_and_requeue_continues(place, whole):
     os.kill(int(place.jobs()[1]["job"]), signal.SIGTERM)
     kept = wait_for(lambda: place.parts(place.manifests(1)[0]))  # before the thirty rows are full
     assert len(kept) == 1
-    _, error = launcher.communicate(timeout=300)
+    _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 0, error
     assert "letters 1: stopped, again" in error
     (stopped,) = place.manifests(1)
@@ -100,7 +100,7 @@ def test_a_launcher_that_is_stopped_stops_its_shards(place, whole, number):
     launcher = place.begin(*asked)
     wait_for(lambda: min(place.progress(0), place.progress(1)) >= 3)
     launcher.send_signal(number)
-    _, error = launcher.communicate(timeout=120)
+    _, error = launcher.communicate(timeout=600)
     assert launcher.returncode == 2 and error.strip().splitlines()[-1].endswith("the same command continues it"), error
     for k in range(2):
         (manifest,) = place.manifests(k)
