@@ -7,6 +7,7 @@ __all__ = ['app', 'given_parameters', 'run', 'merge', 'phases', 'list_runs', 'sh
 
 # %% ../nbs/90_cli.ipynb #269001ac
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,9 @@ def given_parameters(
         except yaml.YAMLError:
             values[name.strip()] = value
     return values
+
+# %% ../nbs/90_cli.ipynb #c1702298
+_GPU, _HOST = "CODETRACE_MAX_GPU_MEMORY", "CODETRACE_MAX_MEMORY"
 
 # %% ../nbs/90_cli.ipynb #30b2cfd9
 @app.command(
@@ -103,6 +107,12 @@ def run(
         typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab; repeatable."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Slurm: hand everything in and leave.")] = False,
+    max_gpu_memory: Annotated[
+        float, typer.Option("--max-gpu-memory", metavar="GB", help="Refuse what needs more of a GPU.", envvar=_GPU)
+    ] = 30,
+    max_memory: Annotated[
+        float, typer.Option("--max-memory", metavar="GB", help="Refuse what needs more of the host.", envvar=_HOST)
+    ] = 100,
 ):
     "Run one phase in batch; repeat the command to continue it after an interruption."
     from codetrace.errors import choose
@@ -112,6 +122,7 @@ def run(
         problems = str(Path(problems).resolve())
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
+    os.environ |= {_GPU: f"{max_gpu_memory:g}", _HOST: f"{max_memory:g}"}
     asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
     where = _where(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})
     if where is None and shards is None and not requeue:
