@@ -115,7 +115,7 @@ def test_shards_outlive_their_launcher_and_are_found_again(place, whole):
     launcher = place.begin(*asked)
     wait_for(lambda: min(place.progress(0), place.progress(1)) >= 2)
     launcher.kill()
-    launcher.communicate()
+    launcher.wait()  # its pipes stay open: the shards have them too
     before = place.jobs()
     kernel = next(
         c for c in psutil.Process(int(before[1]["job"])).children(recursive=True) if "submitit" in " ".join(c.cmdline())
