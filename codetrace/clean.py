@@ -96,13 +96,16 @@ def remove(
     found: Found,
 ) -> bool:  # Was it removed? Not, when somebody is writing it
     "Remove a folder for good; raises `StorageError` where the disk refuses."
+    locks = []
     try:
-        lock = None if found.status == "log" else runs._acquire(found.folder)
+        for name in (".lock", ".kernel.lock") if found.status != "log" else ():
+            locks.append(runs._acquire(found.folder, name))
+        with storage_errors(found.folder):
+            (found.folder / "run.json").unlink(missing_ok=True)
+            shutil.rmtree(found.folder)
     except runs.RunBusy:
         return False
-    with storage_errors(found.folder):
-        (found.folder / "run.json").unlink(missing_ok=True)
-        shutil.rmtree(found.folder)
-    if lock is not None:
-        lock.release()
+    finally:
+        for lock in locks:
+            lock.release()
     return True
