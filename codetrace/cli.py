@@ -399,12 +399,13 @@ def clean(
         for f in found
     ]
     _print_table(lines)
-    total = f"{len(found)} folders, {sum(f.bytes for f in found) / 1e6:,.1f} MB"
+    many = lambda some: f"{len(some)} folders, {sum(f.bytes for f in some) / 1e6:,.1f} MB"
     if not found or dry_run:
-        print(f"nothing was removed ({total})" if found else "there is nothing to remove")
-    elif force or typer.confirm(f"Remove {total} for good?"):
-        kept = [f.folder.name for f in found if not remove(f)]
-        print(f"removed {total}" + (f", but for {', '.join(kept)}: somebody is writing there" if kept else ""))
+        print(f"nothing was removed ({many(found)})" if found else "there is nothing to remove")
+    elif force or typer.confirm(f"Remove {many(found)} for good?"):
+        gone = [f for f in found if remove(f)]
+        kept = ", ".join(f.folder.name for f in found if f not in gone)
+        print(f"removed {many(gone)}" + (f"; somebody is writing there: {kept}" if kept else ""))
     else:
         print("nothing was removed")
 
