@@ -122,10 +122,11 @@ class Part:
         with runs.stoppable():
             try:
                 return self._run()
-            except runs.Interrupted:
-                if self.requeue:
+            except (BadInput, runs.RunFailed) as error:
+                if self.requeue and isinstance(error, runs.Interrupted):
                     _again()
-                raise
+                # the notebook's traceback, and what it comes to, are the end of the log
+                sys.exit("\n".join([*getattr(error.__cause__, "traceback", []), f"codetrace: {error}"]))
 
     def _run(self) -> str:
         key = runs.key_of(self.phase, self.parameters, Path(self.root))
@@ -452,7 +453,8 @@ def perform(
     busy = {job.shard: job for job in alive(self._jobs()) if job.shard in left}
     waiting, failures = [k for k in left if k not in busy], []
     for k in shards:
-        board.say(k, "running already" if k in busy else "waiting" if k in left else "complete already")
+        hurt = self._damage(keys[k]) if k in waiting else ""
+        board.say(k, "running already" if k in busy else hurt or "waiting" if k in left else "complete already")
     while waiting or busy:
         for job in self._start(waiting, busy):
             busy[job.shard] = job
@@ -470,6 +472,14 @@ def perform(
         for k in busy:
             board.say(k, board.said[k], self._progress(keys[k]))
     return failures
+
+
+@patch
+def _damage(self: Sharded, key: str) -> str:
+    "What became of the files of a run that was complete; empty where nothing did."
+    done = [m for m in runs.attempts(self.phase, key, self.root) if m["status"] == "complete"]
+    changed = runs.verify(done[-1]) if done else []
+    return f"run {done[-1]['run_id']} is damaged ({', '.join(changed)}): computed anew" if changed else ""
 
 
 @patch

@@ -68,6 +68,13 @@ def test_a_shard_that_fails_is_reported_and_only_it_runs_again(place, whole, tmp
     assert [m["run_id"] for m in place.manifests(0)] == [first["run_id"]]
     assert [m["run_id"] for m in place.manifests(1)] == [second["run_id"]]  # resumed
     assert place.parts(place.manifests(-1)[0]) == whole
+    damaged = max((second["at"] / "letters").glob("part-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    mended = place.call(*asked)
+    assert mended.returncode == 0, mended.stderr
+    assert f"letters 1: run {second['run_id']} is damaged (letters/{damaged.name}): computed anew" in mended.stderr
+    assert "letters 0: complete already" in mended.stderr and len(place.manifests(1)) == 2
+    assert place.parts(place.manifests(-1)[-1]) == whole
 
 
 def test_sigterm_ends_at_a_checkpoint_and_requeue_continues(place, whole):
