@@ -255,7 +255,7 @@ def _submit_to_slurm(
             submitted = [executor.submit(part) for part in parts.values()]
         return [Job(shard, job.job_id, "slurm", str(job.paths.stdout)) for shard, job in zip(parts, submitted)]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise BadInput(f"Slurm takes no job: {' '.join(str(error).split())}") from None
+        raise BadInput(f"Slurm takes no job: {str(error).strip().splitlines()[-1]}") from None
 
 # %% ../nbs/07a_machines.ipynb #9e362e3a
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
