@@ -122,11 +122,18 @@ class Part:
         with runs.stoppable():
             try:
                 return self._run()
-            except (BadInput, runs.RunFailed) as error:
-                if self.requeue and isinstance(error, runs.Interrupted):
+            except (BadInput, runs.RunFailed, KeyboardInterrupt) as error:
+                if self.requeue and isinstance(error, runs.Interrupted | KeyboardInterrupt):
                     _again()
                 # the notebook's traceback, and what it comes to, are the end of the log
-                sys.exit("\n".join([*getattr(error.__cause__, "traceback", []), f"codetrace: {error}"]))
+                sys.exit(
+                    "\n".join(
+                        [
+                            *getattr(error.__cause__, "traceback", []),
+                            f"codetrace: {str(error) or 'interrupted before it began'}",
+                        ]
+                    )
+                )
 
     def _run(self) -> str:
         key = runs.key_of(self.phase, self.parameters, Path(self.root))

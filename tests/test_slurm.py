@@ -110,7 +110,6 @@ def test_a_node_that_goes_down_costs_nothing(place, whole, slurm):
     number = int(Path(slurm["HOME_OF"], "run", f"slurmd-{node}.pid").read_text())
     try:
         _power_off(psutil.Process(number), place.jobs()[1]["job"].split("_")[0], node)
-        assert not psutil.pid_exists(number)
         wait_for(lambda: ask(place, "sinfo", "-h", "-n", node, "-o", "%t").startswith("down"), 120)
         _, error = launcher.communicate(timeout=900)
     finally:
