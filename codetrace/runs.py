@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'checkout', 'notebooks', 'named', 'runs_root', 'Parameter', 'parameters_of', 'BadParameter', 'checked',
-           'notebook_code', 'library_code', 'digest', 'provenance', 'RunBusy', 'NoInput', 'read', 'index', 'find',
-           'verify', 'references', 'newest', 'resolve', 'part', 'command', 'shard_runs', 'Run', 'peak_memory',
-           'open_run', 'launcher', 'start', 'RunFailed', 'shorthands', 'execute']
+           'notebook_code', 'library_code', 'digest', 'provenance', 'RunBusy', 'NoInput', 'Interrupted', 'read',
+           'index', 'find', 'verify', 'references', 'newest', 'resolve', 'part', 'command', 'shard_runs', 'Run',
+           'peak_memory', 'open_run', 'key_of', 'attempts', 'launcher', 'start', 'RunFailed', 'shorthands', 'stoppable',
+           'execute']
 
 # %% ../nbs/07_runs.ipynb #e6f4305d
 import ast
@@ -17,12 +18,14 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -151,6 +154,11 @@ def digest(
     "One hash of several values."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
+# %% ../nbs/07_runs.ipynb #06ac0133
+def _code(source: str) -> str:
+    "A hash of what a run is made with."
+    return digest(source, library_code())
+
 # %% ../nbs/07_runs.ipynb #998f09a5
 def _git(*words: str) -> str | None:
     home = checkout()
@@ -184,6 +192,10 @@ class RunBusy(BadInput):
 
 class NoInput(BadInput):
     "A phase needs the run of another, and there is none."
+
+
+class Interrupted(BadInput):
+    "A run was stopped; what it had done is kept."
 
 
 def _lock(folder: Path, name: str = ".lock"):
@@ -370,12 +382,17 @@ def shard_runs(
         for m in index(root)
         if _counts(m, phase) and {**m["parameters"], "shard": -1} == {**parameters, "shard": -1}
     }
-    missing = [command(phase, {**parameters, "shard": k}) for k in range(parameters["shards"]) if k not in known]
-    if missing:
-        raise NoInput(
-            f"{len(missing)} of {parameters['shards']} shards are missing; run this first: {' && '.join(missing)}"
+    again = lambda which: " && ".join(command(phase, {**parameters, "shard": k}) for k in which)
+    shards = range(parameters["shards"])
+    if missing := [k for k in shards if k not in known]:
+        raise NoInput(f"{len(missing)} of {len(shards)} shards are missing; run this first: {again(missing)}")
+    made = lambda k: (known[k].get("code"), [i["sha256"] for i in known[k]["inputs"]])
+    if others := [k for k in shards if made(k) != made(shards[-1])]:
+        what = (
+            f"shards {others} of {len(shards)} were made by other code, or from other inputs, than shard {shards[-1]}"
         )
-    return [resolve(known[k]["folder"]) for k in range(parameters["shards"])]
+        raise NoInput(f"{what}; run all of them with the same: {again(shards)}")
+    return [resolve(known[k]["folder"]) for k in shards]
 
 # %% ../nbs/07_runs.ipynb #34937ac4
 _OWN = ("run.json", "notebook.ipynb", "progress.json")
@@ -575,20 +592,45 @@ def open_run(
 ) -> Run:
     "Continue the unfinished run of this code and these parameters, or begin a new one."
     root = Path(root or runs_root())
-    inputs = _inputs(phase, parameters, root)
-    key = digest(source, library_code(), parameters, [i["sha256"] for i in inputs])
+    inputs, code = _inputs(phase, parameters, root), _code(source)
+    key = digest(code, parameters, [i["sha256"] for i in inputs])
     unfinished = _unfinished(root / phase, key)
     folder = unfinished or root / phase / _run_id(key)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=unfinished is not None)
         lock = _acquire(folder)
     old = read_json(folder / "run.json") if unfinished else {}
-    about = {"run_id": folder.name, "phase": phase, "status": "running", "digest": key, "parameters": parameters}
+    about = {"run_id": folder.name, "phase": phase, "status": "running", "digest": key, "code": code}
+    about |= {"parameters": parameters}
     when = {"started": old.get("started", _now()), "resumed": _now() if old else None}
     who = {"inputs": inputs, "launcher": launcher, "pid": os.getpid()}
     run = Run(folder, about | when | who | provenance() | {"error": None}, lock)
     run._save()
     return run
+
+# %% ../nbs/07_runs.ipynb #de0cc401
+def key_of(
+    phase: str,  # Phase name
+    parameters: dict,  # Complete and checked
+    root: Path | None = None,  # Default: `runs_root()`
+) -> str:  # The digest that `open_run` would give a run now
+    "What decides the outcome of a run, as one hash: code, parameters, inputs."
+    source = notebook_code(choose(phase, notebooks(), "phase"))
+    inputs = _inputs(phase, parameters, Path(root or runs_root()))
+    return digest(_code(source), parameters, [i["sha256"] for i in inputs])
+
+
+def attempts(
+    phase: str,  # Phase name
+    key: str,  # As `key_of` gives it
+    root: Path | None = None,  # Default: `runs_root()`
+) -> list[dict]:  # Manifests as they stand on disk (a dead run may say `running`), with their folders; oldest first
+    "The runs that have been made, or begun, of exactly this."
+    found = []
+    for path in sorted((Path(root or runs_root()) / phase).glob(f"*-{key[:8]}/run.json")):
+        with suppress(BadInput):
+            found.append(read_json(path) | {"folder": str(path.parent)})
+    return [m for m in found if m.get("digest") == key]
 
 # %% ../nbs/07_runs.ipynb #18830bd5
 def _papermill_words() -> list[str]:
@@ -691,6 +733,8 @@ def _attach(folder: Path, parameters: dict) -> Run:
     "The run that the launcher opened for this kernel."
     # the orphan of a killed launcher ends itself within a second or two
     lock = _acquire(folder, ".kernel.lock", patience=30)
+    for name in _STOPS:  # a cluster tells every process; the launcher passes it on, once
+        signal.signal(name, signal.SIG_IGN)
     run = Run(folder, read_json(folder / "run.json"), None)
     run._kernel = lock
     assert run.parameters == parameters, "the kernel's parameters are not those the run was opened with"
@@ -751,8 +795,6 @@ def _watch(path: Path, phase: str, over):
 @contextmanager
 def _progress_shown(folder: Path, phase: str, shown: bool):
     "Draw the kernel's progress until the block ends."
-    import threading
-
     path, over = folder / "progress.json", threading.Event()
     path.unlink(missing_ok=True)
     thread = threading.Thread(target=_watch, args=(path, phase, over), daemon=True)
@@ -765,10 +807,35 @@ def _progress_shown(folder: Path, phase: str, shown: bool):
         if shown:
             thread.join()
 
+# %% ../nbs/07_runs.ipynb #8757a592
+_STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+
+
+@contextmanager
+def stoppable():
+    "Take SIGTERM and SIGUSR2 as Ctrl-C until the block ends; only the first of them, so that the end is not disturbed."
+    told = []
+
+    def stop(number, frame):
+        if not told:
+            told.append(number)
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {name: signal.signal(name, stop) for name in _STOPS}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
 # %% ../nbs/07_runs.ipynb #d7a51b80
 def _papermill(notebook: Path, folder: Path, given: dict):
     "Execute `notebook` into `folder`."
     import papermill
+    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     # threads that wait by spinning starve each other on a shared machine
@@ -783,6 +850,8 @@ def _papermill(notebook: Path, folder: Path, given: dict):
             kernel_name="python3",
             start_timeout=300,
             extra_arguments=["--log-level=CRITICAL"],
+            # what an interrupted kernel may take to write its records
+            config=Config({"KernelManager": {"shutdown_wait_time": 20.0}}),
         )
     finally:
         del os.environ["CODETRACE_RUN"]
@@ -796,7 +865,7 @@ def _ended(run: Run, error: BaseException) -> Exception | None:
         # the kernel's client complains of tasks it could not end
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
-        return BadInput(f"interrupted; the same command continues run {run.manifest['run_id']}")
+        return Interrupted(f"interrupted; the same command continues run {run.manifest['run_id']}")
     if isinstance(error, OSError):
         return StorageError(
             f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS"
@@ -825,7 +894,7 @@ def execute(
     values = checked(given, declared, phase)
     run = open_run(phase, values, notebook_code(notebook), root=root, launcher="codetrace")
     try:
-        with _progress_shown(run.folder, phase, show_progress):
+        with stoppable(), _progress_shown(run.folder, phase, show_progress):
             _papermill(notebook, run.folder, {name: values[name] for name in given})
         run.manifest |= read_json(run.folder / "run.json")
         if run.manifest["status"] != "executed":

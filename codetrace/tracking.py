@@ -23,7 +23,7 @@ import pandas as pd
 
 from fastcore.basics import patch
 
-from . import figures, programs, runs
+from . import budgets, figures, programs, runs
 from .errors import BadInput, choose
 from .models import LM, load
 from .programs import Program
@@ -455,6 +455,12 @@ def run(
         run.finish(headline(result), summary=summary_rows(result))
     return result
 
+# %% ../nbs/10_tracking.ipynb #37b23b6c
+def _need(lm: LM, longest: str, left: Sequence) -> dict:
+    "What the largest unit takes, refused where it is too much."
+    answer = max(config.max_new_tokens for config, _ in left)
+    return budgets.check(lm, UNIT, len(lm.ids([longest])[0]) + answer, cache=True)
+
 # %% ../nbs/10_tracking.ipynb #4a2a66a0
 @patch
 def _answers(
@@ -469,7 +475,8 @@ def _answers(
             missing = lambda c, q, name=name: (name, c.name, c.num_shots, q["index"]) not in records.done()
             left = [(c, unit) for c, unit in units if name in c.models and any(missing(c, q) for q in unit)]
             if left:
-                run.describe(model=self.model(name).provenance())
+                lm, longest = self.model(name), max((q["prompt"] for _, unit in left for q in unit), key=len)
+                run.describe(model=lm.provenance(), need=_need(lm, longest, left))
             for c, unit in run.progress(left, desc=name):
                 records.append([row for row in answer_batch(self.model(name), c, unit) if missing(c, row)])
             if no_cache and name in self.loaded:

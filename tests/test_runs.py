@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory) -> bytes:
     return (Path(manifest["folder"]) / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize("victim", ["launcher", "kernel", "ctrl-c"])
+@pytest.mark.parametrize("victim", ["launcher", "kernel", "ctrl-c", "preemption"])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
     process = begin(tmp_path, *LONG)
     kernel = wait_for(lambda: kernel_of(process))
@@ -84,17 +84,19 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
         "launcher": process.kill,
         "kernel": kernel.kill,
         "ctrl-c": lambda: process.send_signal(signal.SIGINT),
+        "preemption": lambda: [p.send_signal(signal.SIGTERM) for p in (kernel, process)],  # a cluster tells everybody
     }[victim]()
     if victim != "kernel":
         kernel.resume()
     _, error = process.communicate(timeout=60)
-    status, code = {"launcher": ("interrupted", -9), "kernel": ("failed", 1), "ctrl-c": ("interrupted", 2)}[victim]
+    ends = {"launcher": ("interrupted", -9), "kernel": ("failed", 1), "ctrl-c": ("interrupted", 2)}
+    status, code = (ends | {"preemption": ends["ctrl-c"]})[victim]
     assert process.returncode == code, error
     (manifest,) = manifests(tmp_path)
     assert manifest["status"] == status
     if victim == "kernel":
         assert "kernel died" in error and "kernel died" in manifest["error"]["message"]
-    if victim == "ctrl-c":
+    if victim in ("ctrl-c", "preemption"):
         assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error, error
     assert not (Path(manifest["folder"]) / "results.json").exists()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
@@ -243,6 +245,42 @@ def test_a_read_only_disk(small_disk):
     assert not list(small_disk.iterdir())
 
 
+def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
+    done = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", "0.1")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (
+        "'smollm2' needs about" in done.stderr
+        and "the limit is 0.1 GB" in done.stderr
+        and "--max-memory 1" in done.stderr
+    )
+    wrong = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", "0")
+    assert wrong.returncode == 2 and "CODETRACE_MAX_MEMORY is '0': expected GB" in wrong.stderr
+
+
+def test_cleaning_asks_and_leaves_what_is_written(tmp_path):
+    assert codetrace(tmp_path, *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
+    (kept,) = manifests(tmp_path)
+    (tmp_path / "reference" / "tracking").mkdir(parents=True)
+    reference = tmp_path / "reference" / "tracking" / kept["run_id"]
+    Path(kept["folder"]).rename(reference)
+    process = begin(tmp_path, *LONG)
+    wait_for_rows(tmp_path)
+    (kernel := kernel_of(process)).suspend()
+    held = codetrace(tmp_path, "clean", "--force")
+    assert held.returncode == 0 and "there is nothing to remove" in held.stdout
+    process.kill()
+    process.wait()
+    busy = codetrace(tmp_path, "clean", "--force")  # its kernel has not ended yet
+    assert busy.returncode == 0 and "somebody is writing there" in busy.stdout and len(manifests(tmp_path)) == 2
+    kernel.resume()
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 60)
+    wait_for(lambda: "interrupted" in codetrace(tmp_path, "clean", "--dry-run").stdout, 60)
+    asked = codetrace(tmp_path, "clean")
+    assert asked.returncode == 1 and "Remove 1 folders" in asked.stdout and len(manifests(tmp_path)) == 2
+    assert codetrace(tmp_path, "clean", "tracking", "--incomplete", "--force").returncode == 0
+    assert [m["run_id"] for m in manifests(tmp_path)] == [kept["run_id"]] and reference.is_dir()
+
+
 def test_help_answers_at_once():
     timings = []
     for _ in range(5):
@@ -252,7 +290,7 @@ def test_help_answers_at_once():
     assert sorted(timings)[2] < 1
 
 
-@pytest.mark.parametrize("command", ["run", "runs", "show", "phases"])
+@pytest.mark.parametrize("command", ["run", "merge", "runs", "show", "phases", "doctor", "clean"])
 def test_every_command_has_an_example(command, tmp_path):
     done = codetrace(tmp_path, command, "--help")
     assert done.returncode == 0 and "Example" in done.stdout and f"codetrace {command}" in done.stdout

@@ -1,0 +1,171 @@
+"""Shards on a real Slurm: two nodes on this machine, with pretended GPUs, started here and stopped here.
+
+An array of three; a shard cancelled; a node that goes down with what ran on it; a preemption with `--requeue`: each ends
+in the bytes of the unsharded run. Needs root, Debian's packages, and the script beside the checkout that sets Slurm up.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from shards import Place, wait_for
+
+SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "slurm-up.sh"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    "What to add to the environment; all daemons are ended afterwards."
+    if not SCRIPT.is_file():
+        pytest.skip(f"there is no {SCRIPT}")
+    if os.geteuid() != 0:
+        pytest.skip("installing and starting Slurm needs root")
+    home = Path("/tmp/codetrace-slurm-test")  # short, and readable for munge's own user
+    told = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # nproc heeds it
+    told |= {"SLURM_TEST_DIR": str(home), "SLURM_NODES": "2", "SLURM_GPUS": "1"}
+    up = subprocess.run(["bash", SCRIPT, "up"], env=told, capture_output=True, text=True, timeout=600)
+    try:
+        if up.returncode != 0:
+            pytest.skip(f"Slurm does not start here: {' '.join((up.stdout + up.stderr).split()[-60:])}")
+        yield {"SLURM_CONF": str(home / "slurm.conf"), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME_OF": str(home)}
+    finally:
+        subprocess.run(["scancel", "--user", "root"], env=told | {"SLURM_CONF": str(home / "slurm.conf")}, check=False)
+        subprocess.run(["bash", SCRIPT, "down"], env=told, capture_output=True, timeout=120)
+        subprocess.run(["rm", "-rf", home], check=True)
+
+
+@pytest.fixture
+def place(tmp_path, slurm) -> Place:
+    return Place(tmp_path, **slurm)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    place = Place(tmp_path_factory.mktemp("whole"))
+    assert place.call("run", "letters", "-q", "-p", "model=tiny:llama").returncode == 0
+    return place.parts(place.manifests()[0])
+
+
+def asked(seconds: float, *more: str) -> list[str]:
+    options = ["--shards", "3", "--cluster", "slurm", "--partition", "debug", "--time", "0:20:00", "--cpus", "1"]
+    return ["run", "letters", "-p", "model=tiny:llama", "-p", f"seconds={seconds}", *options, *more]
+
+
+def ask(place: Place, *words: str) -> str:
+    return subprocess.run(words, env=place.environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_array_is_the_whole_byte_for_byte(place, whole):
+    done = place.call(*asked(0, "--gpus", "1", "--memory", "0.5", "--parallel", "2"), timeout=900)
+    assert done.returncode == 0, done.stderr
+    jobs = [place.jobs()[k]["job"] for k in (0, 1, 2, -1)]
+    assert len({job.split("_")[0] for job in jobs[:3]}) == 1 and [job.split("_")[1] for job in jobs[:3]] == [
+        "0",
+        "1",
+        "2",
+    ]
+    script = next(place.runs.glob(f".jobs/*/{jobs[0].split('_')[0]}_submission.sh")).read_text()
+    for line in (
+        "--array=0-2%2",
+        "--gpus-per-node=1",
+        "--mem=500MB",
+        "--partition=debug",
+        "--time=20",
+        "--cpus-per-task=1",
+    ):
+        assert line in script, script
+    assert {m["machine"]["host"] for m in place.manifests()} and len(place.manifests()) == 4
+    assert place.parts(place.manifests(-1)[0]) == whole
+
+
+def test_a_shard_that_is_cancelled_is_reported_and_continued(place, whole):
+    command = asked(0.5)
+    launcher = place.begin(*command)
+    wait_for(lambda: place.progress(1) >= 4, 400)
+    ask(place, "scancel", place.jobs()[1]["job"])
+    _, error = launcher.communicate(timeout=900)
+    assert launcher.returncode == 1 and "1 of 3 shards failed; the same command runs only shard 1 again" in error, error
+    assert "the last lines of" in error and "letters 0: complete" in error
+    kept = [m["run_id"] for k in range(3) for m in place.manifests(k)]
+    assert len(kept) == 3 and place.manifests(1)[0]["status"] == "interrupted"
+    assert place.parts(place.manifests(1)[0])  # it ended at a checkpoint
+    again = place.call(*command, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert "letters 0: complete already" in again.stderr and "letters 1: job" in again.stderr
+    assert [m["run_id"] for k in range(3) for m in place.manifests(k)] == kept and place.manifests(1)[0]["resumed"]
+    assert place.parts(place.manifests(-1)[0]) == whole
+
+
+def test_a_node_that_goes_down_costs_nothing(place, whole, slurm):
+    "Its daemon is killed, and all that ran there: Slurm notices, and the shard goes on elsewhere by itself."
+    command = asked(1.0, "--gpus", "1")  # a node has one: one shard fills it
+    launcher = place.begin(*command)
+    wait_for(lambda: place.progress(1) >= 3, 400)
+    node = ask(place, "squeue", "-h", "-r", "-j", place.jobs()[1]["job"], "-o", "%N")
+    number = int(Path(slurm["HOME_OF"], "run", f"slurmd-{node}.pid").read_text())
+    try:
+        _power_off(psutil.Process(number), place.jobs()[1]["job"].split("_")[0], node)
+        wait_for(lambda: ask(place, "sinfo", "-h", "-n", node, "-o", "%t").startswith("down"), 120)
+        _, error = launcher.communicate(timeout=900)
+    finally:
+        subprocess.run(["slurmd", "-f", slurm["SLURM_CONF"], "-N", node], env=place.environment, check=True)
+    assert launcher.returncode == 0, error
+    (manifest,) = place.manifests(1)
+    assert manifest["resumed"] and manifest["status"] == "complete"
+    assert place.parts(place.manifests(-1)[0]) == whole
+    wait_for(lambda: ask(place, "sinfo", "-h", "-n", node, "-o", "%t").startswith("idle"), 60)
+
+
+def _power_off(daemon: psutil.Process, job: str, node: str):
+    "Kill a node's daemon and every process of the job's steps on it."
+    mine = lambda p: p.environ().get("SLURMD_NODENAME") == node and p.environ().get("SLURM_ARRAY_JOB_ID") == job
+    victims = [daemon]
+    for process in psutil.process_iter():
+        try:
+            if process.name() == "slurmstepd" and any(mine(c) for c in process.children(recursive=True)):
+                victims += [process, *process.children(recursive=True)]
+        except psutil.Error:
+            continue
+    for process in victims:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    time.sleep(1)
+
+
+def test_what_is_preempted_requeues_itself(place, whole):
+    "SIGTERM to a job that nobody cancelled is a preemption: it ends at a checkpoint and waits in the queue again."
+    launcher = place.begin(*asked(0.5, "--requeue"))
+    wait_for(lambda: place.progress(1) >= 4, 400)
+    job = place.jobs()[1]["job"]
+    ask(place, "scancel", "--signal=TERM", job)
+    wait_for(lambda: place.manifests(1)[0]["status"] == "interrupted", 60)
+    assert place.parts(place.manifests(1)[0])
+    wait_for(lambda: ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%T") == "PENDING", 60)
+    ask(place, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait two minutes
+    _, error = launcher.communicate(timeout=900)
+    assert launcher.returncode == 0, error
+    assert place.manifests(1)[0]["resumed"] and place.jobs()[1]["job"] == job  # the same job, not a new one
+    assert place.parts(place.manifests(-1)[0]) == whole
+
+
+def test_handed_in_and_left(place, whole):
+    left = place.call(*asked(0, "--detach"))
+    assert left.returncode == 0, left.stderr
+    jobs = place.jobs()
+    assert sorted(jobs) == [-1, 0, 1, 2] and all(job["job"] in left.stdout for job in jobs.values())
+    watched = place.call(*asked(0), timeout=900)  # finds the jobs that were handed in
+    assert watched.returncode == 0 and place.jobs() == jobs, watched.stderr
+    assert len(place.manifests()) == 4 and place.parts(place.manifests(-1)[0]) == whole
+
+
+def test_what_slurm_refuses_is_one_line(place):
+    done = place.call(*[word if word != "debug" else "nowhere" for word in asked(0)])
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "codetrace: Slurm takes no job" in last and "Invalid partition" in last, done.stderr
