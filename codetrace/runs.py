@@ -50,7 +50,13 @@ def notebooks() -> dict[str, Path]:
     }
 
 
-NUMBERS: dict[str, str] = {"0": "difficulty", "0.1": "splits"}  # What the phases of the correctness study also go by
+NUMBERS: dict[str, str] = {
+    "0": "difficulty",
+    "0.1": "splits",
+    "1.5": "saes",
+    "2": "latents",
+    "3": "validation",
+}  # What the phases of the correctness study also go by
 
 
 def named(
