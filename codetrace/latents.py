@@ -142,8 +142,20 @@ def search_all(
     pd.DataFrame, dict[str, Search]
 ]:  # All scores, with `kind` and `luck_p_all`, corrected for all positions too; searches by position
     "Search every position."
-    searches = {kind: search(lambda layer, kind=kind: found.read(kind, layer), found.sae, found.layers, found.rows["label"], found.rows["task_id"], keep, n_shuffles, seed,
-                             lambda x, kind=kind: progress(x, desc=f"search: {kind}")) for kind in found.kinds}  # fmt: skip
+    searches = {
+        kind: search(
+            lambda layer, kind=kind: found.read(kind, layer),
+            found.sae,
+            found.layers,
+            found.rows["label"],
+            found.rows["task_id"],
+            keep,
+            n_shuffles=n_shuffles,
+            seed=seed,
+            progress=lambda x, kind=kind: progress(x, desc=f"search: {kind}"),
+        )
+        for kind in found.kinds
+    }
     everywhere = np.max([s.null for s in searches.values()], 0)
     table = pd.concat(
         [

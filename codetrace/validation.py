@@ -80,7 +80,7 @@ def simple(
     measure: str = "mcc",
 ) -> list[Predictor]:
     "The baselines that do not look into the model."
-    label, task = choosing.rows["label"].to_numpy(), choosing.rows["task_id"]
+    label = choosing.rows["label"].to_numpy()
     constant = Predictor("always the same", lambda some: np.zeros((1, len(some.rows))), 0.5, {"baseline": True})
     found = [calibrated(constant, np.zeros((1, len(label))), label, measure)]
     for name, column in NUMBERS.items():
@@ -206,7 +206,7 @@ def chosen_latents(
     label, found = choosing.rows["label"].to_numpy(), []
     for predicts, own in candidates.groupby("predicts", sort=False):
         sign = 1.0 if predicts == "correct" else -1.0
-        area = lambda row: float(
+        area = lambda row, sign=sign: float(
             auroc(label, of_latents(row["kind"], int(row["layer"]), [row["latent"]], [sign])(choosing)[0])
         )
         areas = [area(row) for row in own.to_dict("records")]
