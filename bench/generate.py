@@ -123,7 +123,9 @@ def agreement(lm, requests: list[Request], one: dict, other: dict) -> tuple[floa
             at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
             logits = lm.logits([[*request.ids, *a[:at]]])[0]
             picked = [logits[tokens[at]] if at < len(tokens) else logits[list(lm._ends())].max() for tokens in (a, b)]
-            apart.append({"task": request.key, "token": at, "logit_difference": round(abs(float(picked[0] - picked[1])), 6)})
+            apart.append(
+                {"task": request.key, "token": at, "logit_difference": round(abs(float(picked[0] - picked[1])), 6)}
+            )
     return 1 - len(apart) / len(requests), apart
 
 
@@ -145,7 +147,11 @@ def limit(lm, slots: int) -> dict:
     bandwidth = block.numel() * 4 / fastest(block.sum)
     arithmetic = 2 * 1024**3 / fastest(lambda: a @ b)
     step = max(weights * size / bandwidth, slots * 2 * weights / arithmetic)
-    return {"gb_per_second": round(bandwidth / 1e9, 1), "gflops": round(arithmetic / 1e9), "tokens_per_second_limit": round(slots / step)}
+    return {
+        "gb_per_second": round(bandwidth / 1e9, 1),
+        "gflops": round(arithmetic / 1e9),
+        "tokens_per_second_limit": round(slots / step),
+    }
 
 
 def main():
@@ -162,12 +168,19 @@ def main():
         options.problems, options.tokens, options.slots = 16, 64, 8
     lm = models.load(options.model, dtype=options.dtype)
     requests = requests_of(lm, options.problems)
-    say(model=lm.name, dtype=str(lm.dtype), threads=torch.get_num_threads(), problems=len(requests), slots=options.slots)
+    say(
+        model=lm.name, dtype=str(lm.dtype), threads=torch.get_num_threads(), problems=len(requests), slots=options.slots
+    )
     seconds, answers = raced(lm, requests, options)
     tokens = sum(map(len, answers["slots"].values()))
     bounds = limit(lm, options.slots)
     share, apart = agreement(lm, requests, answers["sequential"], answers["slots"])
-    say(dtype=str(lm.dtype), agreement=share, batched_agreement=agreement(lm, requests, answers["sequential"], answers["batched"])[0], apart=apart)
+    say(
+        dtype=str(lm.dtype),
+        agreement=share,
+        batched_agreement=agreement(lm, requests, answers["sequential"], answers["batched"])[0],
+        apart=apart,
+    )
     exact, ties = share, apart
     if lm.dtype != torch.float32:
         full = models.load(options.model, dtype="float32")

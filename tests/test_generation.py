@@ -29,6 +29,15 @@ TEXTS = [
 ARCHES = sorted(models.TINY)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Bits are compared, and a forked process can only use one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     loaded = {}
@@ -130,7 +139,11 @@ def test_moving_answers_between_blocks_changes_no_bit(tiny):
     moved = []
     with pytest.MonkeyPatch.context() as patch:
         tidy = Decoder._tidy
-        patch.setattr(decoding._Slots, "swap", lambda self, a, b, swap=decoding._Slots.swap: (moved.append((a, b)), swap(self, a, b)))
+        patch.setattr(
+            decoding._Slots,
+            "swap",
+            lambda self, a, b, swap=decoding._Slots.swap: (moved.append((a, b)), swap(self, a, b)),
+        )
         step = Decoder._step
         patch.setattr(Decoder, "_step", lambda self, watch: (tidy(self), step(self, watch)))
         tidied = decoded(lm, asked, 6, slots=16, layers=None)
@@ -180,7 +193,12 @@ def test_an_edit_acts_where_it_says(tiny, where):
     got = decoded(lm, [Request(row, key=i) for i, row in enumerate(rows)], 6, slots=2, layers=[2], edits=[edit])
     for i, row in enumerate(rows):
         ids, n = list(row), len(row)
-        places = {"prompt": slice(0, n), "last_prompt": slice(n - 1, n), "generated": slice(n, None), "all": slice(None)}
+        places = {
+            "prompt": slice(0, n),
+            "last_prompt": slice(n - 1, n),
+            "generated": slice(n, None),
+            "all": slice(None),
+        }
 
         def change(x, i=i, place=places[where]):
             new = x.clone()
@@ -311,7 +329,9 @@ def test_parts_of_fifty_and_their_states(tiny, items, tmp_path):
 
     held = StateParts(tmp_path / "activations")
     assert sorted(map(len, held.parts.values())) == [10, 50, 50]
-    assert held.done() == set(map(tuple, pd.concat(map(pd.read_parquet, parts))[list(generation.KEY)].to_numpy().tolist()))
+    assert held.done() == set(
+        map(tuple, pd.concat(map(pd.read_parquet, parts))[list(generation.KEY)].to_numpy().tolist())
+    )
 
 
 def test_damaged_states_are_written_again_and_only_they(tiny, items, whole, tmp_path, caplog):
@@ -333,7 +353,8 @@ def test_shards_put_together_are_the_whole(tiny, items, whole, tmp_path):
         shards.append(tmp_path / str(shard))
         generation.generate(lm, mine, shards[-1], max_new_tokens=6, slots=8, workers=1)
         generation.finish(shards[-1], mine)
-    generation.finish(tmp_path / "all", items, shards) if (tmp_path / "all").mkdir() is None else None
+    (tmp_path / "all").mkdir()
+    generation.finish(tmp_path / "all", items, shards)
     assert {name: sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
     with pytest.raises(BadInput, match="samples are missing"):
         generation.finish(tmp_path / "all", items, shards[:2])
@@ -358,8 +379,20 @@ def test_numbers_stand_for_settings(tmp_path):
     def made(name: str, **parameters):
         folder = tmp_path / "generation" / name
         folder.mkdir(parents=True)
-        parameters = {"model": "smollm2", "problems": "basics", "split": "all", "samples": 1, "temperature": [0.0]} | parameters
-        manifest = {"run_id": name, "phase": "generation", "status": "complete", "outputs": {}, "parameters": parameters}
+        parameters = {
+            "model": "smollm2",
+            "problems": "basics",
+            "split": "all",
+            "samples": 1,
+            "temperature": [0.0],
+        } | parameters
+        manifest = {
+            "run_id": name,
+            "phase": "generation",
+            "status": "complete",
+            "outputs": {},
+            "parameters": parameters,
+        }
         (folder / "run.json").write_text(json.dumps(manifest))
 
     made("1-greedy")
@@ -379,79 +412,131 @@ def test_a_split_needs_its_run(monkeypatch, tmp_path):
 # kill -9, from outside
 
 
-def start(folder: Path, *words: str, **given) -> subprocess.Popen:
-    "Papermill, or a worker, in a process group of its own."
+def killed_after(lm, items, folder: Path, answers: int, seconds: float) -> int:
+    "Begin a run in a process of its own and kill that after so many answers; gives how many were written by then."
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(read)
+
+            def tell(steps, **_):
+                for step in steps:
+                    os.write(write, b".")
+                    yield step
+
+            written(lm, items, folder, tell)
+        finally:
+            os._exit(0)
+    os.close(write)
+    seen = 0
+    while seen < answers and os.read(read, 1):
+        seen += 1
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while os.read(read, 1):
+        seen += 1
+    os.close(read)
+    return seen
+
+
+@pytest.mark.parametrize("answers, seconds", [(3, 0.0), (50, 0.02), (99, 0.1)])
+def test_kill_9(tiny, items, whole, tmp_path, answers, seconds):
+    seen, left = killed_after(tiny("llama"), items, tmp_path, answers, seconds), []
+    count = lambda steps, total=None, **_: (left.append(total), steps)[1]
+    assert written(tiny("llama"), items, tmp_path, count) == whole[1]
+    assert seen - (len(items) - left[0]) <= 50, "more than 50 finished answers were written again"
+
+
+VICTIMS = ("kernel", "papermill", "shard")
+MOMENTS = [random.Random(7).uniform(0, 5) for _ in range(20)]
+
+
+def start(folder: Path, victim: str) -> subprocess.Popen:
+    "A run through papermill, or a shard as the launcher runs it."
     env = os.environ | {"CODETRACE_RUNS": str(folder), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    parameters = [word for name, value in (ASKED | given).items() for word in ("-p", name, str(value))]
-    book = str(runs.notebooks()["generation"])
-    command = [sys.executable, "-m", "papermill", book, str(folder / "out.ipynb"), "--no-progress-bar", *parameters]
-    return subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if victim == "shard":
+        given = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
+        command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]
+    else:
+        words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]
+        command = ["-m", "papermill", str(runs.notebooks()["generation"]), str(folder / "out.ipynb"), *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, *command], env=env, **quiet)
 
 
-def the_run(folder: Path) -> dict | None:
-    found = [m for m in runs.index(folder) if m["phase"] == "generation"]
-    return found[-1] if found else None
+def the_run(folder: Path) -> Path | None:
+    return max((path.parent for path in folder.glob("generation/*/run.json")), default=None)
 
 
-def rows_on_disk(folder: Path) -> int:
-    manifest = the_run(folder)
-    parts = Path(manifest["folder"]).glob("samples/part-*.parquet") if manifest else ()
-    return sum(len(pd.read_parquet(path, columns=["task_id"])) for path in parts)
-
-
-def kernels(pid: int) -> list[int]:
+def children(process: subprocess.Popen) -> list:
     import psutil
 
-    children = psutil.Process(pid).children(recursive=True)
-    return [child.pid for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+    return psutil.Process(process.pid).children(recursive=True)
 
 
-def begun_twice(folder: Path, before: int, total: int) -> int:
-    "How many samples were written again: what the second attempt wrote, less what was missing on disk."
-    manifest = the_run(folder)
-    return manifest["generated"]["answers"] - (total - before)
+def interrupted(folder: Path, victim: str, after: float) -> int:
+    "Start, wait for the first answers and `after` seconds more, kill; gives how many finished answers were lost."
+    import psutil
+
+    process = start(folder, victim)
+    while process.poll() is None and not ((run := the_run(folder)) and (run / "decoding.json").exists()):
+        time.sleep(0.1)
+    time.sleep(after)
+    family = children(process) if process.poll() is None else []
+    kernel = [child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())]
+    for one in kernel if victim == "kernel" else [process]:
+        one.kill()
+    process.wait(120)
+    psutil.wait_procs(family, 60)  # the kernel of a killed launcher ends by itself
+    run = the_run(folder)
+    done = json.loads((run / "progress.json").read_text())["done"] if (run / "progress.json").exists() else 0
+    return done - sum(len(pd.read_parquet(path)) for path in run.glob("samples/part-*.parquet"))
 
 
-def kill_once(folder: Path, after: float, victim: str, **given) -> None:
-    "Start, wait until some rows are there and `after` seconds more, kill, run again to the end."
-    process = start(folder, **given)
-    try:
-        while process.poll() is None and not (the_run(folder) and (Path(the_run(folder)["folder"]) / "samples").exists()):
-            time.sleep(0.2)
-        time.sleep(after)
-        if process.poll() is None:
-            targets = kernels(process.pid) if victim == "kernel" else [process.pid]
-            for pid in targets:
-                os.kill(pid, signal.SIGKILL)
-    finally:
-        if victim == "kernel":
-            process.wait(120)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert start(folder, **given).wait(900) == 0
-
-
-def compared(folder: Path, whole: dict[str, str]) -> None:
-    manifest = the_run(folder)
-    assert manifest["status"] == "complete"
-    assert {name: sha256(Path(manifest["folder"]) / name) for name in FILES} == whole
-
-
-MOMENTS = [random.Random(7).uniform(0, 6) for _ in range(20)]
+def files_of(folder: Path) -> dict[str, str]:
+    run = the_run(folder)
+    return {name: sha256(run / name) for name in FILES}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert start(folder).wait(900) == 0
-    manifest = the_run(folder)
-    return {name: sha256(Path(manifest["folder"]) / name) for name in FILES}
+    made = {}
+
+    def of(victim: str) -> dict[str, str]:
+        kind = "shard" if victim == "shard" else "whole"
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            assert start(folder, victim).wait(900) == 0
+            made[kind] = files_of(folder)
+        return made[kind]
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["kernel", "papermill"])
+@pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("after", MOMENTS)
 def test_killed_at_any_moment(uninterrupted, tmp_path, after, victim):
-    kill_once(tmp_path, after, victim)
-    compared(tmp_path, uninterrupted)
+    lost = interrupted(tmp_path, victim, after)
+    assert lost <= 50
+    assert start(tmp_path, victim).wait(900) == 0
+    assert len(list(tmp_path.glob("generation/*/run.json"))) == 1, "a second run was begun"
+    assert runs.read(the_run(tmp_path))["status"] == "complete"
+    assert files_of(tmp_path) == uninterrupted(victim)
+
+
+@pytest.mark.slow
+def test_smollm2_writes_what_generate_writes():
+    "In float32, on real prompts, refilled and kept: the same tokens, and the states of a second pass."
+    lm = models.load("smollm2", dtype="float32")
+    some = problems.load("basics", 8)
+    ids = lm.ids([problems.prompt(p).text for p in some])
+    got = decoded(lm, [Request(row, key=i) for i, row in enumerate(ids)], 40, slots=4, layers=None)
+    wanted = [lm.generate([row], 40)[0] for row in ids]
+    assert [got[i].text for i in range(len(ids))] == wanted
+    for i in (0, 5):
+        forced = teacher_forced(lm, ids[i], got[i].tokens)
+        for kind in KINDS:
+            torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)
