@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench-latents: $(READY)  ## scores of all latents against a loop over npz files,
 
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
 	@python bench/learning.py $(ARGS)
+
+bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
+	@python bench/generate.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -355,13 +355,17 @@ class Pool:
         while not self.idle.empty():
             self.idle.get().close()
 
+    def submit(self, job: Job) -> Future:
+        "The verdict to come of one job."
+        if not job.tests:
+            raise BadInput(f"job {job.name or job.entry_point!r} has no tests, so nothing could be said about it")
+        return self.threads.submit(self._grade, job)
+
     def grade(self, jobs: Iterable[Job]) -> Iterator[Verdict]:
         "Verdicts in the order of the jobs; only a few jobs are taken ahead, so a stream may be long."
         ahead: deque = deque()
         for job in jobs:
-            if not job.tests:
-                raise BadInput(f"job {job.name or job.entry_point!r} has no tests, so nothing could be said about it")
-            ahead.append(self.threads.submit(self._grade, job))
+            ahead.append(self.submit(job))
             if len(ahead) > 4 * self.count:
                 yield ahead.popleft().result()
         while ahead:

@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from . import evidence, readouts, runs
+from . import activations, evidence, readouts, runs
 from . import scores as measures
 from .dictionary import SAE, random_sae
 from .errors import choose
-from .latents import Evidence, evidence_of, labelled, planted, search_all, task_splits
+from .latents import Evidence, evidence_of, labelled, planted, search_all, searched, task_splits
 from .readouts import best_threshold, by_rows, matched, out_of_fold, platt, rows_of, sparse_probe
 from .scores import auroc, cluster_interval, trivial_f1
 from .separation import Active, activity, scores, top
