@@ -70,24 +70,25 @@ class Learner:
         recipe: Recipe,
         x: Float[Tensor, "rows d_model"],  # The first states
         product: torch.dtype | None = None,  # What matrices are multiplied in; None: that of `x`
+        device: torch.device | str | None = None,  # Where it is learnt; None: where `x` is
     ):
         random = torch.Generator().manual_seed(recipe.seed)
         self.recipe, self.product = recipe, product or x.dtype
-        x = x.float()
+        x = x[:50_000].float().to(device or x.device)  # enough for a mean, and for beginnings
         self.mean = x.mean(0)
         self.scale = (x - self.mean).norm(dim=1).mean() / math.sqrt(x.shape[1])
-        rows = torch.randint(len(x), (recipe.d_sae,), generator=random)
-        noise = 0.1 * torch.randn(recipe.d_sae, x.shape[1], generator=random)
+        rows = torch.randint(len(x), (recipe.d_sae,), generator=random).to(x.device)
+        noise = 0.1 * torch.randn(recipe.d_sae, x.shape[1], generator=random).to(x)
         directions = normalize((x[rows] - self.mean) / self.scale + noise, dim=1)
         start = {
             "W_enc": directions.T.contiguous(),
             "W_dec": directions,
-            "b_enc": torch.zeros(recipe.d_sae),
-            "b_dec": torch.zeros(x.shape[1]),
+            "b_enc": torch.zeros(recipe.d_sae).to(x),
+            "b_dec": torch.zeros(x.shape[1]).to(x),
         }
         self.weights = {name: w.clone().requires_grad_() for name, w in start.items()}
         self.adam = torch.optim.Adam(self.weights.values(), lr=recipe.lr, fused=True)
-        self.idle = torch.zeros(recipe.d_sae, dtype=torch.int64)  # states since each latent was active
+        self.idle = torch.zeros(recipe.d_sae, dtype=torch.int64, device=x.device)  # states since each latent was active
 
     @property
     def dead(self) -> Int[Tensor, "latents"]:
@@ -119,7 +120,7 @@ def step(
 ) -> float:  # The loss
     "Learn from a batch."
     self.adam.param_groups[0]["lr"] = self.recipe.rate(done)
-    loss = self._loss((x.float() - self.mean) / self.scale)
+    loss = self._loss((x.to(self.mean) - self.mean) / self.scale)
     self.adam.zero_grad()
     loss.backward()
     directions = self.weights["W_dec"]
@@ -137,12 +138,13 @@ def sae(
     **about,  # `hook_name`, `model_name` and so on
 ) -> SAE:
     "What has been learnt, for states as the model has them."
-    w = {name: weight.detach().clone() for name, weight in self.weights.items()}
+    w = {name: weight.detach().clone().cpu() for name, weight in self.weights.items()}
+    mean, scale = self.mean.cpu(), self.scale.cpu()
     return SAE(
-        w["W_enc"] / self.scale,
-        w["W_dec"] * self.scale,
+        w["W_enc"] / scale,
+        w["W_dec"] * scale,
         w["b_enc"],
-        w["b_dec"] * self.scale + self.mean,
+        w["b_dec"] * scale + mean,
         "topk",
         self.recipe.k,
         centred=True,
@@ -172,7 +174,7 @@ def _freeze(self: Learner, path: Path, at: tuple[int, int, int], losses: list) -
 @patch
 def _thaw(self: Learner, path: Path) -> tuple[tuple[int, int, int], list]:
     "Go back to what was written; gives where that was, and the losses so far."
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=self.mean.device)
     if state["recipe"] != asdict(self.recipe):
         raise BadInput(f"{path} belongs to another training ({state['recipe']}); choose another folder")
     self.mean, self.scale, self.idle = state["mean"], state["scale"], state["idle"]
@@ -191,6 +193,7 @@ def learn(
     every: int = 100,  # Steps between checkpoints
     progress: Callable[[Iterable], Iterable] = iter,
     product: torch.dtype | None = None,  # What matrices are multiplied in; None: that of the states
+    device: torch.device | str | None = None,  # Where it is learnt; None: where the states are
 ) -> tuple[Learner, list[tuple[int, float, int]]]:  # The learner, and (states seen, loss, dead latents) now and then
     "Learn an SAE from chunks of states."
     learner, losses, start, loss = None, [], (0, 0, 0), math.nan
@@ -203,7 +206,7 @@ def learn(
         x = chunk(c) if x is None else x
         held = (c, x)
         if learner is None:
-            learner = Learner(recipe, x, product)
+            learner = Learner(recipe, x, product, device)
             if checkpoint and checkpoint.exists():
                 start, losses = learner._thaw(checkpoint)
                 if (c, p) < start[:2]:

@@ -111,7 +111,7 @@ def train(
         return torch.cat([x.cpu() for x in corpus.states(lm, chunks[c], layer, progress=watched)])
 
     passes = lambda work: progress(work, desc=f"layer {layer}: learning")
-    learner, log = learn(chunk, len(chunks), recipe, folder / "checkpoint.pt", progress=passes)
+    learner, log = learn(chunk, len(chunks), recipe, folder / "checkpoint.pt", progress=passes, device=lm.device)
     write_json(folder / "training.json", (rows := [dict(zip(("seen", "loss", "dead"), row)) for row in log]))
     found = learner.sae(model_name=lm.name, hook_name=hook_name("resid_post", layer), model_revision=lm.revision,
                         context_size=len(cut[0]), seed=recipe.seed, **about)  # fmt: skip
