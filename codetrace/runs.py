@@ -582,7 +582,7 @@ def _acquire(folder: Path, name: str = ".lock", patience: float = 0):
 def _inputs(phase: str, parameters: dict, root: Path) -> list[dict]:
     "The runs that these parameters read, with a hash of what is in them."
     found, read = [], parameters.get("input")
-    if not read and parameters.get("split", "all") != "all":
+    if not read and "splits" not in parameters and parameters.get("split", "all") != "all":
         read = "splits"
     if read:
         model = parameters.get("model") or next(iter(parameters.get("models") or []), None)

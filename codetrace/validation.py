@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'NUMBERS', 'MEASURES', 'wanted', 'Predictor', 'toward', 'calibrated', 'simple', 'at_layer', 'finished',
-           'of_latents', 'chosen_latents', 'untrained', 'predictors', 'statistics', 'judged', 'differences', 'trap',
-           'verdict', 'grouped']
+           'of_latents', 'chosen_latents', 'untrained', 'predictors', 'statistics', 'judged', 'best_baseline',
+           'differences', 'trap', 'verdict', 'grouped']
 
 # %% ../nbs/25_validation.ipynb #5331f3c2
 from collections.abc import Callable, Iterable, Sequence
@@ -352,6 +352,14 @@ def judged(
     return pd.DataFrame(rows)
 
 # %% ../nbs/25_validation.ipynb #15f4b130
+def best_baseline(
+    found: Sequence[Predictor],
+) -> Predictor:
+    "The baseline that was best when everything was chosen, of those that do without the trained dictionary."
+    rivals = [p for p in found if p.about["baseline"] and "sparse" not in p.name and "random latents" not in p.name]
+    return max(rivals, key=lambda p: p.chosen_auroc)
+
+
 def differences(
     found: Sequence[Predictor],
     judging: Evidence,
@@ -361,7 +369,7 @@ def differences(
 ) -> pd.DataFrame:  # One row a latent, baseline and measure: `target, name, baseline, best, measure, value, low, high`
     "Each latent less each baseline, paired."
     rows, task, baselines = [], judging.rows["task_id"], [p for p in found if p.about["baseline"]]
-    best = max(baselines, key=lambda p: p.chosen_auroc)
+    best = best_baseline(found)
     for latent in (p for p in found if not p.about["baseline"]):
         target = latent.about["predicts"]
         ours = statistics(latent, judging, target)
@@ -394,7 +402,8 @@ def trap(
     nothing = trivial_f1(share)
     if not f1[0] == f1[0] or f1[1] > nothing:
         return ""
-    return f"Its F1 {with_interval(*f1)} is no better than {nothing:.2f}, which calling every solution {target} gives where {share:.0%} are: this F1 says nothing about the latent."
+    than = "is worse than the" if f1[2] < nothing else "cannot be told from the"
+    return f"Its F1 {with_interval(*f1)} {than} {nothing:.2f} that calling every solution {target} gives where {share:.0%} are: by itself this F1 says nothing about the latent."
 
 
 def verdict(

@@ -84,7 +84,7 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(study):
     "Phase 2, then phase 3."
-    made, text, root = study
+    _, text, root = study
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODETRACE_RUNS", str(root))
         two = runs.execute(
@@ -147,7 +147,7 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     from codetrace import activations, validation
     from codetrace.separation import top
 
-    made, _, root = study
+    root = study[2]
     generated = next(m for m in runs.index(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
     splits = latents.task_splits(next(m for m in runs.index(root) if m["phase"] == "splits")["folder"])
     dictionaries = runs.Path(next(m for m in runs.index(root) if m["phase"] == "saes")["folder"])
