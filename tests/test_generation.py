@@ -1,0 +1,542 @@
+"Answers in slots: the same as one by one, whatever stands beside them, and whatever happens to the process."
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from codetrace import decoding, generation, models, problems, runs
+from codetrace.decoding import KINDS, Decoder, Edit, Request
+from codetrace.errors import BadInput
+from codetrace.store import sha256
+
+TEXTS = [
+    "def add(a, b):\n    return",
+    "x = 1\ny = x\nprint(",
+    "The",
+    "def f(n):\n    for i in range(n):\n        print(i)\n\n\nclass A:\n    pass",
+    "1 2 3 4 5 6 7 8 9 10 11 12",
+]
+ARCHES = sorted(models.TINY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Bits are compared, and a forked process can only use one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    loaded = {}
+    return lambda arch: loaded.setdefault(arch, models.load(f"tiny:{arch}"))
+
+
+def decoded(lm, requests, n=12, **options) -> dict:
+    return {c.request.key: c for c in Decoder(lm, requests, n, **options)}
+
+
+def teacher_forced(lm, ids, tokens) -> dict:
+    "The states of a run over prompt and answer at once."
+    seen = lm.capture([[*ids, *tokens]], [("resid_post", layer) for layer in range(lm.n_layers)])
+    whole = torch.stack([seen["resid_post", layer][0] for layer in range(lm.n_layers)]).float()
+    n = len(ids)
+    return {
+        "last_prompt": whole[:, n - 1],
+        "last_generated": whole[:, -1],
+        "mean_generated": whole[:, n:].mean(1),
+        "each": whole[:, n:],
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_text_and_states_are_those_of_one_pass(tiny, arch):
+    "Refilled slots of mixed lengths, beyond the sliding window; equal to greedy search, and to teacher forcing within 1e-4."
+    lm = tiny(arch)
+    ids = lm.ids(TEXTS)
+    got = decoded(lm, [Request(row, key=i) for i, row in enumerate(ids)], slots=3, layers=None, per_token=[1])
+    wanted = [lm.generate([row], 12)[0] for row in ids]
+    assert [got[i].text for i in range(len(ids))] == wanted
+    for i, row in enumerate(ids):
+        forced = teacher_forced(lm, row, got[i].tokens)
+        for kind in KINDS:
+            torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[i].per_token[1], forced["each"][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_a_sliding_window_is_seen(tiny, arch):
+    "The check above can fail: a model whose windows are ignored has other states."
+    lm = tiny(arch)
+    row = lm.ids(TEXTS[3])[0]
+    with pytest.MonkeyPatch.context() as patch:
+        plain = decoding._Block.of.__func__
+
+        def blind(cls, slots, at, windows, like):
+            block = plain(cls, slots, at, {None}, like)
+            block.masks = dict.fromkeys(windows, block.masks[None])
+            return block
+
+        patch.setattr(decoding._Block, "of", classmethod(blind))
+        got = decoded(lm, [Request(row, key=0)], slots=1, layers=None)[0]
+    forced = teacher_forced(lm, row, got.tokens)
+    assert (got.states["last_generated"] - forced["last_generated"]).abs().max() > 1e-3
+
+
+def test_neighbours_slots_and_order_change_no_bit(tiny):
+    lm = tiny("llama")
+    ids = lm.ids(TEXTS * 3)
+    asked = [Request(row, key=("seed", i), temperature=0.8 * (i % 2)) for i, row in enumerate(ids)]
+    one = decoded(lm, asked, slots=8, layers=None)
+    other = decoded(lm, random.Random(3).sample(asked, len(asked)), slots=8, layers=None)
+    part = decoded(lm, asked[4:9], slots=8, layers=None)
+    for key, c in (*other.items(), *part.items()):
+        assert (c.tokens, c.finish, c.logprob, c.entropy) == (
+            one[key].tokens,
+            one[key].finish,
+            one[key].logprob,
+            one[key].entropy,
+        )
+        assert all(torch.equal(c.states[kind], one[key].states[kind]) for kind in KINDS)
+
+
+def test_a_stream_depends_on_its_key_alone(tiny):
+    lm = tiny("llama")
+    row = lm.ids(TEXTS[0])[0]
+    keys = [(0, "a", 0.9, 0), (0, "a", 0.9, 1), (1, "a", 0.9, 0), (0, "b", 0.9, 0)]
+    got = decoded(lm, [Request(row, key=key, temperature=0.9) for key in keys])
+    assert len({tuple(c.tokens) for c in got.values()}) == len(keys)
+    alone = decoded(lm, [Request(row, key=keys[2], temperature=0.9)], slots=1)
+    assert alone[keys[2]].tokens == got[keys[2]].tokens
+
+
+def test_sampling_follows_the_distribution(tiny):
+    lm = tiny("qwen2")
+    row = lm.ids("print(")[0]
+    drawn = [decoding._choose(lm.logits([row]), [2.0], [u])[0][0] for u in decoding.stream("x", 300)]
+    p = (lm.logits([row])[0] / 2.0).softmax(-1)
+    top = int(p.argmax())
+    assert abs(np.mean([t == top for t in drawn]) - float(p[top])) < 4 * float((p[top] * (1 - p[top]) / 300).sqrt())
+
+
+def test_moving_answers_between_blocks_changes_no_bit(tiny):
+    lm = tiny("gpt_neox")
+    ids = [lm.ids("x = 1\n" * n)[0] for n in [40, *[1] * 7, 38, *[1] * 7]]
+    asked = [Request(row, key=i) for i, row in enumerate(ids)]
+    still = decoded(lm, asked, 6, slots=16, layers=None)
+    moved = []
+    with pytest.MonkeyPatch.context() as patch:
+        tidy = Decoder._tidy
+        patch.setattr(
+            decoding._Slots,
+            "swap",
+            lambda self, a, b, swap=decoding._Slots.swap: (moved.append((a, b)), swap(self, a, b)),
+        )
+        step = Decoder._step
+        patch.setattr(Decoder, "_step", lambda self, watch: (tidy(self), step(self, watch)))
+        tidied = decoded(lm, asked, 6, slots=16, layers=None)
+    assert moved
+    for i, c in still.items():
+        assert c.tokens == tidied[i].tokens
+        assert all(torch.equal(c.states[kind], tidied[i].states[kind]) for kind in KINDS)
+
+
+def test_over_and_the_last_token(tiny):
+    "An answer that is over keeps the token that showed it, and the state that read it."
+    lm = tiny("llama")
+    row = lm.ids(TEXTS[0])[0]
+    free = decoded(lm, [Request(row, key=0)], 9)[0]
+    piece = lm.tokenizer.decode([free.tokens[4]])
+    cut = decoded(lm, [Request(row, key=0, over=lambda text: True, marks=piece[-1])], 9, layers=None)[0]
+    assert cut.finish == "answered" and cut.tokens == free.tokens[: len(cut.tokens)] and len(cut.tokens) <= 5
+    forced = teacher_forced(lm, row, cut.tokens)
+    torch.testing.assert_close(cut.states["last_generated"], forced["last_generated"], rtol=1e-4, atol=1e-4)
+
+
+def test_an_end_of_text_is_no_part_of_the_answer(tiny):
+    lm = tiny("llama")
+    row = lm.ids(TEXTS[1])[0]
+    free = decoded(lm, [Request(row, key=0)], 6)[0]
+    for at in (0, 3):
+        at = free.tokens.index(free.tokens[at])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm, "_ends", lambda at=at: {free.tokens[at]}, raising=False)
+            got = decoded(lm, [Request(row, key=0)], 6, layers=None)[0]
+        assert (got.finish, got.tokens) == ("eos", free.tokens[:at])
+        forced = teacher_forced(lm, row, got.tokens)
+        if at == 0:
+            assert torch.equal(got.states["last_generated"], got.states["last_prompt"])
+            forced["mean_generated"] = forced["last_prompt"]
+        for kind in KINDS:
+            torch.testing.assert_close(got.states[kind], forced[kind], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", decoding.WHERE)
+def test_an_edit_acts_where_it_says(tiny, where):
+    "Against the slow way: a full pass over all tokens, with the same change at the same positions."
+    lm = tiny("llama")
+    rows = lm.ids(TEXTS[:3])
+    push = torch.linspace(-2, 2, lm.d_model)
+    edit = Edit(1, lambda x, of: x + push * torch.tensor([[float(r.key)] for r in of]), where)
+    got = decoded(lm, [Request(row, key=i) for i, row in enumerate(rows)], 6, slots=2, layers=[2], edits=[edit])
+    for i, row in enumerate(rows):
+        ids, n = list(row), len(row)
+        places = {
+            "prompt": slice(0, n),
+            "last_prompt": slice(n - 1, n),
+            "generated": slice(n, None),
+            "all": slice(None),
+        }
+
+        def change(x, i=i, place=places[where]):
+            new = x.clone()
+            new[:, place] += i * push
+            return new
+
+        for _ in range(6):
+            with lm.intervene(models.Intervention("resid_post", 1, change)):
+                ids.append(int(lm.logits([ids])[0].argmax()))
+        assert got[i].tokens == ids[n:], (where, i)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.hf.modules())
+
+
+def test_hooks_are_gone_after_an_error(tiny):
+    lm = tiny("gpt2")
+
+    def fail(x, of):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        decoded(lm, [Request([5, 6, 7], key=0)], 4, edits=[Edit(0, fail, "all")])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.hf.modules())
+    assert lm.hf.config._attn_implementation == "sdpa"
+
+
+def test_memory_that_runs_out_halves_the_slots(tiny):
+    lm = tiny("llama")
+    asked = [Request(row, key=i) for i, row in enumerate(lm.ids(TEXTS))]
+    wanted = decoded(lm, asked, 8, slots=2)
+    decoder, failed = Decoder(lm, asked, 8, slots=4), []
+    step = Decoder._step
+
+    def full(self, watch):
+        if self.slots.n > 2 and self.steps == 3:
+            failed.append(self.slots.n)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "_step", full)
+        got = {c.request.key: c for c in decoder}
+    assert failed == [4] and decoder.slots.n == 2
+    assert {i: c.tokens for i, c in got.items()} == {i: c.tokens for i, c in wanted.items()}
+
+
+def test_requests_that_cannot_be():
+    with pytest.raises(BadInput, match="empty prompt"):
+        Request([], key="a")
+    with pytest.raises(BadInput, match="temperature"):
+        Request([1], temperature=-0.1)
+    with pytest.raises(BadInput, match="place of an edit"):
+        Edit(0, lambda x, of: x, "everywhere")
+
+
+def test_a_prompt_longer_than_the_context(tiny):
+    lm = tiny("gpt2")
+    with pytest.raises(BadInput, match="holds 512"):
+        decoded(lm, [Request([5] * 512, key="long")])
+    got = decoded(lm, [Request([5] * 509, key="close")], 12)["close"]
+    assert len(got.tokens) <= 3
+
+
+# The phase
+
+
+ASKED = {"model": "tiny:llama", "num_problems": 130, "max_new_tokens": 6, "slots": 8}
+FILES = ("samples.parquet", *(f"activations/{kind}.safetensors" for kind in KINDS))
+
+
+@pytest.fixture(scope="module")
+def items():
+    return generation.work(problems.load("basics", 130))
+
+
+def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **options) -> dict[str, str]:
+    "Hashes of what a run leaves."
+    generation.generate(lm, items, folder, max_new_tokens=6, slots=8, workers=1, progress=progress, **options)
+    generation.finish(folder, items)
+    return {name: sha256(folder / name) for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, items, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, written(tiny("llama"), items, folder)
+
+
+class Stop(BaseException):
+    "As sudden as it gets within a process."
+
+
+def until(n: int):
+    def progress(steps, **_):
+        for i, step in enumerate(steps):
+            if i == n:
+                raise Stop
+            yield step
+
+    return progress
+
+
+@pytest.mark.parametrize("at", [0, 49, 50, 77, 129])
+def test_an_interruption_changes_nothing(tiny, items, whole, tmp_path, at):
+    with pytest.raises(Stop):
+        written(tiny("llama"), items, tmp_path, until(at))
+    assert written(tiny("llama"), items, tmp_path) == whole[1]
+
+
+def test_rows_and_states_belong_together(tiny, items, whole):
+    folder, _ = whole
+    saved, lm = generation.read(folder), tiny("llama")
+    assert list(saved.table["task_id"]) == sorted(item.problem.task_id for item in items)
+    for at in (0, 57, 129):
+        row = saved.table.iloc[at]
+        ids = lm.ids([row["prompt"]])[0]
+        assert len(ids) == row["prompt_tokens"] and len(row["token_ids"]) == row["generated_tokens"]
+        forced = teacher_forced(lm, ids, list(row["token_ids"]))
+        for kind in KINDS:
+            np.testing.assert_allclose(saved.states(kind, 2)[at], forced[kind][2].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_fifty_and_their_states(tiny, items, tmp_path):
+    with pytest.raises(Stop):
+        written(tiny("llama"), items, tmp_path, until(110))
+    parts = sorted((tmp_path / "samples").glob("part-*.parquet"))
+    assert [len(pd.read_parquet(path)) for path in parts] == [50, 50, 10]
+    from codetrace.activations import StateParts
+
+    held = StateParts(tmp_path / "activations")
+    assert sorted(map(len, held.parts.values())) == [10, 50, 50]
+    assert held.done() == set(
+        map(tuple, pd.concat(map(pd.read_parquet, parts))[list(generation.KEY)].to_numpy().tolist())
+    )
+
+
+def test_damaged_states_are_written_again_and_only_they(tiny, items, whole, tmp_path, caplog):
+    with pytest.raises(Stop):
+        written(tiny("llama"), items, tmp_path, until(120))
+    victim = next((tmp_path / "activations" / "parts").glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-9] + b"\x01" * 9)
+    begun = []
+    count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
+    assert written(tiny("llama"), items, tmp_path, count) == whole[1]
+    assert victim.name in caplog.text and begun[0] in (10 + 50, 10 + 20)
+
+
+def test_shards_put_together_are_the_whole(tiny, items, whole, tmp_path):
+    lm = tiny("llama")
+    shards = []
+    for shard in range(3):
+        mine = [items[i] for i in runs.part(len(items), 3, shard, 1)]
+        shards.append(tmp_path / str(shard))
+        generation.generate(lm, mine, shards[-1], max_new_tokens=6, slots=8, workers=1)
+        generation.finish(shards[-1], mine)
+    (tmp_path / "all").mkdir()
+    generation.finish(tmp_path / "all", items, shards)
+    assert {name: sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
+    with pytest.raises(BadInput, match="samples are missing"):
+        generation.finish(tmp_path / "all", items, shards[:2])
+    with pytest.raises(BadInput, match="of several runs"):
+        generation.finish(tmp_path / "all", items, [*shards, shards[0]])
+
+
+def test_temperatures_fall_into_shards(items):
+    some = [item.problem for item in items[:10]]
+    asked = generation.work(some, [0.3, 0.6, 0.9, 1.2], 5)
+    for k in range(8):
+        mine = [asked[i] for i in runs.part(len(asked), 8, k, 5)]
+        assert len({item.temperature for item in mine}) == 1 and len(mine) == 25
+
+
+def test_numbers_stand_for_settings(tmp_path):
+    assert runs.named("1.0") == runs.named("1.2") == "generation"
+    assert runs.preset("1.2")["temperature"] == [0.3, 0.6, 0.9, 1.2] and runs.preset("generation") == {}
+    declared = runs.parameters_of(runs.notebooks()["generation"])
+    assert runs.checked(runs.preset("1.2"), declared, "generation")["samples"] == 5
+
+    def made(name: str, **parameters):
+        folder = tmp_path / "generation" / name
+        folder.mkdir(parents=True)
+        parameters = {
+            "model": "smollm2",
+            "problems": "basics",
+            "split": "all",
+            "samples": 1,
+            "temperature": [0.0],
+        } | parameters
+        manifest = {
+            "run_id": name,
+            "phase": "generation",
+            "status": "complete",
+            "outputs": {},
+            "parameters": parameters,
+        }
+        (folder / "run.json").write_text(json.dumps(manifest))
+
+    made("1-greedy")
+    made("2-warm", split="validation", samples=5, temperature=[0.3, 0.6, 0.9, 1.2])
+    assert runs.resolve("1.0", tmp_path)["run_id"] == "1-greedy"
+    assert runs.resolve("1.2", tmp_path, model="smollm2", problems="basics")["run_id"] == "2-warm"
+    with pytest.raises(runs.NoInput):
+        runs.resolve("1.0", tmp_path, model="other")
+
+
+def test_a_split_needs_its_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    with pytest.raises(runs.NoInput, match="splits"):
+        runs.execute("1.2", {"model": "tiny:llama"}, show_progress=False)
+
+
+# kill -9, from outside
+
+
+def killed_after(lm, items, folder: Path, answers: int, seconds: float) -> int:
+    "Begin a run in a process of its own and kill that after so many answers; gives how many were written by then."
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(read)
+
+            def tell(steps, **_):
+                for step in steps:
+                    os.write(write, b".")
+                    yield step
+
+            written(lm, items, folder, tell)
+        finally:
+            os._exit(0)
+    os.close(write)
+    seen = 0
+    while seen < answers and os.read(read, 1):
+        seen += 1
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while os.read(read, 1):
+        seen += 1
+    os.close(read)
+    return seen
+
+
+@pytest.mark.parametrize("answers, seconds", [(3, 0.0), (50, 0.02), (99, 0.1)])
+def test_kill_9(tiny, items, whole, tmp_path, answers, seconds):
+    seen, left = killed_after(tiny("llama"), items, tmp_path, answers, seconds), []
+    count = lambda steps, total=None, **_: (left.append(total), steps)[1]
+    assert written(tiny("llama"), items, tmp_path, count) == whole[1]
+    assert seen - (len(items) - left[0]) <= 50, "more than 50 finished answers were written again"
+
+
+VICTIMS = ("kernel", "papermill", "shard")
+MOMENTS = [random.Random(7).uniform(0, 5) for _ in range(20)]
+
+
+def start(folder: Path, victim: str) -> subprocess.Popen:
+    "A run through papermill, or a shard as the launcher runs it."
+    env = os.environ | {"CODETRACE_RUNS": str(folder), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if victim == "shard":
+        given = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
+        command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]
+    else:
+        words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]
+        command = ["-m", "papermill", str(runs.notebooks()["generation"]), str(folder / "out.ipynb"), *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, *command], env=env, **quiet)
+
+
+def the_run(folder: Path) -> Path | None:
+    return max((path.parent for path in folder.glob("generation/*/run.json")), default=None)
+
+
+def children(process: subprocess.Popen) -> list:
+    import psutil
+
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def interrupted(folder: Path, victim: str, after: float) -> int:
+    "Start, wait for the first answers and `after` seconds more, kill; gives how many finished answers were lost."
+    import psutil
+
+    process = start(folder, victim)
+    while process.poll() is None and not ((run := the_run(folder)) and (run / "decoding.json").exists()):
+        time.sleep(0.1)
+    time.sleep(after)
+    family = children(process) if process.poll() is None else []
+    kernel = [child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())]
+    for one in kernel if victim == "kernel" else [process]:
+        one.kill()
+    process.wait(120)
+    psutil.wait_procs(family, 60)  # the kernel of a killed launcher ends by itself
+    run = the_run(folder)
+    done = json.loads((run / "progress.json").read_text())["done"] if (run / "progress.json").exists() else 0
+    return done - sum(len(pd.read_parquet(path)) for path in run.glob("samples/part-*.parquet"))
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    run = the_run(folder)
+    return {name: sha256(run / name) for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    made = {}
+
+    def of(victim: str) -> dict[str, str]:
+        kind = "shard" if victim == "shard" else "whole"
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            assert start(folder, victim).wait(900) == 0
+            made[kind] = files_of(folder)
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("after", MOMENTS)
+def test_killed_at_any_moment(uninterrupted, tmp_path, after, victim):
+    lost = interrupted(tmp_path, victim, after)
+    assert lost <= 50
+    assert start(tmp_path, victim).wait(900) == 0
+    assert len(list(tmp_path.glob("generation/*/run.json"))) == 1, "a second run was begun"
+    assert runs.read(the_run(tmp_path))["status"] == "complete"
+    assert files_of(tmp_path) == uninterrupted(victim)
+
+
+@pytest.mark.slow
+def test_smollm2_writes_what_generate_writes():
+    "In float32, on real prompts, refilled and kept: the same tokens, and the states of a second pass."
+    lm = models.load("smollm2", dtype="float32")
+    some = problems.load("basics", 8)
+    ids = lm.ids([problems.prompt(p).text for p in some])
+    got = decoded(lm, [Request(row, key=i) for i, row in enumerate(ids)], 40, slots=4, layers=None)
+    wanted = [lm.generate([row], 40)[0] for row in ids]
+    assert [got[i].text for i in range(len(ids))] == wanted
+    for i in (0, 5):
+        forced = teacher_forced(lm, ids[i], got[i].tokens)
+        for kind in KINDS:
+            torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,168 @@
+"""Phases 2 and 3 on runs that lie on disk as phases 0.1, 1.0, 1.2 and 1.5 leave them, with a latent planted in the states."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from codetrace import latents, runs
+from codetrace.errors import BadInput
+from codetrace.separation import made_up
+
+MODEL = "tiny:llama"  # three layers of 48 numbers
+
+
+def generation(study, split: str, temperature: list[float], samples: int, names, keep) -> None:
+    "A run of phase generation whose states are the study's."
+    given = {
+        "model": MODEL,
+        "problems": "basics",
+        "split": split,
+        "temperature": temperature,
+        "samples": samples,
+        "num_problems": 0,
+    }
+    run = runs.open_run("generation", given, "made up")
+    own, rng = np.flatnonzero(keep), np.random.default_rng(0)
+    n = len(own)
+    table = pd.DataFrame({
+        "task_id": names[study.task[own]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": "    return x + 1\n",
+        "passed": study.label[own], "verdict": np.where(study.label[own], "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
+        "mean_logprob": -rng.gamma(2, 0.1, n), "difficulty": rng.integers(1, 5, n),
+    })  # fmt: skip
+    table.to_parquet(run.folder / "samples.parquet", index=False)
+    (run.folder / "activations").mkdir()
+    for kind in ("last_prompt", "last_generated"):
+        states = {
+            f"resid_post.{layer}": torch.from_numpy(
+                study.rows[layer][own] if kind == "last_generated" else rng.permutation(study.rows[layer][own])
+            )
+            for layer in range(3)
+        }
+        save_file(
+            {name: x.contiguous() for name, x in states.items()},
+            run.folder / "activations" / f"{kind}.safetensors",
+            {"rows": str(n), "kind": kind},
+        )
+    run.finish("made up")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "All that comes before phase 2."
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODETRACE_RUNS", str(root))
+        made = made_up(tasks=80, samples=3, layers=3, d_sae=48, area=0.8, seed=3)
+        names = np.array([f"task {i:02d}" for i in range(80)])
+        by_split = {"sae": names[:40], "hyperparams": names[40:50], "validation": names[50:]}
+        run = runs.open_run("splits", {"problems": "basics"}, "made up")
+        (run.folder / "split_metadata.json").write_text(
+            json.dumps({"task_ids": {k: list(v) for k, v in by_split.items()}})
+        )
+        run.finish("made up")
+        generation(made, "all", [0.0], 1, names, np.ones(240, bool))
+        generation(made, "validation", [0.3, 0.6, 0.9, 1.2], 5, names, made.task >= 50)
+        run = runs.open_run("saes", {"model": MODEL}, "made up")
+        index = {}
+        for layer, sae in enumerate(made.saes):
+            sae.save(run.folder / f"layer_{layer}")
+            sae.about["model_name"] = MODEL
+            sae.save(run.folder / f"layer_{layer}")
+            index[str(layer)] = {"folder": f"layer_{layer}", **sae.about}
+        run.write_json("saes.json", index)
+        run.finish("made up")
+        text = tmp_path_factory.mktemp("text")
+        for i in range(40):
+            (text / f"{i}.py").write_text(f"def f_{i}(x):\n    return [y + {i} for y in x]\n" * 60)
+        yield made, str(text), root
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    "Phase 2, then phase 3."
+    _, text, root = study
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODETRACE_RUNS", str(root))
+        two = runs.execute(
+            "2",
+            {"input": "1.0", "text": text, "text_tokens": 512, "max_density": 1.0, "shuffles": 99, "num_cards": 2},
+            show_progress=False,
+        )
+        three = runs.execute(
+            "3",
+            {"input": "1.0", "temperatures": "1.2", "candidates": 3, "random_latents": 3, "resamples": 60},
+            show_progress=False,
+        )
+    return two, three
+
+
+def test_phase_2_finds_the_planted_latent(study, found):
+    made, two = study[0], found[0]
+    cards = json.loads((runs.Path(two["folder"]) / "cards.json").read_text())
+    first = max(cards, key=lambda card: card["score"])
+    assert (first["kind"], first["layer"], first["latent"], first["predicts"]) == (
+        "last_generated",
+        made.layer,
+        made.latent,
+        "correct",
+    )
+    assert first["luck_p"] <= 0.05 and len(first["writes"]) == 8 and first["strongest"]
+    assert {"splits", "saes"} <= two["built_on"].keys() and "beyond luck" in two["headline"]
+    assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
+        "outputs"
+    ].keys()
+
+
+def test_phase_3_judges_it_beside_its_baselines(study, found):
+    made, three = study[0], found[1]
+    folder = runs.Path(three["folder"])
+    table = pd.read_parquet(folder / "validation.parquet")
+    name = f"latent {made.latent} of layer {made.layer} (correct)"
+    row = table[(table["name"] == name) & (table["target"] == "correct") & (table["measure"] == "AUROC")].iloc[0]
+    assert row["low"] <= 0.8 <= row["high"] and row["low"] > 0.55
+    assert table["name"].nunique() == 14 and table["measure"].nunique() == 7
+    assert (
+        three["built_on"].keys() == {"splits", "saes", "latents", "temperatures"}
+        and three["built_on"]["latents"] == found[0]["run_id"]
+    )
+    assert {
+        "choice.json",
+        "verdict.json",
+        "validation_correct.tex",
+        "validation_incorrect.md",
+        "roc.png",
+        "ladder.png",
+        "temperature.png",
+        "difficulty.png",
+    } <= three["outputs"].keys()
+    assert "AUROC" in three["headline"] and "best baseline" in three["headline"]
+
+
+def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
+    "With the labels of the validation split turned round, the choice is the same to the last digit."
+    from codetrace import activations, validation
+    from codetrace.separation import top
+
+    root = study[2]
+    generated = next(m for m in runs.index(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
+    splits = latents.task_splits(next(m for m in runs.index(root) if m["phase"] == "splits")["folder"])
+    dictionaries = runs.Path(next(m for m in runs.index(root) if m["phase"] == "saes")["folder"])
+    pool = pd.read_parquet(runs.Path(found[0]["folder"]) / "scores.parquet")
+    saved, chosen = activations.States(generated["folder"]), []
+    for turn in (False, True):
+        table = saved.table.copy()
+        table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")
+        choosing = latents.evidence_of(saved, dictionaries, latents.labelled(table, splits, ["sae", "hyperparams"]))
+        some, _ = validation.predictors(choosing.only(np.ones(len(choosing.rows), bool)), top(pool, 2), n_random=2)
+        chosen.append([(p.name, p.chosen_auroc, str(p.thresholds)) for p in some])
+    assert chosen[0] == chosen[1]
+
+
+def test_missing_inputs_say_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    with pytest.raises(BadInput, match="codetrace run"):
+        runs.execute("2", {"input": "1.0"}, show_progress=False)

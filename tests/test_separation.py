@@ -1,0 +1,133 @@
+"""Truth tests of the search for latents: what is planted is found, and where nothing is, nothing is claimed."""
+
+import numpy as np
+import pytest
+from scipy import stats as sps
+
+from codetrace.cards import chosen_level
+from codetrace.scores import auroc_interval
+from codetrace.separation import Active, largest_by_luck, search_active, shuffles, top
+
+
+def activities(
+    rng,
+    label: np.ndarray,
+    task: np.ndarray,
+    layers: int,
+    d_sae: int,
+    usual: float,
+    plant: tuple[int, int] | None,
+    area: float = 0.75,
+) -> list[Active]:
+    "What is active in each layer: latents that come and go with the task, and one planted with a known AUROC."
+    found = []
+    for layer in range(layers):
+        share = rng.beta(0.5, 0.5 / usual, d_sae) * rng.gamma(4, 0.25, (task.max() + 1, d_sae))[task]
+        on = rng.random(share.shape) < share
+        if plant and plant[0] == layer:
+            on[:, plant[1]] = rng.random(len(label)) < np.where(label, area - 0.15, 0.85 - area)
+        row, latent = on.nonzero()
+        found.append(Active(len(label), row, latent, rng.gamma(4, 0.25, len(row)), d_sae))
+    return found
+
+
+def labels(rng, tasks: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    task = np.repeat(np.arange(tasks), samples)
+    return rng.random(len(task)) < rng.beta(2, 3, tasks)[task], task
+
+
+def planted(seed: int, layers: int, d_sae: int, tasks: int = 100, samples: int = 3) -> dict[str, bool]:
+    "Is it found first, at its layer, beyond luck; and do the card's intervals contain the truth?"
+    rng = np.random.default_rng(seed)
+    label, task = labels(rng, tasks, samples)
+    where = int(rng.integers(layers)), int(rng.integers(d_sae))
+    active = activities(rng, label, task, layers, d_sae, 0.01, where)
+    result = search_active(lambda layer: active[layer], range(layers), label, task, n_shuffles=200, seed=seed)
+    best = top(result.table, 1).sort_values("score").iloc[-1]
+    column = active[where[0]].column(where[1])
+    _, low, high = auroc_interval(label, column, task)
+    _, wide_low, wide_high = auroc_interval(label, column, task, chosen_level(10, len(result.table)))
+    first = (best["layer"], best["latent"]) == where and best["predicts"] == "correct"
+    return {
+        "first": first,
+        "beyond luck": best["luck_p"] <= 0.05,
+        "95%": low <= 0.75 <= high,
+        "as one chosen of many": wide_low <= 0.75 <= wide_high,
+    }
+
+
+def test_a_planted_latent_is_found():
+    found = [planted(seed, layers=3, d_sae=256) for seed in range(6)]
+    assert all(f["first"] and f["beyond luck"] and f["as one chosen of many"] for f in found), found
+
+
+@pytest.mark.slow
+def test_a_planted_latent_is_found_among_many():
+    "AUROC 0.75 among 30 × 4096, in at least 95 of 100 studies."
+    found = [planted(seed, layers=30, d_sae=4096) for seed in range(100)]
+    counts = {name: sum(f[name] for f in found) for name in found[0]}
+    assert min(counts["first"], counts["beyond luck"], counts["as one chosen of many"]) >= 95, counts
+    assert sum(f["first"] and f["as one chosen of many"] for f in found) >= 95, counts
+    assert counts["95%"] >= sps.binom.ppf(0.001, 100, 0.95), (
+        counts
+    )  # the plain interval, of a latent that was not chosen by it
+
+
+def smallest_p(seed: int, layers: int, d_sae: int, n_shuffles: int) -> float:
+    "Of a study whose labels are shuffled within tasks."
+    rng = np.random.default_rng(seed)
+    label, task = labels(rng, 40, 4)
+    active = activities(rng, label, task, layers, d_sae, 0.05, None)
+    label = shuffles(label, task, 1, seed + 10_000)[0]
+    return (
+        search_active(lambda layer: active[layer], range(layers), label, task, n_shuffles=n_shuffles, seed=seed)
+        .table["luck_p"]
+        .min()
+    )
+
+
+def claims_nothing(p: np.ndarray) -> None:
+    "The smallest p is uniform, and at most one study in twenty claims something, give or take chance."
+    assert sps.kstest(p, "uniform").pvalue > 0.01, np.quantile(p, [0.05, 0.25, 0.5, 0.75])
+    assert sps.binomtest(int((p <= 0.05).sum()), len(p), 0.05, alternative="greater").pvalue > 0.01, (p <= 0.05).mean()
+
+
+def test_nothing_is_claimed_where_nothing_is():
+    claims_nothing(np.array([smallest_p(seed, 2, 64, 99) for seed in range(40)]))
+
+
+@pytest.mark.slow
+def test_nothing_is_claimed_in_two_hundred_studies():
+    claims_nothing(np.array([smallest_p(seed, 10, 1024, 399) for seed in range(200)]))
+
+
+def test_shuffling_between_tasks_would_claim_too_much():
+    "Latents that only know the task: labels shuffled freely make them look like knowledge, within tasks they do not."
+    claimed = {"within": 0, "freely": 0}
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        task = np.repeat(np.arange(30), 6)
+        easy = rng.random(30) < 0.5
+        label = rng.random(180) < np.where(easy, 0.85, 0.15)[task]
+        on = (
+            rng.random((180, 40)) < np.where(easy[:, None], 0.6, 0.3)[task]
+        )  # sees how easy the task is, not whether it was solved
+        row, latent = on.nonzero()
+        active = Active(180, row, latent, np.ones(len(row)), 40)
+        claimed["within"] += (
+            search_active(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table["luck_p"].min() <= 0.05
+        )
+        claimed["freely"] += (
+            search_active(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99).table["luck_p"].min()
+            <= 0.05
+        )
+    assert claimed["within"] <= 5 and claimed["freely"] >= 20, claimed
+
+
+def test_the_null_is_what_a_loop_gives():
+    rng = np.random.default_rng(0)
+    label, task = labels(rng, 30, 3)
+    active = activities(rng, label, task, 1, 200, 0.1, None)[0]
+    on, shuffled = active.matrix().toarray().T, shuffles(label, task, 50)
+    slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled]
+    assert np.allclose(largest_by_luck(active, shuffled, block=7), slow, atol=1e-6)
