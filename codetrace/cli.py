@@ -122,6 +122,9 @@ def run(
         problems = str(Path(problems).resolve())
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
+    for option, limit in {"--max-gpu-memory": max_gpu_memory, "--max-memory": max_memory}.items():
+        if not limit > 0:
+            raise BadInput(f"{option} is {limit:g}: expected GB, more than 0, such as 30")
     os.environ |= {_GPU: f"{max_gpu_memory:g}", _HOST: f"{max_memory:g}"}
     asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
     where = _where(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})

@@ -874,7 +874,7 @@ def _papermill(notebook: Path, folder: Path, given: dict):
     import papermill
     from traitlets.config import Config
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it has to say of errors, they say themselves
     # threads that wait by spinning starve each other on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["CODETRACE_RUN"] = str(folder.resolve())

@@ -7,6 +7,7 @@ import psutil
 import pytest
 from shards import Place, wait_for
 
+from codetrace import machines
 from codetrace.store import read_records
 
 TWO = ["run", "letters", "--shards", "2", "--devices", "cpu,cpu"]
@@ -101,6 +102,11 @@ def read_rows(part) -> int:
     return pq.read_metadata(part).num_rows
 
 
+def ended(job: dict) -> bool:
+    "Is its process gone, though nobody may have asked how it ended?"
+    return not machines.alive([machines.Job(**job)])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_launcher_that_is_stopped_stops_its_shards(place, whole, number):
     asked = [*TWO, "-p", "seconds=0.3"]
@@ -112,7 +118,7 @@ def test_a_launcher_that_is_stopped_stops_its_shards(place, whole, number):
     for k in range(2):
         (manifest,) = place.manifests(k)
         assert manifest["status"] == "interrupted" and len(read_records(manifest["at"] / "letters")) >= 3
-        assert not psutil.pid_exists(int(place.jobs()[k]["job"]))
+        assert ended(place.jobs()[k])
     assert place.call(*asked, "-q").returncode == 0
     assert place.parts(place.manifests(-1)[0]) == whole and len(place.manifests()) == 3
 
@@ -128,7 +134,7 @@ def test_shards_outlive_their_launcher_and_are_found_again(place, whole):
         c for c in psutil.Process(int(before[1]["job"])).children(recursive=True) if "submitit" in " ".join(c.cmdline())
     )
     kernel.kill()  # and one of them has lost its process
-    wait_for(lambda: not psutil.pid_exists(int(before[1]["job"])), 30)
+    wait_for(lambda: ended(before[1]), 30)
     again = place.call(*asked)
     assert again.returncode == 0, again.stderr
     assert "letters 0: running already" in again.stderr and "letters 1: job" in again.stderr

@@ -254,7 +254,7 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
         and "--max-memory 1" in done.stderr
     )
     wrong = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", "0")
-    assert wrong.returncode == 2 and "CODETRACE_MAX_MEMORY is '0': expected GB" in wrong.stderr
+    assert wrong.returncode == 2 and "--max-memory is 0: expected GB" in wrong.stderr
 
 
 def test_cleaning_asks_and_leaves_what_is_written(tmp_path):
