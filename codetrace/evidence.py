@@ -6,6 +6,7 @@
 __all__ = ['by_layer', 'roc_curves', 'by_group', 'cards', 'ladder', 'markdown', 'latex', 'write_table']
 
 # %% ../nbs/06c_evidence.ipynb #d0994158
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ def by_layer(
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
     kinds, last = list(dict.fromkeys(best["kind"])), int(best["layer"].max())
+    highest = max(best["score"].max(), *luck.values())
     with _panels(
         len(kinds),
         3,
         2.2,
         1.6,
-        f"{said} Best latent of a layer, ● of right and ○ of wrong solutions.\nGrey: the best of all layers by luck, 95th percentile.".strip(),
+        f"{said} Best latent of a layer,\n● of right and ○ of wrong solutions. Grey: the best of all layers by luck, 95th percentile.".strip(),
     ) as axes:
         for ax, kind in zip(axes.flat, kinds):
             for predicts, look in (
@@ -41,8 +43,9 @@ def by_layer(
                 ax.plot(own["layer"], own["score"], color="k", ms=3, lw=0.8, mew=0.8, **look)
             ax.axhline(luck[kind], color=GREY, lw=1.2, zorder=0)
             ax.set_title(kind.replace("_", " "), pad=3)
-            ax.set_ylim(bottom=0)
-            range_frame(ax, (best["layer"].min(), last), (0, ax.get_ylim()[1]))
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set_ylim(0, 1.05 * highest)
+            range_frame(ax, (best["layer"].min(), last), (0, highest))
         axes[-1, 0].set(xlabel="layer", ylabel="separation")
     return axes[0, 0].figure
 
@@ -88,13 +91,13 @@ def by_group(
     names, groups = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["group"]))
     counts = table.drop_duplicates("group").set_index("group")["n"]
     said = f"95% bootstrap intervals over tasks; n = {', '.join(f'{counts[g]} ({g})' for g in groups)}. Grey: chance."
-    with _panels(len(names), 4, 1.5, 1.3, said) as axes:
+    with _panels(len(names), 5, 1.5, 1.3, said) as axes:
         for ax, name in zip(axes.flat, names):
             own = table[table["name"] == name].set_index("group").reindex(groups)
             ax.axhline(chance, color=GREY, lw=0.8, zorder=0)
             ax.vlines(range(len(groups)), own["low"], own["high"], color="k", lw=0.8)
             ax.plot(range(len(groups)), own["value"], "o", color="k", ms=3.5)
-            ax.set_title(name, pad=3, fontsize=8)
+            ax.set_title(textwrap.fill(name, 20), pad=3, fontsize=8)
             ax.set_xticks(range(len(groups)), groups, fontsize=7)
             ax.set_xlim(-0.5, len(groups) - 0.5)
         axes[-1, 0].set(xlabel=xlabel, ylabel=ylabel)
@@ -134,13 +137,17 @@ def _card(ax, card: dict):
         )
         write(y, label)
         ax.text(0.24 + 0.5 * card[label], y, f"{card[label]:.0%}", fontsize=7, va="center", transform=ax.transAxes)
-    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of the largest by luck, in text {card['density']:.2%}")
+    density = f", in text {card['density']:.2%}" if card["density"] == card["density"] else ""
+    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of the largest by luck{density}")
     write(
         0.56,
         f"AUROC {with_interval(card['auroc'], card['low'], card['high'])}, as one chosen of many [{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]",
     )
     write(0.47, f"cosine {card['cosine_means']:+.2f} to difference of means, {card['cosine_probe']:+.2f} to probe")
-    write(0.38, "writes " + "  ".join(repr(w)[1:-1] for w in card["writes"][:6]).replace("$", r"\$"), style="italic")
+    if card["writes"]:
+        write(
+            0.38, "writes " + "  ".join(repr(w)[1:-1] for w in card["writes"][:6]).replace("$", r"\$"), style="italic"
+        )
     for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["strongest"]):
         _code(ax, tokens, values, y)
 

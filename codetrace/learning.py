@@ -86,6 +86,9 @@ class Learner:
             "b_enc": torch.zeros(recipe.d_sae).to(x),
             "b_dec": torch.zeros(x.shape[1]).to(x),
         }
+        sample = (x[:512] - self.mean) / self.scale
+        guess = _scatter(sample @ directions.T, recipe.k)[0] @ directions
+        start["W_enc"] *= (guess * sample).sum() / guess.pow(2).sum()
         self.weights = {name: w.clone().requires_grad_() for name, w in start.items()}
         self.adam = torch.optim.Adam(self.weights.values(), lr=recipe.lr, fused=True)
         self.idle = torch.zeros(recipe.d_sae, dtype=torch.int64, device=x.device)  # states since each latent was active
