@@ -58,7 +58,9 @@ def write_tensors(
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for (name, (dtype, shape)), value in zip(tensors.items(), values, strict=True):
-                assert (str(value.dtype), tuple(value.shape)) == (f"torch.{dtype}", tuple(shape)), f"{name} is {value.dtype} {value.shape}"
+                assert (str(value.dtype), tuple(value.shape)) == (f"torch.{dtype}", tuple(shape)), (
+                    f"{name} is {value.dtype} {value.shape}"
+                )
                 file.write(_raw(value))
             file.flush()
             os.fsync(file.fileno())
@@ -94,10 +96,10 @@ class StateParts:
     ):
         self.folder, self.parts, self.damaged = Path(folder), {}, []
         with storage_errors(self.folder):
-            self._home.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / ".parts", ignore_errors=True)
             for stray in [*self._home.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
                 stray.unlink()
-            for path in sorted(p for p in self._home.iterdir() if _PART.fullmatch(p.name)):
+            for path in sorted(p for p in self._home.glob("part-*") if _PART.fullmatch(p.name)):
                 if sha256(path)[:16] == _PART.fullmatch(path.name)[1]:
                     self.parts[path] = [tuple(key) for key in json.loads(_header(path)["__metadata__"]["keys"])]
                 else:
@@ -140,6 +142,8 @@ def append(
         tensors[_name(layer, "tokens")] = torch.cat(list(rows)).cpu()
         tensors["tokens.offsets"] = torch.tensor([0, *np.cumsum([len(x) for x in rows])])
     data = save(tensors, {"keys": json.dumps(keys), "format": "1"})
+    with storage_errors(self._home):
+        self._home.mkdir(parents=True, exist_ok=True)
     path = self._home / f"part-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     atomic_write(path, data)
     self.parts[path] = [tuple(key) for key in keys]
@@ -247,7 +251,9 @@ def finish(
     if self.is_finished():
         return self.files()
     place = {tuple(key): i for i, key in enumerate(order)}
-    _check_keys(list(place), [key for key in (k for keys in self.parts.values() for k in keys) if key in place], self.folder)
+    _check_keys(
+        list(place), [key for key in (k for keys in self.parts.values() for k in keys) if key in place], self.folder
+    )
     names = _header(next(iter(self.parts)))
     kinds = list(dict.fromkeys(name.split(".")[0] for name in names if name != "__metadata__"))
     sources_of = lambda kind: [_Source(path, f"{kind}.", *_places(keys, place)) for path, keys in self.parts.items()]
@@ -279,9 +285,12 @@ def merge(
     _check_keys(list(place), [tuple(key) for keys in shards.values() for key in keys], Path(folder))
     kinds = [{path.stem for path in Path(shard).glob("[!.]*.safetensors")} for shard in shards]
     if any(other != kinds[0] for other in kinds):
-        raise BadInput(f"{folder}: its shards kept states of different places, {sorted(map(sorted, kinds))}: run all of them again")
+        raise BadInput(
+            f"{folder}: its shards kept states of different places, {sorted(map(sorted, kinds))}: run all of them again"
+        )
     sources_of = lambda kind: [
-        _Source(Path(shard) / f"{kind}.safetensors", "", *_places(list(map(tuple, keys)), place)) for shard, keys in shards.items()
+        _Source(Path(shard) / f"{kind}.safetensors", "", *_places(list(map(tuple, keys)), place))
+        for shard, keys in shards.items()
     ]
     return _write_all(Path(folder), sources_of, sorted(kinds[0]), len(place), list(order))
 
@@ -296,7 +305,9 @@ class States:
         self.folder = Path(folder)
         self.files = {path.stem: path for path in sorted((self.folder / "activations").glob("[!.]*.safetensors"))}
         if not self.files or not (self.folder / "samples.parquet").is_file():
-            raise StorageError(f"{self.folder}: no samples with states here; give the folder of a finished run of phase generation")
+            raise StorageError(
+                f"{self.folder}: no samples with states here; give the folder of a finished run of phase generation"
+            )
 
     @cached_property
     def table(self) -> "pd.DataFrame":
@@ -342,7 +353,9 @@ def states(
 @patch
 def _kept(self: States, layer: int, layers: Sequence[int]) -> int:
     if layer not in layers:
-        raise BadInput(f"{self.folder} holds no states of layer {layer!r}; it holds those of {', '.join(map(str, layers))}")
+        raise BadInput(
+            f"{self.folder} holds no states of layer {layer!r}; it holds those of {', '.join(map(str, layers))}"
+        )
     return layer
 
 
@@ -356,7 +369,9 @@ def tokens(
     from safetensors import safe_open
 
     if "tokens" not in self.files:
-        raise BadInput(f"{self.folder} kept no states of single tokens: run phase generation with per_token_layers={layer}")
+        raise BadInput(
+            f"{self.folder} kept no states of single tokens: run phase generation with per_token_layers={layer}"
+        )
     self._kept(layer, _layers(_header(self.files["tokens"])))
     with storage_errors(self.folder), safe_open(self.files["tokens"], "pt") as file:
         start, end = file.get_slice("offsets")[row : row + 2].tolist()

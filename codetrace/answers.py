@@ -36,7 +36,7 @@ def rates(
     levels, names = list(dict.fromkeys(table["level"])), list(dict.fromkeys(table["series"]))
     with style():
         fig, ax = plt.subplots(figsize=(0.8 * len(levels) + 1.6, 2.4), layout="constrained")
-        for n, (name, rows) in enumerate(table.groupby("series", sort=False)):
+        for n, (_, rows) in enumerate(table.groupby("series", sort=False)):
             x = rows["level"].map(levels.index) + 0.09 * (n - (len(names) - 1) / 2)
             ax.vlines(x, rows["low"], rows["high"], color="k", lw=0.8)
             ax.plot(x, rows["value"], **_SERIES[n % len(_SERIES)], color="k", lw=0.6, ms=4.5)
@@ -45,7 +45,9 @@ def rates(
         _level_ticks(ax, table, levels)
         _label_ends(ax, table, len(levels) - 0.8)
         top = max(0.1, float(np.nanmax(table["high"])))
-        ax.set(ylim=(-0.02 * top, 1.05 * top), xlabel="cyclomatic complexity of the reference (problems)", ylabel="pass@1")
+        ax.set(
+            ylim=(-0.02 * top, 1.05 * top), xlabel="cyclomatic complexity of the reference (problems)", ylabel="pass@1"
+        )
         range_frame(ax, (0, len(levels) - 1), (0, top))
         _caption(fig, f"{about}; bars: 95% intervals; grey: functions that do nothing")
         plt.close(fig)

@@ -9,12 +9,11 @@ __all__ = ['KINDS', 'WHERE', 'MOST', 'stream', 'Request', 'Continuation', 'Edit'
 import hashlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,9 @@ class Request:
     ids: Sequence[int]  # The prompt's tokens
     key: Hashable = None  # Names the answer, and its random stream
     temperature: float = 0.0  # 0: always the likeliest token
-    over: Callable[[str], bool] | None = None  # Is what has been written complete? Asked when a token holds one of `marks`
+    over: Callable[[str], bool] | None = (
+        None  # Is what has been written complete? Asked when a token holds one of `marks`
+    )
     marks: str = "\n"  # Characters
 
     def __post_init__(self):
@@ -146,7 +147,11 @@ def plan(self: _Slots, windows: set[int | None]) -> None:
 def update(self: _Slots, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
     "The model's call in each layer: write a column of every slot, and give all."
     held = self.keys[layer_idx], self.values[layer_idx]
-    rows, at = (self.rows, self.at) if held[0].device == self.at.device else (self.rows.to(keys.device), self.at.to(keys.device))
+    rows, at = (
+        (self.rows, self.at)
+        if held[0].device == self.at.device
+        else (self.rows.to(keys.device), self.at.to(keys.device))
+    )
     held[0][rows, :, at], held[1][rows, :, at] = keys[:, :, 0], values[:, :, 0]
     return held
 
@@ -458,7 +463,9 @@ def _release(self: Decoder, slot: int) -> Continuation:
     per_token = {layer: empty if stacked is None else stacked[i] for i, layer in enumerate(self.per_token)}
     logprob, entropy = np.mean(answer.said, 0).tolist()
     seconds = answer.seconds | {"generation": time.perf_counter() - answer.began}
-    return Continuation(answer.request, answer.tokens, self._text(answer), answer.finish, logprob, entropy, states, per_token, seconds)
+    return Continuation(
+        answer.request, answer.tokens, self._text(answer), answer.finish, logprob, entropy, states, per_token, seconds
+    )
 
 # %% ../nbs/03a_decoding.ipynb #902c4c31
 @patch
@@ -531,7 +538,9 @@ def _fill(self: Decoder, watch: _Watch) -> Iterator[Continuation]:
 def _tidy(self: Decoder) -> None:
     "Put long answers into one block, where that saves a quarter of the columns or more."
     lengths = self.slots.lengths
-    columns = lambda order: sum(-(-max(lengths[order[i : i + _BLOCK]]) // _COLUMNS) for i in range(0, len(order), _BLOCK))
+    columns = lambda order: sum(
+        -(-max(lengths[order[i : i + _BLOCK]]) // _COLUMNS) for i in range(0, len(order), _BLOCK)
+    )
     wanted = np.argsort(-lengths, kind="stable")
     if columns(wanted) > 0.75 * columns(np.arange(len(lengths))):
         return
@@ -557,7 +566,9 @@ def _halve(self: Decoder, error: RuntimeError) -> None:
     "Half the slots, after memory ran out; the answers under way begin again."
     n = self.slots.n
     if n == 1:
-        raise BadInput(f"not enough memory for one answer of {self.limit} tokens: give a smaller max_new_tokens") from error
+        raise BadInput(
+            f"not enough memory for one answer of {self.limit} tokens: give a smaller max_new_tokens"
+        ) from error
     _log.warning("out of memory with %d answers at a time: going on with %d", n, n // 2)
     self.returned.extendleft(answer.request for answer in reversed(self.answers) if answer)
     self.tokens -= sum(len(answer.tokens) for answer in self.answers if answer)

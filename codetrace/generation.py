@@ -12,7 +12,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from math import comb
@@ -54,11 +54,15 @@ def work(
 ) -> list[Item]:
     "All samples that are wanted."
     if samples < 1 or not temperatures or len(set(temperatures)) < len(temperatures):
-        raise BadInput(f"samples={samples}, temperatures={list(temperatures)}: at least one of each, and no temperature twice")
+        raise BadInput(
+            f"samples={samples}, temperatures={list(temperatures)}: at least one of each, and no temperature twice"
+        )
     if bad := [t for t in temperatures if not 0 <= t < 10]:
         raise BadInput(f"temperature {bad[0]!r}: 0 is greedy, 1 the model's own distribution, at most 10")
     if samples > 1 and 0.0 in temperatures:
-        raise BadInput(f"samples={samples} at temperature 0 would all be the same: give samples=1, or leave temperature 0 out")
+        raise BadInput(
+            f"samples={samples} at temperature 0 would all be the same: give samples=1, or leave temperature 0 out"
+        )
     return [Item(p, float(t), s) for t in temperatures for p in problems for s in range(samples)]
 
 # %% ../nbs/22_generation.ipynb #b8fff15c
@@ -119,7 +123,11 @@ def _row(asked: _Asked, seed: int, written: Continuation, code: str, verdict: sa
     graded["detail"] = re.sub(r"0x[0-9a-f]{6,}", "0x…", verdict.detail)
     sizes = {"prompt_tokens": len(asked.ids), "generated_tokens": len(written.tokens), "difficulty": asked.difficulty}
     means = {"mean_logprob": written.logprob, "mean_entropy": written.entropy}
-    origin = {"prompt": asked.prompt.text, "prompt_sha256": hashlib.sha256(str(list(asked.ids)).encode()).hexdigest(), "seed": seed}
+    origin = {
+        "prompt": asked.prompt.text,
+        "prompt_sha256": hashlib.sha256(str(list(asked.ids)).encode()).hexdigest(),
+        "seed": seed,
+    }
     taken = (written.seconds["prefill"], written.seconds["generation"], verdict.seconds)
     return dict(zip(KEY, asked.item.key)) | model | graded | sizes | means | origin | dict(zip(SECONDS, taken))
 
@@ -144,7 +152,9 @@ class _Keeper:
 
     def save(self) -> None:
         "Write what is waiting."
-        rows = [_row(asked, self.seed, written, code, verdict.result()) for asked, written, code, verdict in self.waiting]
+        rows = [
+            _row(asked, self.seed, written, code, verdict.result()) for asked, written, code, verdict in self.waiting
+        ]
         keys, written = [asked.item.key for asked, *_ in self.waiting], [w for _, w, *_ in self.waiting]
         known = self.records.done()
         if old := known.intersection(keys):
@@ -238,9 +248,13 @@ def _checked(table: pd.DataFrame, items: Sequence[Item], where: Path) -> pd.Data
     "The table in the order of its keys; every sample once."
     wanted, there = {item.key for item in items}, list(zip(*(table[name] for name in KEY)))
     if missing := wanted.difference(there):
-        raise BadInput(f"{where}: {len(missing)} samples are missing, such as {min(missing)}; repeat the command that wrote it")
+        raise BadInput(
+            f"{where}: {len(missing)} samples are missing, such as {min(missing)}; repeat the command that wrote it"
+        )
     if len(set(there)) < len(there) or len(there) > len(wanted):
-        raise BadInput(f"{where}: {len(there)} samples where {len(wanted)} are wanted; they are of several runs, make them again")
+        raise BadInput(
+            f"{where}: {len(there)} samples where {len(wanted)} are wanted; they are of several runs, make them again"
+        )
     return table.sort_values(list(KEY), kind="stable").reset_index(drop=True)
 
 # %% ../nbs/22_generation.ipynb #2b770c22
@@ -255,7 +269,12 @@ def finish(
     table = _checked(whole, items, folder)
     order = list(zip(*(table[name].tolist() for name in KEY)))
     if shards:
-        keys = {shard / "activations": [tuple(k) for k in pd.read_parquet(shard / "samples.parquet")[list(KEY)].to_numpy().tolist()] for shard in shards}
+        keys = {
+            shard / "activations": [
+                tuple(k) for k in pd.read_parquet(shard / "samples.parquet")[list(KEY)].to_numpy().tolist()
+            ]
+            for shard in shards
+        }
         if any((shard / "activations").is_dir() for shard in shards):
             activations.merge(folder / "activations", keys, order)
     elif (folder / "activations").is_dir():
@@ -275,7 +294,7 @@ def read(
     **match,  # Parameters that the run must have been given, such as `model`
 ) -> activations.States:
     "The samples of a run, `.table`, and their states, `.states(kind, layer)`."
-    if isinstance(run, Path) or isinstance(run, str) and (Path(run) / "samples.parquet").is_file():
+    if isinstance(run, str | Path) and (Path(run) / "samples.parquet").is_file():
         return activations.read(run)
     return activations.read((run if isinstance(run, dict) else runs.resolve(str(run), **match))["folder"])
 
@@ -313,7 +332,9 @@ def empty_bodies(
     workers: int | None = None,  # Of the sandbox; None: one a core
 ) -> pd.DataFrame:  # `task_id, passed, verdict`
     "What functions that do nothing score."
-    jobs = [sandbox.Job(f"def {p.entry_point}(*_, **__):\n    pass\n", p.entry_point, p.tests, p.setup) for p in problems]
+    jobs = [
+        sandbox.Job(f"def {p.entry_point}(*_, **__):\n    pass\n", p.entry_point, p.tests, p.setup) for p in problems
+    ]
     rows = [(p.task_id, v.verdict == "passed", v.verdict) for p, v in zip(problems, sandbox.grade(jobs, workers))]
     return pd.DataFrame(rows, columns=["task_id", "passed", "verdict"])
 
@@ -326,7 +347,10 @@ def scores(
     rows = []
     for temperature, at in table.groupby("temperature"):
         most = int(at.groupby("task_id").size().max())
-        rows += [{"answers": f"temperature {temperature:g}" if temperature else "greedy"} | rate(at, k) for k in sorted({1, most})]
+        rows += [
+            {"answers": f"temperature {temperature:g}" if temperature else "greedy"} | rate(at, k)
+            for k in sorted({1, most})
+        ]
     return pd.DataFrame([*rows, {"answers": "empty body"} | rate(baseline)])
 
 
@@ -343,7 +367,9 @@ def by_difficulty(
             members = levels.index[levels == level]
             one = rate(at[at["task_id"].isin(members)])
             empty = rate(baseline[baseline["task_id"].isin(members)])["value"]
-            rows.append({"series": f"{temperature:g}" if temperature else "greedy", "level": level} | one | {"baseline": empty})
+            rows.append(
+                {"series": f"{temperature:g}" if temperature else "greedy", "level": level} | one | {"baseline": empty}
+            )
     return pd.DataFrame(rows)
 
 
@@ -374,7 +400,9 @@ def chosen(
         raise BadInput(f"split={split!r} needs a run of phase splits: codetrace run 0.1 --problems {problems}")
     ids, by_id = read_json(inputs[0] / "split_metadata.json")["task_ids"][split], {p.task_id: p for p in found}
     if strange := [name for name in ids if name not in by_id]:
-        raise BadInput(f"{inputs[0]} divides other problems than {problems!r}, such as {strange[0]}: run phase 0.1 on this set")
+        raise BadInput(
+            f"{inputs[0]} divides other problems than {problems!r}, such as {strange[0]}: run phase 0.1 on this set"
+        )
     return [by_id[name] for name in ids][: limit or None]
 
 

@@ -53,7 +53,9 @@ def notebooks() -> dict[str, Path]:
 # What the phases of the correctness study also go by
 NUMBERS: dict[str, str] = {"0": "difficulty", "0.1": "splits", "1.0": "generation", "1.2": "generation"}
 _WHOLE = {"num_problems": 0, "max_new_tokens": 2000}
-_OF: dict[str, tuple[dict, dict]] = {  # Numbers that are one phase with settings of its own: what tells them apart, and the rest
+_OF: dict[
+    str, tuple[dict, dict]
+] = {  # Numbers that are one phase with settings of its own: what tells them apart, and the rest
     "1.0": ({"split": "all", "temperature": [0.0], "samples": 1}, _WHOLE),
     "1.2": ({"split": "validation", "temperature": [0.3, 0.6, 0.9, 1.2], "samples": 5}, _WHOLE),
 }
