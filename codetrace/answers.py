@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .figures import _SERIES, GREY, _caption, _spread, range_frame, style
+from .figures import _SERIES, GREY, caption_below, _spread, range_frame, style
 
 # %% ../nbs/06b_answers.ipynb #af7ae09c
 def _level_ticks(ax, table: pd.DataFrame, levels: list[str]) -> None:
@@ -49,6 +49,6 @@ def rates(
             ylim=(-0.02 * top, 1.05 * top), xlabel="cyclomatic complexity of the reference (problems)", ylabel="pass@1"
         )
         range_frame(ax, (0, len(levels) - 1), (0, top))
-        _caption(fig, f"{about}; bars: 95% intervals; grey: functions that do nothing")
+        caption_below(fig, f"{about}; bars: 95% intervals; grey: functions that do nothing")
         plt.close(fig)
     return fig
