@@ -368,7 +368,9 @@ def by_difficulty(
             one = rate(at[at["task_id"].isin(members)])
             empty = rate(baseline[baseline["task_id"].isin(members)])["value"]
             rows.append(
-                {"series": f"{temperature:g}" if temperature else "greedy", "level": level} | one | {"baseline": empty}
+                {"series": f"T = {temperature:g}" if temperature else "greedy", "level": level}
+                | one
+                | {"baseline": empty}
             )
     return pd.DataFrame(rows)
 

@@ -489,7 +489,7 @@ def test_kill_9(judge, tiny, items, whole, tmp_path, answers, seconds):
 
 
 VICTIMS = ("kernel", "papermill", "shard")
-MOMENTS = [random.Random(7).uniform(0, 5) for _ in range(20)]
+MOMENTS = np.random.default_rng(7).uniform(0, 5, 20).round(2).tolist()
 
 
 def start(folder: Path, victim: str) -> subprocess.Popen:
