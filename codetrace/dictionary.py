@@ -205,6 +205,7 @@ def check(
     return self
 
 # %% ../nbs/22a_dictionary.ipynb #64a9e5cd
+_FORMAT = "6.0.0"  # of sae-lens's files; without it its reader takes them for older ones
 _NAMES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "batchtopk": "jumprelu"}
 
 
@@ -232,7 +233,7 @@ def save(
     )
     config = {"architecture": {"relu": "standard"}.get(self.activation, self.activation), "d_in": self.d_model, "d_sae": self.d_sae,
               "dtype": str(self.W_enc.dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": self.centred,
-              "normalize_activations": "none", "reshape_activations": "none", "metadata": self.about}  # fmt: skip
+              "normalize_activations": "none", "reshape_activations": "none", "metadata": self.about | {"sae_lens_version": _FORMAT}}  # fmt: skip
     topk = {"k": self.k, "rescale_acts_by_decoder_norm": False} if self.activation == "topk" else {}
     write_json(folder / "cfg.json", config | topk)
     return folder
@@ -278,7 +279,7 @@ def load_folder(
     folder = Path(folder)
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
-            raise NotAnSAE(f"{folder} holds no SAE: it has no {name}; sae-lens's save_inference_model writes it")
+            raise NotAnSAE(f"{folder} holds no SAE: it has no {name}; `SAE.save` here and `save_model` of sae-lens write both")
     config = read_json(folder / "cfg.json")
     config.setdefault("metadata", {key: config[key] for key in ("model_name", "hook_name") if key in config})
     found = _build(config, load_file(folder / "sae_weights.safetensors"), str(folder))
