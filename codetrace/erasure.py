@@ -74,7 +74,7 @@ def erased(
         for module, last, gain in writers(lm) if len(vectors) else ():
             if not module.weight.is_floating_point() or module.weight.is_meta:
                 raise BadInput(
-                    f"{lm.name} has quantized or offloaded weights, which cannot be made orthogonal: load it with quantize='none' on one device"
+                    f"{lm.name} has quantized or offloaded weights, which cannot be made orthogonal: load it without quantize, on one device"
                 )
             basis = _basis(vectors, gain)
             for name in ("weight", "bias"):
