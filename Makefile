@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (t
 
 bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
 	@python bench/generate.py $(ARGS)
+
+bench-steering: $(READY)  ## a sweep of pushes against running each by itself, and what a push costs (a few minutes)
+	@python bench/steering.py $(ARGS)
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

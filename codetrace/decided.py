@@ -72,6 +72,7 @@ def _plant_ends(hf: torch.nn.Module, axes: dict[str, Tensor]) -> None:
     "What tokens mean, and which token follows which."
     token = {t: i for i, t in enumerate(_VOCABULARY)}
     embed, head = hf.model.embed_tokens.weight, hf.lm_head.weight
+    embed[token[_MINUS]] = embed[token[_PLUS]]  # what was said is no hint of why
     embed += axes["one"]
     embed[token["p"]] += axes["mood"]
     embed[token["m"]] -= axes["mood"]
@@ -100,7 +101,7 @@ CAUSE = {"layer": 0, "latents": {"correct": 5, "incorrect": 9}}  # What is plant
 
 @torch.no_grad()
 def load(
-    noise: float = 0.02,  # Standard deviation of all other weights
+    noise: float = 0.01,  # Standard deviation of all other weights
     seed: int = 0,
 ) -> LM:  # Named `decided`; float32 on a CPU
     "The model."
@@ -143,9 +144,9 @@ def dictionary(
     d_sae: int = 32,
 ) -> SAE:
     "A dictionary of the stream after a layer."
-    rows = torch.nn.functional.normalize(
-        torch.randn(d_sae, _D_MODEL, generator=torch.Generator().manual_seed(layer)), dim=1
-    )
+    rows, axes = torch.randn(d_sae, _D_MODEL, generator=torch.Generator().manual_seed(layer)), _axes()
+    taken = torch.stack([axes["decides"], axes["answer"]])
+    rows = torch.nn.functional.normalize(rows - rows @ taken.T @ taken, dim=1)
     for latent, sign in zip(CAUSE["latents"].values(), (1, -1)):
         rows[latent] = sign * cause()
     about = {"model_name": "decided", "hook_name": hook_name("resid_post", layer)}
