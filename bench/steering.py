@@ -57,8 +57,12 @@ def main():
     norms = median_norms(lm, [ids for _, ids, *_ in asked[:4]])
     alphas = np.linspace(0.1, 0.4, options.strengths)
     pushes = [push(d, a, norms) for d in gaussian(lm.d_model, lm.n_layers // 2, options.directions) for a in alphas]
-    requests = lambda numbers: [Request(ids, (t, k), 0.0, over, marks) for t, ids, over, marks in asked for k in numbers]
-    write = lambda some, edits: {c.request.key: c.tokens for c in Decoder(lm, some, options.tokens, options.slots, edits=edits)}
+    requests = lambda numbers: [
+        Request(ids, (t, k), 0.0, over, marks) for t, ids, over, marks in asked for k in numbers
+    ]
+    write = lambda some, edits: {
+        c.request.key: c.tokens for c in Decoder(lm, some, options.tokens, options.slots, edits=edits)
+    }
 
     def naive():
         found = {}

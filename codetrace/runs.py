@@ -55,7 +55,8 @@ def notebooks() -> dict[str, Path]:
 
 # What the phases of the correctness study also go by
 NUMBERS: dict[str, str] = {"0": "difficulty", "0.1": "splits", "1.0": "generation", "1.2": "generation",
-                           "1.5": "saes", "2": "latents", "3": "validation"}  # fmt: skip
+                           "1.5": "saes", "2": "latents", "3": "validation",
+                           "3.1": "tuning", "3.2": "steering", "3.3": "attention"}  # fmt: skip
 _WHOLE = {"num_problems": 0, "max_new_tokens": 2000}
 _OF: dict[
     str, tuple[dict, dict]
@@ -77,6 +78,20 @@ _OF: dict[
     ),
     "2": ({}, {"input": "1.0", "text_tokens": 40_000, "shuffles": 1000, "num_cards": 5}),
     "3": ({}, {"input": "1.0", "temperatures": "newest", "random_latents": 20, "resamples": 2000}),
+    "3.1": (
+        {},
+        {
+            "input": "1.0",
+            "num_latents": 5,
+            "num_problems": 0,
+            "strengths": [-1.0, -0.5, -0.2, 0.2, 0.5, 1.0],
+            "refine": 4,
+            "max_new_tokens": 400,
+            "random_directions": 10,
+        },
+    ),
+    "3.2": ({}, {"input": "3.1", "num_problems": 0, "temperatures": [0.6, 1.0], "samples": 3}),
+    "3.3": ({}, {"input": "3.1", "num_problems": 0}),
 }
 
 

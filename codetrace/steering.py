@@ -199,7 +199,8 @@ def claims(
         "erased": "{name} from the weights",
         "prompt": "asked in other words: {name}",
     }
-    for row in wanted.to_dict("records"):
+    order = wanted["role"].map(list(what).index) * 10 + (wanted["goal"] != "correct")
+    for row in wanted.loc[order.sort_values(kind="stable").index].to_dict("records"):
         null = null_of(found, row)["net"].dropna().tolist() if row["role"] != "prompt" else []
         claim = what[row["role"]].format(**row)
         rows.append({"claim": claim, "number": row["net"], "low": row["net_low"], "high": row["net_high"], "baseline": f"0 unpushed (pass@1 {row['right']}/{row['n']})" + (f"; {sampled}" if sampled else ""),

@@ -1,0 +1,301 @@
+"The interventions on a model in which one direction decides, from runs that lie on disk as earlier phases leave them."
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from codetrace import decided, generation, runs, sandbox, steering, trials, tuning
+from codetrace.dictionary import hook_name
+from codetrace.effects import paired
+from codetrace.frozen import NotFrozen, frozen
+from codetrace.latents import search_all
+
+HOME = Path(__file__).resolve().parents[1]
+CUTS = {"sae": slice(0, 30), "hyperparams": slice(30, 42), "validation": slice(42, 60)}
+
+
+class Told:
+    "A sandbox that writes down which tasks are judged."
+
+    def __init__(self, real):
+        self.real, self.judged = real, []
+
+    def submit(self, pool, job):
+        self.judged.append(job.name)
+        return self.real(pool, job)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    spy = Told(sandbox.Pool.submit)
+    monkeypatch.setattr(sandbox.Pool, "submit", lambda pool, job: spy.submit(pool, job))
+    return spy
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    "The model's own answers to all sixty tasks, with states."
+    folder = tmp_path_factory.mktemp("answers")
+    items = generation.work(decided.made_problems())
+    generation.generate(decided.load(), items, folder, max_new_tokens=8, slots=16, workers=1)
+    generation.finish(folder, items)
+    return folder
+
+
+def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
+    "Runs of phases 0.1, 1.0, 1.5 and 2; labels of one split may be flipped. The id of 1.0."
+    made = decided.made_problems()
+    problems = root / "words.jsonl"
+    problems.write_text("".join(json.dumps(p.row()) + "\n" for p in made))
+    split = {name: [p.task_id for p in made[cut]] for name, cut in CUTS.items()}
+    run = runs.open_run("splits", {"problems": str(problems)}, "made up", root=root)
+    run.write_json("split_metadata.json", {"task_ids": split})
+    run.finish()
+    given = {"model": "decided", "problems": str(problems), "split": "all", "temperature": [0.0], "samples": 1}
+    given |= {"prompt": "pva", "max_new_tokens": 8, "dtype": "auto"}
+    run = runs.open_run("generation", given, "made up", root=root)
+    table = pd.read_parquet(answers / "samples.parquet")
+    own = table["task_id"].isin(split.get(flipped, []))
+    table["passed"] ^= own
+    table.to_parquet(run.folder / "samples.parquet", index=False)
+    (run.folder / "activations").symlink_to(answers / "activations")
+    run.finish()
+    generated = run.folder.name
+    run = runs.open_run("saes", {"model": "decided"}, "made up", root=root)
+    for layer in range(3):
+        decided.dictionary(layer).save(run.folder / f"layer_{layer}")
+    run.write_json(
+        "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": "decided"} for layer in range(3)}
+    )
+    run.finish()
+    run = runs.open_run("latents", {"input": generated}, "made up", root=root)
+    labels = table.assign(
+        label=table["passed"], split=table["task_id"].map({t: s for s, ids in split.items() for t in ids})
+    )
+    rows = labels[labels["split"] == "sae"].reset_index(names="row")
+    evidence = tuning.evidence_of(
+        tuning.activations.States(runs.find(generated, root)["folder"]), runs.newest("saes", root)["folder"], rows
+    )
+    search_all(evidence, n_shuffles=50)[0].to_parquet(run.folder / "scores.parquet", index=False)
+    run.finish()
+    return generated
+
+
+@pytest.fixture
+def tuned(tmp_path, answers, monkeypatch):
+    "Chooses from such runs; gives the hash of the choice, and its folder."
+    monkeypatch.setattr(tuning, "load_model", lambda *_, **__: decided.load())
+
+    def choose(name: str, flipped: str = "") -> tuple[str, Path]:
+        root = tmp_path / name
+        root.mkdir()
+        monkeypatch.setenv("CODETRACE_RUNS", str(root))
+        generated = on_disk(root, answers, flipped)
+        study, pool, _ = tuning.study_of(Path(runs.find(generated, root)["folder"]))
+        tasks = study.problems["hyperparams"]
+        given = runs.find(generated, root)["parameters"]["problems"]
+        digest = tuning.settle(study, pool, root / "choice", tasks, 2, (-0.6, 0.6), 1, slots=16, problems="words")[2]
+        assert given.endswith("words.jsonl")
+        return digest, root / "choice"
+
+    return choose
+
+
+def test_nothing_of_the_validation_split_is_read_before_the_choice(tuned, told):
+    "No validation task is answered, and validation labels may be anything: the choice is the same."
+    digest, _ = tuned("plain")
+    judging = {p.task_id for p in decided.made_problems()[CUTS["validation"]]}
+    assert told.judged and not judging & set(told.judged)
+    assert tuned("validation flipped", "validation")[0] == digest
+
+
+def test_other_labels_do_make_another_choice(tuned):
+    "The test above can fail."
+    assert tuned("plain")[0] != tuned("sae flipped", "sae")[0]
+
+
+def cells_after(notebook: str, heading: str) -> list[str]:
+    "Code cells of a notebook from a heading on."
+    cells = json.loads((HOME / "nbs" / notebook).read_text())["cells"]
+    start = next(i for i, c in enumerate(cells) if "".join(c["source"]).startswith(heading))
+    return ["".join(c["source"]) for c in cells[start:] if c["cell_type"] == "code"]
+
+
+def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_path, monkeypatch):
+    "The phase itself, on a folder without a choice: it ends before a problem is read or an answer judged."
+
+    class Started:
+        inputs, shards, folder = [tmp_path], [], tmp_path
+
+        def describe(self, **_):
+            raise AssertionError("described a run whose choice was never read")
+
+    def never(*_, **__):
+        raise AssertionError("problems were read before the choice")
+
+    monkeypatch.setattr(runs, "start", lambda *_: Started())
+    scope = dict(vars(steering)) | runs_defaults("27_steering.ipynb")
+    scope["judged_on"] = never
+    with pytest.raises(NotFrozen, match="holds no choice"):
+        exec(cells_after("27_steering.ipynb", "## Run")[0], scope)
+    assert told.judged == []
+
+
+def runs_defaults(notebook: str) -> dict:
+    return {name: p.default for name, p in runs.parameters_of(HOME / "nbs" / notebook).items()}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    "The whole of it: chosen on twelve tasks, judged on eighteen."
+    folder = tmp_path_factory.mktemp("judged")
+    study = decided.made_study()
+    pool, _ = search_all(study.choosing.only(study.choosing.rows["split"] == "sae"), n_shuffles=50)
+    tuning.settle(
+        study,
+        pool,
+        folder / "choice",
+        study.problems["hyperparams"],
+        3,
+        (-0.7, 0.7),
+        2,
+        n_random=3,
+        slots=16,
+        problems="decided",
+    )
+    choice, vectors, _ = frozen(folder / "choice")
+    plan = steering.settings_of(choice, vectors, np.array(choice["norms"]), temperatures=(0.8,), samples=1)
+    tasks = steering.judged_on(choice)
+    table = trials.write(study.lm, tasks, plan, folder / "written", max_new_tokens=8, slots=16, workers=1)
+    table = trials.measured(study.lm, table, plan)
+    table["goal"] = table["goal"].fillna("")
+    return study, choice, vectors, plan, tasks, table, folder
+
+
+def test_the_sign_and_the_layer_are_found(judged):
+    _, choice, vectors, *_ = judged
+    for goal, sign in (("correct", 1), ("corrupt", -1)):
+        g = choice["goals"][goal]
+        assert choice["directions"][g["direction"]]["layer"] == decided.CAUSE["layer"]
+        assert sign * g["alpha"] * float(vectors["directions"][g["direction"]] @ decided.cause()) > 0.1
+
+
+def test_the_push_works_and_its_controls_do_not(judged):
+    found = steering.findings(judged[5])
+    ours = found[(found["role"] == "chosen") & (found["goal"] != "")].set_index("goal")
+    assert (
+        ours.loc["correct", "p"] < 0.05
+        and ours.loc["correct", "correction"] > 0.7
+        and ours.loc["correct", "corrupted"] == 0
+    )
+    assert ours.loc["corrupt", "p"] < 0.05 and ours.loc["corrupt", "corruption"] > 0.7
+    control = found[found["role"] == "control"]
+    assert len(control) and (control["net"] == 0).all()
+    null = found[(found["role"] == "null") & (found["erased"] == 0)]
+    assert (
+        len(null) >= 12 and (null["p"] < 0.05).mean() <= 0.1
+    )  # no more than its nominal rate, with room for 12 to 40 tests
+    assert null["net"].abs().max() < ours.loc["correct", "net"]
+
+
+def test_the_gate_opens_where_it_should(judged):
+    *_, tasks, table, _ = judged
+    moods = {p.task_id: decided.mood(p) for p in tasks}
+    gated = table[table["role"] == "selective"]
+    if gated.empty:
+        pytest.skip("the chosen gate is asked at the prompt: see below")
+    bad = gated["task_id"].map(moods) < 0
+    assert gated.loc[bad, "fired"].mean() > 0.6 and gated.loc[~bad, "fired"].mean() < 0.2
+    rates = steering.findings(table)
+    row = rates[rates["role"] == "selective"].iloc[0]
+    assert row["corrupted"] == 0 and row["correction"] > 0.7
+
+
+def test_a_gate_at_the_prompt_opens_where_it_should(judged):
+    study, _, _, plan, tasks, table, _ = judged
+    gate = trials.Gate(0, -decided.cause(), 0.0, 0.0)
+    opened = trials.opens_at(study.lm, gate, tasks)
+    assert opened == {p.task_id: decided.mood(p) < 0 for p in tasks}
+    down = next(i for i, s in enumerate(plan) if s.about.get("goal") == "correct" and s.role == "chosen")
+    mixed = pd.concat([table, trials.selected(table, down, opened, len(plan))], ignore_index=True)
+    row = steering.findings(mixed).set_index("setting").loc[len(plan)]
+    constant = steering.findings(table).set_index("setting").loc[down]
+    assert (row["corrected"], row["corrupted"]) == (constant["corrected"], 0)
+
+
+def test_erasing_removes_the_effect(judged):
+    "Without the direction the answer no longer depends on the mood; random directions erased change nothing of that."
+    table = judged[5]
+    one = table[table["role"] == "erased"].groupby("name")["passed"].mean()
+    assert (one.isin([0.0, 1.0])).any(), one  # always the same answer
+    others = paired(table[(table["role"] == "null") & (table["erased"] > 0) | (table["setting"] == 0)])
+    assert (others["passed"] == others["base_passed"]).mean() > 0.9
+
+
+def test_strength_0_is_the_baseline(judged):
+    study, choice, vectors, _, tasks, table, folder = judged
+    d = steering.directions_in(choice, vectors)[0][0]
+    still = [trials.BASELINE, trials.Setting("still", "control", trials_push(d, choice))]
+    again = trials.write(study.lm, tasks, still, folder / "still", max_new_tokens=8, slots=16, workers=1)
+    a, b = (again[again["setting"] == k].sort_values("task_id") for k in (0, 1))
+    assert (
+        a["completion"].tolist() == b["completion"].tolist()
+        and a["mean_logprob"].tolist() == b["mean_logprob"].tolist()
+    )
+    base = table[table["setting"] == 0].sort_values("task_id")
+    assert a["completion"].tolist() == base["completion"].tolist()
+
+
+def trials_push(direction, choice):
+    from codetrace.vectors import push
+
+    return push(direction, 0.0, np.array(choice["norms"]))
+
+
+class Stop(BaseException):
+    "As sudden as it gets within a process."
+
+
+@pytest.mark.parametrize("at", [0, 50, 61])
+def test_an_interruption_changes_nothing(judged, tmp_path, at):
+    study, _, _, plan, tasks, table, _ = judged
+
+    def until(steps, **_):
+        for i, step in enumerate(steps):
+            if i == at:
+                raise Stop
+            yield step
+
+    few = [plan[0], *[s for s in plan if s.role == "chosen"][:3]]
+    go = lambda progress=lambda x, **_: x: trials.write(
+        study.lm, tasks, few, tmp_path, max_new_tokens=8, slots=16, workers=1, progress=progress
+    )
+    with pytest.raises(Stop):
+        go(until)
+    resumed = go()
+    for name in [s.name for s in few]:
+        one, other = (t[t["name"] == name].sort_values("task_id") for t in (resumed, table))
+        assert one["completion"].tolist() == other["completion"].tolist()
+        assert one["verdict"].tolist() == other["verdict"].tolist()
+
+
+def test_shards_together_are_the_whole(judged, tmp_path):
+    study, _, _, plan, tasks, table, _ = judged
+    few = [plan[0], *[s for s in plan if s.role == "chosen"][:2], next(s for s in plan if s.role == "erased")]
+    done = []
+    for k in range(2):
+        part = runs.part(len(few) * len(tasks), 2, k, len(few))
+        done.append(
+            trials.write(study.lm, tasks, few, tmp_path / str(k), max_new_tokens=8, slots=16, part=part, workers=1)
+        )
+    whole = trials.together(done, tasks, few)
+    for name in [s.name for s in few]:
+        one, other = (t[t["name"] == name].sort_values("task_id")["completion"].tolist() for t in (whole, table))
+        assert one == other
+
+
+def test_hook_names_are_those_of_the_dictionary():
+    assert decided.dictionary(1).about["hook_name"] == hook_name("resid_post", 1)
