@@ -29,7 +29,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@python -c 'import torch, nbdev, transformers'
 	@touch $@
 
-demo: $(READY)  ## the main job: track variables in SmolLM2, then trace them
+demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged
 	@python scripts/demo.py
 
 test: $(READY)  ## all checks, under ten minutes
