@@ -61,10 +61,13 @@ _GPU, _HOST = "CODETRACE_MAX_GPU_MEMORY", "CODETRACE_MAX_MEMORY"
 @app.command(
     epilog="Examples:  codetrace run tracking  |  codetrace run tracking -n 50 --model Qwen/Qwen3-0.6B  |  "
     "codetrace run tracking -f study.yaml -p num_seqs=20  |  codetrace run tracing --input tracking  |  "
-    "codetrace run tracing --shards 3 --devices 0,1,2  |  codetrace run tracing --shards 30 --cluster slurm --gpus 1"
+    "codetrace run tracing --shards 3 --devices 0,1,2  |  codetrace run tracing --shards 30 --cluster slurm --gpus 1  |  "
+    "codetrace run correctness --problems basics"
 )
 def run(
-    phase: Annotated[str, typer.Argument(help="The phase; 'codetrace phases' lists them.")],
+    phase: Annotated[
+        str, typer.Argument(help="The phase; 'codetrace phases' lists them. Or correctness: the whole study.")
+    ],
     p: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
     ] = None,
@@ -114,12 +117,24 @@ def run(
         float, typer.Option("--max-memory", metavar="GB", help="Refuse what needs more of the host.", envvar=_HOST)
     ] = 100,
 ):
-    "Run one phase in batch; repeat the command to continue it after an interruption."
+    "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
+    from codetrace.chain import CHAINS
     from codetrace.errors import choose
 
-    declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
     if problems and Path(problems).is_file():
         problems = str(Path(problems).resolve())
+    if phase in CHAINS:
+        alone = {
+            "-p": p,
+            "--input": input,
+            "--full": full,
+            "--shards": shards,
+            "--devices": devices,
+            "--cluster": cluster,
+        }
+        study = {"model": model, "problems": problems, "num_problems": n}
+        return _follow(phase, study, f, [option for option, value in alone.items() if value], not quiet)
+    declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
     for option, limit in {"--max-gpu-memory": max_gpu_memory, "--max-memory": max_memory}.items():
@@ -167,6 +182,28 @@ def _run_sharded(phase: str, values: dict, shards: int | None, where, requeue: b
         print("the same command without --detach watches them")
     else:
         _show(work.run(shown))
+
+# %% ../nbs/90_cli.ipynb #919f5bf2
+def _follow(name: str, study: dict, file: Path | None, strange: list[str], shown: bool):
+    "Run a chain of phases."
+    from functools import partial
+
+    from codetrace import chain
+
+    if strange:
+        raise BadInput(
+            f"{strange[0]} is for one phase, and {name} is a chain of them: run a phase by its number to give it that, "
+            "or write what phases shall be given into a file for -f, such as '3.1: {num_latents: 3}'"
+        )
+    more = {str(number): values for number, values in given_parameters([], file).items()}
+    if bad := [number for number, values in more.items() if not isinstance(values, dict)]:
+        raise BadInput(
+            f"{file}: {bad[0]!r} is no phase with its parameters: write lines such as '3.1: {{num_latents: 3}}'"
+        )
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    done = chain.follow(name, study, more, partial(runs.execute, show_progress=shown), say)
+    _show(done["report"])
+    print(Path(done["report"]["folder"]) / "report.md")
 
 # %% ../nbs/90_cli.ipynb #588d46e0
 @app.command(epilog="Examples:  codetrace merge tracing  |  codetrace merge 20261121T2210")

@@ -157,7 +157,8 @@ def _searched(manifest: Mapping) -> list[dict]:
         cards = [c for c in read_json(Path(manifest["folder"]) / "cards.json") if c["predicts"] == predicts]
         if cards:
             best = max(cards, key=lambda c: c["score"])
-            p = float(best["luck_p_all"])
+            same = lambda r, best=best: all(r[key] == best[key] for key in ("kind", "layer", "latent"))
+            p = float(next((r["luck_p_all"] for r in manifest["summary"] if same(r)), best["luck_p"]))
             said = "beyond luck" if p <= 0.05 else "no more than the best of so many latents by luck"
             found.append(_claim(f"AUROC of latent {best['latent']}, layer {best['layer']}, {best['kind'].replace('_', ' ')} ({predicts}), on the split it was found on", best["auroc"], best["low_chosen"], best["high_chosen"],
                                 "0.5", f"p = {p:.3f} for the largest separation of all", said))  # fmt: skip

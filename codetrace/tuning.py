@@ -244,7 +244,7 @@ def settle(
     pool: pd.DataFrame,  # Scores of phase 2
     folder: str | Path,  # Continued where it holds answers; `choice.json` is written there last
     tasks: Sequence[Problem],  # Of the hyperparameter split
-    num_latents: int = 4,
+    num_latents: int = 6,
     strengths: Sequence[float] = (-0.6, 0.6),
     refine: int = 2,
     where: str = "generated",

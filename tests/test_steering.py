@@ -97,7 +97,7 @@ def tuned(tmp_path, answers, monkeypatch):
         study, pool, _ = tuning.study_of(Path(runs.find(generated, root)["folder"]))
         tasks = study.problems["hyperparams"]
         given = runs.find(generated, root)["parameters"]["problems"]
-        digest = tuning.settle(study, pool, root / "choice", tasks, 2, (-0.6, 0.6), 1, slots=16, problems="words")[2]
+        digest = tuning.settle(study, pool, root / "choice", tasks, 3, (-0.6, 0.6), 1, slots=16, problems="words")[2]
         assert given.endswith("words.jsonl")
         return digest, root / "choice"
 
@@ -188,10 +188,10 @@ def test_the_push_works_and_its_controls_do_not(judged):
     ours = found[(found["role"] == "chosen") & (found["goal"] != "")].set_index("goal")
     assert (
         ours.loc["correct", "p"] < 0.05
-        and ours.loc["correct", "correction"] > 0.7
+        and ours.loc["correct", "correction"] > 0.6
         and ours.loc["correct", "corrupted"] == 0
     )
-    assert ours.loc["corrupt", "p"] < 0.05 and ours.loc["corrupt", "corruption"] > 0.7
+    assert ours.loc["corrupt", "p"] < 0.05 and ours.loc["corrupt", "corruption"] > 0.6
     control = found[found["role"] == "control"]
     assert len(control) and (control["net"] == 0).all()
     null = found[(found["role"] == "null") & (found["erased"] == 0)]
@@ -211,7 +211,7 @@ def test_the_gate_opens_where_it_should(judged):
     assert gated.loc[bad, "fired"].mean() > 0.6 and gated.loc[~bad, "fired"].mean() < 0.2
     rates = steering.findings(table)
     row = rates[rates["role"] == "selective"].iloc[0]
-    assert row["corrupted"] == 0 and row["correction"] > 0.7
+    assert row["corrupted"] == 0 and row["correction"] > 0.6
 
 
 def test_a_gate_at_the_prompt_opens_where_it_should(judged):
