@@ -27,7 +27,7 @@ from .stats import benjamini_hochberg, bootstrap_interval, sign_flip_p
 from .steering import directions_in, gate_in, judged_on
 from .trials import keep
 from .tuning import settle
-from .vectors import Push, push
+from .vectors import Direction, Push, push
 
 # %% ../nbs/28_attention.ipynb #d69837b8
 PARTS: tuple[str, ...] = ("first", "text", "asserts", "marker", "rest")

@@ -159,7 +159,7 @@ def judged(tmp_path_factory):
         pool,
         folder / "choice",
         study.problems["hyperparams"],
-        3,
+        6,
         (-0.7, 0.7),
         2,
         n_random=3,
@@ -277,7 +277,7 @@ def test_an_interruption_changes_nothing(judged, tmp_path, at):
         go(until)
     resumed = go()
     for name in [s.name for s in few]:
-        one, other = (t[t["name"] == name].sort_values("task_id") for t in (resumed, table))
+        one, other = (t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id") for t in (resumed, table))
         assert one["completion"].tolist() == other["completion"].tolist()
         assert one["verdict"].tolist() == other["verdict"].tolist()
 
@@ -293,7 +293,10 @@ def test_shards_together_are_the_whole(judged, tmp_path):
         )
     whole = trials.together(done, tasks, few)
     for name in [s.name for s in few]:
-        one, other = (t[t["name"] == name].sort_values("task_id")["completion"].tolist() for t in (whole, table))
+        one, other = (
+            t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id")["completion"].tolist()
+            for t in (whole, table)
+        )
         assert one == other
 
 
