@@ -71,14 +71,14 @@ def trade_off(
 
     table = table.dropna(subset=["correction", "corruption"])
     with style():
-        fig, ax = plt.subplots(figsize=(3.9, 2.8), layout="constrained")
+        fig, ax = plt.subplots(figsize=(5.6, 3.0), layout="constrained")
         random, ours = table[table["label"] == ""], table[table["label"] != ""]
         ax.plot(random["corruption"], random["correction"], "o", color="0.75", ms=2.5, mew=0, zorder=1)
         ax.plot(ours["corruption"], ours["correction"], "o", color="k", ms=4, zorder=3)
         top = [max(0.1, float(table[x].max()) if len(table) else 0.1) for x in ("corruption", "correction")]
         order = ours.sort_values("correction")
-        for (_, row), height in zip(order.iterrows(), _spread(order["correction"].tolist(), 0.075 * top[1])):
-            ax.annotate(row["label"], (row["corruption"], row["correction"]), (1.06 * top[0], height), fontsize=7, va="center", annotation_clip=False,
+        for (_, row), height in zip(order.iterrows(), _spread(order["correction"].tolist(), 0.13 * top[1])):
+            ax.annotate(textwrap.fill(row["label"], 36), (row["corruption"], row["correction"]), (1.06 * top[0], height), fontsize=7, va="center", annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.4, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
         ax.set(
             xlabel="right answers corrupted",

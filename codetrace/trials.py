@@ -184,7 +184,7 @@ def selected(
     about = table[table["setting"] == constant].iloc[0]
     facts = {
         key: about[key]
-        for key in ("direction", "kind", "layer", "alpha", "coefficient", "multiple", "where")
+        for key in ("direction", "kind", "layer", "alpha", "coefficient", "multiple", "where", "goal")
         if key in about
     }
     return own.assign(

@@ -49,7 +49,7 @@ def candidates(
     choosing: Evidence,
     pool: pd.DataFrame,  # Scores of phase 2, with `kind`
     n: int = 3,  # Latents of each direction
-    seed: int = 0,
+    plain: bool = True,  # Also what needs no dictionary: difference of means and probe
 ) -> list[Direction]:  # Best first; latents, then what needs no dictionary
     "Directions worth trying."
     best, found = top(pool, n), {}
@@ -64,12 +64,12 @@ def candidates(
             one = of_latent(choosing.sae(key[0]), key[1], key[0], choosing.read(row["kind"], key[0]), **about)
             found[key] = replace(one, name=f"latent {key[1]} of layer {key[0]} ({row['predicts']})")
     own = choosing.only(choosing.rows["split"] == "sae")
-    plain = []
-    for layer in dict.fromkeys(layer for layer, _ in found):
+    others = []
+    for layer in dict.fromkeys(layer for layer, _ in found) if plain else ():
         kind = "last_generated" if "last_generated" in own.kinds else own.kinds[0]
         fits = of_states(own.read(kind, layer), own.rows["label"], own.rows["task_id"], layer, position=kind)
-        plain += [replace(d, name=f"{d.kind} of layer {layer}") for d in fits]
-    return [*found.values(), *plain]
+        others += [replace(d, name=f"{d.kind} of layer {layer}") for d in fits]
+    return [*found.values(), *others]
 
 # %% ../nbs/26_tuning.ipynb #fcafb2ac
 GOALS: dict[str, int] = {"correct": 1, "corrupt": -1}  # Goal: the sign of the net change that it wants
@@ -245,6 +245,7 @@ def settle(
     folder: str | Path,  # Continued where it holds answers; `choice.json` is written there last
     tasks: Sequence[Problem],  # Of the hyperparameter split
     num_latents: int = 6,
+    plain: bool = False,  # Also difference of means and probe
     strengths: Sequence[float] = (-0.6, 0.6),
     refine: int = 2,
     where: str = "generated",
@@ -258,7 +259,7 @@ def settle(
     "Choose everything on the hyperparameter split, and freeze it."
     lm, most = study.lm, max_new_tokens or study.max_new_tokens
     directions, texts = (
-        candidates(study.choosing, pool, num_latents),
+        candidates(study.choosing, pool, num_latents, plain),
         [prompt(p, study.style, study.lm.tokenizer).text for p in tasks],
     )
     norms = median_norms(lm, texts, progress)

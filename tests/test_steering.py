@@ -97,7 +97,7 @@ def tuned(tmp_path, answers, monkeypatch):
         study, pool, _ = tuning.study_of(Path(runs.find(generated, root)["folder"]))
         tasks = study.problems["hyperparams"]
         given = runs.find(generated, root)["parameters"]["problems"]
-        digest = tuning.settle(study, pool, root / "choice", tasks, 3, (-0.6, 0.6), 1, slots=16, problems="words")[2]
+        digest = tuning.settle(study, pool, root / "choice", tasks, 3, strengths=(-0.6, 0.6), refine=1, slots=16, problems="words")[2]
         assert given.endswith("words.jsonl")
         return digest, root / "choice"
 
@@ -159,9 +159,7 @@ def judged(tmp_path_factory):
         pool,
         folder / "choice",
         study.problems["hyperparams"],
-        6,
-        (-0.7, 0.7),
-        2,
+        strengths=(-0.7, 0.7),
         n_random=3,
         slots=16,
         problems="decided",
