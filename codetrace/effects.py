@@ -217,5 +217,5 @@ def in_words(
         worse = row["net"] < 0
         share = beyond(-row["net"], [-x for x in null]) if worse else beyond(row["net"], null)
         text += f"; {len(null)} random pushes as strong give {min(null):+.2f} to {max(null):+.2f}, and (1 + those that do as much)/(1 + all) is {share:.2f}"
-        text += ", so it is no more than any push does" if share > 0.1 and sure else ""
+        text += ", so it is no more than any push does" if share > max(0.1, 1.001 / (1 + len(null))) and sure else ""
     return text + "."
