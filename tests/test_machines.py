@@ -161,3 +161,4 @@ def test_a_slip_is_one_line_and_status_2(place, message):
     done = place.call("run", phase, "-q", *SLIPS[message])
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not place.runs.exists(), "something was begun"
