@@ -591,14 +591,14 @@ class BadMerge(BadInput):
 
 
 def collected(
-    run: runs.Run,  # Of the whole
+    run: runs.Run | Sequence[Path],  # The run of the whole, or the folders of its shards
     name: str,  # A table that each shard wrote
     key: Sequence[str],  # What names its rows
     expected: Iterable[tuple] | None = None,  # Keys of the whole, no more and no fewer; None: whatever is there
 ) -> list[dict]:  # Rows, the first shard's first
     "The rows of all shards, each once."
     rows, owner = [], {}
-    for folder in run.shards:
+    for folder in getattr(run, "shards", run):
         for row in read_records(folder / name, as_rows=True):
             this = tuple(row[column] for column in key)
             if this in owner:

@@ -346,6 +346,77 @@ def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, at
     assert written(tiny("llama"), items, tmp_path) == whole[1]
 
 
+class Stopped(Judge):
+    "What a grader says whose workers were stopped, now and then."
+
+    def __init__(self, workers):
+        self.asked = 0
+
+    def submit(self, job) -> Future:
+        verdict, self.asked = super().submit(job), self.asked + 1
+        if self.asked in (3, 60, 77):
+            verdict = Future()
+            verdict.set_result(Verdict("runner_error", (None,) * len(job.tests), "the worker was lost", 0.0))
+        if self.asked == 70:
+            verdict = Future()
+            verdict.set_exception(RuntimeError("no new worker"))
+        return verdict
+
+
+def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whole, tmp_path, monkeypatch):
+    "Answers that were not judged when the run was stopped are written again; an error before that is a result."
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(generation.sandbox, "Pool", Stopped)
+        written(tiny("llama"), items, tmp_path, until(77))
+    table = generation.read_records(tmp_path / "samples")
+    assert len(table) == 77 - 3 and (table["verdict"] == "runner_error").sum() == 1
+    begun = []
+    count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
+    written(tiny("llama"), items, tmp_path, count)
+    assert begun == [120 - 74]
+    table = generation.read_records(tmp_path / "samples")
+    whole = generation.read_records(whole[0] / "samples")
+    assert table["token_ids"].map(list).tolist() == whole["token_ids"].map(list).tolist()
+    assert (table["verdict"] == "runner_error").sum() == 1
+
+
+def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
+    "Ctrl-C to the kernel's process group and SIGTERM to all below it, while slow answers are judged in the sandbox."
+    some = generation.work(problems.load("basics", 12))
+    slow = {i.problem.task_id: "\nimport time\ntime.sleep(0.7)\n" + i.problem.reference for i in some}
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+            def tell(steps, **_):
+                for n, step in enumerate(steps, 1):
+                    yield step
+                    if n == 8:
+                        os.write(write, b".")
+                        time.sleep(60)
+
+            Decoder._text = lambda self, answer: slow[answer.request.key[1]]
+            options = {"max_new_tokens": 3, "slots": 4, "layers": [0], "workers": 2, "progress": tell}
+            generation.generate(tiny("llama"), some, tmp_path, **options)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 1) == b"."
+    import psutil
+
+    for process in psutil.Process(pid).children(recursive=True):
+        process.send_signal(signal.SIGTERM)
+    os.killpg(pid, signal.SIGINT)
+    os.waitpid(pid, 0)
+    os.close(read)
+    table = generation.read_records(tmp_path / "samples")
+    assert table["verdict"].tolist() == ["passed"] * 8, table["verdict"].tolist()
+
+
 def test_rows_and_states_belong_together(tiny, items, whole):
     folder, _ = whole
     saved, lm = generation.read(folder), tiny("llama")
@@ -395,10 +466,12 @@ def test_shards_put_together_are_the_whole(judge, tiny, items, whole, tmp_path):
     (tmp_path / "all").mkdir()
     generation.finish(tmp_path / "all", items, shards)
     assert {name: sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
-    with pytest.raises(BadInput, match="samples are missing"):
+    with pytest.raises(BadInput, match="40 rows do not fit"):
         generation.finish(tmp_path / "all", items, shards[:2])
-    with pytest.raises(BadInput, match="of several runs"):
+    with pytest.raises(BadInput, match="holds already"):
         generation.finish(tmp_path / "all", items, [*shards, shards[0]])
+    with pytest.raises(BadInput, match="samples are missing"):
+        generation.finish(shards[0], items)
 
 
 def test_temperatures_fall_into_shards(items):
