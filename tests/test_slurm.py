@@ -64,7 +64,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     return place.parts(place.manifests()[0])
 
 
-ANSWERS = ["run", "1.0", "--model", "tiny:llama", "-n", "90", "-p", "slots=8", "-p", "max_new_tokens=150"]
+ANSWERS = ["run", "1.0", "--model", "tiny:llama", "-n", "90", "-p", "slots=8", "-p", "max_new_tokens=300"]
 
 
 @pytest.fixture(scope="module")
