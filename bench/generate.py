@@ -90,7 +90,7 @@ def in_slots(lm, requests: list[Request], most: int, slots: int, layers) -> dict
 
 
 def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
-    "Seconds and answers of all contestants; they take turns on chunks of two batches."
+    "Seconds and answers of all contestants; they take turns on chunks of four batches."
     ways = {
         "sequential": lambda chunk: hugging_face(lm, chunk, options.tokens, 1),
         "batched": lambda chunk: hugging_face(lm, chunk, options.tokens, options.slots),
@@ -100,7 +100,7 @@ def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
     seconds, answers = {way: [] for way in ways}, {way: {} for way in ways}
     for way in ways.values():  # warm
         way(requests[:1])
-    size = 2 * options.slots
+    size = 4 * options.slots
     for n, start in enumerate(range(0, len(requests), size)):
         chunk = requests[start : start + size]
         names = list(ways) if n % 2 else list(ways)[::-1]

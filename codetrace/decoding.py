@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,12 @@ class _Slots:
             self.keys[layer][slot, :, : keys.shape[2]] = keys[0]
             self.values[layer][slot, :, : values.shape[2]] = values[0]
         self.lengths[slot] = keys.shape[2]
+
+    def narrow(self, n: int) -> None:
+        "Only the first so many slots from now on."
+        self.n, self.lengths = n, self.lengths[:n]
+        for held in (self.keys, self.values):
+            held.update({layer: x[:n] for layer, x in held.items()})
 
     def swap(self, a: int, b: int) -> None:
         "Two answers change places."
@@ -262,6 +269,37 @@ class _Watch:
         "What the layers held at the last position."
         return torch.stack([self.seen[layer].to(self.lm.device) for layer in self.layers])
 
+# %% ../nbs/03a_decoding.ipynb #6ae9240b
+def _packable(lm: LM) -> list[torch.nn.Linear]:
+    "Linear layers that oneDNN can multiply with; none where it is not there, or where a second copy would not fit."
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    kinds = {torch.float32} | ({torch.bfloat16} if there and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+    found = [m for m in lm.hf.modules() if type(m) is torch.nn.Linear and m.weight.device.type == "cpu"]
+    found = [m for m in found if m.weight.dtype in kinds]
+    size = sum(m.weight.numel() * m.weight.element_size() for m in found)
+    return found if there and 2 * size < _free_memory(torch.device("cpu")) else []
+
+
+class _Packed:
+    "A block in which a model's linear layers multiply with weights in oneDNN's order."
+
+    def __init__(self, lm: LM, rows: int):  # Rows of a usual product
+        order = torch.ops.mkldnn._reorder_linear_weight
+        with torch.no_grad():
+            self.layers = {m: order(m.weight.detach(), rows) for m in _packable(lm)}
+
+    def __enter__(self):
+        for layer, weight in self.layers.items():
+            layer.forward = partial(_multiply, weight, layer.bias)
+
+    def __exit__(self, *_):
+        for layer in self.layers:
+            del layer.forward
+
+
+def _multiply(weight: Tensor, bias: Tensor | None, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
 # %% ../nbs/03a_decoding.ipynb #2e08c114
 def _logits(lm: LM, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
     "Logits, in float32 where it matters: for the tokens that may be the likeliest."
@@ -358,7 +396,8 @@ class Decoder:
         self.layers, self.per_token, self.edits = layers, tuple(per_token), tuple(edits)
         self.watched = tuple(dict.fromkeys((*self.layers, *self.per_token)))
         self.ends, self.windows, self._pieces = lm._ends(), _windows(lm), {}
-        self.tokens = 0  # written so far
+        self.packed = _Packed(lm, slots)
+        self.tokens, self.waits = 0, True  # written so far; is there somebody who waits for a slot?
         self._open(slots)
 
     def _open(self, n: int):
@@ -370,7 +409,9 @@ class Decoder:
 @patch
 def _next(self: Decoder) -> Request | None:
     "The next request; those that lost their slot first."
-    return self.returned.popleft() if self.returned else next(self.waiting, None)
+    request = self.returned.popleft() if self.returned else next(self.waiting, None)
+    self.waits = request is not None
+    return request
 
 
 @patch
@@ -548,10 +589,28 @@ def _tidy(self: Decoder) -> None:
     for to, answer in enumerate(wanted.tolist()):
         at = place.index(answer)
         if at // _BLOCK != to // _BLOCK:
-            self.slots.swap(at, to)
+            self._exchange(at, to)
             place[at], place[to] = place[to], place[at]
-            self.answers[at], self.answers[to] = self.answers[to], self.answers[at]
-            self.sums[:, [at, to]] = self.sums[:, [to, at]]
+
+
+@patch
+def _exchange(self: Decoder, a: int, b: int) -> None:
+    "Two answers change places."
+    self.slots.swap(a, b)
+    self.answers[a], self.answers[b] = self.answers[b], self.answers[a]
+    self.sums[:, [a, b]] = self.sums[:, [b, a]]
+
+
+@patch
+def _shrink(self: Decoder) -> None:
+    "Once nobody waits and half the slots are free, go on with the others."
+    busy = [slot for slot, answer in enumerate(self.answers) if answer]
+    if not self.waits and not self.returned and 0 < len(busy) <= self.slots.n // 2:
+        for to, at in enumerate(busy):
+            if at != to:
+                self._exchange(at, to)
+        self.slots.narrow(len(busy))
+        self.answers, self.sums = self.answers[: len(busy)], self.sums[:, : len(busy)]
 
 # %% ../nbs/03a_decoding.ipynb #53d3cfb8
 _NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory")
@@ -581,10 +640,11 @@ def _halve(self: Decoder, error: RuntimeError) -> None:
 def __iter__(self: Decoder) -> Iterator[Continuation]:
     while True:
         done = []
-        with _Watch(self.lm, self.watched, self.edits) as watch, torch.no_grad():
+        with _Watch(self.lm, self.watched, self.edits) as watch, self.packed, torch.no_grad():
             try:
                 done += self._fill(watch)
                 if any(self.answers):
+                    self._shrink()
                     if self.steps % 64 == 63:
                         self._tidy()
                     self._step(watch)

@@ -230,10 +230,11 @@ def test_memory_that_runs_out_halves_the_slots(tiny):
     lm = tiny("llama")
     asked = [Request(row, key=i) for i, row in enumerate(lm.ids(TEXTS))]
     wanted = decoded(lm, asked, 8, slots=2)
-    decoder, failed = Decoder(lm, asked, 8, slots=4), []
+    decoder, failed, after = Decoder(lm, asked, 8, slots=4), [], []
     step = Decoder._step
 
     def full(self, watch):
+        after.append(self.slots.n)
         if self.slots.n > 2 and self.steps == 3:
             failed.append(self.slots.n)
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -242,7 +243,8 @@ def test_memory_that_runs_out_halves_the_slots(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "_step", full)
         got = {c.request.key: c for c in decoder}
-    assert failed == [4] and decoder.slots.n == 2
+    assert failed == [4] and max(after[after.index(2) :]) == 2
+    assert after[-1] == 1  # nobody waits for the place of an answer that is over
     assert {i: c.tokens for i, c in got.items()} == {i: c.tokens for i, c in wanted.items()}
 
 
