@@ -8,6 +8,7 @@ __all__ = ['Need', 'need', 'writing', 'check', 'refuse']
 # %% ../nbs/03b_budgets.ipynb #663aee0e
 from dataclasses import asdict, dataclass
 
+from .decoding import _packable
 from .models import LM, NotEnoughMemory, memory_limit
 
 # %% ../nbs/03b_budgets.ipynb #96654ad9
@@ -80,7 +81,12 @@ def writing(
     choosing = slots * lm.hf.config.vocab_size * 20
     attention = min(slots, 8) * columns * (lm.n_heads * (b + 4) + 2 * kv * b)
     working = read.cache + max(read.working, step.working + (choosing + attention) / 1e9)
-    return Need(read.weights, cache / 1e9, kept / 1e9, working)
+    return Need(read.weights + _twice(lm), cache / 1e9, kept / 1e9, working)
+
+
+def _twice(lm: LM) -> float:
+    "GB of the weights that a `Decoder` lays out anew."
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in _packable(lm)) / 1e9
 
 # %% ../nbs/03b_budgets.ipynb #467e2447
 def check(

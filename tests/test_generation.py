@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -411,7 +412,8 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
     import psutil
 
     for process in psutil.Process(pid).children(recursive=True):
-        process.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
     os.killpg(pid, signal.SIGINT)
     os.waitpid(pid, 0)
     os.close(read)

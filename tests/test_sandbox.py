@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -318,7 +319,7 @@ STOPPED = """import os, signal, subprocess, sys, psutil
 from codetrace.sandbox import Job, Pool
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in the kernel of a run, whose launcher listens
-slow = "import time\\ndef f(x):\\n    time.sleep(2)\\n    return x + 1"
+slow = "import time\\ndef f(x):\\n    time.sleep(4)\\n    return x + 1"
 with Pool(2, tier=int(sys.argv[1])) as pool:
     verdicts = [pool.submit(Job(slow, "f", ("assert f(1) == 2",))) for _ in range(2)]
     print("begun", flush=True)
@@ -336,7 +337,8 @@ def test_who_stops_the_asker_does_not_stop_the_judges(tier):
     assert asker.stdout.readline() == "begun\n"
     time.sleep(0.3)
     for process in psutil.Process(asker.pid).children(recursive=True):
-        process.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
     os.killpg(asker.pid, signal.SIGINT)
     assert asker.communicate(timeout=120)[0] == "stopped passed passed 0\n"
 
