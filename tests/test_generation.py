@@ -230,14 +230,14 @@ def test_hooks_are_gone_after_an_error(tiny):
 
 def test_memory_that_runs_out_halves_the_slots(tiny):
     lm = tiny("llama")
-    asked = [Request(row, key=i) for i, row in enumerate(lm.ids(TEXTS))]
-    wanted = decoded(lm, asked, 8, slots=2)
-    decoder, failed, after = Decoder(lm, asked, 8, slots=4), [], []
+    asked = [Request(row, key=i) for i, row in enumerate(lm.ids(TEXTS * 4))]
+    wanted = decoded(lm, asked, 8, slots=8)
+    decoder, failed, after = Decoder(lm, asked, 8, slots=16), [], []
     step = Decoder._step
 
     def full(self, watch):
         after.append(self.slots.n)
-        if self.slots.n > 2 and self.steps == 3:
+        if self.slots.n > 8 and self.steps == 3:
             failed.append(self.slots.n)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, watch)
@@ -245,8 +245,8 @@ def test_memory_that_runs_out_halves_the_slots(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "_step", full)
         got = {c.request.key: c for c in decoder}
-    assert failed == [4] and max(after[after.index(2) :]) == 2
-    assert after[-1] == 1  # nobody waits for the place of an answer that is over
+    assert failed == [16] and max(after[after.index(8) :]) == 8
+    assert after[-1] == 4  # nobody waits for the place of an answer that is over
     assert {i: c.tokens for i, c in got.items()} == {i: c.tokens for i, c in wanted.items()}
 
 
@@ -458,6 +458,20 @@ def test_damaged_states_are_written_again_and_only_they(judge, tiny, items, whol
     count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
     assert written(tiny("llama"), items, tmp_path, count) == whole[1]
     assert victim.name in caplog.text and begun[0] in (5 + 50, 5 + 15)
+
+
+def test_what_is_left_is_written_as_in_the_whole(tiny):
+    "Answers of many lengths: whoever is last, alone in the end, has the bits of the answer among others."
+    for arch in ("llama", "gpt2"):
+        lm = tiny(arch)
+        ids = lm.ids([f"x = {i}\n" * (1 + i % 5) for i in range(21)])
+        ends = lambda i: {"over": lambda text: len(text) > 10 * (1 + i % 7), "marks": "aeiou .,"} if i % 7 < 6 else {}
+        asked = [Request(row, key=i, temperature=0.9, **ends(i)) for i, row in enumerate(ids)]
+        whole = decoded(lm, asked, 40, slots=16, layers=None)
+        for some in (asked[:1], asked[3:5], asked[6:13], asked[13:]):
+            for key, c in decoded(lm, some, 40, slots=16, layers=None).items():
+                assert c.tokens == whole[key].tokens
+                assert all(torch.equal(c.states[kind], whole[key].states[kind]) for kind in KINDS), (arch, key)
 
 
 def test_shards_put_together_are_the_whole(judge, tiny, items, whole, tmp_path):
