@@ -29,7 +29,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@python -c 'import torch, nbdev, transformers'
 	@touch $@
 
-demo: $(READY)  ## the main job: track variables in SmolLM2, then trace them
+demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged
 	@python scripts/demo.py
 
 test: $(READY)  ## all checks, under ten minutes
@@ -64,6 +64,7 @@ bench-latents: $(READY)  ## scores of all latents against a loop over npz files,
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
 	@python bench/learning.py $(ARGS)
 
+bench-generate: export OMP_WAIT_POLICY := active
 bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
 	@python bench/generate.py $(ARGS)
 

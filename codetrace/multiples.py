@@ -165,7 +165,7 @@ def over_steps(
             ax.set_title(name, pad=3)
             ax.set_xscale("symlog", linthresh=10)
             ax.set(xlim=(0, last), ylim=(-0.03, 1.03), yticks=[0, 0.5, 1])
-            ax.set_xticks(ticks, map(str, ticks), minor=False)
+            ax.set_xticks(ticks, [f"{t // 1000}k" if t >= 1000 else str(t) for t in ticks], minor=False)
             ax.minorticks_off()
         axes[-1, 0].set_xlabel("step")
     return axes[0, 0].figure

@@ -1,4 +1,6 @@
-"The main job: track variables in SmolLM2, trace what carries them there and in the model that has learnt it, and say where the records are."
+"""The main job, small: track variables and trace what carries them, in SmolLM2 and in the model that has learnt it; then let SmolLM2 solve problems, look for
+latents that know which solutions are right, and judge them on other problems. Says where the records are.
+"""
 
 import subprocess
 import sys
@@ -8,25 +10,32 @@ from pathlib import Path
 from codetrace import runs
 
 HOME = Path(__file__).resolve().parents[1]
-STUDIES = {
-    "tracking": "tracking",
-    "tracing": "tracing",
-    "binding": "tracing",
-    "reference": "tracing",
-}  # parameters in demo/, and the phase
+STUDIES = (  # Phase, and its parameters in demo/
+    ("tracking", "tracking"),
+    ("tracing", "tracing"),
+    ("tracing", "binding"),
+    ("tracing", "reference"),
+    ("0", "problems"),
+    ("0.1", "problems"),
+    ("1.0", "solving"),
+    ("1.5", "dictionary"),
+    ("2", "latents"),
+    ("3", "validation"),
+)
 
 
 def main() -> int:
     took, records = {}, []
-    for study, phase in STUDIES.items():
+    for phase, study in STUDIES:
         began = time.monotonic()
-        print(f"\n== {phase}, with demo/{study}.yaml", flush=True)
+        name = runs.named(phase)
+        print(f"\n== {name}, with demo/{study}.yaml", flush=True)
         command = ["codetrace", "run", phase, "-f", f"demo/{study}.yaml"]
         done = subprocess.run(command, cwd=HOME, stdout=subprocess.DEVNULL)  # shown at the end
         if done.returncode != 0:
             return done.returncode
-        took[study] = time.monotonic() - began
-        records.append(runs.newest(phase)["run_id"])
+        took[f"{name} {study}"] = time.monotonic() - began
+        records.append(runs.newest(name)["run_id"])
     print("\n== what was found, and where", flush=True)
     subprocess.run(["codetrace", "show", *records], cwd=HOME)
     subprocess.run(["codetrace", "runs"], cwd=HOME)
