@@ -279,7 +279,9 @@ def load_folder(
     folder = Path(folder)
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
-            raise NotAnSAE(f"{folder} holds no SAE: it has no {name}; `SAE.save` here and `save_model` of sae-lens write both")
+            raise NotAnSAE(
+                f"{folder} holds no SAE: it has no {name}; `SAE.save` here and `save_model` of sae-lens write both"
+            )
     config = read_json(folder / "cfg.json")
     config.setdefault("metadata", {key: config[key] for key in ("model_name", "hook_name") if key in config})
     found = _build(config, load_file(folder / "sae_weights.safetensors"), str(folder))
