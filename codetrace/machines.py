@@ -7,6 +7,7 @@ __all__ = ['parse_devices', 'environment', 'Asked', 'minutes', 'Part', 'complete
            'Failure', 'Sharded', 'BadMerge', 'collected', 'whole_of']
 
 # %% ../nbs/07a_machines.ipynb #0344e962
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def _submit_to_slurm(
     try:
         executor = SlurmExecutor(folder, python=_python())
         executor.update_parameters(**_slurm_options(asked, f"codetrace-{one.phase}", one.requeue, after))
-        with executor.batch():
+        with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it too
             submitted = [executor.submit(part) for part in parts.values()]
         return [Job(shard, job.job_id, "slurm", str(job.paths.stdout)) for shard, job in zip(parts, submitted)]
     except (FailedJobError, FailedSubmissionError) as error:
