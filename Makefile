@@ -64,6 +64,7 @@ bench-latents: $(READY)  ## scores of all latents against a loop over npz files,
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
 	@python bench/learning.py $(ARGS)
 
+bench-generate: export OMP_WAIT_POLICY := active
 bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
 	@python bench/generate.py $(ARGS)
 

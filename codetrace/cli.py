@@ -88,7 +88,7 @@ def run(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="Share the work among N processes.")
+        int | None, typer.Option("--shards", metavar="N", help="Share the work among N processes; of each temperature.")
     ] = None,
     devices: Annotated[
         str | None, typer.Option("--devices", metavar="D,…", help="Where they run: 0,1,2 are GPUs; cpu,cpu works.")
@@ -440,15 +440,27 @@ def clean(
         for f in found
     ]
     _print_table(lines)
-    many = lambda some: f"{len(some)} folders, {sum(f.bytes for f in some) / 1e6:,.1f} MB"
+    many = lambda some: f"{len(some)} folder{'s' * (len(some) != 1)}, {sum(f.bytes for f in some) / 1e6:,.1f} MB"
+    going = {f.folder.name for f in found}
+    if missed := [f for f in found if set(f.read_by) - going]:
+        print(f"runs that stay were made from {len(missed)} of these, and could not be made again as they were")
     if not found or dry_run:
         print(f"nothing was removed ({many(found)})" if found else "there is nothing to remove")
-    elif force or typer.confirm(f"Remove {many(found)} for good?"):
+    elif force or _agreed(f"Remove {many(found)} for good?"):
         gone = [f for f in found if remove(f)]
         kept = ", ".join(f.folder.name for f in found if f not in gone)
         print(f"removed {many(gone)}" + (f"; somebody is writing there: {kept}" if kept else ""))
     else:
         print("nothing was removed")
+
+
+def _agreed(question: str) -> bool:
+    "Does somebody say yes?"
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        print()
+        raise BadInput("nobody answered, so nothing was removed: --force does not ask") from None
 
 # %% ../nbs/90_cli.ipynb #6449c183
 def main():

@@ -110,6 +110,9 @@ def documents(
     raise BadInput(f"unknown corpus {name!r}: give stdlib, a folder of Python files, or a hub dataset owner/name")
 
 # %% ../nbs/22b_corpus.ipynb #6612ed8a
+_SPREAD = 16  # So many times the tokens that are wanted are looked at: pieces come from many documents, and rarely from the same
+
+
 def pieces(
     lm: LM,
     corpus: Sequence[Document],
@@ -118,24 +121,21 @@ def pieces(
     seed: int = 0,  # Of the order
 ) -> list[list[int]]:
     "Token ids of a corpus, cut into pieces of equal length."
-    rng, found, enough = np.random.default_rng(seed), [], tokens or np.inf
-    order = rng.permutation(len(corpus))
+    rng, found, enough = np.random.default_rng(seed), [], _SPREAD * tokens if tokens else np.inf
     start = lm.tokenizer("", add_special_tokens=True)["input_ids"][:1]
     start = start if start and start[0] == lm.tokenizer.bos_token_id else []
     step = length - len(start)
-    for i in order:
-        ids = lm.tokenizer(corpus[i].text, add_special_tokens=False, verbose=False)["input_ids"]
-        found += [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-        if (
-            len(found) * length >= 2 * enough
-        ):  # twice as many as needed, so that a piece's neighbours are often left out
+    for i in rng.permutation(len(corpus)):
+        ids = np.array(lm.tokenizer(corpus[i].text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        found += [ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+        if len(found) * length >= enough:
             break
     if tokens and len(found) * length < tokens:
         raise BadInput(
             f"the corpus has {len(found) * length} tokens in pieces of {length}, {tokens} are wanted; ask for fewer, or give a larger corpus"
         )
-    found = [found[i] for i in rng.permutation(len(found))]
-    return found[: -(-tokens // length)] if tokens else found
+    order = rng.permutation(len(found))[: -(-tokens // length) if tokens else None]
+    return [start + found[i].tolist() for i in order]
 
 # %% ../nbs/22b_corpus.ipynb #1b135f7a
 def ordinary(

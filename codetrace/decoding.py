@@ -601,16 +601,20 @@ def _exchange(self: Decoder, a: int, b: int) -> None:
     self.sums[:, [a, b]] = self.sums[:, [b, a]]
 
 
+_FEWEST = 4  # Rows: a product of fewer is computed in another order, so that its last bits differ
+
+
 @patch
 def _shrink(self: Decoder) -> None:
-    "Once nobody waits and half the slots are free, go on with the others."
+    "Once nobody waits and half the slots are free, go on with the others; on a GPU that saves nothing, and changes bits."
     busy = [slot for slot, answer in enumerate(self.answers) if answer]
-    if not self.waits and not self.returned and 0 < len(busy) <= self.slots.n // 2:
+    n = max(len(busy), _FEWEST)
+    if self.lm.device.type == "cpu" and not self.waits and not self.returned and busy and n <= self.slots.n // 2:
         for to, at in enumerate(busy):
             if at != to:
                 self._exchange(at, to)
-        self.slots.narrow(len(busy))
-        self.answers, self.sums = self.answers[: len(busy)], self.sums[:, : len(busy)]
+        self.slots.narrow(n)
+        self.answers, self.sums = self.answers[:n], self.sums[:, :n]
 
 # %% ../nbs/03a_decoding.ipynb #53d3cfb8
 _NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SPLITS', 'Item', 'work', 'is_over', 'generate', 'finish', 'read', 'pass_at_k', 'rate', 'empty_bodies',
-           'scores', 'by_difficulty', 'verdicts', 'chosen', 'numbers']
+           'scores', 'by_difficulty', 'verdicts', 'chosen', 'numbers', 'planned']
 
 # %% ../nbs/22_generation.ipynb #ff34789f
 import hashlib
@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import activations, answers, difficulty, runs, sandbox, splits
+from . import activations, answers, budgets, difficulty, runs, sandbox, splits
 from . import problems as problem_sets
 from .decoding import KINDS, Continuation, Decoder, Edit, Request, slots_that_fit
 from .errors import BadInput, choose
-from .models import LM, load
+from .machines import collected
+from .models import LM, load, memory_limit
 from .problems import Problem, Prompt
 from .stats import bootstrap_interval, wilson, with_interval
 from .store import Records, atomic_write, read_json, read_records, write_json
@@ -150,11 +151,12 @@ class _Keeper:
         if len(self.waiting) == PART:
             self.save()
 
-    def save(self) -> None:
-        "Write what is waiting."
-        rows = [
-            _row(asked, self.seed, written, code, verdict.result()) for asked, written, code, verdict in self.waiting
-        ]
+    def save(self, stopping: bool = False) -> None:
+        "Write what is waiting; when stopping, not what the grader failed on, for it may have been stopped too."
+        if stopping:
+            failed = lambda f: f.exception() is not None or f.result().verdict == "runner_error"
+            self.waiting = [one for one in self.waiting if not failed(one[-1])]
+        rows = [_row(asked, self.seed, w, code, verdict.result()) for asked, w, code, verdict in self.waiting]
         keys, written = [asked.item.key for asked, *_ in self.waiting], [w for _, w, *_ in self.waiting]
         known = self.records.done()
         if old := known.intersection(keys):
@@ -212,8 +214,10 @@ def generate(
             for written in progress(decoder, total=len(left), desc="writing answers"):
                 one = asked[written.request.key[1:]]
                 keeper.add(one, written, *_judge(pool, one, written.text))
-        finally:  # also where somebody asks us to stop
-            keeper.save()
+        except BaseException:  # also where somebody asks us to stop
+            keeper.save(stopping=True)
+            raise
+        keeper.save()
     return {"answers": len(left), "tokens": decoder.tokens, "seconds": round(time.perf_counter() - began, 2)}
 
 # %% ../nbs/22_generation.ipynb #2c2fbc0b
@@ -265,18 +269,13 @@ def finish(
 ) -> pd.DataFrame:  # The table of samples
     "Write the files that other phases read."
     folder = Path(folder)
-    whole = pd.concat([_with_timings(shard) for shard in shards]) if shards else read_records(folder / "samples")
-    table = _checked(whole, items, folder)
-    order = list(zip(*(table[name].tolist() for name in KEY)))
     if shards:
-        keys = {
-            shard / "activations": [
-                tuple(k) for k in pd.read_parquet(shard / "samples.parquet")[list(KEY)].to_numpy().tolist()
-            ]
-            for shard in shards
-        }
-        if any((shard / "activations").is_dir() for shard in shards):
-            activations.merge(folder / "activations", keys, order)
+        _collect(folder, items, shards)
+    table = _checked(read_records(folder / "samples"), items, folder)
+    order = list(zip(*(table[name].tolist() for name in KEY)))
+    if any((shard / "activations").is_dir() for shard in shards):
+        keys = {shard / "activations": _keys(pd.read_parquet(shard / "samples.parquet")) for shard in shards}
+        activations.merge(folder / "activations", keys, order)
     elif (folder / "activations").is_dir():
         activations.StateParts(folder / "activations").finish(order)
     _write_table(table[[*KEY, *SECONDS]], folder / "timings.parquet")
@@ -284,9 +283,16 @@ def finish(
     return table[list(COLUMNS)]
 
 
-def _with_timings(folder: Path) -> pd.DataFrame:
-    tables = [pd.read_parquet(folder / f"{name}.parquet") for name in ("samples", "timings")]
-    return tables[0].merge(tables[1], on=list(KEY), validate="one_to_one")
+def _keys(table: pd.DataFrame) -> list[tuple]:
+    return [tuple(key) for key in table[list(KEY)].to_numpy().tolist()]
+
+
+def _collect(folder: Path, items: Sequence[Item], shards: Sequence[Path]) -> None:
+    "Take over the rows of shards that are not there yet."
+    rows = collected(shards, "samples", KEY, {item.key for item in items})
+    with Records(folder / "samples", KEY, part_rows=PART) as records:
+        done = records.done()
+        records.append(row for row in rows if tuple(row[name] for name in KEY) not in done)
 
 # %% ../nbs/22_generation.ipynb #a68a92ca
 def read(
@@ -416,3 +422,23 @@ def numbers(
     if bad := [x for x in given if not re.fullmatch(r"\s*\d+\s*", str(x))]:
         raise BadInput(f"{name} takes whole numbers such as 0,15, not {bad[0]!r}")
     return [int(x) for x in given]
+
+# %% ../nbs/22_generation.ipynb #5a22b002
+def planned(
+    lm: LM,
+    items: Sequence[Item],  # All that is wanted, also of other shards
+    style: str = "pva",  # As in `generate`
+    max_new_tokens: int = 2000,
+    slots: int = 0,
+    layers: Sequence[int] | None = None,
+    per_token_layers: Sequence[int] = (),
+) -> tuple[int, dict]:  # Answers at a time, and their need in GB
+    "How many answers to write at a time; `NotEnoughMemory` where even that is too much."
+    asked = {item.problem.task_id: item.problem for item in items}.values()
+    prompt = max(map(len, lm.ids([problem_sets.prompt(p, style, lm.tokenizer).text for p in asked])))
+    kept = {"keep": lm.n_layers if layers is None else len(layers), "per_token": len(per_token_layers)}
+    n = slots or max(1, slots_that_fit(lm, prompt + max_new_tokens, len(items)))
+    need = lambda n: budgets.writing(lm, n, prompt, max_new_tokens, **kept)
+    while not slots and n > 1 and need(n).total * 1e9 > memory_limit(lm.device)[0]:
+        n //= 2
+    return n, budgets.refuse(lm, need(n), f"{n} answers of {max_new_tokens} tokens at a time by {lm.name!r}")

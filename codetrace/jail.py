@@ -179,12 +179,13 @@ def _ending(pid: int, result: int) -> str:
 # %% ../nbs/02_jail.ipynb #7f6c71a5
 def _start_guarded(config: dict, fences: dict, channel: int, output: int) -> tuple[int, int, int]:
     reading, writing = os.pipe()
+    ours = os.getpid(), os.getppid()  # the zygote and the keeper
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
     pid = os.fork()
     if pid == 0:
         os.close(reading)
         try:
-            _guard(config, fences, channel, output, writing)
+            _guard(config, fences, channel, output, writing, ours)
         finally:
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD, signal.SIGTERM])
@@ -192,8 +193,8 @@ def _start_guarded(config: dict, fences: dict, channel: int, output: int) -> tup
     return pid, os.pidfd_open(pid), reading
 
 # %% ../nbs/02_jail.ipynb #2031b228
-def _guard(config: dict, fences: dict, channel: int, output: int, writing: int):
-    "Start a candidate in a fence and clear the fence when it ends."
+def _guard(config: dict, fences: dict, channel: int, output: int, writing: int, ours: tuple[int, int]):
+    "Start a candidate in a fence and clear the fence when it ends. A SIGTERM that others send, a cluster say, is not heeded."
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.setsid()
@@ -211,7 +212,8 @@ def _guard(config: dict, fences: dict, channel: int, output: int, writing: int):
     os.close(channel), os.close(output)
     status = None
     while status is None:
-        if signal.sigwait([signal.SIGCHLD, signal.SIGTERM]) == signal.SIGTERM:
+        told = signal.sigwaitinfo([signal.SIGCHLD, signal.SIGTERM])
+        if told.si_signo == signal.SIGTERM and told.si_pid in ours:
             os.kill(child, signal.SIGKILL)
         status = _reaped(child)
     _clear()

@@ -7,15 +7,17 @@ __all__ = ['parse_devices', 'environment', 'Asked', 'minutes', 'Part', 'complete
            'Failure', 'Sharded', 'BadMerge', 'collected', 'whole_of']
 
 # %% ../nbs/07a_machines.ipynb #0344e962
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -119,21 +121,15 @@ class Part:
 
     def __call__(self) -> str:  # The run's id
         os.environ.update(self.environment)
-        with runs.stoppable():
-            try:
+        try:
+            with runs.stoppable():
                 return self._run()
-            except (BadInput, runs.RunFailed, KeyboardInterrupt) as error:
-                if self.requeue and isinstance(error, runs.Interrupted | KeyboardInterrupt):
-                    _again()
-                # the notebook's traceback, and what it comes to, are the end of the log
-                sys.exit(
-                    "\n".join(
-                        [
-                            *getattr(error.__cause__, "traceback", []),
-                            f"codetrace: {str(error) or 'interrupted before it began'}",
-                        ]
-                    )
-                )
+        except (BadInput, runs.RunFailed, KeyboardInterrupt) as error:
+            if self.requeue and isinstance(error, runs.Interrupted | KeyboardInterrupt):
+                _again()
+            # the notebook's traceback, and what it comes to, are the end of the log
+            told = f"codetrace: {str(error) or 'interrupted before it began'}"
+            sys.exit("\n".join([*getattr(error.__cause__, "traceback", []), told]))
 
     def _run(self) -> str:
         key = runs.key_of(self.phase, self.parameters, Path(self.root))
@@ -196,12 +192,18 @@ def alive(
 _FOREVER = 60 * 24 * 365  # minutes
 
 
+def _python() -> str:
+    "The command of an interpreter that keeps SIGTERM and SIGUSR2 back until `runs.stoppable` asks for them."
+    code = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+    return shlex.join([sys.executable, "-S", "-c", code + "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"])
+
+
 def _submit_here(part: Part, shard: int, device: str, folder: Path) -> Job:
     "Start a process on this machine."
     import psutil
     from submitit import LocalExecutor
 
-    executor = LocalExecutor(folder)
+    executor = LocalExecutor(folder, python=_python())
     executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
     with _deaf():
         job = executor.submit(part)
@@ -256,9 +258,9 @@ def _submit_to_slurm(
 
     one = next(iter(parts.values()))
     try:
-        executor = SlurmExecutor(folder)
+        executor = SlurmExecutor(folder, python=_python())
         executor.update_parameters(**_slurm_options(asked, f"codetrace-{one.phase}", one.requeue, after))
-        with executor.batch():
+        with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it too
             submitted = [executor.submit(part) for part in parts.values()]
         return [Job(shard, job.job_id, "slurm", str(job.paths.stdout)) for shard, job in zip(parts, submitted)]
     except (FailedJobError, FailedSubmissionError) as error:
@@ -349,7 +351,7 @@ class Sharded:
     ):
         self.phase, self.where, self.requeue = runs.named(phase), where, requeue
         self.shards, self.root = shards, Path(root or runs.runs_root()).resolve()
-        self.values = self._checked(dict(parameters))
+        self.values = self._checked(runs.preset(phase) | dict(parameters))
         name = f"{self.phase}-{runs.digest(self.values)[:8]}"
         self.folder, self.stopped = self.root / ".jobs" / name, {}
         if isinstance(where, Asked) and not shutil.which("sbatch"):
@@ -374,13 +376,29 @@ def _checked(self: Sharded, given: dict) -> dict:
         )
     if self.shards < 1:
         raise BadInput(f"--shards {self.shards}: give how many processes share the work, at least 1")
-    if self.shards > 1:
-        given |= {"shards": self.shards, "shard": -1}
     values = runs.checked(given, declared, self.phase)
-    if values.get("input"):
-        same = {"model": values.get("model"), "problems": values.get("problems")}
-        values["input"] = runs.resolve(values["input"], self.root, **{k: v for k, v in same.items() if v})["run_id"]
+    if "shards" in declared:
+        self.shards *= _apart(values)
+    if self.shards > 1:
+        values |= {"shards": self.shards, "shard": -1}
+        _refuse_idle(values)
+    if "input" in declared and (read := runs._inputs(self.phase, values | {"shards": 1}, self.root)):
+        values["input"] = read[0]["run_id"]
     return values
+
+
+def _apart(values: Mapping) -> int:
+    "How many temperatures there are: each has shards of its own, so that a record shows one of them."
+    temperatures = values.get("temperature")
+    return max(1, len(temperatures)) if isinstance(temperatures, list) else 1
+
+
+def _refuse_idle(values: Mapping):
+    "Refuse shards that would have nothing to do, as far as the parameters say how much there is."
+    many = next((values[name] for name in ("n", *runs._COUNTS) if values.get(name)), 0)
+    unit = values.get("samples", 1)
+    if many:
+        runs.part(many * unit * _apart(values), values["shards"], -1, unit)
 
 # %% ../nbs/07a_machines.ipynb #0ca141b3
 @patch
@@ -475,6 +493,7 @@ def perform(
                 waiting.append(k)
             else:
                 failures += [failure] if failure else []
+                waiting = [] if failure and failure.user else waiting  # the others would say the same
             board.say(k, "complete" if not failure else "stopped, again" if k in waiting else "failed")
         for k in busy:
             board.say(k, board.said[k], self._progress(keys[k]))
@@ -501,13 +520,14 @@ def _interrupted(self: Sharded) -> runs.Interrupted:
     "Stop what runs here, and say how it goes on."
     import signal
 
-    left = alive(self._jobs())
-    for job in left:
-        if job.cluster == "local":
+    left, began = alive(self._jobs()), time.monotonic()
+    for turn in range(450):
+        here = [job for job in left if job.cluster == "local"]
+        for job in here if turn % 25 == 0 else []:  # once more, for one that was just being started
             with suppress(OSError):
                 os.kill(int(job.job), signal.SIGTERM)
-    end = time.monotonic() + 90
-    while any(job.cluster == "local" for job in left) and time.monotonic() < end:
+        if not here or time.monotonic() > began + 90:
+            break
         time.sleep(0.2)
         left = alive(left)
     if far := [job.job for job in left if job.cluster == "slurm"]:
@@ -572,14 +592,14 @@ class BadMerge(BadInput):
 
 
 def collected(
-    run: runs.Run,  # Of the whole
+    run: runs.Run | Sequence[Path],  # The run of the whole, or the folders of its shards
     name: str,  # A table that each shard wrote
     key: Sequence[str],  # What names its rows
     expected: Iterable[tuple] | None = None,  # Keys of the whole, no more and no fewer; None: whatever is there
 ) -> list[dict]:  # Rows, the first shard's first
     "The rows of all shards, each once."
     rows, owner = [], {}
-    for folder in run.shards:
+    for folder in getattr(run, "shards", run):
         for row in read_records(folder / name, as_rows=True):
             this = tuple(row[column] for column in key)
             if this in owner:

@@ -863,23 +863,35 @@ def _progress_shown(folder: Path, phase: str, shown: bool):
 _STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 
 
+_AGAIN = 3.0  # Seconds
+
+
+def _heard() -> bool:
+    "Is an interruption on its way already?"
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 @contextmanager
 def stoppable():
-    "Take SIGTERM and SIGUSR2 as Ctrl-C until the block ends; only the first of them, so that the end is not disturbed."
-    told = []
+    "Take SIGTERM and SIGUSR2 as Ctrl-C until the block ends; once, so that the end is not disturbed, but not in vain."
 
     def stop(number, frame):
-        if not told:
-            told.append(number)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        if not _heard():
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: signal.signal(name, stop) for name in _STOPS}
+    before = {name: signal.signal(name, stop) for name in [*_STOPS, signal.SIGALRM]}
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # one that came too early is delivered now
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for name, handler in before.items():
             signal.signal(name, handler)
 

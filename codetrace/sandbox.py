@@ -259,7 +259,8 @@ class Worker:
         self.errors = tempfile.TemporaryFile()
         command = _bubblewrap() if tier == 1 else [view().python, *_BARE, os.path.dirname(keeper.__file__)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen(command, env=_environment(self.folder), cwd="/", bufsize=0, **pipes)
+        apart = {"env": _environment(self.folder), "cwd": "/", "start_new_session": True}  # Ctrl-C is for who asked
+        self.process = subprocess.Popen(command, bufsize=0, **apart, **pipes)
         try:
             _tell(self, _configuration(tier, limits, self.folder))
             if _hear(self, 60) != "ready":

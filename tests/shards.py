@@ -54,11 +54,22 @@ def write_phase(folder: Path) -> Path:
     return folder
 
 
+def note(*words: object):
+    "A line in the record of the tests, where somebody wants one."
+    if path := os.environ.get("CODETRACE_TEST_RECORD"):
+        with open(path, "a") as file:
+            print(time.strftime("%H:%M:%S"), *words, file=file)
+
+
+KINDS = ("last_prompt", "last_generated", "mean_generated")
+RESULTS = ("samples.parquet", *(f"activations/{kind}.safetensors" for kind in KINDS))
+
+
 class Place:
     "A folder for runs, and the command line on it."
 
-    def __init__(self, folder: Path, **environment: str):
-        self.runs = folder / "runs"
+    def __init__(self, folder: Path, phase: str = "letters", **environment: str):
+        self.runs, self.phase = folder / "runs", phase
         more = {"CODETRACE_RUNS": str(self.runs), "CODETRACE_NOTEBOOKS": str(write_phase(folder / "nbs"))}
         self.environment = os.environ | more | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
 
@@ -73,12 +84,28 @@ class Place:
 
     def manifests(self, shard: int | None = None) -> list[dict]:
         "Runs, the oldest first; of one shard, or of all."
-        found = [json.loads(p.read_text()) | {"at": p.parent} for p in sorted(self.runs.glob("letters/*/run.json"))]
+        found = [
+            json.loads(p.read_text()) | {"at": p.parent} for p in sorted(self.runs.glob(f"{self.phase}/*/run.json"))
+        ]
         return [m for m in found if shard is None or m["parameters"]["shard"] == shard]
 
     def parts(self, manifest: dict) -> dict[str, bytes]:
-        "The files of a run's table."
-        return {p.name: p.read_bytes() for p in sorted((manifest["at"] / "letters").glob("part-*.parquet"))}
+        "The files of a run's table, by name."
+        table = manifest["at"] / ("samples" if self.phase == "generation" else self.phase)
+        return {p.name: p.read_bytes() for p in sorted(table.glob("part-*.parquet"))}
+
+    def result(self, manifest: dict) -> dict[str, bytes]:
+        "What a complete run leaves for others: answers and states, or the table."
+        if self.phase != "generation":
+            return self.parts(manifest)
+        return {name: (manifest["at"] / name).read_bytes() for name in RESULTS}
+
+    def rows(self, manifest: dict) -> int:
+        "How many rows are on the disk."
+        import pyarrow.parquet as pq
+
+        table = manifest["at"] / ("samples" if self.phase == "generation" else self.phase)
+        return sum(pq.read_metadata(part).num_rows for part in table.glob("part-*.parquet"))
 
     def jobs(self) -> dict[int, dict]:
         "What was submitted, by shard."

@@ -1,7 +1,10 @@
 "Shards on this machine: equal to the whole, failing, stopped, orphaned, misspelt."
 
+import json
 import os
 import signal
+import subprocess
+import time
 
 import psutil
 import pytest
@@ -28,6 +31,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     return place.parts(manifest)
 
 
+@pytest.mark.slow
 def test_two_shards_are_the_whole_byte_for_byte(place):
     asked = ["-p", "model=tiny:llama"]
     done = place.call(*TWO, *asked)
@@ -78,6 +82,7 @@ def test_a_shard_that_fails_is_reported_and_only_it_runs_again(place, whole, tmp
     assert place.parts(place.manifests(-1)[-1]) == whole
 
 
+@pytest.mark.slow
 def test_sigterm_ends_at_a_checkpoint_and_requeue_continues(place, whole):
     "What preemption sends: no row is lost, though no part of fifty was full, and the shard goes on by itself."
     launcher = place.begin(*TWO, "--requeue", "-p", "seconds=0.3")
@@ -103,10 +108,79 @@ def read_rows(part) -> int:
 
 
 def ended(job: dict) -> bool:
-    "Is its process gone, though nobody may have asked how it ended?"
-    return not machines.alive([machines.Job(**job)])
+    "Is its process gone, or a zombie: a child of a launcher that is gone itself, and that nobody has asked how it ended?"
+    assert not machines.alive([machines.Job(**job)])
+    try:
+        return psutil.Process(int(job["job"])).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
+KEPT_BACK = """import time
+from codetrace import runs
+print("here", flush=True)
+time.sleep(1)
+try:
+    with runs.stoppable():
+        time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped")"""
+
+
+def test_a_signal_that_comes_too_early_is_kept_back():
+    "While Python starts and imports nobody listens: whoever submits has the system keep the signal."
+    process = subprocess.Popen(
+        f"exec {machines._python()} -c '{KEPT_BACK}'", shell=True, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "stopped\n" and process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0])
+def test_sigterm_while_a_shard_starts_is_not_lost(place, whole, after):
+    launcher = place.begin(*TWO, "--requeue", "-p", "seconds=0.3")
+    task = wait_for(lambda: place.jobs().get(1) and psutil.Process(int(place.jobs()[1]["job"])).children())[0]
+    time.sleep(after)
+    task.send_signal(signal.SIGTERM)
+    _, error = launcher.communicate(timeout=900)
+    assert launcher.returncode == 0 and "letters 1: stopped, again" in error, error
+    assert place.parts(place.manifests(-1)[0]) == whole and len(place.manifests()) == 3
+
+
+def test_temperatures_have_shards_of_their_own(tmp_path):
+    folder = tmp_path / "splits" / "20260101T000000000Z-00000000"
+    folder.mkdir(parents=True)
+    made = {"run_id": folder.name, "phase": "splits", "status": "complete", "outputs": {}, "inputs": []}
+    (folder / "run.json").write_text(json.dumps(made | {"parameters": {"problems": "basics"}}))
+    work = machines.Sharded("1.2", {"model": "tiny:llama", "problems": "basics"}, 3, root=tmp_path)
+    assert work.shards == work.of(11)["shards"] == 12 and work.of(11)["temperature"] == [0.3, 0.6, 0.9, 1.2]
+    assert work.of(0)["samples"] == 5 and work.of(0)["input"] == folder.name  # also if phase 0.1 is run meanwhile
+    with pytest.raises(machines.BadInput, match="give shards=8 or fewer"):
+        machines.Sharded("1.2", {"problems": "basics", "num_problems": 2}, 3, root=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_notebook_a_shard_and_temperature(tmp_path):
+    "Phase 1.2 in two processes: eight records, each of one temperature, and the whole as if it had been one run."
+    place = Place(tmp_path, "generation", OMP_NUM_THREADS="1")
+    assert place.call("run", "0.1", "--problems", "basics", "-q").returncode == 0
+    small = ["-n", "5", "-p", "samples=2", "-p", "max_new_tokens=8", "-p", "slots=8"]
+    asked = ["run", "1.2", "--problems", "basics", "--model", "tiny:llama", *small]
+    done = place.call(*asked, "--shards", "2", "--devices", "cpu,cpu")
+    assert done.returncode == 0, done.stderr
+    shards = [m for m in place.manifests() if m["parameters"]["shard"] >= 0]
+    assert len(shards) == 8 and all((m["at"] / "notebook.ipynb").is_file() for m in shards)
+    warm = [(*{row["temperature"] for row in read_records(m["at"] / "samples", as_rows=True)},) for m in shards]
+    assert sorted(warm) == [(0.3,), (0.3,), (0.6,), (0.6,), (0.9,), (0.9,), (1.2,), (1.2,)]
+    assert place.call(*asked, "-q").returncode == 0
+    merged, single = place.manifests(-1)
+    assert place.result(merged) == place.result(single) and place.rows(single) == 40
+    assert single["need"]["total"] > 0 and single["memory"]["host_gb"] > 0.1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_launcher_that_is_stopped_stops_its_shards(place, whole, number):
     asked = [*TWO, "-p", "seconds=0.3"]
@@ -123,6 +197,7 @@ def test_a_launcher_that_is_stopped_stops_its_shards(place, whole, number):
     assert place.parts(place.manifests(-1)[0]) == whole and len(place.manifests()) == 3
 
 
+@pytest.mark.slow
 def test_shards_outlive_their_launcher_and_are_found_again(place, whole):
     asked = [*TWO, "-p", "seconds=0.5"]
     launcher = place.begin(*asked)
@@ -161,3 +236,4 @@ def test_a_slip_is_one_line_and_status_2(place, message):
     done = place.call("run", phase, "-q", *SLIPS[message])
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not place.runs.exists(), "something was begun"

@@ -276,7 +276,7 @@ def test_cleaning_asks_and_leaves_what_is_written(tmp_path):
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 60)
     wait_for(lambda: "interrupted" in codetrace(tmp_path, "clean", "--dry-run").stdout, 60)
     asked = codetrace(tmp_path, "clean")
-    assert asked.returncode == 1 and "Remove 1 folders" in asked.stdout and len(manifests(tmp_path)) == 2
+    assert asked.returncode == 2 and "Remove 1 folder," in asked.stdout and len(manifests(tmp_path)) == 2
     assert codetrace(tmp_path, "clean", "tracking", "--incomplete", "--force").returncode == 0
     assert [m["run_id"] for m in manifests(tmp_path)] == [kept["run_id"]] and reference.is_dir()
 

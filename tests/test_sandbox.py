@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -312,6 +313,34 @@ def test_a_lost_worker_is_replaced():
         os.kill(worker.process.pid, signal.SIGKILL)
         verdicts = list(pool.grade([Job(RIGHT, "f", ("assert f(1) == 2",))] * 3))
         assert [v.verdict for v in verdicts] == ["passed"] * 3 and pool.restarts == 1
+
+
+STOPPED = """import os, signal, subprocess, sys, psutil
+from codetrace.sandbox import Job, Pool
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in the kernel of a run, whose launcher listens
+slow = "import time\\ndef f(x):\\n    time.sleep(4)\\n    return x + 1"
+with Pool(2, tier=int(sys.argv[1])) as pool:
+    verdicts = [pool.submit(Job(slow, "f", ("assert f(1) == 2",))) for _ in range(2)]
+    print("begun", flush=True)
+    try:
+        print(*[verdict.result().verdict for verdict in verdicts], flush=True)
+    except KeyboardInterrupt:
+        print("stopped", *[verdict.result().verdict for verdict in verdicts], pool.restarts, flush=True)
+"""
+
+
+def test_who_stops_the_asker_does_not_stop_the_judges(tier):
+    "Ctrl-C goes to a whole process group, a cluster's SIGTERM to everything: what is being judged is judged to its end."
+    command = [sys.executable, "-c", STOPPED, str(tier)]
+    asker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert asker.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    for process in psutil.Process(asker.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    os.killpg(asker.pid, signal.SIGINT)
+    assert asker.communicate(timeout=120)[0] == "stopped passed passed 0\n"
 
 
 def test_a_grader_that_cannot_work_gives_no_label(monkeypatch):

@@ -1,7 +1,8 @@
 """Shards on a real Slurm: two nodes on this machine, with pretended GPUs, started here and stopped here.
 
 An array of three; a shard cancelled; a node that goes down with what ran on it; a preemption with `--requeue`: each ends
-in the bytes of the unsharded run. Needs root, Debian's packages, and the script beside the checkout that sets Slurm up.
+in the bytes of the unsharded run, of answers with their states or of a table of letters. Needs root, Debian's packages,
+and the script beside the checkout that sets Slurm up.
 """
 
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shards import Place, wait_for
+from shards import Place, note, wait_for
+
+from codetrace.store import read_records
 
 SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "slurm-up.sh"
 pytestmark = pytest.mark.slow
@@ -28,7 +31,9 @@ def slurm(tmp_path_factory):
     home = Path("/tmp/codetrace-slurm-test")  # short, and readable for munge's own user
     told = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # nproc heeds it
     told |= {"SLURM_TEST_DIR": str(home), "SLURM_NODES": "2", "SLURM_GPUS": "1"}
+    began = time.monotonic()
     up = subprocess.run(["bash", SCRIPT, "up"], env=told, capture_output=True, text=True, timeout=600)
+    note(f"Slurm is installed and started: {time.monotonic() - began:.1f} s")
     try:
         if up.returncode != 0:
             pytest.skip(f"Slurm does not start here: {' '.join((up.stdout + up.stderr).split()[-60:])}")
@@ -44,6 +49,14 @@ def place(tmp_path, slurm) -> Place:
     return Place(tmp_path, **slurm)
 
 
+@pytest.fixture(autouse=True)
+def timed(request):
+    began = time.monotonic()
+    note(f"-- {request.node.name}")
+    yield
+    note(f"   took {time.monotonic() - began:.0f} s")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
     place = Place(tmp_path_factory.mktemp("whole"))
@@ -51,17 +64,33 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     return place.parts(place.manifests()[0])
 
 
+ANSWERS = ["run", "1.0", "--model", "tiny:llama", "-n", "90", "-p", "slots=8", "-p", "max_new_tokens=300"]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, bytes]:
+    "Samples and states of an unsharded run of the phase that writes answers."
+    place = Place(tmp_path_factory.mktemp("answers"), "generation")
+    began = time.monotonic()
+    assert place.call(*ANSWERS, "-q").returncode == 0
+    note(f"unsharded: 90 answers, {time.monotonic() - began:.0f} s")
+    return place.result(place.manifests()[0])
+
+
+ARRAY = ["--shards", "3", "--cluster", "slurm", "--partition", "debug", "--time", "0:20:00", "--cpus", "1"]
+
+
 def asked(seconds: float, *more: str) -> list[str]:
-    options = ["--shards", "3", "--cluster", "slurm", "--partition", "debug", "--time", "0:20:00", "--cpus", "1"]
-    return ["run", "letters", "-p", "model=tiny:llama", "-p", f"seconds={seconds}", *options, *more]
+    return ["run", "letters", "-p", "model=tiny:llama", "-p", f"seconds={seconds}", *ARRAY, *more]
 
 
 def ask(place: Place, *words: str) -> str:
     return subprocess.run(words, env=place.environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_array_is_the_whole_byte_for_byte(place, whole):
-    done = place.call(*asked(0, "--gpus", "1", "--memory", "0.5", "--parallel", "2"), timeout=900)
+def test_an_array_is_the_whole_byte_for_byte(place, answers):
+    place.phase = "generation"
+    done = place.call(*ANSWERS, *ARRAY, "--gpus", "1", "--memory", "0.5", "--parallel", "2", timeout=900)
     assert done.returncode == 0, done.stderr
     jobs = [place.jobs()[k]["job"] for k in (0, 1, 2, -1)]
     assert len({job.split("_")[0] for job in jobs[:3]}) == 1 and [job.split("_")[1] for job in jobs[:3]] == [
@@ -79,26 +108,35 @@ def test_an_array_is_the_whole_byte_for_byte(place, whole):
         "--cpus-per-task=1",
     ):
         assert line in script, script
-    assert {m["machine"]["host"] for m in place.manifests()} and len(place.manifests()) == 4
-    assert place.parts(place.manifests(-1)[0]) == whole
+    assert [place.rows(m) for k in range(3) for m in place.manifests(k)] == [30, 30, 30]
+    assert place.result(place.manifests(-1)[0]) == answers and len(place.manifests()) == 4
+    note(
+        f"   array {jobs[0].split('_')[0]}, tasks 0 to 2, two at a time: samples.parquet and states are the same bytes"
+    )
 
 
-def test_a_shard_that_is_cancelled_is_reported_and_continued(place, whole):
-    command = asked(0.5)
+def test_a_shard_that_is_cancelled_is_reported_and_continued(place, answers):
+    place.phase, command = "generation", [*ANSWERS, *ARRAY]
     launcher = place.begin(*command)
     wait_for(lambda: place.progress(1) >= 4, 400)
-    ask(place, "scancel", place.jobs()[1]["job"])
+    job = place.jobs()[1]["job"]
+    ask(place, "scancel", job)
+    done = place.progress(1)
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 1 and "1 of 3 shards failed; the same command runs only shard 1 again" in error, error
     assert "the last lines of" in error and "letters 0: complete" in error
     kept = [m["run_id"] for k in range(3) for m in place.manifests(k)]
     assert len(kept) == 3 and place.manifests(1)[0]["status"] == "interrupted"
-    assert place.parts(place.manifests(1)[0])  # it ended at a checkpoint
+    stored = place.rows(place.manifests(1)[0])
+    note(f"   scancel {job} after {done} of 30 answers; {stored} stored: {max(0, done - stored)} written again")
+    assert 4 <= done <= stored < 30, "it did not end at a checkpoint, or it was over"
     again = place.call(*command, timeout=900)
     assert again.returncode == 0, again.stderr
     assert "letters 0: complete already" in again.stderr and "letters 1: job" in again.stderr
     assert [m["run_id"] for k in range(3) for m in place.manifests(k)] == kept and place.manifests(1)[0]["resumed"]
-    assert place.parts(place.manifests(-1)[0]) == whole
+    assert place.result(place.manifests(-1)[0]) == answers
+    table = place.manifests(-1)[0]["at"] / "samples"
+    assert "runner_error" not in {row["verdict"] for row in read_records(table, as_rows=True)}
 
 
 def test_a_node_that_goes_down_costs_nothing(place, whole, slurm):
@@ -109,7 +147,12 @@ def test_a_node_that_goes_down_costs_nothing(place, whole, slurm):
     node = ask(place, "squeue", "-h", "-r", "-j", place.jobs()[1]["job"], "-o", "%N")
     number = int(Path(slurm["HOME_OF"], "run", f"slurmd-{node}.pid").read_text())
     try:
-        _power_off(psutil.Process(number), place.jobs()[1]["job"].split("_")[0], node)
+        done = place.progress(1)
+        victims = _power_off(psutil.Process(number), place.jobs()[1]["job"].split("_")[0], node)
+        stored = place.rows(place.manifests(1)[0])
+        note(f"   kill -9 of slurmd {node} and {victims - 1} processes of its job after {done} of 20 rows")
+        note(f"   {stored} stored: {done - stored} computed again")
+        assert 0 < done - stored <= 50
         wait_for(lambda: ask(place, "sinfo", "-h", "-n", node, "-o", "%t").startswith("down"), 120)
         _, error = launcher.communicate(timeout=900)
     finally:
@@ -121,8 +164,8 @@ def test_a_node_that_goes_down_costs_nothing(place, whole, slurm):
     wait_for(lambda: ask(place, "sinfo", "-h", "-n", node, "-o", "%t").startswith("idle"), 60)
 
 
-def _power_off(daemon: psutil.Process, job: str, node: str):
-    "Kill a node's daemon and every process of the job's steps on it."
+def _power_off(daemon: psutil.Process, job: str, node: str) -> int:
+    "Kill a node's daemon and every process of the job's steps on it; how many that were."
     mine = lambda p: p.environ().get("SLURMD_NODENAME") == node and p.environ().get("SLURM_ARRAY_JOB_ID") == job
     victims = [daemon]
     for process in psutil.process_iter():
@@ -136,7 +179,10 @@ def _power_off(daemon: psutil.Process, job: str, node: str):
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-    time.sleep(1)
+    psutil.wait_procs(victims, 10)
+    for process in victims:  # a zombie has ended: it waits for a parent that does not ask, here the first process
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, process
+    return len(victims)
 
 
 def test_what_is_preempted_requeues_itself(place, whole):
@@ -145,8 +191,11 @@ def test_what_is_preempted_requeues_itself(place, whole):
     wait_for(lambda: place.progress(1) >= 4, 400)
     job = place.jobs()[1]["job"]
     ask(place, "scancel", "--signal=TERM", job)
+    done = place.progress(1)
     wait_for(lambda: place.manifests(1)[0]["status"] == "interrupted", 60)
-    assert place.parts(place.manifests(1)[0])
+    stored = place.rows(place.manifests(1)[0])
+    note(f"   SIGTERM to {job} after {done} of 20 rows; {stored} stored: {max(0, done - stored)} computed again")
+    assert 4 <= done <= stored
     wait_for(lambda: ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%T") == "PENDING", 60)
     ask(place, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait two minutes
     _, error = launcher.communicate(timeout=900)
@@ -166,6 +215,6 @@ def test_handed_in_and_left(place, whole):
 
 
 def test_what_slurm_refuses_is_one_line(place):
-    done = place.call(*[word if word != "debug" else "nowhere" for word in asked(0)])
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "codetrace: Slurm takes no job" in last and "Invalid partition" in last, done.stderr
+    done = place.call(*[word if word != "debug" else "nowhere" for word in asked(0, "-q")])
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "codetrace: Slurm takes no job" in line and "nvalid partition" in line, done.stderr

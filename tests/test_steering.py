@@ -97,7 +97,9 @@ def tuned(tmp_path, answers, monkeypatch):
         study, pool, _ = tuning.study_of(Path(runs.find(generated, root)["folder"]))
         tasks = study.problems["hyperparams"]
         given = runs.find(generated, root)["parameters"]["problems"]
-        digest = tuning.settle(study, pool, root / "choice", tasks, 3, strengths=(-0.6, 0.6), refine=1, slots=16, problems="words")[2]
+        digest = tuning.settle(
+            study, pool, root / "choice", tasks, 3, strengths=(-0.6, 0.6), refine=1, slots=16, problems="words"
+        )[2]
         assert given.endswith("words.jsonl")
         return digest, root / "choice"
 
