@@ -152,9 +152,9 @@ def runs_defaults(notebook: str) -> dict:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    "The whole of it: chosen on twelve tasks, judged on eighteen."
+    "The whole of it: chosen on 24 tasks, judged on 36."
     folder = tmp_path_factory.mktemp("judged")
-    study = decided.made_study()
+    study = decided.made_study(120)
     pool, _ = search_all(study.choosing.only(study.choosing.rows["split"] == "sae"), n_shuffles=50)
     tuning.settle(
         study,
@@ -168,7 +168,7 @@ def judged(tmp_path_factory):
     )
     choice, vectors, _ = frozen(folder / "choice")
     plan = steering.settings_of(choice, vectors, np.array(choice["norms"]), temperatures=(0.8,), samples=1)
-    tasks = steering.judged_on(choice)
+    tasks = study.problems["validation"]
     table = trials.write(study.lm, tasks, plan, folder / "written", max_new_tokens=8, slots=16, workers=1)
     table = trials.measured(study.lm, table, plan)
     table["goal"] = table["goal"].fillna("")
