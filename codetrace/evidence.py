@@ -115,7 +115,7 @@ def _code(ax, tokens: list[str], values: list[float], y: float, width: int = 76)
                 bbox={"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6})  # fmt: skip
         x += len(shown)
 
-
+# %% ../nbs/06c_evidence.ipynb #f8fb9429
 def _card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
@@ -138,7 +138,7 @@ def _card(ax, card: dict):
         write(y, label)
         ax.text(0.24 + 0.5 * card[label], y, f"{card[label]:.0%}", fontsize=7, va="center", transform=ax.transAxes)
     density = f", in text {card['density']:.2%}" if card["density"] == card["density"] else ""
-    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of the largest by luck{density}")
+    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of its position's largest by luck{density}")
     write(
         0.56,
         f"AUROC {with_interval(card['auroc'], card['low'], card['high'])}, as one chosen of many [{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]",
@@ -151,7 +151,7 @@ def _card(ax, card: dict):
     for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["strongest"]):
         _code(ax, tokens, values, y)
 
-
+# %% ../nbs/06c_evidence.ipynb #3f726c4a
 def cards(
     latents: list[dict],  # As `cards.card` gives them
     columns: int = 2,
