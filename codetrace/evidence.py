@@ -25,7 +25,7 @@ def by_layer(
     said: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
-    kinds, last = list(dict.fromkeys(best["kind"])), int(best["layer"].max())
+    kinds, layers = list(dict.fromkeys(best["kind"])), sorted(set(best["layer"]))
     highest = max(best["score"].max(), *luck.values())
     with _panels(
         len(kinds),
@@ -43,9 +43,12 @@ def by_layer(
                 ax.plot(own["layer"], own["score"], color="k", ms=3, lw=0.8, mew=0.8, **look)
             ax.axhline(luck[kind], color=GREY, lw=1.2, zorder=0)
             ax.set_title(kind.replace("_", " "), pad=3)
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            if len(layers) < 9:
+                ax.set_xticks(layers)
+            else:
+                ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(0, 1.05 * highest)
-            range_frame(ax, (best["layer"].min(), last), (0, highest))
+            range_frame(ax, (layers[0], layers[-1]), (0, highest))
         axes[-1, 0].set(xlabel="layer", ylabel="separation")
     return axes[0, 0].figure
 
