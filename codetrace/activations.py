@@ -347,7 +347,7 @@ def states(
 
     with storage_errors(self.folder), safe_open(self.files[choose(kind, self.kinds, "kind of state")], "pt") as file:
         x = file.get_tensor(_name(self._kept(layer, self.layers)))
-    return (x if rows is None else x[np.asarray(rows)]).float().numpy()
+    return (x if rows is None else x[np.array(rows)]).float().numpy()
 
 
 @patch
@@ -358,7 +358,7 @@ def _kept(self: States, layer: int, layers: Sequence[int]) -> int:
         )
     return layer
 
-
+# %% ../nbs/04a_activations.ipynb #724d2cce
 @patch
 def tokens(
     self: States,

@@ -33,7 +33,7 @@ def _inner(config, d_model: int) -> int:
             return getattr(config, name)
     return 4 * d_model
 
-
+# %% ../nbs/03b_budgets.ipynb #2904d507
 def need(
     lm: LM,
     rows: int,  # Of a batch

@@ -88,7 +88,7 @@ def directions(
         "probe": logistic_probe(x, label, task, penalties).direction,
     }
 
-
+# %% ../nbs/23c_cards.ipynb #62e0a181
 def card(
     found: dict,  # A row of `separation.top`
     sae: SAE,
@@ -125,7 +125,7 @@ def card(
         "cosine_means": _cosine(row, beside["means"]), "cosine_probe": _cosine(row, beside["probe"]), "page": sae.page(latent),
     }  # fmt: skip
 
-
+# %% ../nbs/23c_cards.ipynb #c1b56c8e
 def seen_by_model(
     card: dict,
     lm: LM,

@@ -453,7 +453,7 @@ def clean(
     else:
         print("nothing was removed")
 
-
+# %% ../nbs/90_cli.ipynb #75f6d21b
 def _agreed(question: str) -> bool:
     "Does somebody say yes?"
     try:

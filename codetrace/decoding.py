@@ -603,7 +603,7 @@ def _exchange(self: Decoder, a: int, b: int) -> None:
 
 _FEWEST = 4  # Rows: a product of fewer is computed in another order, so that its last bits differ
 
-
+# %% ../nbs/03a_decoding.ipynb #20ee4999
 @patch
 def _shrink(self: Decoder) -> None:
     "Once nobody waits and half the slots are free, go on with the others; on a GPU that saves nothing, and changes bits."

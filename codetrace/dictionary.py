@@ -347,7 +347,7 @@ def load_released(
     found = _build(config, dict(theirs.state_dict()), f"{release}:{sae_id}")
     return replace(found, about=found.about | {"release": release, "sae_id": sae_id, "sae_lens": library.__version__})
 
-
+# %% ../nbs/22a_dictionary.ipynb #beb3a28f
 def load_sae(
     name: str,  # A folder, `release:id`, or `released`: what is known for the model
     model: str = "",  # For `released`, and to check

@@ -135,7 +135,7 @@ def product(
         raise ArithmeticError(f"{device} multiplies matrices wrongly in {dtype}")
     return 2 * n**3 / best
 
-
+# %% ../nbs/07c_doctor.ipynb #ca427eb1
 def devices() -> Iterator[Finding]:
     "Each device at work; a GPU that is there and cannot be used is a finding too."
     import torch
@@ -215,7 +215,7 @@ def hub(
             "hub", f"{address} does not answer: {reason}", False, False, "smollm2 and what is cached still work"
         )
 
-
+# %% ../nbs/07c_doctor.ipynb #ef587d5d
 def cluster() -> Iterator[Finding]:
     "Is there a Slurm?"
     import subprocess

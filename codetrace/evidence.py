@@ -25,7 +25,7 @@ def by_layer(
     said: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
-    kinds, last = list(dict.fromkeys(best["kind"])), int(best["layer"].max())
+    kinds, layers = list(dict.fromkeys(best["kind"])), sorted(set(best["layer"]))
     highest = max(best["score"].max(), *luck.values())
     with _panels(
         len(kinds),
@@ -43,9 +43,12 @@ def by_layer(
                 ax.plot(own["layer"], own["score"], color="k", ms=3, lw=0.8, mew=0.8, **look)
             ax.axhline(luck[kind], color=GREY, lw=1.2, zorder=0)
             ax.set_title(kind.replace("_", " "), pad=3)
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            if len(layers) < 9:
+                ax.set_xticks(layers)
+            else:
+                ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(0, 1.05 * highest)
-            range_frame(ax, (best["layer"].min(), last), (0, highest))
+            range_frame(ax, (layers[0], layers[-1]), (0, highest))
         axes[-1, 0].set(xlabel="layer", ylabel="separation")
     return axes[0, 0].figure
 
@@ -115,7 +118,7 @@ def _code(ax, tokens: list[str], values: list[float], y: float, width: int = 76)
                 bbox={"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6})  # fmt: skip
         x += len(shown)
 
-
+# %% ../nbs/06c_evidence.ipynb #f8fb9429
 def _card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
@@ -138,7 +141,7 @@ def _card(ax, card: dict):
         write(y, label)
         ax.text(0.24 + 0.5 * card[label], y, f"{card[label]:.0%}", fontsize=7, va="center", transform=ax.transAxes)
     density = f", in text {card['density']:.2%}" if card["density"] == card["density"] else ""
-    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of the largest by luck{density}")
+    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of its position's largest by luck{density}")
     write(
         0.56,
         f"AUROC {with_interval(card['auroc'], card['low'], card['high'])}, as one chosen of many [{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]",
@@ -151,7 +154,7 @@ def _card(ax, card: dict):
     for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["strongest"]):
         _code(ax, tokens, values, y)
 
-
+# %% ../nbs/06c_evidence.ipynb #3f726c4a
 def cards(
     latents: list[dict],  # As `cards.card` gives them
     columns: int = 2,

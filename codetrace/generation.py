@@ -170,7 +170,7 @@ class _Keeper:
             self.records.flush()
         self.waiting.clear()
 
-
+# %% ../nbs/22_generation.ipynb #016ada34
 def _check_same(records: Records, again: dict[tuple, dict]) -> None:
     "Answers whose states were lost have been written again: they must be the answers of the table."
     for row in records.rows():
@@ -380,7 +380,7 @@ def by_difficulty(
             )
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/22_generation.ipynb #fa1ad9ea
 def verdicts(
     table: pd.DataFrame,  # Samples
 ) -> pd.DataFrame:  # One row a verdict, one column a temperature: how many

@@ -98,7 +98,7 @@ class Evidence:
             self.sae,
         )
 
-
+# %% ../nbs/24_latents.ipynb #e1afa078
 def evidence_of(
     saved: activations.States,  # Of a run of phase generation
     dictionaries: Path,  # Folder of a run of phase saes
@@ -122,7 +122,7 @@ def evidence_of(
         lambda layer: saes.open_sae(dictionaries, layer),
     )
 
-
+# %% ../nbs/24_latents.ipynb #c22dc41e
 def planted(
     seed: int = 0,
     tasks: int = 60,
@@ -185,7 +185,7 @@ def search_all(
     )
     return table[["kind", *table.columns.drop("kind")]], searches
 
-
+# %% ../nbs/24_latents.ipynb #ca5de0b4
 def sentence(
     best: pd.DataFrame,  # As `top` gives them, over all positions
     rows: pd.DataFrame,

@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'Learner', 'learn']
 import io
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +158,6 @@ def sae(
 @patch
 def _unit(self: SAE) -> SAE:
     "The same SAE with decoder rows of the same mean length 1."
-    from dataclasses import replace
-
     length = self.W_dec.norm(dim=1).mean()
     return replace(self, W_enc=self.W_enc * length, b_enc=self.b_enc * length, W_dec=self.W_dec / length)
 

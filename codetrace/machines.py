@@ -141,7 +141,7 @@ class Part:
                 time.sleep(5)
         return done["run_id"]
 
-
+# %% ../nbs/07a_machines.ipynb #2f077702
 def complete(
     phase: str,  # Phase name
     key: str,  # From `runs.key_of`
@@ -361,9 +361,6 @@ class Sharded:
         "The parameters of a shard; -1: of the whole."
         return self.values | ({"shard": shard} if self.shards > 1 else {})
 
-# %% ../nbs/07a_machines.ipynb #b276b72a
-from fastcore.basics import patch
-
 # %% ../nbs/07a_machines.ipynb #72143ac2
 @patch
 def _checked(self: Sharded, given: dict) -> dict:
@@ -499,7 +496,7 @@ def perform(
             board.say(k, board.said[k], self._progress(keys[k]))
     return failures
 
-
+# %% ../nbs/07a_machines.ipynb #adac350b
 @patch
 def _damage(self: Sharded, key: str) -> str:
     "What became of the files of a run that was complete; empty where nothing did."

@@ -340,7 +340,7 @@ def _free_memory(device: torch.device, spread: bool = False) -> int:
 
 LIMITS = {"cuda": ("CODETRACE_MAX_GPU_MEMORY", 30.0), "cpu": ("CODETRACE_MAX_MEMORY", 100.0)}  # GB
 
-
+# %% ../nbs/03_models.ipynb #274ed29f
 def memory_limit(
     device: torch.device,
     spread: bool = False,  # On all devices and the host together
@@ -362,7 +362,7 @@ def memory_limit(
         ], "--max-gpu-memory or --max-memory"
     return limit * 1e9, option
 
-
+# %% ../nbs/03_models.ipynb #53b1e597
 def _check_memory(name: str, config, bytes_each: float, device: torch.device, spread: bool) -> None:
     "Refuse a model whose weights, with a tenth for working space, are more than what is free."
     from transformers import AutoModelForCausalLM

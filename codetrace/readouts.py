@@ -55,7 +55,7 @@ def difference_of_means(
 
 PENALTIES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # sklearn's C: smaller is simpler
 
-
+# %% ../nbs/23b_readouts.ipynb #c2dffbc5
 def logistic_probe(
     x: Float[np.ndarray, "rows features"],
     label: ArrayLike,  # [rows]: correct?

@@ -346,7 +346,7 @@ def _shard(m: dict) -> int:
     "The number of the part that a run did; -1 where it did everything."
     return m.get("parameters", {}).get("shard", -1)
 
-
+# %% ../nbs/07_runs.ipynb #08e73d00
 def newest(
     phase: str,  # Phase name
     root: Path | None = None,  # Default: `runs_root()`

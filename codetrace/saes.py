@@ -40,7 +40,7 @@ def next_token_loss(
         n += wanted.numel()
     return total / n
 
-
+# %% ../nbs/23_saes.ipynb #b708a901
 def loss_recovered(
     lm: LM,
     cut: Sequence[list[int]],  # Held-out pieces

@@ -185,7 +185,7 @@ def search_active(
     table = table.assign(luck_p=luck_p(table["separation"], null), q=benjamini_hochberg(table["p"]))
     return Search(table[["layer", *table.columns.drop("layer")]], null, kind)
 
-
+# %% ../nbs/23a_separation.ipynb #b5d81025
 def search(
     states: Callable[[int], Float[np.ndarray, "rows d_model"]],  # By layer, read when asked for
     sae: Callable[[int], SAE],  # By layer
@@ -233,7 +233,7 @@ class MadeUp:
     def sae(self, layer: int) -> SAE:
         return self.saes[layer]
 
-
+# %% ../nbs/23a_separation.ipynb #c4248155
 def made_up(
     tasks: int = 60,
     samples: int = 5,  # A task

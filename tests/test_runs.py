@@ -74,7 +74,9 @@ def uninterrupted(tmp_path_factory) -> bytes:
     return (Path(manifest["folder"]) / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize("victim", ["launcher", "kernel", "ctrl-c", "preemption"])
+@pytest.mark.parametrize(
+    "victim", ["launcher", "preemption", *(pytest.param(v, marks=pytest.mark.slow) for v in ("kernel", "ctrl-c"))]
+)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
     process = begin(tmp_path, *LONG)
     kernel = wait_for(lambda: kernel_of(process))
@@ -202,7 +204,7 @@ IN_THE_KERNEL = {
 
 
 @pytest.mark.parametrize(
-    "message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 1)) for i, m in enumerate(IN_THE_KERNEL)]
+    "message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 0)) for i, m in enumerate(IN_THE_KERNEL)]
 )
 def test_a_slip_that_only_the_notebook_can_see_is_too(tmp_path, message):
     done = codetrace(tmp_path, *STUDY, *IN_THE_KERNEL[message])

@@ -319,6 +319,7 @@ STOPPED = """import os, signal, subprocess, sys, psutil
 from codetrace.sandbox import Job, Pool
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in the kernel of a run, whose launcher listens
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started the tests in the background
 slow = "import time\\ndef f(x):\\n    time.sleep(4)\\n    return x + 1"
 with Pool(2, tier=int(sys.argv[1])) as pool:
     verdicts = [pool.submit(Job(slow, "f", ("assert f(1) == 2",))) for _ in range(2)]

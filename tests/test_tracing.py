@@ -383,7 +383,7 @@ def ten_cases(llama):
 ASKED = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
     whole = tracing.trace(llama, ten_cases, as_run(tmp_path / "whole"), **ASKED, approximate=True)
     parts = [tmp_path / f"part{k}" for k in range(shards)]
