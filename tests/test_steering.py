@@ -1,6 +1,13 @@
 "The interventions on a model in which one direction decides, from runs that lie on disk as earlier phases leave them."
 
+import ast
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +208,21 @@ def test_the_push_works_and_its_controls_do_not(judged):
     assert null["net"].abs().max() < ours.loc["correct", "net"]
 
 
+def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_path):
+    "Words of hardly any mood: Gaussian directions have a part along the cause that turns them, and no verdict makes a finding of that."
+    study, _, _, plan, *_ = judged
+    tasks = [p for p in decided.made_problems(60, least=1) if abs(decided.mood(p)) == 1]
+    some = [plan[0], *(s for s in plan if s.role == "null" and s.push)]
+    table = trials.write(study.lm, tasks, some, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    found = steering.findings(table.assign(goal=""))
+    by_kind = found[found["role"] == "null"].groupby("kind")["p"].min()
+    assert by_kind["gaussian"] < 0.05 < by_kind["random latent"], by_kind  # alone, one of them would count as a cause
+    worst = found[found["kind"] == "gaussian"].sort_values("p").iloc[0]
+    others = steering.null_of(found, worst)
+    others = others[others["setting"] != worst["setting"]]["net"].tolist()
+    assert "no more than any push does" in steering.in_words(worst, "The push", others)
+
+
 def test_the_gate_opens_where_it_should(judged):
     *_, tasks, table, _ = judged
     moods = {p.task_id: decided.mood(p) for p in tasks}
@@ -296,6 +318,72 @@ def test_shards_together_are_the_whole(judged, tmp_path):
             for t in (whole, table)
         )
         assert one == other
+
+
+CHAIN = [Path(sys.executable).with_name("codetrace"), "run", "correctness", "--quiet"]
+CHAINED = {  # The planted study needs no more; by phase
+    "0": {"tokenizer": "{model}"},
+    "0.1": {"tokenizer": "{model}", "similarity": 1.0},
+    "1.0": {"dtype": "float32", "max_new_tokens": 8, "slots": 16},
+    "1.2": {"dtype": "float32", "max_new_tokens": 8, "slots": 16, "temperature": [0.8], "samples": 2},
+    "1.5": {
+        "dtype": "float32",
+        "layers": [0, 1, 2],
+        "sae": "{sae}",
+        "text": "{text}",
+        "test_tokens": 1000,
+        "context": 64,
+    },
+    "2": {"text": "{text}", "text_tokens": 1000, "max_density": 1.0, "shuffles": 100},
+    "3": {"random_latents": 3, "resamples": 100},
+    "3.1": {"strengths": [-0.7, 0.7], "refine": 1, "max_new_tokens": 8, "random_directions": 3},
+    "3.2": {"temperatures": [0.8], "samples": 1},
+}
+
+
+def in_chain(words: list[str], env: dict) -> subprocess.CompletedProcess:
+    return subprocess.run([*CHAIN, *words], cwd=HOME, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_path):
+    "One command, from problems to report; killed while it pushes, and given again."
+    names = decided.save(tmp_path / "made") | {"text": str(tmp_path / "text")}
+    (tmp_path / "text").mkdir()
+    for name in ("ast", "shlex", "bisect", "heapq", "textwrap"):
+        shutil.copy(Path(ast.__file__).with_name(f"{name}.py"), tmp_path / "text")
+    fill = lambda x: x.format(layer="{layer}", **names) if isinstance(x, str) else x
+    given = {number: {key: fill(x) for key, x in values.items()} for number, values in CHAINED.items()}
+    (tmp_path / "given.yaml").write_text(json.dumps(given))  # JSON is YAML
+    words = ["--model", names["model"], "--problems", names["problems"], "-f", str(tmp_path / "given.yaml")]
+    env = os.environ | {"CODETRACE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(HOME)}
+    killed = killed_while("steering", words, env, tmp_path / "runs")
+    assert killed != 0 and not runs.index(tmp_path / "runs")[-1]["status"] == "complete"
+    again = in_chain(words, env)
+    assert again.returncode == 0, again.stderr
+    assert "3.1 tuning: complete" in again.stderr and "3.2 steering: running" in again.stderr
+    made = {m["phase"]: m for m in runs.index(tmp_path / "runs") if m["status"] == "complete"}
+    assert len([m for m in runs.index(tmp_path / "runs") if m["phase"] == "steering"]) == 1  # the same run went on
+    choice = frozen(made["tuning"]["folder"])[0]
+    assert choice["directions"][choice["goals"]["correct"]["direction"]]["layer"] == decided.CAUSE["layer"]
+    claims = pd.DataFrame(json.loads((Path(made["report"]["folder"]) / "claims.json").read_text()))
+    pushed = claims[(claims["phase"] == "3.2") & claims["claim"].str.startswith("pushed to correct")].iloc[0]
+    assert pushed["low"] > 0 and "raises" in pushed["verdict"]
+    assert set(claims["phase"]) == {"1.0", "1.2", "1.5", "2", "3", "3.1", "3.2", "3.3"}
+    assert "Not complete" not in (Path(made["report"]["folder"]) / "report.md").read_text()
+
+
+def killed_while(phase: str, words: list[str], env: dict, root: Path) -> int:
+    "Runs the chain, and kills all of it when a phase has written its first answers. Its exit status."
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*CHAIN, *words], cwd=HOME, env=env, start_new_session=True, **quiet)
+    try:
+        while process.poll() is None and not list(root.glob(f"{phase}/*/written/**/part-*.parquet")):
+            time.sleep(0.2)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def test_hook_names_are_those_of_the_dictionary():
