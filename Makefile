@@ -29,7 +29,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@python -c 'import torch, nbdev, transformers'
 	@touch $@
 
-demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged
+demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged and pushed
 	@python scripts/demo.py
 
 test: $(READY)  ## all checks, under ten minutes

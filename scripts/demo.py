@@ -1,5 +1,5 @@
 """The main job, small: track variables and trace what carries them, in SmolLM2 and in the model that has learnt it; then let SmolLM2 solve problems, look for
-latents that know which solutions are right, and judge them on other problems. Says where the records are.
+latents that know which solutions are right, judge them on other problems, and push the model along one of them. Says where the records are.
 """
 
 import subprocess
@@ -21,6 +21,9 @@ STUDIES = (  # Phase, and its parameters in demo/
     ("1.5", "dictionary"),
     ("2", "latents"),
     ("3", "validation"),
+    ("3.1", "tuning"),
+    ("3.2", "steering"),
+    ("report", ""),
 )
 
 
@@ -29,12 +32,13 @@ def main() -> int:
     for phase, study in STUDIES:
         began = time.monotonic()
         name = runs.named(phase)
-        print(f"\n== {name}, with demo/{study}.yaml", flush=True)
-        command = ["codetrace", "run", phase, "-f", f"demo/{study}.yaml"]
+        given = ["-f", f"demo/{study}.yaml"] if study else []
+        print(f"\n== {name}" + (f", with {given[1]}" if given else ""), flush=True)
+        command = ["codetrace", "run", phase, *given]
         done = subprocess.run(command, cwd=HOME, stdout=subprocess.DEVNULL)  # shown at the end
         if done.returncode != 0:
             return done.returncode
-        took[f"{name} {study}"] = time.monotonic() - began
+        took[f"{name} {study}".strip()] = time.monotonic() - began
         records.append(runs.newest(name)["run_id"])
     print("\n== what was found, and where", flush=True)
     subprocess.run(["codetrace", "show", *records], cwd=HOME)
