@@ -21,6 +21,7 @@ from codetrace.frozen import NotFrozen, frozen
 from codetrace.latents import search_all
 
 HOME = Path(__file__).resolve().parents[1]
+MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"
 CUTS = {"sae": slice(0, 30), "hyperparams": slice(30, 42), "validation": slice(42, 60)}
 
 
@@ -342,7 +343,7 @@ CHAINED = {  # The planted study needs no more; by phase
 
 
 def in_chain(words: list[str], env: dict) -> subprocess.CompletedProcess:
-    return subprocess.run([*CHAIN, *words], cwd=HOME, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*CHAIN, *words], cwd=HOME, env=env, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.slow
@@ -371,6 +372,37 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     assert pushed["low"] > 0 and "raises" in pushed["verdict"]
     assert set(claims["phase"]) == {"1.0", "1.2", "1.5", "2", "3", "3.1", "3.2", "3.3"}
     assert "Not complete" not in (Path(made["report"]["folder"]) / "report.md").read_text()
+
+
+REAL = {  # As little as says something, by phase
+    "1.0": {"max_new_tokens": 100},
+    "1.2": {"max_new_tokens": 100, "temperature": [0.8], "samples": 1},
+    "1.5": {"layers": [15], "tokens": 20_000, "test_tokens": 4000, "d_sae": 1024, "batch": 256},
+    "2": {"text_tokens": 5000, "max_density": 1.0, "shuffles": 100, "num_cards": 2},
+    "3": {"random_latents": 3, "resamples": 100},
+    "3.1": {"num_latents": 1, "strengths": [-0.5, 0.5], "refine": 1, "max_new_tokens": 60, "random_directions": 2},
+    "3.2": {"num_problems": 8, "temperatures": [0.8], "samples": 1, "prompts": []},
+    "3.3": {"num_problems": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file is not here")
+def test_the_whole_chain_on_mbpp_says_what_it_found(tmp_path):
+    "SmolLM2 on a hundred problems, of which it solves few: whatever that gives, each phase is in the report, with its numbers or with the reason."
+    (tmp_path / "given.yaml").write_text(json.dumps(REAL))
+    words = ["--problems", str(MBPP), "-n", "100", "-f", str(tmp_path / "given.yaml")]
+    done = in_chain(words, os.environ | {"CODETRACE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(HOME)})
+    assert done.returncode == 0, done.stderr
+    report = runs.newest("report", tmp_path / "runs")
+    text = (Path(report["folder"]) / "report.md").read_text()
+    claims = pd.DataFrame(json.loads((Path(report["folder"]) / "claims.json").read_text()))
+    assert "Not run" not in text and {"1.0", "1.2", "1.5"} <= set(claims["phase"]) and claims["verdict"].all()
+    for number in ("2", "3", "3.1", "3.2", "3.3"):
+        assert number in set(claims["phase"]) or f"## {number} " in text and "Not complete: " in text
+    between = claims.dropna(subset=["low", "high"])
+    assert len(between) and (between["low"] <= between["number"] + 1e-9).all()
+    assert (between["number"] <= between["high"] + 1e-9).all()
 
 
 def killed_while(phase: str, words: list[str], env: dict, root: Path) -> int:
