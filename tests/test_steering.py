@@ -399,7 +399,7 @@ def test_the_whole_chain_on_mbpp_says_what_it_found(tmp_path):
     claims = pd.DataFrame(json.loads((Path(report["folder"]) / "claims.json").read_text()))
     assert "Not run" not in text and {"1.0", "1.2", "1.5"} <= set(claims["phase"]) and claims["verdict"].all()
     for number in ("2", "3", "3.1", "3.2", "3.3"):
-        assert number in set(claims["phase"]) or f"## {number} " in text and "Not complete: " in text
+        assert number in set(claims["phase"]) or (f"## {number} " in text and "Not complete: " in text)
     between = claims.dropna(subset=["low", "high"])
     assert len(between) and (between["low"] <= between["number"] + 1e-9).all()
     assert (between["number"] <= between["high"] + 1e-9).all()
