@@ -73,6 +73,18 @@ def _last_row(lm: LM, ids: Sequence[int]) -> Float[Tensor, "layer head pos"]:
     return torch.stack([x[0, :, -1].float().cpu() for x in seen])
 
 # %% ../nbs/28_attention.ipynb #996b68a3
+def _by_part(task_id: str, names: Sequence[str], plain: Tensor, moved: Tensor) -> pd.DataFrame:
+    "Attention of each layer and head, `[layer, head, pos]`, summed over the tokens of each part."
+    found = []
+    for part in (part for part in PARTS if part in names):
+        own = torch.tensor([name == part for name in names])
+        now, after = (x[..., own].sum(-1).numpy() for x in (plain, moved))
+        layer, head = (x.ravel() for x in np.indices(now.shape))
+        values = {"share": now.ravel(), "pushed": after.ravel(), "even": float(own.float().mean())}
+        found.append(pd.DataFrame({"task_id": task_id, "layer": layer, "head": head, "part": part} | values))
+    return pd.concat(found, ignore_index=True)
+
+# %% ../nbs/28_attention.ipynb #4a8d06e3
 @torch.no_grad()
 def shares(
     lm: LM,
@@ -82,39 +94,19 @@ def shares(
     progress: Callable[..., Iterable] = lambda x, **_: x,
 ) -> pd.DataFrame:  # One row a task, layer, head and part: `share, pushed, even`
     "Where the last prompt token looks, as it is and pushed."
-    rows = []
+    rows, added = [], None if one is None else one.coefficient * one.direction.vector.to(lm.device)
     with _weights_shown(lm):
         for p in progress(list(problems), desc="attention"):
             ids, names = parts(lm, p, style)
-            plain, moved = _last_row(lm, ids), None
+            plain = moved = _last_row(lm, ids)
             if one is not None:
-                added = one.coefficient * one.direction.vector.to(lm.device)
-                with lm.intervene(
-                    Intervention("resid_post", one.direction.layer, lambda x, v=added: (x.float() + v).to(x.dtype))
-                ):
+                add = Intervention("resid_post", one.direction.layer, lambda x: (x.float() + added).to(x.dtype))
+                with lm.intervene(add):
                     moved = _last_row(lm, ids)
-            for part in PARTS:
-                own = torch.tensor([name == part for name in names])
-                if own.any():
-                    now = plain[..., own].sum(-1)
-                    after = now if moved is None else moved[..., own].sum(-1)
-                    layer, head = np.indices(now.shape)
-                    rows.append(
-                        pd.DataFrame(
-                            {
-                                "task_id": p.task_id,
-                                "layer": layer.ravel(),
-                                "head": head.ravel(),
-                                "part": part,
-                                "share": now.ravel().numpy(),
-                                "pushed": after.ravel().numpy(),
-                                "even": float(own.float().mean()),
-                            }
-                        )
-                    )
+            rows.append(_by_part(p.task_id, names, plain, moved))
     return pd.concat(rows, ignore_index=True)
 
-
+# %% ../nbs/28_attention.ipynb #345685b2
 def changed(
     table: pd.DataFrame,  # From `shares`
     seed: int = 0,
@@ -146,7 +138,7 @@ def _head_parts(
         written = written * gain * (out.float().norm() / (before * gain).norm())
     return written @ weight
 
-
+# %% ../nbs/28_attention.ipynb #8f91ce5a
 @torch.no_grad()
 def feeding(
     lm: LM,
@@ -170,7 +162,7 @@ def feeding(
             rows.append((p.task_id, "mlp", at, -1, float(seen["mlp_out", at].float() @ weight)))
     return pd.DataFrame(rows, columns=["task_id", "part", "layer", "head", "value"])
 
-
+# %% ../nbs/28_attention.ipynb #add0dcbe
 def fed_by(
     table: pd.DataFrame,  # From `feeding`
     seed: int = 0,

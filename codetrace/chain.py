@@ -93,7 +93,7 @@ def follow(
                 raise
             failed[step.number] = " ".join(str(error).split())
             say(f"{step.number}: {failed[step.number]}")
-    last = list(done.values())[-1]["run_id"]
+    own = ",".join(m["run_id"] for m in done.values())
     say("report: running")
-    done["report"] = execute("report", {"study": last, "failed": json.dumps(failed)} | more.get("report", {}))
+    done["report"] = execute("report", {"study": own, "failed": json.dumps(failed)} | more.get("report", {}))
     return done

@@ -104,7 +104,7 @@ def _plant_cause(hf: torch.nn.Module, axes: dict[str, Tensor]) -> None:
 # %% ../nbs/25f_decided.ipynb #578d31ff
 CAUSE = {"layer": 0, "latents": {"correct": 5, "incorrect": 9}}  # What is planted
 
-
+# %% ../nbs/25f_decided.ipynb #89f5c6d5
 @torch.no_grad()
 def load(
     noise: float = 0.01,  # Standard deviation of all other weights
@@ -139,7 +139,7 @@ def load(
     _plant_cause(hf, _axes())
     return LM("decided", hf.eval(), _tokenizer(), revision=f"noise={noise}, seed={seed}")
 
-
+# %% ../nbs/25f_decided.ipynb #ecc87bde
 def cause() -> Float[Tensor, "d_model"]:
     "The direction that decides."
     return _axes()["decides"].clone()

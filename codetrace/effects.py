@@ -77,7 +77,7 @@ def rates(
     counts = {"n": n, "right": right, "wrong": wrong, "corrected": corrected, "corrupted": corrupted}
     return counts | flat | {"p": mcnemar_exact(corrected, corrupted)}
 
-
+# %% ../nbs/25b_effects.ipynb #b110b82d
 def effects(
     pairs: pd.DataFrame,  # From `paired`
     by: Sequence[str] = ("setting",),
@@ -134,7 +134,7 @@ def repetition(
     grams = list(zip(*(list(tokens)[i:] for i in range(k))))
     return 1 - len(set(grams)) / len(grams) if grams else float("nan")
 
-
+# %% ../nbs/25b_effects.ipynb #3d4c7a18
 @torch.no_grad()
 def logprobs(
     lm: LM,
@@ -199,7 +199,7 @@ def null_band(
     by = found.dropna(subset=measure).groupby("alpha")[measure]
     return by.agg(n="size", middle="median", low="min", high="max").reset_index()
 
-
+# %% ../nbs/25b_effects.ipynb #bdce2475
 def in_words(
     row: pd.Series | dict,  # From `effects`
     what: str,  # What was done

@@ -50,7 +50,7 @@ def freeze(
     )
     return digest
 
-
+# %% ../nbs/25c_frozen.ipynb #b84d268e
 def frozen(
     folder: str | Path,  # Of the run that chose
 ) -> tuple[dict, dict[str, Float[Tensor, "..."]], str]:  # The choice, its vectors, its hash
@@ -71,7 +71,7 @@ def frozen(
 # %% ../nbs/25c_frozen.ipynb #92975f11
 _RATIO = (math.sqrt(5) - 1) / 2
 
-
+# %% ../nbs/25c_frozen.ipynb #dee7b613
 @dataclass
 class Golden:
     "A search for the largest value between two strengths: `ask` for a strength, `tell` what it is worth."
@@ -106,7 +106,7 @@ class Golden:
         "The best strength seen; the weakest of equals."
         return max(self.seen, key=lambda x: (self.seen[x], -abs(x)))
 
-
+# %% ../nbs/25c_frozen.ipynb #50654ac8
 def bracket(
     grid: Mapping[float, float],  # Strength: value, of one direction
 ) -> Golden:

@@ -6,6 +6,7 @@
 __all__ = ['dose_response', 'trade_off', 'slope_graph', 'tried', 'attention_shares']
 
 # %% ../nbs/06d_pushed.ipynb #0b5730a7
+import re
 import textwrap
 
 import numpy as np
@@ -47,19 +48,31 @@ def dose_response(
         axes[-1, 0].set_xlabel("strength, of the median norm")
     return axes[0, 0].figure
 
-
+# %% ../nbs/06d_pushed.ipynb #9dee6f85
 def _doses(ax, own: pd.DataFrame, null: pd.DataFrame) -> None:
     "One direction and measure."
-    own = own.sort_values("alpha")
+    own, null = own.sort_values("alpha"), _through_zero(null) if len(null) else null
     if len(null):
-        null = null.sort_values("alpha")
         ax.fill_between(null["alpha"], null["low"], null["high"], color="0.88", lw=0)
         ax.plot(null["alpha"], null["middle"], color=GREY, lw=0.8)
     ax.axhline(0, color="0.8", lw=0.5, zorder=0)
     ax.vlines(own["alpha"], own["low"], own["high"], color="k", lw=0.7)
-    ax.plot(own["alpha"], own["value"], "o-", color="k", ms=3, lw=0.7)
+    line = _through_zero(own[["alpha", "value"]])
+    ax.plot(line["alpha"], line["value"], color="k", lw=0.7)
+    ax.plot(own["alpha"], own["value"], "o", color="k", ms=3)
     ends = sorted({float(own["alpha"].min()), 0.0, float(own["alpha"].max())})
-    ax.set_xticks(ends, [f"{x:g}" for x in ends])
+    ax.set_xticks(ends, [_minus(f"{x:g}") for x in ends])
+
+
+def _through_zero(table: pd.DataFrame) -> pd.DataFrame:
+    "Strength 0 changes nothing, whatever is pushed: so all curves pass there."
+    still = table.iloc[:1].assign(**{name: 0.0 for name in table.select_dtypes("number")})
+    return pd.concat([table[table["alpha"] != 0], still]).sort_values("alpha")
+
+
+def _minus(text: str) -> str:
+    "With minus signs for hyphens before numbers."
+    return re.sub(r"-(?=[\d.])", "−", text)
 
 # %% ../nbs/06d_pushed.ipynb #aa58f2cb
 def trade_off(
@@ -76,10 +89,10 @@ def trade_off(
         ax.plot(random["corruption"], random["correction"], "o", color="0.75", ms=2.5, mew=0, zorder=1)
         ax.plot(ours["corruption"], ours["correction"], "o", color="k", ms=4, zorder=3)
         top = [max(0.1, float(table[x].max()) if len(table) else 0.1) for x in ("corruption", "correction")]
-        order = ours.sort_values("correction")
+        order = ours.sort_values(["correction", "corruption"], ascending=[True, False])
         for (_, row), height in zip(order.iterrows(), _spread(order["correction"].tolist(), 0.13 * top[1])):
-            ax.annotate(textwrap.fill(row["label"], 36), (row["corruption"], row["correction"]), (1.06 * top[0], height), fontsize=7, va="center", annotation_clip=False,
-                        arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.4, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
+            ax.annotate(textwrap.fill(_minus(row["label"]), 36), (row["corruption"], row["correction"]), (1.06 * top[0], height), fontsize=7, va="center", annotation_clip=False,
+                        arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.4, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)})  # fmt: skip
         ax.set(
             xlabel="right answers corrupted",
             ylabel="wrong answers corrected",
@@ -99,7 +112,7 @@ _LOOKS = {
     "missed": {"color": "0.8", "lw": 0.6},
 }
 
-
+# %% ../nbs/06d_pushed.ipynb #c61d0b0a
 def slope_graph(
     table: pd.DataFrame,  # One row a panel and task: `name, task_id, outcome, before, after`; shares of asserts
     said: str = "",
@@ -121,11 +134,13 @@ def slope_graph(
                 )
             count = own["outcome"].value_counts()
             ax.set_title(
-                f"{textwrap.fill(name, 26)}\n+{count.get('helped', 0)} −{count.get('hurt', 0)} of {len(own)}",
+                f"{textwrap.fill(_minus(name), 26)}\n+{count.get('helped', 0)} −{count.get('hurt', 0)} of {len(own)}",
                 pad=3,
                 fontsize=8,
             )
             ax.set_xticks([0, 1], ["as it is", "pushed"])
+            for label, side in zip(ax.get_xticklabels(), ("left", "right")):
+                label.set_ha(side)
             ax.set(xlim=(-0.08, 1.08), ylim=(-0.06, 1.06), yticks=[0, 0.5, 1])
     return axes[0, 0].figure
 

@@ -8,7 +8,7 @@ __all__ = ['PHASES', 'FIGURES', 'study_runs', 'table_of_claims', 'page']
 # %% ../nbs/29_report.ipynb #5a8cd797
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,55 +48,57 @@ def _parents(manifest: Mapping) -> set[str]:
     return {i["run_id"] for i in manifest.get("inputs", [])} | set((manifest.get("built_on") or {}).values())
 
 # %% ../nbs/29_report.ipynb #52b5c6c9
+def _known(manifests: Sequence[Mapping]) -> dict[str, Mapping]:
+    "Complete runs of the study's phases, but no shards and no reference records."
+    whole = lambda m: m["status"] == "complete" and m.get("parameters", {}).get("shard", -1) < 0
+    own = lambda m: "reference" not in Path(m["folder"]).parts and _number(m)
+    return {m["run_id"]: m for m in manifests if whole(m) and own(m)}
+
+
+def _line(run_ids: Iterable[str], known: Mapping[str, Mapping]) -> set[str]:
+    "Runs, and what they were made from, and so on."
+    found, new = set(), set(run_ids)
+    while new:
+        found, new = found | new, set().union(*(_parents(known[r]) for r in new if r in known)) - found
+    return found & known.keys()
+
+
+def _beside(target: Mapping, root: Mapping | None, line: set[str], known: Mapping[str, Mapping]) -> set[str]:
+    "Runs that nothing was made from, but that are about the same: sampled answers, and the difficulty of the problems."
+    of = (root or target)["parameters"]
+    splits = {r for r in line if _number(known[r]) == "0.1"}
+    there = {_number(known[r]) for r in line}
+    sampled = lambda r, m: splits & _line([r], known) and (not root or m["parameters"]["model"] == of["model"])
+    about = lambda m: m["parameters"].get("problems") == of.get("problems") and _number(m) not in there
+    first = {r for r, m in known.items() if _number(m) in ("0", "0.1") and about(m)}
+    return first | {r for r, m in known.items() if _number(m) == "1.2" and sampled(r, m)}
+
+# %% ../nbs/29_report.ipynb #d02c5b9e
 def study_runs(
     manifests: Sequence[Mapping],  # All runs, oldest first, as `runs.index` gives them
-    name: str = "",  # Any run of the study; empty: the newest that is furthest
+    name: str = "",  # Any run of the study; empty: the newest that is furthest; several, with commas: just these
 ) -> dict[str, Mapping]:  # Number of a phase: its run
     "The runs of one study."
-    known = {
-        m["run_id"]: m
-        for m in manifests
-        if m["status"] == "complete"
-        and "reference" not in Path(m["folder"]).parts
-        and m.get("parameters", {}).get("shard", -1) < 0
-        and _number(m)
-    }
+    known, names, order = _known(manifests), [n for n in name.split(",") if n], list(PHASES)
+    if strange := [n for n in names if n not in known]:
+        raise BadInput(
+            f"run {strange[0]!r} is no complete run of phases {', '.join(order)}: `codetrace runs` lists them"
+        )
     if not known:
         return {}
-    order = {n: i for i, n in enumerate(PHASES)}
-    target = known.get(name) or (None if name else max(known.values(), key=lambda m: (order[_number(m)], m["run_id"])))
-    if target is None:
-        raise BadInput(f"run {name!r} is no complete run of phases {', '.join(PHASES)}: `codetrace runs` lists them")
-
-    def ancestors(run_id: str) -> set[str]:
-        found, new = set(), {run_id}
-        while new:
-            found, new = found | new, set().union(*(_parents(known[r]) for r in new if r in known)) - found
-        return found & known.keys()
-
-    line = ancestors(target["run_id"])
-    root = next((r for r in sorted(line, reverse=True) if _number(known[r]) == "1.0"), None)
-    problems = known[root]["parameters"]["problems"] if root else target["parameters"].get("problems")
-    splits = {r for r in line if _number(known[r]) == "0.1"}
-    members = {r for r in known if r in line or (root and root in ancestors(r))}
-    members |= {
-        r
-        for r, m in known.items()
-        if _number(m) == "1.2"
-        and splits & ancestors(r)
-        and (not root or m["parameters"]["model"] == known[root]["parameters"]["model"])
-    }
-    members |= {
-        r
-        for r, m in known.items()
-        if _number(m) in ("0", "0.1")
-        and m["parameters"].get("problems") == problems
-        and _number(m) not in {_number(known[x]) for x in line}
-    }
+    furthest = max(known, key=lambda r: (order.index(_number(known[r])), r))
+    target = known[names[0] if names else furthest]
+    line = _line(names or [furthest], known)
+    root = next((known[r] for r in sorted(line, reverse=True) if _number(known[r]) == "1.0"), None)
+    members = set(names)
+    if len(names) < 2:
+        built = {r for r in known if root and root["run_id"] in _line([r], known)}
+        wide = line | _line(built, known)
+        members = wide | _beside(target, root, wide, known)
     newest = {}
     for r in sorted(members, key=lambda r: (r in line, r)):  # what the target was made from comes before what is newer
         newest[_number(known[r])] = known[r]
-    return {n: newest[n] for n in PHASES if n in newest}
+    return {n: newest[n] for n in order if n in newest}
 
 # %% ../nbs/29_report.ipynb #8525dd09
 COLUMNS = ("phase", "claim", "number", "low", "high", "baseline", "null", "verdict")
@@ -129,7 +131,7 @@ def _answers(manifest: Mapping) -> list[dict]:
         )
     return found
 
-
+# %% ../nbs/29_report.ipynb #4b60757a
 def _dictionaries(manifest: Mapping) -> list[dict]:
     "Explained variance of each layer's SAEs, beside a random one's."
     table, found = pd.DataFrame(manifest["summary"]), []
@@ -164,7 +166,7 @@ def _searched(manifest: Mapping) -> list[dict]:
                                 "0.5", f"p = {p:.3f} for the largest separation of all", said))  # fmt: skip
     return found
 
-
+# %% ../nbs/29_report.ipynb #797af8e1
 def _judged(manifest: Mapping) -> list[dict]:
     "The chosen latents on validation."
     folder = Path(manifest["folder"])
@@ -187,7 +189,7 @@ def _judged(manifest: Mapping) -> list[dict]:
                             f"{random['value'].mean():.2f} random latents like it" if len(random) else "–", words))  # fmt: skip
     return found
 
-
+# %% ../nbs/29_report.ipynb #933efc1d
 def _tuned(manifest: Mapping) -> list[dict]:
     "What was chosen: no evidence, since it was chosen on the same tasks."
     choice, _, _ = frozen(manifest["folder"])
@@ -253,7 +255,22 @@ def _for_people(claims: pd.DataFrame) -> pd.DataFrame:
     text = [with_interval(*row) for row in claims[["number", "low", "high"]].astype(float).to_numpy()]
     return claims.assign(number=text)[["phase", "claim", "number", "baseline", "null", "verdict"]]
 
+# %% ../nbs/29_report.ipynb #74fe35e9
+def _section(number: str, found: Mapping[str, Mapping], folder: Path, failed: Mapping[str, str]) -> list[str]:
+    "What one phase says, with its figure; or why it says nothing."
+    if number not in found:
+        why = failed.get(number)
+        return [f"Not complete: {why}" if why else f"Not run: `codetrace run {number}`.", ""]
+    m = found[number]
+    made = f"Run `{m['run_id']}`, {m.get('wall_seconds', 0):,.0f} s, commit {(m.get('commit') or 'unknown')[:10]}."
+    lines, figure = [m.get("headline") or "–", "", made, ""], Path(m["folder"]) / FIGURES.get(number, "none")
+    if figure.is_file():
+        name = f"phase_{number.replace('.', '_')}_{figure.name}"
+        shutil.copyfile(figure, folder / name)
+        lines += [f"![{PHASES[number]}]({name})", ""]
+    return lines
 
+# %% ../nbs/29_report.ipynb #6e90b3f4
 def page(
     found: Mapping[str, Mapping],  # From `study_runs`
     claims: pd.DataFrame,  # From `table_of_claims`
@@ -261,37 +278,11 @@ def page(
     failed: Mapping[str, str] | None = None,  # Number of a phase: why it could not be run
 ) -> str:  # Markdown
     "The report."
-    of = next((m for n, m in found.items() if n == "1.0"), {"parameters": {}})["parameters"]
-    lines = [
-        "# What the study found",
-        "",
-        f"Model {of.get('model', '–')}, problems {of.get('problems', '–')}. {len(found)} of {len(PHASES)} phases.",
-        "",
-        "## Claims",
-        "",
-    ]
-    lines += [
-        evidence.markdown(_for_people(claims))
-        if len(claims)
-        else "Nothing is claimed: no phase that measures anything is complete.",
-        "",
-    ]
+    of = found.get("1.0", {"parameters": {}})["parameters"]
+    about = f"Model {of.get('model', '–')}, problems {of.get('problems', '–')}. {len(found)} of {len(PHASES)} phases."
+    nothing = "Nothing is claimed: no phase that measures anything is complete."
+    table = evidence.markdown(_for_people(claims)) if len(claims) else nothing
+    lines = ["# What the study found", "", about, "", "## Claims", "", table, ""]
     for number, question in PHASES.items():
-        lines += [f"## {number}  {question}", ""]
-        if number not in found:
-            why = (failed or {}).get(number)
-            lines += [f"Not complete: {why}" if why else f"Not run: `codetrace run {number}`.", ""]
-            continue
-        m = found[number]
-        lines += [
-            m.get("headline") or "–",
-            "",
-            f"Run `{m['run_id']}`, {m.get('wall_seconds', 0):,.0f} s, commit {(m.get('commit') or 'unknown')[:10]}.",
-            "",
-        ]
-        figure = Path(m["folder"]) / FIGURES.get(number, "none")
-        if figure.is_file():
-            name = f"phase_{number.replace('.', '_')}_{figure.name}"
-            shutil.copyfile(figure, folder / name)
-            lines += [f"![{question}]({name})", ""]
+        lines += [f"## {number}  {question}", "", *_section(number, found, folder, failed or {})]
     return "\n".join(lines)

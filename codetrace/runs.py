@@ -90,7 +90,10 @@ _OF: dict[
             "random_directions": 10,
         },
     ),
-    "3.2": ({}, {"input": "3.1", "num_problems": 0, "temperatures": [0.6, 1.0], "samples": 3}),
+    "3.2": (
+        {},
+        {"input": "3.1", "num_problems": 0, "temperatures": [0.6, 1.0], "samples": 3, "prompts": ["three_shot"]},
+    ),
     "3.3": ({}, {"input": "3.1", "num_problems": 0}),
 }
 

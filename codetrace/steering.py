@@ -50,6 +50,50 @@ def gate_in(choice: Mapping, vectors: Mapping[str, torch.Tensor]) -> Gate | None
     return None if g is None else Gate(g["layer"], vectors["gate"], g["bias"], g["threshold"])
 
 # %% ../nbs/27_steering.ipynb #ec1595f5
+def _wanted(choice: Mapping, k: int) -> dict[float, str]:
+    "For which goals a direction was chosen, by strength; where nothing helps, one push may be the best for both."
+    found = {}
+    for goal, g in choice["goals"].items():
+        if g["direction"] == k:
+            found[g["alpha"]] = f"{found[g['alpha']]} and {goal}" if g["alpha"] in found else goal
+    return found
+
+
+def _some(null: Sequence[Direction], layer: int, n: int = 3) -> list[Direction]:
+    "A few random directions of each kind, for controls that are dear."
+    own = [d for d in null if d.layer == layer]
+    return [d for kind in ("random latent", "gaussian") for d in [x for x in own if x.kind == kind][:n]]
+
+# %% ../nbs/27_steering.ipynb #3d9a7b12
+def _pushed(d: Direction, role: str, goals: Mapping[float, str], norms: np.ndarray, where: str) -> list[Setting]:
+    "A direction at several strengths."
+    at = f"{d.name}, layer {d.layer}" if role == "null" else d.name
+    return [
+        Setting(f"{at}, α = {a:+.2f}", role, push(d, a, norms, where), about={"goal": goals[a]}) for a in sorted(goals)
+    ]
+
+
+def _erased(d: Direction, role: str) -> Setting:
+    "A direction taken from the weights."
+    return Setting(f"{d.name} erased", role, without=(d.vector,), about={"goal": "erased"})
+
+# %% ../nbs/27_steering.ipynb #9e41c0d6
+def _selective(choice: Mapping, picked: Sequence[Direction], gate: Gate | None, norms: np.ndarray) -> list[Setting]:
+    "The chosen push where a gate is open, if it is asked at each token."
+    if gate is None or choice["gate"]["asked"] != "token":
+        return []
+    goal = choice["goals"]["correct"]
+    given = push(picked[goal["direction"]], goal["alpha"], norms, choice["where"], gate)
+    return [Setting("selective", "selective", given, about={"goal": "correct"})]
+
+
+def _unpushed(temperatures: Sequence[float], samples: int, styles: Sequence[str]) -> list[Setting]:
+    "What could be done instead: sampling, and other words."
+    warm = [(t, s) for t in temperatures for s in range(samples)]
+    found = [Setting(f"temperature {t:g}, sample {s}", "resampled", temperature=t) for t, s in warm]
+    return found + [Setting(f"prompt {style}", "prompt", style=style) for style in styles]
+
+# %% ../nbs/27_steering.ipynb #b06f2e57
 def settings_of(
     choice: Mapping,
     vectors: Mapping[str, torch.Tensor],
@@ -62,57 +106,25 @@ def settings_of(
 ) -> list[Setting]:  # Number 0 is the baseline
     "Everything that is tried on validation."
     picked, misplaced, null = directions_in(choice, vectors)
-    where, gate, found = choice["where"], gate_in(choice, vectors), [BASELINE]
-    if bad := [d.name for d in (*picked, *misplaced) if d.layer >= len(norms)]:
+    where, found, layers = choice["where"], [BASELINE], {}
+    if bad := [d for d in (*picked, *misplaced) if d.layer >= len(norms)]:
         raise BadInput(
-            f"{bad[0]} is pushed after a layer that the model, with {len(norms)} layers, has not: choose another model"
+            f"{bad[0].name} is pushed after layer {bad[0].layer}, and the model has {len(norms)}, from 0: choose another model"
         )
-    doses, layers = sorted({float(a) for a in strengths or choice["strengths"]} - {0.0}), {}
+    doses = {float(a) for a in strengths or choice["strengths"]} - {0.0}
     for k, d in enumerate(picked):
-        goals = {g["alpha"]: goal for goal, g in choice["goals"].items() if g["direction"] == k}
-        for a in sorted({*doses, *goals}):
-            about = {"goal": goals.get(a, ""), "dose": a in doses}
-            found.append(Setting(f"{d.name}, α = {a:+.2f}", "chosen", push(d, a, norms, where), about=about))
-            layers.setdefault(d.layer, set()).add(a)
+        goals = _wanted(choice, k)
+        found += _pushed(d, "chosen", dict.fromkeys(doses, "") | goals, norms, where)
+        layers.setdefault(d.layer, set()).update(doses, goals)
         for wrong in (m for m in misplaced if m.name.startswith(f"{d.name} after")):
-            found += [
-                Setting(f"{wrong.name}, α = {a:+.2f}", "control", push(wrong, a, norms, where), about={"goal": goal})
-                for a, goal in goals.items()
-            ]
+            found += _pushed(wrong, "control", goals, norms, where)
         if erase:
-            found.append(Setting(f"{d.name} erased", "erased", without=(d.vector,), about={"goal": "erased"}))
-            found += [
-                Setting(f"{x.name} erased", "null", without=(x.vector,), about={"goal": "erased"})
-                for x in _some(null, d.layer)
-            ]
+            found += [_erased(d, "erased"), *(_erased(x, "null") for x in _some(null, d.layer))]
     for d in null:
-        found += [
-            Setting(f"{d.name}, layer {d.layer}, α = {a:+.2f}", "null", push(d, a, norms, where))
-            for a in sorted(layers.get(d.layer, ()))
-        ]
-    found += [
-        Setting(f"temperature {t:g}, sample {s}", "resampled", temperature=t)
-        for t in temperatures
-        for s in range(samples)
-    ]
-    found += [Setting(f"prompt {style}", "prompt", style=style) for style in styles]
-    if gate is not None and choice["gate"]["asked"] == "token":
-        goal = choice["goals"]["correct"]
-        found.append(
-            Setting(
-                "selective",
-                "selective",
-                push(picked[goal["direction"]], goal["alpha"], norms, where, gate),
-                about={"goal": "correct"},
-            )
-        )
-    return found
-
-
-def _some(null: Sequence[Direction], layer: int, n: int = 3) -> list[Direction]:
-    "A few random directions of each kind, for controls that are dear."
-    own = [d for d in null if d.layer == layer]
-    return [d for kind in ("random latent", "gaussian") for d in [x for x in own if x.kind == kind][:n]]
+        found += _pushed(d, "null", dict.fromkeys(layers.get(d.layer, ()), ""), norms, where)
+    return (
+        found + _unpushed(temperatures, samples, styles) + _selective(choice, picked, gate_in(choice, vectors), norms)
+    )
 
 # %% ../nbs/27_steering.ipynb #6a35e319
 def findings(
@@ -137,7 +149,7 @@ def findings(
     ]
     return effects(paired(table)).set_index("setting").join(facts[columns]).reset_index()
 
-
+# %% ../nbs/27_steering.ipynb #beb51508
 def resampled(
     pairs: pd.DataFrame,  # From `effects.paired`
     n_resamples: int = 2000,
@@ -176,7 +188,7 @@ def null_of(
         return null[null["erased"] > 0]
     return null[(null["erased"] == 0) & (null["layer"] == row["layer"]) & np.isclose(null["alpha"], row["alpha"])]
 
-
+# %% ../nbs/27_steering.ipynb #e32daedc
 def claims(
     found: pd.DataFrame,  # From `findings`
     warm: pd.DataFrame,  # From `resampled`
@@ -199,7 +211,7 @@ def claims(
         "erased": "{name} from the weights",
         "prompt": "asked in other words: {name}",
     }
-    order = wanted["role"].map(list(what).index) * 10 + (wanted["goal"] != "correct")
+    order = wanted["role"].map(list(what).index) * 10 + ~wanted["goal"].str.contains("correct")
     for row in wanted.loc[order.sort_values(kind="stable").index].to_dict("records"):
         null = null_of(found, row)["net"].dropna().tolist() if row["role"] != "prompt" else []
         claim = what[row["role"]].format(**row)
@@ -217,7 +229,7 @@ def judged_on(
 ) -> list[Problem]:
     "The problems that the choice is judged on."
     if choice["problems"] == "decided" and not problems:
-        made = decided.made_problems()
+        made = decided.made_problems(seed=choice["seed"])
         return made[len(made) // 2 + len(made) // 5 :][: limit or None]
     name = problems or choice["problems"]
     if split != "validation" and name == choice["problems"]:

@@ -170,7 +170,7 @@ def opens_at(
     seen = torch.stack([lm.capture(lm.tokenize([row]), [site], positions=-1)[site][0, 0] for row in rows])
     return dict(zip((p.task_id for p in problems), (gate.reading(seen) > gate.threshold).tolist()))
 
-
+# %% ../nbs/25e_trials.ipynb #75e7b9a3
 def selected(
     table: pd.DataFrame,  # Of all settings
     constant: int,  # The setting that always pushes

@@ -110,7 +110,7 @@ def best_try(
     order = np.lexsort((rank, table["alpha"].abs(), -score))
     return table.iloc[order[0]]
 
-
+# %% ../nbs/26_tuning.ipynb #29f100bb
 def tune(
     lm: LM,
     problems: Sequence[Problem],  # Of the hyperparameter split
@@ -282,6 +282,7 @@ def settle(
         "strengths": sorted(strengths),
         "tuned_on": [p.task_id for p in tasks],
         "evaluations": len(every),
+        "seed": seed,
     }
     digest = freeze(folder, *as_choice(best, directions, null, misplaced, gate, **about))
     return every, best, digest

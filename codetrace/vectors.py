@@ -162,7 +162,7 @@ def gate_of(
     shift = float(sae.b_dec.float().cpu() @ weight) if sae.centred else 0.0
     return Gate(layer, weight, float(sae.b_enc[latent]) - shift, threshold)
 
-
+# %% ../nbs/25a_vectors.ipynb #5b4256c4
 @dataclass(frozen=True, eq=False)
 class Push:
     "So much of a direction, at some of the tokens."
@@ -189,7 +189,7 @@ class Push:
         "Of what the latent's largest activation does; NaN for what is no latent."
         return self.coefficient / self.direction.largest
 
-
+# %% ../nbs/25a_vectors.ipynb #03391ce4
 def push(
     direction: Direction,
     alpha: float,

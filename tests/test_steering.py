@@ -19,6 +19,7 @@ from codetrace.dictionary import hook_name
 from codetrace.effects import paired
 from codetrace.frozen import NotFrozen, frozen
 from codetrace.latents import search_all
+from codetrace.vectors import gate_of, push
 
 HOME = Path(__file__).resolve().parents[1]
 MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"
@@ -224,17 +225,22 @@ def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_
     assert "no more than any push does" in steering.in_words(worst, "The push", others)
 
 
-def test_the_gate_opens_where_it_should(judged):
-    *_, tasks, table, _ = judged
-    moods = {p.task_id: decided.mood(p) for p in tasks}
-    gated = table[table["role"] == "selective"]
-    if gated.empty:
-        pytest.skip("the chosen gate is asked at the prompt: see below")
-    bad = gated["task_id"].map(moods) < 0
-    assert gated.loc[bad, "fired"].mean() > 0.6 and gated.loc[~bad, "fired"].mean() < 0.2
-    rates = steering.findings(table)
-    row = rates[rates["role"] == "selective"].iloc[0]
-    assert row["corrupted"] == 0 and row["correction"] > 0.6
+def test_the_gate_opens_where_it_should(judged, tmp_path):
+    "A latent that foretells wrong answers, asked at each token: pushed where it is active, and nowhere else."
+    study, choice, vectors, *_, tasks, _, _ = judged
+    goal = choice["goals"]["correct"]
+    d = steering.directions_in(choice, vectors)[0][goal["direction"]]
+    gate = gate_of(decided.dictionary(0), decided.CAUSE["latents"]["incorrect"], 0)
+    always, gated = (push(d, goal["alpha"], np.array(choice["norms"]), "generated", g) for g in (None, gate))
+    plan = [trials.BASELINE, trials.Setting("always", "chosen", always), trials.Setting("gated", "selective", gated)]
+    table = trials.write(study.lm, tasks, plan, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    table = trials.measured(study.lm, table, plan).assign(goal="")
+    own = table[table["setting"] == 2]
+    bad = own["task_id"].map({p.task_id: decided.mood(p) for p in tasks}) < 0
+    assert own.loc[bad, "fired"].mean() > 0.6 and own.loc[~bad, "fired"].mean() < 0.2
+    rates = steering.findings(table).set_index("setting")
+    assert rates.loc[2, "corrected"] == rates.loc[1, "corrected"] > 0.6 * rates.loc[2, "wrong"]
+    assert rates.loc[2, "corrupted"] == 0
 
 
 def test_a_gate_at_the_prompt_opens_where_it_should(judged):
@@ -261,19 +267,13 @@ def test_erasing_removes_the_effect(judged):
 def test_strength_0_is_the_baseline(judged):
     study, choice, vectors, _, tasks, table, folder = judged
     d = steering.directions_in(choice, vectors)[0][0]
-    still = [trials.BASELINE, trials.Setting("still", "control", trials_push(d, choice))]
+    still = [trials.BASELINE, trials.Setting("still", "control", push(d, 0.0, np.array(choice["norms"])))]
     again = trials.write(study.lm, tasks, still, folder / "still", max_new_tokens=8, slots=16, workers=1)
     a, b = (again[again["setting"] == k].sort_values("task_id") for k in (0, 1))
     assert a["token_ids"].map(list).tolist() == b["token_ids"].map(list).tolist()
     np.testing.assert_allclose(a["mean_logprob"], b["mean_logprob"], atol=1e-6)
     base = table[table["setting"] == 0].sort_values("task_id")
     assert a["completion"].tolist() == base["completion"].tolist()
-
-
-def trials_push(direction, choice):
-    from codetrace.vectors import push
-
-    return push(direction, 0.0, np.array(choice["norms"]))
 
 
 class Stop(BaseException):
