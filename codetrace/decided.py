@@ -35,6 +35,11 @@ def mood(problem: Problem) -> int:
     return problem.text.count("p") - problem.text.count("m")
 
 
+def _reference(text: str) -> str:
+    "A solution; no two are the same program, or their problems would be kept in one split."
+    return f"def f(x):\n    {text} = 1\n    return x + {text}\n"
+
+
 def made_problems(
     n: int = 60,
     seed: int = 0,
@@ -47,13 +52,13 @@ def made_problems(
         if abs(text.count("p") - text.count("m")) >= least:
             texts[text] = None
     about = {
-        "reference": "def f(x):\n    return x + 1\n",
         "tests": ("assert f(1) == 2", "assert f(4) == 5"),
         "setup": "",
         "entry_point": "f",
     }
     return [
-        Problem(f"word {i:02d}", text, **about, source="decided", licence="CC0-1.0") for i, text in enumerate(texts)
+        Problem(f"word {i:02d}", text, _reference(text), **about, source="decided", licence="CC0-1.0")
+        for i, text in enumerate(texts)
     ]
 
 # %% ../nbs/25f_decided.ipynb #ae5e0569
