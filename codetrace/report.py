@@ -193,19 +193,13 @@ def _judged(manifest: Mapping) -> list[dict]:
 def _tuned(manifest: Mapping) -> list[dict]:
     "What was chosen: no evidence, since it was chosen on the same tasks."
     choice, _, _ = frozen(manifest["folder"])
-    words = f"chosen as the best of {choice.get('evaluations', 'many')} evaluations on these {len(choice['tuned_on'])} tasks: no evidence by itself"
-    return [
-        _claim(
-            f"net change by {choice['directions'][g['direction']]['name']} at {g['alpha']:+.2f}, to {goal}",
-            g["net"],
-            g["net_low"],
-            g["net_high"],
-            "0 unpushed",
-            "–",
-            words,
-        )
-        for goal, g in choice["goals"].items()
-    ]
+    chosen = f"chosen as the best of {choice['evaluations']} evaluations on these {len(choice['tuned_on'])} tasks"
+    found = []
+    for goal, g in choice["goals"].items():
+        what = f"net change by {choice['directions'][g['direction']]['name']} at {g['alpha']:+.2f}, to {goal}"
+        said = f"{chosen}: no evidence by itself" if g["better"] else f"{chosen}, and no better than no push"
+        found.append(_claim(what, g["net"], g["net_low"], g["net_high"], "0 unpushed", "–", said))
+    return found
 
 
 def _said(manifest: Mapping) -> list[dict]:

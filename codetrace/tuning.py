@@ -223,8 +223,12 @@ def as_choice(
     used = [*{row["direction"]: by_name[row["direction"]] for row in best.values()}.values(), *misplaced, *null]
     facts = [{"name": d.name, "kind": d.kind, "layer": d.layer, "largest": d.largest, "about": d.about} for d in used]
     names = [row["direction"] for row in best.values()]
-    goals = {goal: {"direction": [d.name for d in used].index(row["direction"]), "alpha": float(row["alpha"]), "net": float(row["net"]), "net_low": float(row["net_low"]), "net_high": float(row["net_high"])}
-             for goal, row in best.items()}  # fmt: skip
+    facts_of = lambda row: {key: float(row[key]) for key in ("alpha", "net", "net_low", "net_high")}
+    place = {d.name: i for i, d in reversed(list(enumerate(used)))}
+    goals = {
+        goal: {"direction": place[row["direction"]], "better": bool(GOALS[goal] * row["net"] > 0)} | facts_of(row)
+        for goal, row in best.items()
+    }
     vectors = {"directions": torch.stack([d.vector for d in used])}
     said = {
         "goals": goals,
