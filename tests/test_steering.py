@@ -338,7 +338,7 @@ CHAINED = {  # The planted study needs no more; by phase
     "2": {"text": "{text}", "text_tokens": 1000, "max_density": 1.0, "shuffles": 100},
     "3": {"random_latents": 3, "resamples": 100},
     "3.1": {"strengths": [-0.7, 0.7], "refine": 1, "max_new_tokens": 8, "random_directions": 3},
-    "3.2": {"temperatures": [0.8], "samples": 1},
+    "3.2": {"temperatures": [0.8], "samples": 1, "prompts": []},
 }
 
 
