@@ -124,7 +124,7 @@ def test_a_shard_that_is_cancelled_is_reported_and_continued(place, answers):
     done = place.progress(1)
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 1 and "1 of 3 shards failed; the same command runs only shard 1 again" in error, error
-    assert "the last lines of" in error and "letters 0: complete" in error
+    assert "the last lines of" in error and "generation 0: complete" in error
     kept = [m["run_id"] for k in range(3) for m in place.manifests(k)]
     assert len(kept) == 3 and place.manifests(1)[0]["status"] == "interrupted"
     stored = place.rows(place.manifests(1)[0])
@@ -132,7 +132,7 @@ def test_a_shard_that_is_cancelled_is_reported_and_continued(place, answers):
     assert 4 <= done <= stored < 30, "it did not end at a checkpoint, or it was over"
     again = place.call(*command, timeout=900)
     assert again.returncode == 0, again.stderr
-    assert "letters 0: complete already" in again.stderr and "letters 1: job" in again.stderr
+    assert "generation 0: complete already" in again.stderr and "generation 1: job" in again.stderr
     assert [m["run_id"] for k in range(3) for m in place.manifests(k)] == kept and place.manifests(1)[0]["resumed"]
     assert place.result(place.manifests(-1)[0]) == answers
     table = place.manifests(-1)[0]["at"] / "samples"
