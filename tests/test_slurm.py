@@ -185,6 +185,11 @@ def _power_off(daemon: psutil.Process, job: str, node: str) -> int:
     return len(victims)
 
 
+def _steps(number: str) -> list[psutil.Process]:
+    "What still runs of a job, by Slurm's own number: its processes call themselves `slurmstepd: [7.batch]`."
+    return [p for p in psutil.process_iter(["cmdline"]) if f"[{number}." in " ".join(p.info["cmdline"] or [])]
+
+
 def test_what_is_preempted_requeues_itself(place, whole):
     "SIGTERM to a job that nobody cancelled is a preemption: it ends at a checkpoint and waits in the queue again."
     launcher = place.begin(*asked(0.5, "--requeue"))
@@ -197,6 +202,8 @@ def test_what_is_preempted_requeues_itself(place, whole):
     note(f"   SIGTERM to {job} after {done} of 20 rows; {stored} stored: {max(0, done - stored)} computed again")
     assert 4 <= done <= stored
     wait_for(lambda: ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%T") == "PENDING", 60)
+    number = ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%A")
+    wait_for(lambda: not _steps(number), 60)  # a step that ends later would be taken for the new job's
     ask(place, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait two minutes
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 0, error
