@@ -6,7 +6,7 @@
 __all__ = ['Need', 'need', 'writing', 'check', 'refuse']
 
 # %% ../nbs/03b_budgets.ipynb #663aee0e
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from .decoding import _packable
 from .models import LM, NotEnoughMemory, memory_limit
@@ -20,10 +20,11 @@ class Need:
     cache: float
     kept: float
     working: float
+    process: float = 0.0  # Where weights are in the memory of the host: what else the process holds there
 
     @property
     def total(self) -> float:
-        return self.weights + self.cache + self.kept + self.working
+        return self.weights + self.cache + self.kept + self.working + self.process
 
 
 def _inner(config, d_model: int) -> int:
@@ -89,6 +90,16 @@ def _twice(lm: LM) -> float:
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in _packable(lm)) / 1e9
 
 # %% ../nbs/03b_budgets.ipynb #467e2447
+def _process(lm: LM) -> float:
+    "GB of the host that a process holds besides the weights."
+    import psutil
+
+    if lm.device.type != "cpu":
+        return 0.0
+    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
+    return max(0.0, (psutil.Process().memory_info().rss - weights) / 1e9)
+
+
 def check(
     lm: LM,
     rows: int,  # As in `need`
@@ -107,7 +118,7 @@ def refuse(
     remedy: str = "give fewer slots or a smaller max_new_tokens",
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse what takes more than the limit: `NotEnoughMemory`."
-    limit, option = memory_limit(lm.device)
+    (limit, option), one = memory_limit(lm.device), replace(one, process=_process(lm))
     if one.total * 1e9 > limit:
         parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(one).items() if gb >= 0.05)
         raise NotEnoughMemory(
