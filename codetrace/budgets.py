@@ -6,7 +6,7 @@
 __all__ = ['Need', 'need', 'writing', 'check', 'refuse']
 
 # %% ../nbs/03b_budgets.ipynb #663aee0e
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from .decoding import _packable
 from .models import LM, NotEnoughMemory, memory_limit
@@ -20,11 +20,16 @@ class Need:
     cache: float
     kept: float
     working: float
-    process: float = 0.0  # Where weights are in the memory of the host: what else the process holds there
+    process: float  # Where weights are in the memory of the host: what else the process holds there
+
+    @property
+    def beside(self) -> float:
+        "What the pass itself adds."
+        return self.cache + self.kept + self.working
 
     @property
     def total(self) -> float:
-        return self.weights + self.cache + self.kept + self.working + self.process
+        return self.weights + self.process + self.beside
 
 
 def _inner(config, d_model: int) -> int:
@@ -35,6 +40,16 @@ def _inner(config, d_model: int) -> int:
     return 4 * d_model
 
 # %% ../nbs/03b_budgets.ipynb #2904d507
+def _process(lm: LM) -> float:
+    "GB of the host that a process holds besides the weights."
+    import psutil
+
+    if lm.device.type != "cpu":
+        return 0.0
+    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
+    return max(0.0, (psutil.Process().memory_info().rss - weights) / 1e9)
+
+
 def need(
     lm: LM,
     rows: int,  # Of a batch
@@ -59,7 +74,7 @@ def need(
         keep * n * lm.d_model * b,
         stream + max(within, logits),
     )
-    return Need(*(x / 1e9 for x in taken))
+    return Need(*(x / 1e9 for x in taken), _process(lm))
 
 # %% ../nbs/03b_budgets.ipynb #5a3b0002
 _WAITING = 50  # Answers whose states are held until their verdicts have come
@@ -82,7 +97,7 @@ def writing(
     choosing = slots * lm.hf.config.vocab_size * 20
     attention = min(slots, 8) * columns * (lm.n_heads * (b + 4) + 2 * kv * b)
     working = read.cache + max(read.working, step.working + (choosing + attention) / 1e9)
-    return Need(read.weights + _twice(lm), cache / 1e9, kept / 1e9, working)
+    return Need(read.weights + _twice(lm), cache / 1e9, kept / 1e9, working, read.process)
 
 
 def _twice(lm: LM) -> float:
@@ -90,16 +105,6 @@ def _twice(lm: LM) -> float:
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in _packable(lm)) / 1e9
 
 # %% ../nbs/03b_budgets.ipynb #467e2447
-def _process(lm: LM) -> float:
-    "GB of the host that a process holds besides the weights."
-    import psutil
-
-    if lm.device.type != "cpu":
-        return 0.0
-    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
-    return max(0.0, (psutil.Process().memory_info().rss - weights) / 1e9)
-
-
 def check(
     lm: LM,
     rows: int,  # As in `need`
@@ -118,7 +123,7 @@ def refuse(
     remedy: str = "give fewer slots or a smaller max_new_tokens",
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse what takes more than the limit: `NotEnoughMemory`."
-    (limit, option), one = memory_limit(lm.device), replace(one, process=_process(lm))
+    limit, option = memory_limit(lm.device)
     if one.total * 1e9 > limit:
         parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(one).items() if gb >= 0.05)
         raise NotEnoughMemory(
