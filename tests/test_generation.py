@@ -343,7 +343,7 @@ def until(n: int):
     return progress
 
 
-@pytest.mark.parametrize("at", [0, 50, 77])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 50, pytest.param(77, marks=pytest.mark.slow)])
 def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, at):
     with pytest.raises(Stop):
         written(tiny("llama"), items, tmp_path, until(at))

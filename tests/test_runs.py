@@ -175,6 +175,7 @@ def test_plain_papermill_leaves_a_valid_run(tmp_path):
     assert codetrace(tmp_path / "runs", "show", "tracking").returncode == 0
 
 
+@pytest.mark.slow
 def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
     command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", "-p", "num_seq", "2"]
     done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
