@@ -20,10 +20,16 @@ class Need:
     cache: float
     kept: float
     working: float
+    process: float  # Where weights are in the memory of the host: what else the process holds there
+
+    @property
+    def beside(self) -> float:
+        "What the pass itself adds."
+        return self.cache + self.kept + self.working
 
     @property
     def total(self) -> float:
-        return self.weights + self.cache + self.kept + self.working
+        return self.weights + self.process + self.beside
 
 
 def _inner(config, d_model: int) -> int:
@@ -34,6 +40,16 @@ def _inner(config, d_model: int) -> int:
     return 4 * d_model
 
 # %% ../nbs/03b_budgets.ipynb #2904d507
+def _process(lm: LM) -> float:
+    "GB of the host that a process holds besides the weights."
+    import psutil
+
+    if lm.device.type != "cpu":
+        return 0.0
+    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
+    return max(0.0, (psutil.Process().memory_info().rss - weights) / 1e9)
+
+
 def need(
     lm: LM,
     rows: int,  # Of a batch
@@ -58,7 +74,7 @@ def need(
         keep * n * lm.d_model * b,
         stream + max(within, logits),
     )
-    return Need(*(x / 1e9 for x in taken))
+    return Need(*(x / 1e9 for x in taken), _process(lm))
 
 # %% ../nbs/03b_budgets.ipynb #5a3b0002
 _WAITING = 50  # Answers whose states are held until their verdicts have come
@@ -81,7 +97,7 @@ def writing(
     choosing = slots * lm.hf.config.vocab_size * 20
     attention = min(slots, 8) * columns * (lm.n_heads * (b + 4) + 2 * kv * b)
     working = read.cache + max(read.working, step.working + (choosing + attention) / 1e9)
-    return Need(read.weights + _twice(lm), cache / 1e9, kept / 1e9, working)
+    return Need(read.weights + _twice(lm), cache / 1e9, kept / 1e9, working, read.process)
 
 
 def _twice(lm: LM) -> float:

@@ -19,7 +19,6 @@ from .errors import BadInput
 from .models import LM
 from .readouts import difference_of_means, logistic_probe
 from .scores import auroc_interval
-from .separation import activity
 
 # %% ../nbs/23c_cards.ipynb #7192f1aa
 def chosen_level(
@@ -92,7 +91,7 @@ def directions(
 def card(
     found: dict,  # A row of `separation.top`
     sae: SAE,
-    x: Float[np.ndarray, "rows d_model"],  # States at its layer
+    active: ArrayLike,  # [rows]: how active it is
     label: ArrayLike,  # [rows]: correct?
     task: ArrayLike,  # [rows]
     beside: dict[str, Float[np.ndarray, "d_model"]],  # From `directions`
@@ -101,7 +100,7 @@ def card(
 ) -> dict:  # Everything but what needs the model
     "What is known about a latent."
     latent = int(found["latent"])
-    column, label = activity(sae, x).column(latent), np.asarray(label).astype(bool)
+    column, label = np.asarray(active), np.asarray(label).astype(bool)
     sign = 1 if found["predicts"] == "correct" else -1
     area, low, high = auroc_interval(label == (sign > 0), column, task)
     _, low_chosen, high_chosen = auroc_interval(label == (sign > 0), column, task, chosen_level(shown, tried))
@@ -130,13 +129,12 @@ def seen_by_model(
     card: dict,
     lm: LM,
     sae: SAE,
-    x: Float[np.ndarray, "rows d_model"],  # States at its layer
+    active: ArrayLike,  # [rows]: how active it is
     texts: Sequence[str],  # Of the rows, up to where the states were taken
     n: int = 3,  # Samples shown
 ) -> dict:  # The card with `writes` and `strongest`
     "What the model has to say about a latent."
-    latent, layer = int(card["latent"]), int(card["layer"])
-    column = activity(sae, x).column(latent)
+    latent, layer, column = int(card["latent"]), int(card["layer"]), np.asarray(active)
     best = [i for i in np.argsort(-column, kind="stable")[:n] if column[i] > 0]
     strongest = [around(*along(lm, sae, layer, latent, texts[i])) for i in best]
     return card | {"writes": writes(lm, sae.W_dec[latent]), "strongest": strongest}

@@ -19,7 +19,7 @@ from . import activations, cards, corpus, evidence, runs, saes
 from .dictionary import SAE
 from .errors import BadInput, choose
 from .models import load as load_model
-from .separation import Search, densities, luck_p, made_up, search, top
+from .separation import Search, activity, densities, luck_p, made_up, search, top
 from .splits import SHARES
 from .store import read_json
 

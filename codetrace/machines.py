@@ -105,8 +105,8 @@ def _again():
     if job is None:  # on one machine, whoever started the process starts it again
         return
     state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-    if state == "RUNNING":
-        subprocess.run(["scontrol", "requeue", job], check=False)
+    if state == "RUNNING" and subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
+        time.sleep(60)  # Slurm ends this process now; were it to end by itself, that could count as the end of the job
 
 # %% ../nbs/07a_machines.ipynb #18b675ca
 @dataclass(frozen=True)
@@ -125,11 +125,12 @@ class Part:
             with runs.stoppable():
                 return self._run()
         except (BadInput, runs.RunFailed, KeyboardInterrupt) as error:
-            if self.requeue and isinstance(error, runs.Interrupted | KeyboardInterrupt):
-                _again()
             # the notebook's traceback, and what it comes to, are the end of the log
             told = f"codetrace: {str(error) or 'interrupted before it began'}"
-            sys.exit("\n".join([*getattr(error.__cause__, "traceback", []), told]))
+            print(*getattr(error.__cause__, "traceback", []), told, sep="\n", file=sys.stderr, flush=True)
+            if self.requeue and isinstance(error, runs.Interrupted | KeyboardInterrupt):
+                _again()
+            sys.exit(1)
 
     def _run(self) -> str:
         key = runs.key_of(self.phase, self.parameters, Path(self.root))
@@ -485,7 +486,10 @@ def perform(
         time.sleep(0.5 if not isinstance(self.where, Asked) else 3)
         living = alive(list(busy.values()))
         for k in [k for k in busy if busy[k] not in living]:
-            failure = self._failure(busy.pop(k), keys[k])
+            failure = self._failure(busy[k], keys[k])
+            if failure and isinstance(self.where, Asked) and alive([busy[k]]):  # it was between Slurm's two queues
+                continue
+            del busy[k]
             if failure and failure.stopped and self._once_more(k):
                 waiting.append(k)
             else:

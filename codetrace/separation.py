@@ -45,21 +45,18 @@ class Active:
         return out
 
 # %% ../nbs/23a_separation.ipynb #0b805b52
-@torch.no_grad()
 def activity(
     sae: SAE,
     states: Float[np.ndarray, "rows d_model"],
     keep: Bool[np.ndarray, "d_sae"] | None = None,  # Latents to look at; None: all
-    portion: int = 512,  # Rows encoded at a time
+    portion: int = 1024,  # Rows encoded at a time
 ) -> Active:
     "Encode states, and keep what is active."
     found = []
     for at in range(0, len(states), portion):
-        latents = sae.encode(torch.as_tensor(states[at : at + portion]))
-        if keep is not None:
-            latents[:, torch.from_numpy(~keep)] = 0
-        row, latent = latents.nonzero(as_tuple=True)
-        found.append(((row + at).int().numpy(), latent.int().numpy(), latents[row, latent].numpy()))
+        row, latent, value = (part.numpy() for part in sae.active(torch.as_tensor(states[at : at + portion])))
+        wanted = slice(None) if keep is None else keep[latent]
+        found.append(((row + at)[wanted].astype(np.int32), latent[wanted].astype(np.int32), value[wanted]))
     row, latent, value = (np.concatenate(x) for x in zip(*found)) if found else (np.zeros(0, int),) * 3
     return Active(len(states), row, latent, value, sae.d_sae)
 

@@ -343,7 +343,7 @@ def until(n: int):
     return progress
 
 
-@pytest.mark.parametrize("at", [0, 50, 77])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 50, pytest.param(77, marks=pytest.mark.slow)])
 def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, at):
     with pytest.raises(Stop):
         written(tiny("llama"), items, tmp_path, until(at))
@@ -581,7 +581,7 @@ def test_kill_9(judge, tiny, items, whole, tmp_path, answers, seconds):
 
 
 VICTIMS = ("kernel", "papermill", "shard")
-MOMENTS = np.random.default_rng(7).uniform(0, 5, 20).round(2).tolist()
+MOMENTS = np.random.default_rng(7).uniform(0, 0.8, 20).round(2).tolist()  # Shares of all answers
 
 
 def start(folder: Path, victim: str) -> subprocess.Popen:
@@ -607,17 +607,35 @@ def children(process: subprocess.Popen) -> list:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def interrupted(folder: Path, victim: str, after: float) -> int:
-    "Start, wait for the first answers and `after` seconds more, kill; gives how many finished answers were lost."
+def kernel_in(family: list) -> list:
+    import psutil
+
+    found = []
+    for child in family:
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [child] if "ipykernel_launcher" in " ".join(child.cmdline()) else []
+    return found
+
+
+def share_written(folder: Path) -> float:
+    "Of all answers; -1 before the first is begun."
+    run = the_run(folder)
+    if run is None or not (run / "decoding.json").exists():
+        return -1
+    state = json.loads((run / "progress.json").read_text()) if (run / "progress.json").exists() else {"desc": ""}
+    return state["done"] / state["total"] if state["desc"] == "writing answers" else 0
+
+
+def interrupted(folder: Path, victim: str, share: float) -> int:
+    "Start, wait for a share of all answers, kill; gives how many finished answers were lost."
     import psutil
 
     process = start(folder, victim)
-    while process.poll() is None and not ((run := the_run(folder)) and (run / "decoding.json").exists()):
-        time.sleep(0.1)
-    time.sleep(after)
-    family = children(process) if process.poll() is None else []
-    kernel = [child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())]
-    for one in kernel if victim == "kernel" else [process]:
+    while process.poll() is None and share_written(folder) < share:
+        time.sleep(0.05)
+    assert process.poll() is None, "it was over before it was killed"
+    family = children(process)
+    for one in kernel_in(family) if victim == "kernel" else [process]:
         one.kill()
     process.wait(120)
     psutil.wait_procs(family, 60)  # the kernel of a killed launcher ends by itself
@@ -648,16 +666,16 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("after", MOMENTS)
-def test_killed_at_any_moment(uninterrupted, tmp_path, after, victim):
-    lost = interrupted(tmp_path, victim, after)
+@pytest.mark.parametrize("share", MOMENTS)
+def test_killed_at_any_moment(uninterrupted, tmp_path, share, victim):
+    lost = interrupted(tmp_path, victim, share)
     assert lost <= 50
     assert start(tmp_path, victim).wait(900) == 0
     assert len(list(tmp_path.glob("generation/*/run.json"))) == 1, "a second run was begun"
     assert runs.read(the_run(tmp_path))["status"] == "complete"
     same = files_of(tmp_path) == uninterrupted(victim)
     note(
-        f"kill -9 of the {victim}, {after:.2f} s into writing: {lost} written again, {'the same' if same else 'OTHER'} bytes"
+        f"kill -9 of the {victim} after {share:.0%} of the answers: {max(0, lost)} written again, {'the same' if same else 'OTHER'} bytes"
     )
     assert same
 

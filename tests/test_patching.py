@@ -11,7 +11,13 @@ CODE = "a = {}\nb = a\n#b:"
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="session", params=models.TINY)
+LIKE_OTHERS = {"qwen2", "gemma3"}  # Qwen 2 is Llama with biases, Gemma 3 is Gemma 2 without soft caps
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in models.TINY],
+)
 def lm(request):
     return models.load(f"tiny:{request.param}", attn="eager")
 

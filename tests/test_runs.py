@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
-LONG = [*STUDY, "-n", "150"]  # 300 programs, six units
+LONG = [*STUDY, "-n", "80"]  # 160 programs, four units
+SMALL = [*STUDY, "-n", "2", "--model", "tiny:llama"]
 
 
 def environment(root: Path, **more: str) -> dict:
@@ -75,7 +77,7 @@ def uninterrupted(tmp_path_factory) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "victim", ["launcher", "preemption", *(pytest.param(v, marks=pytest.mark.slow) for v in ("kernel", "ctrl-c"))]
+    "victim", ["launcher", *(pytest.param(v, marks=pytest.mark.slow) for v in ("kernel", "ctrl-c", "preemption"))]
 )
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
     process = begin(tmp_path, *LONG)
@@ -110,19 +112,31 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
     assert (Path(resumed["folder"]) / "results.json").read_bytes() == uninterrupted
 
 
-def test_a_finished_run_is_never_written_again(tmp_path):
-    for _ in range(2):
-        assert codetrace(tmp_path, *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
-    first, second = manifests(tmp_path)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    "Where one small run has ended."
+    root = tmp_path_factory.mktemp("small")
+    assert codetrace(root, *SMALL).returncode == 0
+    return root
+
+
+@pytest.fixture
+def ended(small, tmp_path) -> Path:
+    "The same, for one test to spoil."
+    return shutil.copytree(small, tmp_path / "runs")
+
+
+def test_a_finished_run_is_never_written_again(ended):
+    assert codetrace(ended, *SMALL).returncode == 0
+    first, second = manifests(ended)
     assert first["digest"] == second["digest"] and first["run_id"] != second["run_id"]
     assert first["status"] == second["status"] == "complete"
 
 
-def test_a_reference_record_leaves_out_what_it_is_told_to(tmp_path):
-    assert codetrace(tmp_path / "runs", *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
-    (manifest,) = manifests(tmp_path / "runs")
+def test_a_reference_record_leaves_out_what_it_is_told_to(ended, tmp_path):
+    (manifest,) = manifests(ended)
     command = [sys.executable, HOME / "scripts" / "reference.py", manifest["run_id"], "--to", tmp_path / "kept"]
-    done = subprocess.run([*command, "--leave-out", "*.parquet"], env=environment(tmp_path / "runs"), timeout=120)
+    done = subprocess.run([*command, "--leave-out", "*.parquet"], env=environment(ended), timeout=120)
     assert done.returncode == 0
     (kept,) = manifests(tmp_path / "kept")
     files = {str(p.relative_to(kept["folder"])) for p in Path(kept["folder"]).rglob("*.*")}
@@ -161,6 +175,7 @@ def test_plain_papermill_leaves_a_valid_run(tmp_path):
     assert codetrace(tmp_path / "runs", "show", "tracking").returncode == 0
 
 
+@pytest.mark.slow
 def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
     command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", "-p", "num_seq", "2"]
     done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
@@ -259,28 +274,27 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
     assert wrong.returncode == 2 and "--max-memory is 0: expected GB" in wrong.stderr
 
 
-def test_cleaning_asks_and_leaves_what_is_written(tmp_path):
-    assert codetrace(tmp_path, *STUDY, "-n", "2", "--model", "tiny:llama").returncode == 0
-    (kept,) = manifests(tmp_path)
-    (tmp_path / "reference" / "tracking").mkdir(parents=True)
-    reference = tmp_path / "reference" / "tracking" / kept["run_id"]
+def test_cleaning_asks_and_leaves_what_is_written(ended):
+    (kept,) = manifests(ended)
+    (ended / "reference" / "tracking").mkdir(parents=True)
+    reference = ended / "reference" / "tracking" / kept["run_id"]
     Path(kept["folder"]).rename(reference)
-    process = begin(tmp_path, *LONG)
-    wait_for_rows(tmp_path)
+    process = begin(ended, *LONG)
+    wait_for_rows(ended)
     (kernel := kernel_of(process)).suspend()
-    held = codetrace(tmp_path, "clean", "--force")
+    held = codetrace(ended, "clean", "--force")
     assert held.returncode == 0 and "there is nothing to remove" in held.stdout
     process.kill()
     process.wait()
-    busy = codetrace(tmp_path, "clean", "--force")  # its kernel has not ended yet
-    assert busy.returncode == 0 and "somebody is writing there" in busy.stdout and len(manifests(tmp_path)) == 2
+    busy = codetrace(ended, "clean", "--force")  # its kernel has not ended yet
+    assert busy.returncode == 0 and "somebody is writing there" in busy.stdout and len(manifests(ended)) == 2
     kernel.resume()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 60)
-    wait_for(lambda: "interrupted" in codetrace(tmp_path, "clean", "--dry-run").stdout, 60)
-    asked = codetrace(tmp_path, "clean")
-    assert asked.returncode == 2 and "Remove 1 folder," in asked.stdout and len(manifests(tmp_path)) == 2
-    assert codetrace(tmp_path, "clean", "tracking", "--incomplete", "--force").returncode == 0
-    assert [m["run_id"] for m in manifests(tmp_path)] == [kept["run_id"]] and reference.is_dir()
+    wait_for(lambda: "interrupted" in codetrace(ended, "clean", "--dry-run").stdout, 60)
+    asked = codetrace(ended, "clean")
+    assert asked.returncode == 2 and "Remove 1 folder," in asked.stdout and len(manifests(ended)) == 2
+    assert codetrace(ended, "clean", "tracking", "--incomplete", "--force").returncode == 0
+    assert [m["run_id"] for m in manifests(ended)] == [kept["run_id"]] and reference.is_dir()
 
 
 def test_help_answers_at_once():

@@ -22,7 +22,7 @@ from codetrace.sandbox import Job, Limits, Pool, grade
 
 HOME = Path(__file__).resolve().parents[1]
 SHARED = HOME.parent / "shared" / "data"
-QUICK = Limits(wall=3.0, patience=20.0)  # short for who loops or sleeps, long for who is kept waiting by other tests
+QUICK = Limits(wall=2.0, patience=30.0)  # short for who loops or sleeps, long for who is kept waiting by other tests
 NOBODY = 65534
 
 

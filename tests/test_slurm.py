@@ -124,7 +124,7 @@ def test_a_shard_that_is_cancelled_is_reported_and_continued(place, answers):
     done = place.progress(1)
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 1 and "1 of 3 shards failed; the same command runs only shard 1 again" in error, error
-    assert "the last lines of" in error and "letters 0: complete" in error
+    assert "the last lines of" in error and "generation 0: complete" in error
     kept = [m["run_id"] for k in range(3) for m in place.manifests(k)]
     assert len(kept) == 3 and place.manifests(1)[0]["status"] == "interrupted"
     stored = place.rows(place.manifests(1)[0])
@@ -132,7 +132,7 @@ def test_a_shard_that_is_cancelled_is_reported_and_continued(place, answers):
     assert 4 <= done <= stored < 30, "it did not end at a checkpoint, or it was over"
     again = place.call(*command, timeout=900)
     assert again.returncode == 0, again.stderr
-    assert "letters 0: complete already" in again.stderr and "letters 1: job" in again.stderr
+    assert "generation 0: complete already" in again.stderr and "generation 1: job" in again.stderr
     assert [m["run_id"] for k in range(3) for m in place.manifests(k)] == kept and place.manifests(1)[0]["resumed"]
     assert place.result(place.manifests(-1)[0]) == answers
     table = place.manifests(-1)[0]["at"] / "samples"
@@ -185,6 +185,11 @@ def _power_off(daemon: psutil.Process, job: str, node: str) -> int:
     return len(victims)
 
 
+def _steps(number: str) -> list[psutil.Process]:
+    "What still runs of a job, by Slurm's own number: its processes call themselves `slurmstepd: [7.batch]`."
+    return [p for p in psutil.process_iter(["cmdline"]) if f"[{number}." in " ".join(p.info["cmdline"] or [])]
+
+
 def test_what_is_preempted_requeues_itself(place, whole):
     "SIGTERM to a job that nobody cancelled is a preemption: it ends at a checkpoint and waits in the queue again."
     launcher = place.begin(*asked(0.5, "--requeue"))
@@ -197,6 +202,8 @@ def test_what_is_preempted_requeues_itself(place, whole):
     note(f"   SIGTERM to {job} after {done} of 20 rows; {stored} stored: {max(0, done - stored)} computed again")
     assert 4 <= done <= stored
     wait_for(lambda: ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%T") == "PENDING", 60)
+    number = ask(place, "squeue", "-h", "-r", "-j", job, "-o", "%A")
+    wait_for(lambda: not _steps(number), 60)  # a step that ends later would be taken for the new job's
     ask(place, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait two minutes
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 0, error
