@@ -188,6 +188,7 @@ def test_the_sign_and_the_layer_are_found(judged):
     _, choice, vectors, *_ = judged
     for goal, sign in (("correct", 1), ("corrupt", -1)):
         g = choice["goals"][goal]
+        assert g["better"] and g["net"] * sign > 0
         assert choice["directions"][g["direction"]]["layer"] == decided.CAUSE["layer"]
         assert sign * g["alpha"] * float(vectors["directions"][g["direction"]] @ decided.cause()) > 0.1
 
