@@ -9,7 +9,7 @@ __all__ = ['Need', 'need', 'writing', 'check', 'refuse']
 from dataclasses import asdict, dataclass
 
 from .decoding import _packable
-from .models import LM, NotEnoughMemory, memory_limit
+from .models import LM, NotEnoughMemory, held_by_process, memory_limit
 
 # %% ../nbs/03b_budgets.ipynb #96654ad9
 @dataclass(frozen=True)
@@ -42,12 +42,8 @@ def _inner(config, d_model: int) -> int:
 # %% ../nbs/03b_budgets.ipynb #2904d507
 def _process(lm: LM) -> float:
     "GB of the host that a process holds besides the weights."
-    import psutil
-
-    if lm.device.type != "cpu":
-        return 0.0
     weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
-    return max(0.0, (psutil.Process().memory_info().rss - weights) / 1e9)
+    return max(0, held_by_process(lm.device) - weights) / 1e9
 
 
 def need(

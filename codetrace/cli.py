@@ -123,6 +123,8 @@ def run(
 
     if problems and Path(problems).is_file():
         problems = str(Path(problems).resolve())
+    _limit(max_gpu_memory, max_memory)
+    asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
     if phase in CHAINS:
         alone = {
             "-p": p,
@@ -131,17 +133,14 @@ def run(
             "--shards": shards,
             "--devices": devices,
             "--cluster": cluster,
-        }
+            "--requeue": requeue,
+            "--detach": detach,
+        } | {f"--{name}": value for name, value in asked.items()}
         study = {"model": model, "problems": problems, "num_problems": n}
         return _follow(phase, study, f, [option for option, value in alone.items() if value], not quiet)
     declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
-    for option, limit in {"--max-gpu-memory": max_gpu_memory, "--max-memory": max_memory}.items():
-        if not limit > 0:
-            raise BadInput(f"{option} is {limit:g}: expected GB, more than 0, such as 30")
-    os.environ |= {_GPU: f"{max_gpu_memory:g}", _HOST: f"{max_memory:g}"}
-    asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
     where = _where(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})
     if where is None and shards is None and not requeue:
         _show(runs.execute(phase, values, show_progress=not quiet))
@@ -204,6 +203,17 @@ def _follow(name: str, study: dict, file: Path | None, strange: list[str], shown
     done = chain.follow(name, study, more, partial(runs.execute, show_progress=shown), say)
     _show(done["report"])
     print(Path(done["report"]["folder"]) / "report.md")
+
+
+def _limit(gpu: float, host: float):
+    "Set what a run may take, in GB."
+    if not gpu > 0:
+        raise BadInput(f"--max-gpu-memory is {gpu:g}: expected GB, more than 0, such as 30")
+    if not host >= 1:
+        raise BadInput(
+            f"--max-memory is {host:g}: expected GB, 1 at least, since Python with its libraries takes half of that"
+        )
+    os.environ |= {_GPU: f"{gpu:g}", _HOST: f"{host:g}"}
 
 # %% ../nbs/90_cli.ipynb #588d46e0
 @app.command(epilog="Examples:  codetrace merge tracing  |  codetrace merge 20261121T2210")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SITES', 'ARCHITECTURES', 'TINY', 'LIMITS', 'Texts', 'Positions', 'Architecture', 'UnsupportedArchitecture', 'LM',
-           'cache_dir', 'cached_folder', 'MissingWheel', 'NotEnoughMemory', 'memory_limit', 'NotAModel', 'NoNetwork',
-           'available', 'small_tokenizer', 'CannotQuantize', 'binding_steps', 'load', 'Batch', 'Intervention']
+           'cache_dir', 'cached_folder', 'MissingWheel', 'NotEnoughMemory', 'memory_limit', 'held_by_process',
+           'NotAModel', 'NoNetwork', 'available', 'small_tokenizer', 'CannotQuantize', 'binding_steps', 'load', 'Batch',
+           'Intervention']
 
 # %% ../nbs/03_models.ipynb #c568c431
 import hashlib
@@ -362,6 +363,15 @@ def memory_limit(
         ], "--max-gpu-memory or --max-memory"
     return limit * 1e9, option
 
+
+def held_by_process(
+    device: torch.device,
+) -> int:  # Bytes; 0 for a GPU
+    "What this process holds of the host's memory: Python and its libraries alone take half a GB."
+    import psutil
+
+    return psutil.Process().memory_info().rss if device.type == "cpu" else 0
+
 # %% ../nbs/03_models.ipynb #53b1e597
 def _check_memory(name: str, config, bytes_each: float, device: torch.device, spread: bool) -> None:
     "Refuse a model whose weights, with a tenth for working space, are more than what is free."
@@ -370,11 +380,12 @@ def _check_memory(name: str, config, bytes_each: float, device: torch.device, sp
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     need, free = int(count * bytes_each * 1.1), _free_memory(device, spread)
-    limit, option = memory_limit(device, spread)
-    if need > limit:
+    (limit, option), held = memory_limit(device, spread), held_by_process(device)
+    if need + held > limit:
+        beside = f" beside the {held / 1e9:.1f} GB that the process holds" if held else ""
         raise NotEnoughMemory(
-            f"{name!r} needs about {need / 1e9:.1f} GB for its {count / 1e6:,.0f} million parameters, the limit is {limit / 1e9:g} GB; "
-            f"try dtype='bfloat16' or quantize='4bit', or raise the limit: {option} {-(-need // 10**9)}"
+            f"{name!r} needs about {need / 1e9:.1f} GB for its {count / 1e6:,.0f} million parameters{beside}, the limit is {limit / 1e9:g} GB; "
+            f"try dtype='bfloat16' or quantize='4bit', or raise the limit: {option} {-(-(need + held) // 10**9)}"
         )
     if need > free:
         raise NotEnoughMemory(

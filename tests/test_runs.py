@@ -263,15 +263,15 @@ def test_a_read_only_disk(small_disk):
 
 
 def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
-    done = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", "0.1")
+    "With the half a GB that Python takes, SmolLM2 in float32 needs more than one."
+    asked = ["run", "1.0", "-q", "--problems", "basics", "--model", "smollm2", "-n", "2", "-p", "dtype=float32"]
+    done = codetrace(tmp_path, *asked, "--max-memory", "1")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert (
-        "'smollm2' needs about" in done.stderr
-        and "the limit is 0.1 GB" in done.stderr
-        and "--max-memory 1" in done.stderr
-    )
-    wrong = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", "0")
-    assert wrong.returncode == 2 and "--max-memory is 0: expected GB" in wrong.stderr
+    said = ("'smollm2' needs about 0.6 GB", "that the process holds, the limit is 1 GB", "--max-memory 2")
+    assert all(words in done.stderr for words in said), done.stderr
+    for wrong in ("0", "0.1"):
+        done = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", wrong)
+        assert done.returncode == 2 and f"--max-memory is {wrong}: expected GB, 1 at least" in done.stderr
 
 
 def test_cleaning_asks_and_leaves_what_is_written(ended):
