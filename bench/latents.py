@@ -1,6 +1,6 @@
 """Scores of every latent of every layer against the usual loop over npz files, and a thousand shuffles against one pass. The last line is JSON.
 
-    python bench/latents.py               974 samples, 30 layers, 16,384 latents (ten minutes, nearly all of it in the loop)
+    python bench/latents.py               974 samples, 30 layers, 16,384 latents (three minutes, nearly all of it in the loop)
     python bench/latents.py --layers 3    a quick look
 
 The contestants alternate layer by layer in one process, on the same states and the same dictionary, and must agree:
