@@ -572,7 +572,10 @@ def killed_after(lm, items, folder: Path, answers: int, seconds: float) -> int:
     return seen
 
 
-@pytest.mark.parametrize("answers, seconds", [(3, 0.0), (50, 0.02), (99, 0.1)])
+@pytest.mark.parametrize(
+    "answers, seconds",
+    [pytest.param(3, 0.0, marks=pytest.mark.slow), (50, 0.02), pytest.param(99, 0.1, marks=pytest.mark.slow)],
+)
 def test_kill_9(judge, tiny, items, whole, tmp_path, answers, seconds):
     seen, left = killed_after(tiny("llama"), items, tmp_path, answers, seconds), []
     count = lambda steps, total=None, **_: (left.append(total), steps)[1]
