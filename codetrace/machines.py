@@ -487,7 +487,7 @@ def perform(
         living = alive(list(busy.values()))
         for k in [k for k in busy if busy[k] not in living]:
             failure = self._failure(busy[k], keys[k])
-            if failure and isinstance(self.where, Asked) and alive([busy[k]]):  # it was between Slurm's two queues
+            if failure and alive([busy[k]]):  # it was between Slurm's two queues
                 continue
             del busy[k]
             if failure and failure.stopped and self._once_more(k):

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import psutil
 
 BIN = Path(sys.executable).parent
 
@@ -125,5 +127,13 @@ def wait_for(condition, seconds: float = 600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+        time.sleep(0.02)
     return found
+
+
+def kernel_of(process: subprocess.Popen) -> psutil.Process | None:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # git, say, that has just ended
+            if "ipykernel" in " ".join(child.cmdline()):
+                return child
+    return None

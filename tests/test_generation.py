@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from shards import note
+from shards import kernel_of, note
 
 from codetrace import decoding, generation, models, problems, runs
 from codetrace.decoding import KINDS, Decoder, Edit, Request
@@ -610,23 +610,15 @@ def children(process: subprocess.Popen) -> list:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def kernel_in(family: list) -> list:
-    import psutil
-
-    found = []
-    for child in family:
-        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            found += [child] if "ipykernel_launcher" in " ".join(child.cmdline()) else []
-    return found
-
-
 def share_written(folder: Path) -> float:
     "Of all answers; -1 before the first is begun."
     run = the_run(folder)
     if run is None or not (run / "decoding.json").exists():
         return -1
-    state = json.loads((run / "progress.json").read_text()) if (run / "progress.json").exists() else {"desc": ""}
-    return state["done"] / state["total"] if state["desc"] == "writing answers" else 0
+    with suppress(OSError):  # it is not there yet, or no longer
+        state = json.loads((run / "progress.json").read_text())
+        return state["done"] / state["total"] if state["desc"] == "writing answers" else 0
+    return 0
 
 
 def interrupted(folder: Path, victim: str, share: float) -> int:
@@ -638,8 +630,7 @@ def interrupted(folder: Path, victim: str, share: float) -> int:
         time.sleep(0.05)
     assert process.poll() is None, "it was over before it was killed"
     family = children(process)
-    for one in kernel_in(family) if victim == "kernel" else [process]:
-        one.kill()
+    (kernel_of(process) if victim == "kernel" else process).kill()
     process.wait(120)
     psutil.wait_procs(family, 60)  # the kernel of a killed launcher ends by itself
     run = the_run(folder)

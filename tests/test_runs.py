@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from shards import kernel_of, wait_for
 
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -40,25 +40,9 @@ def manifests(root: Path) -> list[dict]:
     return json.loads(codetrace(root, "runs", "--json").stdout)
 
 
-def wait_for(condition, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 def wait_for_rows(root: Path):
     "Until the first part of a run's rows is on disk."
     wait_for(lambda: list(root.glob("tracking/*/samples/part-*.parquet")))
-
-
-def kernel_of(process: subprocess.Popen) -> psutil.Process | None:
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.Error):  # git, say, that has just ended
-            if "ipykernel" in " ".join(child.cmdline()):
-                return child
-    return None
 
 
 @pytest.fixture(scope="module")
