@@ -64,11 +64,11 @@ bench-latents: $(READY)  ## scores of all latents against a loop over npz files,
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
 	@python bench/learning.py $(ARGS)
 
-bench-generate: export OMP_WAIT_POLICY := active
+bench-generate bench-steering: export OMP_WAIT_POLICY := active
 bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
 	@python bench/generate.py $(ARGS)
 
-bench-steering: $(READY)  ## a sweep of pushes against running each by itself, and what a push costs (a few minutes)
+bench-steering: $(READY)  ## a sweep of pushes against running each by itself, and what a push costs (ten minutes)
 	@python bench/steering.py $(ARGS)
 
 clean:  ## remove what was made here, but no run

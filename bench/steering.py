@@ -1,22 +1,27 @@
 """How much does a sweep of pushes save over running each by itself, and what does a push cost? The last line is JSON.
 
-    python bench/steering.py            SmolLM2, 16 problems, 2 directions at 4 strengths: a few minutes on two idle cores
+    python bench/steering.py            SmolLM2, 32 problems, 2 directions at 3 strengths: about ten minutes on two idle cores
     python bench/steering.py --quick    the same with a tiny model: seconds, to see that it works
 
 `vs_rerun`: the same answers in two ways, in one process, in turns. The naive way gives every direction and strength a decoder of its own, which reads
 all prompts again. The sweep writes all of them in one: a push on written tokens leaves the prompt alone, so its keys and values are read once for all.
-Both have as many slots. Their tokens must be the same, or there is no number.
+Both have as many slots. In float32 their tokens must be the same, or there is no number; in bfloat16 rounding decides ties and some answers part (`agreement`), so
+times are compared per token written.
 
-`overhead`: the same requests with a push of strength 0, which is computed and added like any other and changes no token, against no push at all;
-medians of alternating rounds. `memory` is what the pushes keep, in MB; keys and values are as without them.
+`overhead`: the same requests with a push of strength 0, which is computed and added like any other and changes no token, against no push at all.
+Both are medians of the rounds' ratios. `memory` is what a process holds at most while it sweeps, less what it holds at most while it writes the first push alone, in MB;
+`directions` is what the vectors themselves take.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -29,69 +34,112 @@ def say(**facts):
     print(json.dumps(facts), flush=True)
 
 
-def timed(do):
-    began = time.perf_counter()
-    found = do()
-    return time.perf_counter() - began, found
+class Bench:
+    "The prompts and the pushes, and the ways to write all answers."
+
+    def __init__(self, options, dtype: str = "auto"):
+        self.options = options
+        self.lm = lm = models.load(options.model, dtype)
+        self.asked = []
+        for p in problems.load("basics", options.problems):
+            prompt = problems.prompt(p)
+            self.asked.append((p.task_id, lm.ids([prompt.text])[0], *generation.is_over(prompt, p.entry_point)))
+        norms = median_norms(lm, [ids for _, ids, *_ in self.asked[:4]])
+        alphas = np.linspace(0.1, 0.4, options.strengths)
+        some = gaussian(lm.d_model, lm.n_layers // 2, options.directions)
+        self.pushes = [push(d, a, norms) for d in some for a in alphas]
+        self.still = [push(p.direction, 0.0, norms) for p in self.pushes]
+
+    def write(self, numbers, edits) -> dict:
+        wanted = [Request(ids, (t, k), 0.0, over, marks) for t, ids, over, marks in self.asked for k in numbers]
+        return {
+            c.request.key: c.tokens
+            for c in Decoder(self.lm, wanted, self.options.tokens, self.options.slots, edits=edits)
+        }
+
+    def naive(self) -> dict:
+        found = {}
+        for k, one in enumerate(self.pushes):
+            found |= self.write([k], edits_of([one], lambda request: 0))
+        return found
+
+    def sweep(self) -> dict:
+        return self.write(range(len(self.pushes)), edits_of(self.pushes))
+
+    def plain(self) -> dict:
+        return self.write([0], ())
+
+    def zero(self) -> dict:
+        return self.write([0], edits_of(self.still))
+
+
+def peak(options, way: str) -> float:
+    "The most memory, in MB, of a process that writes in one way only."
+    asked = {"model": options.model, "problems": options.problems, "directions": options.directions}
+    asked |= {"strengths": options.strengths, "tokens": options.tokens, "slots": options.slots}
+    words = [f"--{name}={value}" for name, value in asked.items()]
+    done = subprocess.run(
+        [sys.executable, __file__, *words, "--only", way], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def only(options) -> None:
+    "One way, and the most memory that it took."
+    bench = Bench(options)
+    {"sweep": bench.sweep, "alone": lambda: bench.write([0], edits_of(bench.pushes[:1]))}[options.only]()
+    status = Path("/proc/self/status").read_text().splitlines()
+    say(peak=next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3)
+
+
+def turns(ways: dict[str, Callable[[], dict]], rounds: int) -> tuple[float, dict]:
+    "How many times as long a token takes in the first way as in the second: the median over rounds, which begin in turns; and the last answers."
+    ratios = []
+    for turn in range(rounds):
+        ms, found = {}, {}
+        for name in list(ways) if turn % 2 else list(ways)[::-1]:
+            began = time.perf_counter()
+            found[name] = ways[name]()
+            ms[name] = 1e3 * (time.perf_counter() - began) / sum(map(len, found[name].values()))
+        one, other = (ms[name] for name in ways)
+        ratios.append(one / other)
+        say(round=turn, ms_a_token={name: round(x, 2) for name, x in ms.items()}, ratio=round(ratios[-1], 3))
+    return statistics.median(ratios), found
 
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--model", default="smollm2")
-    ask.add_argument("--problems", type=int, default=16)
+    ask.add_argument("--problems", type=int, default=32)
     ask.add_argument("--directions", type=int, default=2)
-    ask.add_argument("--strengths", type=int, default=4)
+    ask.add_argument("--strengths", type=int, default=3)
     ask.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
-    ask.add_argument("--slots", type=int, default=16)
+    ask.add_argument("--slots", type=int, default=32)
     ask.add_argument("--rounds", type=int, default=3)
     ask.add_argument("--quick", action="store_true")
+    ask.add_argument("--only", choices=("sweep", "alone"), help=argparse.SUPPRESS)
     options = ask.parse_args()
     if options.quick:
         options.model, options.problems, options.tokens, options.slots = "tiny:llama", 8, 12, 8
-    lm = models.load(options.model)
-    asked = []
-    for p in problems.load("basics", options.problems):
-        prompt = problems.prompt(p)
-        over, marks = generation.is_over(prompt, p.entry_point)
-        asked.append((p.task_id, lm.ids([prompt.text])[0], over, marks))
-    norms = median_norms(lm, [ids for _, ids, *_ in asked[:4]])
-    alphas = np.linspace(0.1, 0.4, options.strengths)
-    pushes = [push(d, a, norms) for d in gaussian(lm.d_model, lm.n_layers // 2, options.directions) for a in alphas]
-    requests = lambda numbers: [
-        Request(ids, (t, k), 0.0, over, marks) for t, ids, over, marks in asked for k in numbers
-    ]
-    write = lambda some, edits: {
-        c.request.key: c.tokens for c in Decoder(lm, some, options.tokens, options.slots, edits=edits)
-    }
-
-    def naive():
-        found = {}
-        for k, one in enumerate(pushes):
-            found |= write(requests([k]), edits_of([one], lambda request: 0))
-        return found
-
-    sweep = lambda: write(requests(range(len(pushes))), edits_of(pushes))
-    still = edits_of([push(p.direction, 0.0, norms) for p in pushes])
-    same = requests(range(min(4, len(pushes))))
-    plain, zero = lambda: write(same, ()), lambda: write(same, still)
-    write(requests([0]), ())  # warm
-    say(model=lm.name, dtype=str(lm.dtype), problems=len(asked), pushes=len(pushes), slots=options.slots)
-    taken = {name: [] for name in ("naive", "sweep", "plain", "zero")}
-    for turn in range(options.rounds):
-        ways = {"naive": naive, "sweep": sweep, "plain": plain, "zero": zero}
-        found = {}
-        for name in list(ways) if turn % 2 else list(ways)[::-1]:
-            seconds, found[name] = timed(ways[name])
-            taken[name].append(seconds)
-        if found["naive"] != found["sweep"] or found["plain"] != found["zero"]:
-            sys.exit("the two ways gave different tokens: there is no ratio")
-        say(round=turn, **{name: round(seconds[-1], 3) for name, seconds in taken.items()})
-    middle = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    if options.only:
+        return only(options)
+    exact = Bench(argparse.Namespace(**vars(options) | {"problems": 4}), "float32")
+    if exact.naive() != exact.sweep():
+        sys.exit("in float32 the two ways gave different tokens: there is no number")
+    bench = Bench(options)
+    bench.write([0], ())  # warm
+    say(model=bench.lm.name, dtype=str(bench.lm.dtype), pushes=len(bench.pushes), slots=options.slots)
+    cost, found = turns({"zero": bench.zero, "plain": bench.plain}, 4 * options.rounds)
+    if found["zero"] != found["plain"]:
+        sys.exit("a push of strength 0 gave other tokens: there is no number")
+    saved, found = turns({"naive": bench.naive, "sweep": bench.sweep}, options.rounds)
     say(
-        vs_rerun=round(middle["naive"] / middle["sweep"], 3),
-        overhead=round(middle["zero"] / middle["plain"] - 1, 4),
-        memory=round(len(pushes) * lm.d_model * 4 / 1e6, 3),
-        answers=len(pushes) * len(asked),
+        vs_rerun=round(saved, 3),
+        overhead=round(cost - 1, 4),
+        agreement=round(float(np.mean([found["naive"][key] == tokens for key, tokens in found["sweep"].items()])), 3),
+        memory=round(peak(options, "sweep") - peak(options, "alone"), 1),
+        directions=round(len(bench.pushes) * bench.lm.d_model * 4 / 1e6, 3),
+        answers=len(found["sweep"]),
     )
 
 
