@@ -118,6 +118,7 @@ def run(
     ] = 100,
 ):
     "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
+    from codetrace import machines
     from codetrace.chain import CHAINS
     from codetrace.errors import choose
 
@@ -125,23 +126,16 @@ def run(
         problems = str(Path(problems).resolve())
     _limit(max_gpu_memory, max_memory)
     asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
+    where = _where(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})
     if phase in CHAINS:
-        alone = {
-            "-p": p,
-            "--input": input,
-            "--full": full,
-            "--shards": shards,
-            "--devices": devices,
-            "--cluster": cluster,
-            "--requeue": requeue,
-            "--detach": detach,
-        } | {f"--{name}": value for name, value in asked.items()}
+        alone = [name for name, x in {"-p": p, "--input": input, "--full": full, "--detach": detach}.items() if x]
         study = {"model": model, "problems": problems, "num_problems": n}
-        return _follow(phase, study, f, [option for option, value in alone.items() if value], not quiet)
+        if not isinstance(where, machines.Asked):
+            where = machines.parse_devices(where) if where or shards or requeue else None
+        return _follow(phase, study, f, alone, not quiet, where=where, shards=shards, requeue=requeue)
     declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
-    where = _where(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})
     if where is None and shards is None and not requeue:
         _show(runs.execute(phase, values, show_progress=not quiet))
     else:
@@ -183,10 +177,8 @@ def _run_sharded(phase: str, values: dict, shards: int | None, where, requeue: b
         _show(work.run(shown))
 
 # %% ../nbs/90_cli.ipynb #919f5bf2
-def _follow(name: str, study: dict, file: Path | None, strange: list[str], shown: bool):
+def _follow(name: str, study: dict, file: Path | None, strange: list[str], shown: bool, **hands):
     "Run a chain of phases."
-    from functools import partial
-
     from codetrace import chain
 
     if strange:
@@ -200,9 +192,11 @@ def _follow(name: str, study: dict, file: Path | None, strange: list[str], shown
             f"{file}: {bad[0]!r} is no phase with its parameters: write lines such as '3.1: {{num_latents: 3}}'"
         )
     say = lambda line: print(line, file=sys.stderr, flush=True)
-    done = chain.follow(name, study, more, partial(runs.execute, show_progress=shown), say)
+    done, failed = chain.follow(name, study, more, lambda *work: chain.once(*work, say, shown, **hands), say)
     _show(done["report"])
     print(Path(done["report"]["folder"]) / "report.md")
+    if failed:
+        raise BadInput(f"{len(failed)} phases are not there; the report says why: {', '.join(failed)}")
 
 
 def _limit(gpu: float, host: float):
