@@ -8,6 +8,7 @@ __all__ = ['COHERENCE', 'paired', 'net_interval', 'rates', 'effects', 'per_task'
 
 # %% ../nbs/25b_effects.ipynb #a430fbe4
 import ast
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from .errors import BadInput
 from .models import LM
@@ -143,18 +145,40 @@ def logprobs(
     batch_size: int = 8,
     progress: Callable[..., Iterable] = lambda x, **_: x,
 ) -> Float[np.ndarray, "rows"]:  # Mean nats a token; NaN for empty answers
-    "How likely answers are to the model as it is."
+    "How likely answers are to the model as it is; a prompt is read once for all its answers."
     couples = [(tuple(p), tuple(a)) for p, a in zip(prompts, answers)]
-    known = sorted({c for c in couples if c[1]}, key=lambda c: -len(c[0]) - len(c[1]))
-    value = {}
-    for at in progress(range(0, len(known), batch_size), desc="perplexity"):
-        part = known[at : at + batch_size]
-        batch = lm.tokenize([[*p, *a] for p, a in part])
-        hidden = lm._hidden(batch.inputs).last_hidden_state
-        for row, (p, a), start in zip(hidden, part, batch.start.tolist()):
-            logits = lm.unembed(row[start + len(p) - 1 : start + len(p) + len(a) - 1]).log_softmax(-1)
-            value[p, a] = float(logits.gather(-1, torch.tensor(a, device=logits.device)[:, None]).mean())
+    of, value = {}, {}
+    for p, a in sorted({c for c in couples if c[1]}, key=lambda c: (c[0], len(c[1]))):
+        of.setdefault(p, []).append(a)
+    for p in progress(of, desc="perplexity"):
+        read = _after(lm, p)
+        for at in range(0, len(of[p]), batch_size):
+            part = of[p][at : at + batch_size]
+            value |= {(p, a): x for a, x in zip(part, _mean_logprobs(lm, *read, part))}
     return np.array([value.get(couple, np.nan) for couple in couples])
+
+
+def _after(lm: LM, prompt: Sequence[int]):
+    "The keys and values of a prompt, and its last state."
+    from transformers import DynamicCache
+
+    cache, ids = DynamicCache(), torch.tensor([list(prompt)], device=lm.device)
+    hidden = lm._hidden({"input_ids": ids}, past_key_values=cache, use_cache=True).last_hidden_state
+    return cache, hidden[:, -1:]
+
+
+def _mean_logprobs(lm: LM, cache, last: Float[Tensor, "1 1 d_model"], answers: Sequence[Sequence[int]]) -> list[float]:
+    "Of answers that follow the same prompt; what pads the shorter ones comes after them, where nothing sees it."
+    n, width = len(answers), max(map(len, answers))
+    ids = torch.tensor([[*a, *[0] * (width - len(a))] for a in answers], device=lm.device)
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(n)
+    hidden = lm._hidden({"input_ids": ids}, past_key_values=own, use_cache=True).last_hidden_state
+    hidden = torch.cat([last.expand(n, 1, -1), hidden[:, :-1]], 1)  # what each token is foretold from
+    real = torch.arange(width, device=lm.device) < torch.tensor([[len(a)] for a in answers], device=lm.device)
+    logits = lm.unembed(hidden[real])
+    chosen = logits.gather(-1, ids[real][:, None].to(logits.device))[:, 0] - logits.logsumexp(-1)
+    return [float(x.mean()) for x in chosen.split([len(a) for a in answers])]
 
 # %% ../nbs/25b_effects.ipynb #4074095a
 COHERENCE = ("parses", "repetition", "generated_tokens", "perplexity")

@@ -58,12 +58,6 @@ def _wanted(choice: Mapping, k: int) -> dict[float, str]:
             found[g["alpha"]] = f"{found[g['alpha']]} and {goal}" if g["alpha"] in found else goal
     return found
 
-
-def _some(null: Sequence[Direction], layer: int, n: int = 3) -> list[Direction]:
-    "A few random directions of each kind, for controls that are dear."
-    own = [d for d in null if d.layer == layer]
-    return [d for kind in ("random latent", "gaussian") for d in [x for x in own if x.kind == kind][:n]]
-
 # %% ../nbs/27_steering.ipynb #3d9a7b12
 def _pushed(d: Direction, role: str, goals: Mapping[float, str], norms: np.ndarray, where: str) -> list[Setting]:
     "A direction at several strengths."
@@ -119,9 +113,11 @@ def settings_of(
         for wrong in (m for m in misplaced if m.name.startswith(f"{d.name} after")):
             found += _pushed(wrong, "control", goals, norms, where)
         if erase:
-            found += [_erased(d, "erased"), *(_erased(x, "null") for x in _some(null, d.layer))]
+            found.append(_erased(d, "erased"))
     for d in null:
         found += _pushed(d, "null", dict.fromkeys(layers.get(d.layer, ()), ""), norms, where)
+        if erase and d.layer in layers:
+            found.append(_erased(d, "null"))
     return (
         found + _unpushed(temperatures, samples, styles) + _selective(choice, picked, gate_in(choice, vectors), norms)
     )

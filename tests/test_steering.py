@@ -349,7 +349,7 @@ def in_chain(words: list[str], env: dict) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_path):
-    "One command, from problems to report; killed while it pushes, and given again."
+    "One command, from problems to report; killed while it pushes, and given again; and shared between two processes."
     names = decided.save(tmp_path / "made") | {"text": str(tmp_path / "text")}
     (tmp_path / "text").mkdir()
     for path in Path(ast.__file__).parent.glob("*.py"):
@@ -374,6 +374,12 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     assert pushed["low"] > 0 and "raises" in pushed["verdict"]
     assert set(claims["phase"]) == {"1.0", "1.2", "1.5", "2", "3", "3.1", "3.2", "3.3"}
     assert "Not complete" not in (Path(made["report"]["folder"]) / "report.md").read_text()
+    shared = in_chain([*words, "--devices", "cpu,cpu"], env)
+    assert shared.returncode == 0, shared.stderr
+    newest = {m["phase"]: m for m in runs.index(tmp_path / "runs") if m["status"] == "complete"}
+    assert newest["steering"]["parameters"]["shards"] == 2 and newest["saes"] == made["saes"]
+    parted = pd.DataFrame(json.loads((Path(newest["report"]["folder"]) / "claims.json").read_text()))
+    pd.testing.assert_frame_equal(parted, claims)
 
 
 REAL = {  # As little as says something, by phase
