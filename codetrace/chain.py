@@ -9,6 +9,7 @@ __all__ = ['CHAINS', 'Step', 'once', 'follow']
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import machines, runs
@@ -83,7 +84,9 @@ def once(
         many = shards or (1 if isinstance(where, machines.Asked) else len(where))
         work = machines.Sharded(number, values, many if "shards" in declared else 1, where, requeue)
         whole = work.of(-1)
-    known = machines.complete(phase, runs.key_of(phase, whole), runs.runs_root())
+    known = None
+    with suppress(BadInput):  # of a whole whose shards are not there yet nothing is known
+        known = machines.complete(phase, runs.key_of(phase, whole), runs.runs_root())
     say(f"{number} {phase}: " + (f"complete, {known['run_id']}" if known else "running"))
     if known:
         return known
