@@ -20,7 +20,7 @@ from .errors import BadInput, choose
 from .models import LM
 from .pairs import Case, named_positions, one_token_answer, token_roles
 from .programs import Program
-from .stats import bootstrap_interval, wilson
+from .stats import bootstrap_interval, share_interval
 
 # %% ../nbs/12a_asked.ipynb #715b3586
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def shares(
     table = []
     for key, own in rows.groupby(list(by), sort=False):
         each = own.groupby("program")[value].mean()
-        share = value in ("correct", "success") and each.isin([0, 1]).all()
-        low, high = wilson(each.sum(), len(each)) if share else bootstrap_interval(each)
+        low, high = (share_interval if value in ("correct", "success") else bootstrap_interval)(each)
         sizes = {"heads": int(own["heads"].max())} if "heads" in own else {}
         table.append(dict(zip(by, key)) | sizes | {"n": len(each), value: each.mean(), "low": low, "high": high})
     return pd.DataFrame(table)

@@ -28,7 +28,7 @@ from .errors import BadInput, choose
 from .machines import collected
 from .models import LM, load, memory_limit
 from .problems import Problem, Prompt
-from .stats import bootstrap_interval, wilson, with_interval
+from .stats import share_interval, with_interval
 from .store import Records, atomic_write, read_json, read_records, write_json
 
 # %% ../nbs/22_generation.ipynb #516b2a98
@@ -328,8 +328,7 @@ def rate(
     about = {"problems": len(by), "samples": len(table), "k": k}
     if not len(by):
         return about | dict.fromkeys(("value", "low", "high"), np.nan)
-    single = bool((by["size"] == 1).all())
-    low, high = wilson(values.sum(), len(values)) if single else bootstrap_interval(values)
+    low, high = share_interval(values)
     return about | {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 # %% ../nbs/22_generation.ipynb #4c45d0bb

@@ -17,15 +17,14 @@ from jaxtyping import Float
 from . import decided, evidence, pushed, runs
 from . import problems as problem_sets
 from .decoding import slots_that_fit
-from .effects import coherence, effects, in_words, null_band, paired, per_task, shifts
+from .effects import coherence, effects, in_words, net_interval, null_band, paired, per_task, shifts
 from .errors import BadInput
 from .frozen import frozen
 from .generation import chosen
 from .latents import search_all
 from .models import load as load_model
 from .problems import Problem, prompt
-from .scores import cluster_interval
-from .stats import with_interval
+from .stats import bootstrap_interval, share_interval, with_interval
 from .trials import BASELINE, Setting, keep, measured, opens_at, selected, together, write
 from .tuning import settle
 from .vectors import Direction, Gate, median_norms, push
@@ -148,30 +147,25 @@ def findings(
 # %% ../nbs/27_steering.ipynb #beb51508
 def resampled(
     pairs: pd.DataFrame,  # From `effects.paired`
-    n_resamples: int = 2000,
-) -> (
-    pd.DataFrame
-):  # One row a temperature: `temperature, samples, n`, and the rates with bootstrap intervals over tasks
+) -> pd.DataFrame:  # One row a temperature: `temperature, samples, n`, and the rates with intervals over tasks
     "What sampling does, all samples of a temperature together."
     rows = []
     for t, own in pairs[pairs["role"] == "resampled"].groupby("temperature"):
-        base, now = own["base_passed"].to_numpy(bool), own["passed"].to_numpy(bool)
-        parts = {
-            "correction": (~base & now, ~base),
-            "corruption": (base & ~now, base),
-            "net": (now * 1.0 - base, np.ones(len(own))),
-            "pass@1": (now, np.ones(len(own))),
-        }
-        row = {"temperature": t, "samples": own["setting"].nunique(), "n": own["task_id"].nunique()}
-        for name, (of, among) in parts.items():
-            share = lambda w, of=of, among=among: np.divide(
-                (w * of).sum(-1), total := (w * among).sum(-1), out=np.full(np.shape(total), np.nan), where=total > 0
-            )
-            row |= dict(
-                zip((name, f"{name}_low", f"{name}_high"), cluster_interval(share, own["task_id"], n_resamples))
-            )
+        task = own.groupby("task_id")
+        base, now = task["base_passed"].first().to_numpy(bool), task["passed"].mean().to_numpy()
+        each = {"correction": now[~base], "corruption": 1 - now[base], "net": now - base, "pass@1": now}
+        row = {"temperature": t, "samples": own["setting"].nunique(), "n": len(now)}
+        for name, x in each.items():
+            low, high = share_interval(x) if name != "net" else _net_of_shares(x)
+            row |= {name: x.mean() if len(x) else np.nan, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _net_of_shares(x: Float[np.ndarray, "task"]) -> tuple[float, float]:
+    "Interval of a mean change; as for pairs where each task changes wholly or not at all."
+    whole = np.isin(x, (-1, 0, 1)).all()
+    return net_interval((x == 1).sum(), (x == -1).sum(), len(x))[1:] if whole else bootstrap_interval(x)
 
 # %% ../nbs/27_steering.ipynb #e2606d4f
 def null_of(
