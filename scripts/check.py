@@ -26,6 +26,7 @@ CHECKS = {
         "2",
         "--dist",
         "worksteal",
+        "--durations=12",
         *(["-m", "slow or not slow"] if SLOW else []),
     ],
 }
