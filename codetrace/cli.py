@@ -62,7 +62,7 @@ _GPU, _HOST = "CODETRACE_MAX_GPU_MEMORY", "CODETRACE_MAX_MEMORY"
     epilog="Examples:  codetrace run tracking  |  codetrace run tracking -n 50 --model Qwen/Qwen3-0.6B  |  "
     "codetrace run tracking -f study.yaml -p num_seqs=20  |  codetrace run tracing --input tracking  |  "
     "codetrace run tracing --shards 3 --devices 0,1,2  |  codetrace run tracing --shards 30 --cluster slurm --gpus 1  |  "
-    "codetrace run correctness --problems basics"
+    "codetrace run correctness --problems basics --devices 0,1,2"
 )
 def run(
     phase: Annotated[
@@ -71,7 +71,9 @@ def run(
     p: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
     ] = None,
-    f: Annotated[Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file.")] = None,
+    f: Annotated[
+        Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file; for a chain: by phase.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="M", help="The model: a name, a hub name or a folder.")
     ] = None,
