@@ -116,7 +116,7 @@ def _answers(manifest: Mapping) -> list[dict]:
     ]
     nothing, found = next(r for r in rows if r["answers"] == "empty body"), []
     for r in (r for r in rows if r is not nothing):
-        than = "more than" if r["low"] > nothing["value"] else "not measurably more than"
+        than = "more than" if r["low"] > nothing["high"] else "not measurably more than"
         said = f"{than} functions that do nothing" if r["value"] == r["value"] else "not measured"
         found.append(
             _claim(
