@@ -61,7 +61,7 @@ def _doses(ax, own: pd.DataFrame, null: pd.DataFrame) -> None:
     ax.plot(line["alpha"], line["value"], color="k", lw=0.7)
     ax.plot(own["alpha"], own["value"], "o", color="k", ms=3)
     ends = sorted({float(own["alpha"].min()), 0.0, float(own["alpha"].max())})
-    ax.set_xticks(ends, [_minus(f"{x:g}") for x in ends])
+    ax.set_xticks(ends, [_minus(f"{x:.2g}") for x in ends])
 
 
 def _through_zero(table: pd.DataFrame) -> pd.DataFrame:
@@ -86,7 +86,8 @@ def trade_off(
     with style():
         fig, ax = plt.subplots(figsize=(5.6, 3.0), layout="constrained")
         random, ours = table[table["label"] == ""], table[table["label"] != ""]
-        ax.plot(random["corruption"], random["correction"], "o", color="0.75", ms=2.5, mew=0, zorder=1)
+        many = random.groupby(["corruption", "correction"]).size().reset_index(name="n")
+        ax.scatter(many["corruption"], many["correction"], s=7 * many["n"], color="0.75", lw=0, zorder=1)
         ax.plot(ours["corruption"], ours["correction"], "o", color="k", ms=4, zorder=3)
         top = [max(0.1, float(table[x].max()) if len(table) else 0.1) for x in ("corruption", "correction")]
         order = ours.sort_values(["correction", "corruption"], ascending=[True, False])
@@ -100,7 +101,7 @@ def trade_off(
             ylim=(-0.04 * top[1], 1.06 * top[1]),
         )
         range_frame(ax, (0, top[0]), (0, top[1]))
-        caption_below(fig, f"{said} Grey: random pushes.".strip())
+        caption_below(fig, f"{said} Grey: random pushes, as large as there are many.".strip())
         plt.close(fig)
     return fig
 
