@@ -177,6 +177,7 @@ def selected(
     opened: Mapping[str, bool],  # By task id
     setting: int,  # The number of the new one
     name: str = "selective",
+    role: str = "selective",
 ) -> pd.DataFrame:  # Its rows
     "What pushing only where the gate is open would have given."
     is_open = table["task_id"].map(opened).astype(bool)
@@ -190,7 +191,7 @@ def selected(
     return own.assign(
         setting=setting,
         name=name,
-        role="selective",
+        role=role,
         gated=True,
         fired=own["task_id"].map(opened).astype(float),
         **facts,
