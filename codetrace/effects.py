@@ -227,7 +227,8 @@ def null_band(
 def in_words(
     row: pd.Series | dict,  # From `effects`
     what: str,  # What was done
-    null: Sequence[float] = (),  # Net changes of random pushes as strong
+    null: Sequence[float] = (),  # Net changes of random directions treated alike
+    random: str = "random pushes as strong",  # What those are called
 ) -> str:
     "What a push did, in words made from the numbers."
     row = dict(row)
@@ -240,6 +241,8 @@ def in_words(
     if len(null):
         worse = row["net"] < 0
         share = beyond(-row["net"], [-x for x in null]) if worse else beyond(row["net"], null)
-        text += f"; {len(null)} random pushes as strong give {min(null):+.2f} to {max(null):+.2f}, and (1 + those that do as much)/(1 + all) is {share:.2f}"
-        text += ", so it is no more than any push does" if share > max(0.1, 1.001 / (1 + len(null))) and sure else ""
+        text += f"; {len(null)} {random} give {min(null):+.2f} to {max(null):+.2f}, and (1 + those that do as much)/(1 + all) is {share:.2f}"
+        text += (
+            ", so it is no more than any direction does" if share > max(0.1, 1.001 / (1 + len(null))) and sure else ""
+        )
     return text + "."

@@ -228,12 +228,13 @@ def claims(
         "erased": "{name} from the weights",
         "prompt": "asked in other words: {name}",
     }
+    alike = {"erased": "random directions erased alike", "selective": "random pushes behind the same gate"}
     order = wanted["role"].map(list(what).index) * 10 + ~wanted["goal"].str.contains("correct")
     for row in wanted.loc[order.sort_values(kind="stable").index].to_dict("records"):
         null = null_of(found, row)["net"].dropna().tolist() if row["role"] != "prompt" else []
         claim = what[row["role"]].format(**row)
         rows.append({"claim": claim, "number": row["net"], "low": row["net_low"], "high": row["net_high"], "baseline": f"0 unpushed (pass@1 {row['right']}/{row['n']})" + (f"; {sampled}" if sampled else ""),
-                     "null": f"{min(null):+.2f} to {max(null):+.2f}, {len(null)} random" if null else "–", "verdict": in_words(row, claim[0].upper() + claim[1:] + ":", null)})  # fmt: skip
+                     "null": f"{min(null):+.2f} to {max(null):+.2f}, {len(null)} random" if null else "–", "verdict": in_words(row, claim[0].upper() + claim[1:] + ":", null, alike.get(row["role"], "random pushes as strong"))})  # fmt: skip
     return pd.DataFrame(rows, columns=["claim", "number", "low", "high", "baseline", "null", "verdict"])
 
 # %% ../nbs/27_steering.ipynb #3e4ac4aa

@@ -223,7 +223,7 @@ def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_
     worst = found[found["kind"] == "gaussian"].sort_values("p").iloc[0]
     others = steering.null_of(found, worst)
     others = others[others["setting"] != worst["setting"]]["net"].tolist()
-    assert "no more than any push does" in steering.in_words(worst, "The push", others)
+    assert "no more than any direction does" in steering.in_words(worst, "The push", others)
 
 
 def test_the_gate_opens_where_it_should(judged, tmp_path):
