@@ -25,7 +25,7 @@ CHECKS = {
         "-n",
         "2",
         "--dist",
-        "worksteal",
+        "loadscope",  # a file stays with one worker, and with what its tests share
         "--durations=12",
         *(["-m", "slow or not slow"] if SLOW else []),
     ],
