@@ -21,11 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from codetrace import generation, models, problems
+from codetrace import generation, models, problems, runs
 from codetrace.decoding import Decoder, Request
 from codetrace.vectors import edits_of, gaussian, median_norms, push
 
@@ -88,8 +87,7 @@ def only(options) -> None:
     "One way, and the most memory that it took."
     bench = Bench(options)
     {"sweep": bench.sweep, "alone": lambda: bench.write([0], edits_of(bench.pushes[:1]))}[options.only]()
-    status = Path("/proc/self/status").read_text().splitlines()
-    say(peak=next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3)
+    say(peak=1e3 * runs.peak_memory()["host_gb"])
 
 
 def turns(ways: dict[str, Callable[[], dict]], rounds: int) -> tuple[float, dict]:

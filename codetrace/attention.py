@@ -87,6 +87,29 @@ def _by_part(task_id: str, names: Sequence[str], plain: Tensor, moved: Tensor) -
 
 # %% ../nbs/28_attention.ipynb #4a8d06e3
 @torch.no_grad()
+def _looks(
+    lm: LM, problems: Sequence[Problem], pushes: Sequence[Push | None], style: str, progress: Callable[..., Iterable]
+) -> list[pd.DataFrame]:
+    "`shares` for each of several pushes; the prompt as it is is read once for all."
+    found = [[] for _ in pushes]
+    with _weights_shown(lm):
+        for p in progress(list(problems), desc="attention"):
+            ids, names = parts(lm, p, style)
+            plain = _last_row(lm, ids)
+            for rows, one in zip(found, pushes):
+                moved = plain if one is None else _pushed_row(lm, ids, one)
+                rows.append(_by_part(p.task_id, names, plain, moved))
+    return [pd.concat(rows, ignore_index=True) for rows in found]
+
+
+def _pushed_row(lm: LM, ids: Sequence[int], one: Push) -> Float[Tensor, "layer head pos"]:
+    "What the last token attends to when all tokens are pushed."
+    added = one.coefficient * one.direction.vector.to(lm.device)
+    add = Intervention("resid_post", one.direction.layer, lambda x: (x.float() + added).to(x.dtype))
+    with lm.intervene(add):
+        return _last_row(lm, ids)
+
+
 def shares(
     lm: LM,
     problems: Sequence[Problem],
@@ -95,17 +118,7 @@ def shares(
     progress: Callable[..., Iterable] = lambda x, **_: x,
 ) -> pd.DataFrame:  # One row a task, layer, head and part: `share, pushed, even`
     "Where the last prompt token looks, as it is and pushed."
-    rows, added = [], None if one is None else one.coefficient * one.direction.vector.to(lm.device)
-    with _weights_shown(lm):
-        for p in progress(list(problems), desc="attention"):
-            ids, names = parts(lm, p, style)
-            plain = moved = _last_row(lm, ids)
-            if one is not None:
-                add = Intervention("resid_post", one.direction.layer, lambda x: (x.float() + added).to(x.dtype))
-                with lm.intervene(add):
-                    moved = _last_row(lm, ids)
-            rows.append(_by_part(p.task_id, names, plain, moved))
-    return pd.concat(rows, ignore_index=True)
+    return _looks(lm, problems, [one], style, progress)[0]
 
 # %% ../nbs/28_attention.ipynb #345685b2
 def changed(
@@ -137,10 +150,7 @@ def changed_by_chance(
 ) -> list[int]:  # For each: heads and parts with q below 0.05
     "How many heads and parts random pushes change."
     many = [replace(one, direction=replace(d, layer=one.direction.layer)) for d in null]
-    return [
-        int((changed(shares(lm, problems, p, style), seed)["q"] < 0.05).sum())
-        for p in progress(many, desc="random pushes")
-    ]
+    return [int((changed(table, seed)["q"] < 0.05).sum()) for table in _looks(lm, problems, many, style, progress)]
 
 
 def beside_chance(n: int, of: int, random: Sequence[int]) -> str:

@@ -53,19 +53,13 @@ def _values(step: Step, study: Mapping, done: Mapping[str, str], more: Mapping[s
     return own | {name: done[number] for name, number in step.reads.items()} | more.get(step.number, {})
 
 
-def _declared(number: str) -> dict:
-    "The parameters of a phase, with their usual values."
-    phase = runs.named(number)
-    return runs.parameters_of(choose(phase, runs.notebooks(), "phase"))
-
-
 def _check(name: str, more: Mapping[str, Mapping]) -> None:
     "Refuse what no phase can be given, before any of them begins."
     numbers = [step.number for step in CHAINS[name]] + ["report"]
     for number, values in more.items():
         if number not in numbers:
             raise BadInput(f"chain {name!r} has no phase {number!r}: its phases are {', '.join(numbers)}")
-        runs.checked(runs.preset(number) | dict(values), _declared(number), runs.named(number))
+        runs.checked(runs.preset(number) | dict(values), runs.declared_by(number), runs.named(number))
 
 # %% ../nbs/29a_chain.ipynb #9a31e454
 def once(
@@ -78,9 +72,10 @@ def once(
     requeue: bool = False,  # Continue by itself what was stopped
 ) -> dict:  # The manifest
     "Run a phase, unless it is complete already."
-    phase, declared, work = runs.named(number), _declared(number), None
-    whole = runs.checked(runs.preset(number) | dict(values), declared, phase)
-    if where is not None:
+    phase, declared, work = runs.named(number), runs.declared_by(number), None
+    if where is None:
+        whole = runs.checked(runs.preset(number) | dict(values), declared, phase)
+    else:
         many = shards or (1 if isinstance(where, machines.Asked) else len(where))
         work = machines.Sharded(number, values, many if "shards" in declared else 1, where, requeue)
         whole = work.of(-1)

@@ -122,7 +122,6 @@ def run(
     "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
     from codetrace import machines
     from codetrace.chain import CHAINS
-    from codetrace.errors import choose
 
     if problems and Path(problems).is_file():
         problems = str(Path(problems).resolve())
@@ -135,7 +134,7 @@ def run(
         if not isinstance(where, machines.Asked):
             where = machines.parse_devices(where) if where or shards or requeue else None
         return _follow(phase, study, f, alone, not quiet, where=where, shards=shards, requeue=requeue)
-    declared = runs.parameters_of(choose(runs.named(phase), runs.notebooks(), "phase"))
+    declared = runs.declared_by(phase)
     shared = runs.shorthands(declared, model=model, n=n, input=input, problems=problems, full=full)
     values = given_parameters(p or [], f) | shared
     if where is None and shards is None and not requeue:

@@ -24,7 +24,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from . import runs
-from .errors import BadInput, choose
+from .errors import BadInput
 from .store import read_json, read_records, storage_errors, write_json
 
 # %% ../nbs/07a_machines.ipynb #93e1f781
@@ -366,7 +366,7 @@ class Sharded:
 @patch
 def _checked(self: Sharded, given: dict) -> dict:
     "All parameters, with the run that is read pinned: the newest now may not be the newest when a job begins."
-    declared = runs.parameters_of(choose(self.phase, runs.notebooks(), "phase"))
+    declared = runs.declared_by(self.phase)
     if self.shards > 1 and not {"shards", "shard"} <= set(declared):
         can = [p for p, book in runs.notebooks().items() if {"shards", "shard"} <= set(runs.parameters_of(book))]
         raise BadInput(
