@@ -12,14 +12,14 @@ about = config["DEFAULT"]
 
 
 class BuildWithNotebooks(build_py):
-    "The phases are notebooks: an installed package brings them along, in codetrace/nbs/."
+    "The phases are notebooks: an installed package brings them along, in codetrace/nbs/phases/."
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            for path in sorted(Path("nbs").glob("*.ipynb")):
-                self.mkpath(f"{self.build_lib}/codetrace/nbs")
-                self.copy_file(str(path), f"{self.build_lib}/codetrace/nbs/{path.name}")
+            for path in sorted(Path("nbs/phases").glob("*.ipynb")):
+                self.mkpath(f"{self.build_lib}/codetrace/nbs/phases")
+                self.copy_file(str(path), f"{self.build_lib}/codetrace/nbs/phases/{path.name}")
 
 
 setup(

@@ -25,8 +25,11 @@ import time
 
 import torch
 
-from codetrace import generation, models, problems
-from codetrace.decoding import Decoder, Request
+from codetrace import models
+from codetrace.models.decoding import Decoder, Request
+from codetrace.tasks.problem_prompts import render_problem_prompt
+from codetrace.tasks.problems import load_problems
+from codetrace.tasks.solving import answer_stop_condition
 
 
 def say(**facts):
@@ -36,9 +39,9 @@ def say(**facts):
 def requests_of(lm, n: int) -> list[Request]:
     "Prompts of the first problems, the longest first."
     found = []
-    for p in problems.load("basics", n):
-        prompt = problems.prompt(p)
-        over, marks = generation.is_over(prompt, p.entry_point)
+    for p in load_problems("basics", n):
+        prompt = render_problem_prompt(p)
+        over, marks = answer_stop_condition(prompt, p.entry_point)
         found.append(Request(lm.ids([prompt.text])[0], p.task_id, 0.0, over, marks))
     return sorted(found, key=lambda request: -len(request.ids))
 

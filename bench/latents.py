@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
-from codetrace.dictionary import SAE
-from codetrace.separation import activity, largest_by_luck, scores, shuffles
+from codetrace.sae.sae import SAE
+from codetrace.sae.separation import encode_active_latents, null_of_maximum, separation_scores, shuffle_labels
 
 D_MODEL, ACTIVE = 576, 64
 
@@ -72,11 +72,11 @@ def loop(folder: Path, layer: int, rows: int, label: np.ndarray, sae: SAE) -> tu
 def child(folder: Path, layers: int, d_sae: int) -> None:
     "All layers and their shuffles in this process; its peak memory, in GB."
     label, sae = np.load(folder / "label.npy"), dictionary(d_sae)
-    shuffled = shuffles(label, np.zeros(len(label)), 1000)
+    shuffled = shuffle_labels(label, np.zeros(len(label)), 1000)
     for layer in range(layers):
-        active = activity(sae, read(folder, layer))
-        scores(active, label)
-        largest_by_luck(active, shuffled)
+        active = encode_active_latents(sae, read(folder, layer))
+        separation_scores(active, label)
+        null_of_maximum(active, shuffled)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
 
 
@@ -97,17 +97,17 @@ def main() -> None:
         label = np.random.default_rng(0).random(options.rows) < 0.3
         np.save(folder / "label.npy", label)
         write(folder, options.rows, options.layers, label)
-        shuffled = shuffles(label, np.zeros(options.rows), 1000)
+        shuffled = shuffle_labels(label, np.zeros(options.rows), 1000)
         for layer in range(options.layers):
             began = time.perf_counter()
             separation, t = loop(folder, layer, options.rows, label, sae)
             seconds["loop"] += time.perf_counter() - began
             began = time.perf_counter()
-            active = activity(sae, read(folder, layer))
-            table = scores(active, label)
+            active = encode_active_latents(sae, read(folder, layer))
+            table = separation_scores(active, label)
             seconds["pass"] += time.perf_counter() - began
             began = time.perf_counter()
-            largest_by_luck(active, shuffled)
+            null_of_maximum(active, shuffled)
             seconds["null"] += time.perf_counter() - began
             apart = np.abs(table["separation"] - separation) > 1e-6  # a row at the threshold but for rounding
             assert apart.sum() <= 5 and np.abs(table["separation"] - separation).max() < 1.1 / min(

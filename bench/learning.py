@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from codetrace.learning import Learner, Recipe
-from codetrace.models import _dtype
+from codetrace.models.loading import _resolve_dtype
+from codetrace.sae.training import SAETrainer, SAETrainingConfig
 
 
-def theirs(recipe: Recipe, steps: int):
+def theirs(recipe: SAETrainingConfig, steps: int):
     "sae-lens's trainer and SAE; steps are taken by hand."
     from sae_lens import LoggingConfig
     from sae_lens.config import SAETrainerConfig
@@ -42,12 +42,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe, each = Recipe(), 10
+    recipe, each = SAETrainingConfig(), 10
     random = torch.Generator().manual_seed(0)
     basis = torch.randn(2000, 576, generator=random) / 24
     states = torch.cat([(torch.rand(512, 2000, generator=random) < 0.01).float() @ basis for _ in range(40)])
-    fast = _dtype("auto", torch.device("cpu"))
-    learners = {"codetrace": Learner(recipe, states, fast), "codetrace float32": Learner(recipe, states, torch.float32)}
+    fast = _resolve_dtype("auto", torch.device("cpu"))
+    learners = {
+        "codetrace": SAETrainer(recipe, states, fast),
+        "codetrace float32": SAETrainer(recipe, states, torch.float32),
+    }
     sae, trainer = theirs(recipe, 10_000)
     seconds = {name: [] for name in [*learners, "sae-lens"]}
     for turn in range(options.rounds):

@@ -24,9 +24,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from codetrace import generation, models, problems, runs
-from codetrace.decoding import Decoder, Request
-from codetrace.vectors import edits_of, gaussian, median_norms, push
+from codetrace import models
+from codetrace.models.decoding import Decoder, Request
+from codetrace.runs.run import peak_memory
+from codetrace.steering.directions import gaussian_directions, make_push, median_norms, push_edits
+from codetrace.tasks.problem_prompts import render_problem_prompt
+from codetrace.tasks.problems import load_problems
+from codetrace.tasks.solving import answer_stop_condition
 
 
 def say(**facts):
@@ -40,14 +44,14 @@ class Bench:
         self.options = options
         self.lm = lm = models.load(options.model, dtype)
         self.asked = []
-        for p in problems.load("basics", options.problems):
-            prompt = problems.prompt(p)
-            self.asked.append((p.task_id, lm.ids([prompt.text])[0], *generation.is_over(prompt, p.entry_point)))
+        for p in load_problems("basics", options.problems):
+            prompt = render_problem_prompt(p)
+            self.asked.append((p.task_id, lm.ids([prompt.text])[0], *answer_stop_condition(prompt, p.entry_point)))
         norms = median_norms(lm, [ids for _, ids, *_ in self.asked[:4]])
         alphas = np.linspace(0.1, 0.4, options.strengths)
-        some = gaussian(lm.d_model, lm.n_layers // 2, options.directions)
-        self.pushes = [push(d, a, norms) for d in some for a in alphas]
-        self.still = [push(p.direction, 0.0, norms) for p in self.pushes]
+        some = gaussian_directions(lm.d_model, lm.n_layers // 2, options.directions)
+        self.pushes = [make_push(d, a, norms) for d in some for a in alphas]
+        self.still = [make_push(p.direction, 0.0, norms) for p in self.pushes]
 
     def write(self, numbers, edits) -> dict:
         wanted = [Request(ids, (t, k), 0.0, over, marks) for t, ids, over, marks in self.asked for k in numbers]
@@ -59,17 +63,17 @@ class Bench:
     def naive(self) -> dict:
         found = {}
         for k, one in enumerate(self.pushes):
-            found |= self.write([k], edits_of([one], lambda request: 0))
+            found |= self.write([k], push_edits([one], lambda request: 0))
         return found
 
     def sweep(self) -> dict:
-        return self.write(range(len(self.pushes)), edits_of(self.pushes))
+        return self.write(range(len(self.pushes)), push_edits(self.pushes))
 
     def plain(self) -> dict:
         return self.write([0], ())
 
     def zero(self) -> dict:
-        return self.write([0], edits_of(self.still))
+        return self.write([0], push_edits(self.still))
 
 
 def peak(options, way: str) -> float:
@@ -86,8 +90,8 @@ def peak(options, way: str) -> float:
 def only(options) -> None:
     "One way, and the most memory that it took."
     bench = Bench(options)
-    {"sweep": bench.sweep, "alone": lambda: bench.write([0], edits_of(bench.pushes[:1]))}[options.only]()
-    say(peak=1e3 * runs.peak_memory()["host_gb"])
+    {"sweep": bench.sweep, "alone": lambda: bench.write([0], push_edits(bench.pushes[:1]))}[options.only]()
+    say(peak=1e3 * peak_memory()["host_gb"])
 
 
 def turns(ways: dict[str, Callable[[], dict]], rounds: int) -> tuple[float, dict]:

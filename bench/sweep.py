@@ -8,7 +8,7 @@ and a ratio is that of their medians. A loop over cells costs the same for each 
 by the number of layers; `--stride 1` times all of it. Peak memory is that of a process of its own, which loads the model and sweeps.
 
 On SmolLM2 a sweep is of one pair. On the small 6-layer model each sweep, by every engine, is of eight pairs together: there overhead and not arithmetic
-rules, and what saves it is that a study's programs share a batch, as they do in `tracing.sweep`. `small_vs_naive` is the ratio for such a batch;
+rules, and what saves it is that a study's programs share a batch, as they do in `run_sweep`. `small_vs_naive` is the ratio for such a batch;
 `small_one_pair_vs_naive`, in a line of its own before the last, is the ratio where only one pair is swept.
 """
 
@@ -30,16 +30,18 @@ from pathlib import Path
 import torch
 
 from codetrace import models
-from codetrace.patching import Pair, Work, layer_tokens, patch_all
+from codetrace.models.lm import LM
+from codetrace.patching.engine import patch_all, sweep_layer_tokens
+from codetrace.patching.sites import EngineWork, PatchPair
 
 TEXT = "a = {}\nb = 5\nc = a\nd = b\ne = c\nf = d\ng = e\nh = f\ni = g\nj = h\nk = i\nl = j\nm = k\nn = l\no = n\n#o:"
 
 
-def pairs_of(lm, n_tokens: int) -> list[Pair]:
+def pairs_of(lm, n_tokens: int) -> list[PatchPair]:
     "Couples of runs of so many tokens that differ in one of the first; eight for a small model, whose programs are swept together, else one."
     runs = [lm.ids([TEXT.format(digit)])[0][:n_tokens] for digit in range(9)]
     assert len(runs[0]) == n_tokens, f"the text has only {len(runs[0])} tokens"
-    return [Pair(base, donor) for base, donor in itertools.pairwise(runs)][: 8 if lm.name == "small" else 1]
+    return [PatchPair(base, donor) for base, donor in itertools.pairwise(runs)][: 8 if lm.name == "small" else 1]
 
 
 def cut(lm, n_layers: int):
@@ -47,7 +49,7 @@ def cut(lm, n_layers: int):
     hf = copy.deepcopy(lm.hf, {id(t): t for t in [*lm.hf.parameters(), *lm.hf.buffers()]})
     hf.config.num_hidden_layers = n_layers
     hf.base_model.layers = hf.base_model.layers[:n_layers]
-    return models.LM(f"{lm.name}:{n_layers}", hf, lm.tokenizer, revision=lm.revision)
+    return LM(f"{lm.name}:{n_layers}", hf, lm.tokenizer, revision=lm.revision)
 
 
 def small() -> "models.LM":
@@ -60,7 +62,7 @@ def small() -> "models.LM":
     config = AutoConfig.for_model("llama", vocab_size=8192, bos_token_id=1, eos_token_id=2, **sizes)
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-    return models.LM("small", hf, models.load("tiny:llama").tokenizer, revision="seed=0")
+    return LM("small", hf, models.load("tiny:llama").tokenizer, revision="seed=0")
 
 
 def lead(logits, i):
@@ -106,10 +108,10 @@ class Bench:
 
     def share(self, lm, n_tokens: int) -> dict[str, float]:
         "Layer-tokens a second of the sweep over those of a plain batched forward pass; and how many were computed over how many are needed."
-        pair, work, rows = pairs_of(lm, n_tokens)[0], Work(), 32
+        pair, work, rows = pairs_of(lm, n_tokens)[0], EngineWork(), 32
         ids = torch.tensor([pair.base] * rows)
         patch_all(lm, [pair], "resid_pre", lead, work=work)
-        needed = layer_tokens(lm.n_layers, n_tokens, pair.first)
+        needed = sweep_layer_tokens(lm.n_layers, n_tokens, pair.first)
         plain = lambda: lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
         seconds = self.alternate({"plain": plain, "staircase": lambda: patch_all(lm, [pair], "resid_pre", lead)})
         rate = {

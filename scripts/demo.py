@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from codetrace import runs
+from codetrace.runs.manifest import newest_run
+from codetrace.runs.phases import phase_name
 
 HOME = Path(__file__).resolve().parents[1]
 STUDIES = (  # Phase, and its parameters in demo/
@@ -31,7 +32,7 @@ def main() -> int:
     took, records = {}, []
     for phase, study in STUDIES:
         began = time.monotonic()
-        name = runs.named(phase)
+        name = phase_name(phase)
         given = ["-f", f"demo/{study}.yaml"] if study else []
         print(f"\n== {name}" + (f", with {given[1]}" if given else ""), flush=True)
         command = ["codetrace", "run", phase, *given]
@@ -39,7 +40,7 @@ def main() -> int:
         if done.returncode != 0:
             return done.returncode
         took[f"{name} {study}".strip()] = time.monotonic() - began
-        records.append(runs.newest(name)["run_id"])
+        records.append(newest_run(name)["run_id"])
     print("\n== what was found, and where", flush=True)
     subprocess.run(["codetrace", "show", *records], cwd=HOME)
     subprocess.run(["codetrace", "runs"], cwd=HOME)

@@ -10,8 +10,8 @@ import fnmatch
 import shutil
 from pathlib import Path
 
-from codetrace import runs
-from codetrace.store import write_json
+from codetrace.core.files import write_json
+from codetrace.runs.manifest import resolve_run
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="PATTERN", help="outputs that are not copied")
     parser.add_argument("--to", type=Path, default=HOME / "runs" / "reference", help="default: %(default)s")
     options = parser.parse_args()
-    manifest = runs.resolve(options.run)
+    manifest = resolve_run(options.run)
     source = Path(manifest["folder"])
     target = options.to / manifest["phase"] / manifest["run_id"]
     left_out = [name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in options.leave_out)]

@@ -8,10 +8,26 @@ import pandas as pd
 import pytest
 import torch
 
-from codetrace import binding, models, programs, runs, tracing
-from codetrace.errors import BadInput
-from codetrace.stats import wilson
-from codetrace.store import read_json, sha256
+from codetrace import models
+from codetrace.core.errors import BadInput
+from codetrace.core.files import file_sha256, read_json
+from codetrace.core.stats import wilson
+from codetrace.models.loading import binding_steps
+from codetrace.patching.cases import draw_cases
+from codetrace.patching.sweep import average_by_position, run_sweep
+from codetrace.phases.binding import binding_trace_reference_runs
+from codetrace.runs.manifest import reference_runs
+from codetrace.tasks import binding_training
+from codetrace.tasks.binding_programs import HELD_OUT_PAIRS, BindingPrograms, draw_binding_programs, split_hash
+from codetrace.tasks.binding_training import (
+    BindingTrainingPlan,
+    add_lora_adapter,
+    make_untrained_transformer,
+    predict_digits,
+    train_binding_model,
+)
+from codetrace.tasks.counterfactuals import program_constants
+from codetrace.tasks.generators import make_variable_binding_program
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"
@@ -22,17 +38,21 @@ def taught():
     return models.load("binding")
 
 
-def fresh(n: int, seed: int, **options) -> list[binding.Bindings]:
+def fresh(n: int, seed: int, **options) -> list[BindingPrograms]:
     "Held-out programs of 4 to 16 lines, in about equal numbers."
     rng = np.random.default_rng([seed, 77])
     lengths = [k for k in range(4, 17) if k > options.get("depth", 1)]
     sizes = [n // len(lengths) + (i < n % len(lengths)) for i in range(len(lengths))]
-    return [binding.sample(size, rng, k, max_depth=min(4, k - 1), **options) for k, size in zip(lengths, sizes) if size]
+    return [
+        draw_binding_programs(size, rng, k, max_depth=min(4, k - 1), **options)
+        for k, size in zip(lengths, sizes)
+        if size
+    ]
 
 
 def right(lm, several) -> tuple[int, int]:
     "Answers whose top token over the entire vocabulary is right, and how many were asked."
-    found = [(binding.answers(lm, b) == b.of_asked("value")).ravel() for b in several]
+    found = [(predict_digits(lm, b) == b.of_asked("value")).ravel() for b in several]
     return int(np.concatenate(found).sum()), sum(map(len, found))
 
 
@@ -45,7 +65,7 @@ def test_it_answers_plain_prompts_as_packed_ones(taught):
     asked = fresh(13, seed=2)
     plain = [b.program(row) for b in asked for row in range(len(b))]
     said = taught.tokenizer.batch_decode(taught.logits([p.code for p in plain]).argmax(-1)[:, None])
-    packed = np.concatenate([binding.answers(taught, b).ravel() for b in asked])
+    packed = np.concatenate([predict_digits(taught, b).ravel() for b in asked])
     assert [str(digit) for digit in packed] == said
     assert said == [p.answer for p in plain]
 
@@ -66,20 +86,20 @@ def test_what_is_shipped_is_small():
     assert sum(p.stat().st_size for p in ADAPTER.iterdir()) < 12e6
     stages = HOME / "adapters"
     assert sum(p.stat().st_size for p in stages.rglob("*") if p.is_file()) <= 40e6
-    assert len(models.binding_steps()) == 8
+    assert len(binding_steps()) == 8
 
 
 def test_the_last_stage_is_the_shipped_adapter():
-    last = HOME / "adapters" / "binding" / f"step-{models.binding_steps()[-1]:06d}"
+    last = HOME / "adapters" / "binding" / f"step-{binding_steps()[-1]:06d}"
     for path in ADAPTER.iterdir():
         assert (last / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_shipped_adapter_is_that_of_the_reference_record():
-    (record,) = runs.references("binding", init="adapter")
+    (record,) = reference_runs("binding", init="adapter")
     outputs = record["outputs"]
-    name = f"weights/step-{models.binding_steps()[-1]:06d}/adapter_model.safetensors"
-    assert outputs[name]["sha256"] == sha256(ADAPTER / "adapter_model.safetensors")
+    name = f"weights/step-{binding_steps()[-1]:06d}/adapter_model.safetensors"
+    assert outputs[name]["sha256"] == file_sha256(ADAPTER / "adapter_model.safetensors")
 
 
 def test_merging_adds_the_adapter_and_nothing_else():
@@ -110,7 +130,7 @@ def test_a_wrong_stage_or_folder_is_named(tmp_path):
 def test_the_arrays_agree_with_the_single_generator_and_with_python():
     rng = np.random.default_rng(0)
     for lines in (3, 8, 16):
-        drawn = binding.sample(60, rng, lines, max_depth=min(4, lines - 1), queries=2)
+        drawn = draw_binding_programs(60, rng, lines, max_depth=min(4, lines - 1), queries=2)
         for row in range(len(drawn)):
             for query in range(2):
                 program = drawn.program(row, query)  # runs it; raises where the answer is another
@@ -126,40 +146,40 @@ def test_both_generators_draw_from_one_distribution():
     from scipy.stats import chi2_contingency
 
     rng = np.random.default_rng(1)
-    ours = binding.sample(1000, rng, 8)
+    ours = draw_binding_programs(1000, rng, 8)
     constants = np.bincount((ours.source < 0).sum(1), minlength=9)[2:]
     # the single generator first draws the depth it will ask for, which favours programs that have it: ask for 1, which all have
-    theirs = [programs.make_variable_binding_program(8, rng, depth=1) for _ in range(1000)]
-    other = np.bincount([len(programs.constants(p)) for p in theirs], minlength=9)[2:]
+    theirs = [make_variable_binding_program(8, rng, depth=1) for _ in range(1000)]
+    other = np.bincount([len(program_constants(p)) for p in theirs], minlength=9)[2:]
     both = np.array([constants, other])
     assert chi2_contingency(both[:, both.sum(0) > 10]).pvalue > 1e-3
 
 
 def test_held_out_is_held_out():
     rng = np.random.default_rng(2)
-    train = binding.sample(3000, rng, 6, split="train", queries=2)
+    train = draw_binding_programs(3000, rng, 6, split="train", queries=2)
     texts = {train.program(row).source for row in range(300)}
-    assert binding.fingerprint(train).min() > 0
+    assert split_hash(train).min() > 0
     constants = train.source < 0
-    assert not binding.HELD_OUT_PAIRS[train.letter[constants], train.digit[constants]].any()
-    assert binding.HELD_OUT_PAIRS.sum() == 26
-    test = binding.sample(300, rng, 6)
+    assert not HELD_OUT_PAIRS[train.letter[constants], train.digit[constants]].any()
+    assert HELD_OUT_PAIRS.sum() == 26
+    test = draw_binding_programs(300, rng, 6)
     assert not texts & {test.program(row).source for row in range(300)}
 
 
 def test_programs_grow_when_they_are_mastered():
-    plan = binding.Plan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3, mastery=0.9)
+    plan = BindingTrainingPlan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3, mastery=0.9)
     assert plan.levels == [(3, 1), (4, 2), (5, 3), (6, 4), (7, 4), (8, 4), (9, 4)]
     at, reached = (0, []), []
     for right in [0.0] * 10 + [1.0] * 45 + [0.5] * 60 + [1.0] * 1000:
-        at = binding._after(plan, at, {"right": right})
+        at = binding_training._advance_level(plan, at, {"right": right})
         reached.append(at[0])
     assert reached[53:55] == [0, 1]  # 45 of the last 50 steps
     assert max(reached[55:154]) == 1 and reached[154] == 2 and reached[-1] == 6  # 40 of 50, and ten halves
     assert [plan.batch(0, level).letter.shape[1] <= plan.levels[level][0] for level in range(7)] == [True] * 7
     assert max(plan.batch(step, 0).of_asked("depth").max() for step in range(20)) == 1
     assert {plan.batch(step, 6).letter.shape[1] for step in range(60)} == set(range(3, 10))
-    flat = binding.Plan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3)
+    flat = BindingTrainingPlan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3)
     assert flat.next_level(0, [1.0] * 99) == 0
 
 
@@ -167,14 +187,14 @@ def test_programs_grow_when_they_are_mastered():
 def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, mastery):
     "Killed between two checkpoints: the lost steps are repeated, no row is doubled."
     growing = lambda plan, level, right: min(level + (len(right) >= 2), len(plan.levels) - 1)  # mastered in two steps
-    monkeypatch.setattr(binding.Plan, "next_level", growing if mastery else binding.Plan.next_level)
+    monkeypatch.setattr(BindingTrainingPlan, "next_level", growing if mastery else BindingTrainingPlan.next_level)
 
     class Killed(BaseException):
         pass
 
     def train(folder, until=None):
-        lm = binding.with_adapter(models.load("tiny:qwen3"), rank=2)
-        plan = binding.Plan(
+        lm = add_lora_adapter(models.load("tiny:qwen3"), rank=2)
+        plan = BindingTrainingPlan(
             7, programs=2, queries=2, lines=(4, 6), max_depth=3, learning_rate=1e-2, warmup=1, mastery=mastery
         )
 
@@ -184,9 +204,9 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, ma
                     raise Killed
                 yield step
 
-        judged = [binding.sample(4, np.random.default_rng(0), 5)]
-        table, scores = binding.learn(lm, plan, folder, [0, 2, 4], judged, checkpoint_every=3, progress=steps)
-        return {name: p.detach() for name, p in binding._learning(lm).items()}, table, scores
+        judged = [draw_binding_programs(4, np.random.default_rng(0), 5)]
+        table, scores = train_binding_model(lm, plan, folder, [0, 2, 4], judged, checkpoint_every=3, progress=steps)
+        return {name: p.detach() for name, p in binding_training._trainable_parameters(lm).items()}, table, scores
 
     whole, losses, scores = train(tmp_path / "whole")
     for until in (2, 5):
@@ -215,25 +235,25 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, ma
 )
 def test_a_plan_that_cannot_be_is_named(slip):
     good = {"steps": 5, "programs": 2, "queries": 2, "lines": (4, 6), "max_depth": 3, "learning_rate": 1e-3}
-    binding.Plan(**good)
+    BindingTrainingPlan(**good)
     with pytest.raises(BadInput, match=next(iter(slip))):
-        binding.Plan(**good | slip)
+        BindingTrainingPlan(**good | slip)
 
 
 def test_scratch_models_are_models(tmp_path):
     "A new transformer learns, is saved, and loads as any folder does."
-    lm = binding.from_scratch(2, 2, 32)
+    lm = make_untrained_transformer(2, 2, 32)
     before = lm.hf.model.embed_tokens.weight.clone()
-    plan = binding.Plan(3, programs=4, queries=2, lines=(3, 4), max_depth=2, learning_rate=1e-2, warmup=1)
-    binding.learn(lm, plan, tmp_path)
+    plan = BindingTrainingPlan(3, programs=4, queries=2, lines=(3, 4), max_depth=2, learning_rate=1e-2, warmup=1)
+    train_binding_model(lm, plan, tmp_path)
     assert not torch.equal(before, lm.hf.model.embed_tokens.weight)
     again = models.load(str(tmp_path / "weights" / "step-000003"), dtype="float32")
-    asked = binding.sample(3, np.random.default_rng(0), 4)
+    asked = draw_binding_programs(3, np.random.default_rng(0), 4)
     assert torch.allclose(again.logits([asked.program(0).code]), lm.logits([asked.program(0).code]), atol=1e-5)
 
 
 def test_reference_training_is_complete():
-    (manifest,) = runs.references("binding", init="adapter")
+    (manifest,) = reference_runs("binding", init="adapter")
     assert manifest["status"] == "complete"
     final = [row for row in manifest["summary"] if row["part"] == "as in training"]
     assert [row["programs"] for row in final] == [f"depth {d}" for d in (1, 2, 3, 4)]
@@ -244,12 +264,12 @@ def test_reference_training_is_complete():
 @pytest.mark.parametrize("change", ["value", "reference"])
 def test_it_is_traced_to_the_sites_of_the_reference_record(change):
     "On other programs: in every layer the same position on top, but for the layers around the handover."
-    record = binding.traced_records()[change]
+    record = binding_trace_reference_runs()[change]
     then = pd.DataFrame(read_json(Path(record["folder"]) / "patch_results.json")["cells"])
     lm = models.load("binding", dtype="float32")
-    cases, _ = tracing.draw_cases(lm, 6, (8,), (2,), num_shots=0, query_style="hash", seed=5, change=change)
+    cases, _ = draw_cases(lm, 6, (8,), (2,), num_shots=0, query_style="hash", seed=5, change=change)
     assert len(cases) == 6
-    now = tracing.by_name(tracing.sweep(lm, [case.pair for case in cases], positions=record["parameters"]["positions"]))
+    now = average_by_position(run_sweep(lm, [case.pair for case in cases], positions=record["parameters"]["positions"]))
     top = [table.loc[table.groupby("layer")["effect"].idxmax()].set_index("layer")["name"] for table in (then, now)]
     assert (top[0] == top[1]).sum() >= lm.n_layers - 2
     assert now.groupby("layer")["effect"].max().min() > 0.3  # the top is no noise

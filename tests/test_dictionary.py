@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from codetrace import dictionary, learning
-from codetrace.dictionary import SAE, random_sae
+from codetrace.sae.loading import SAE_RELEASES, NoSAE, load_sae, load_sae_folder, sae_release
+from codetrace.sae.sae import ACTIVATION_FUNCTIONS, SAE, random_sae
+from codetrace.sae.training import SAETrainer, SAETrainingConfig
 
 sae_lens = pytest.importorskip("sae_lens", reason="pip install -c constraints.txt 'codetrace[saes]'")
 
@@ -27,7 +28,7 @@ def of_kind(kind: str) -> SAE:
     return replace(made, activation=kind, k=0, threshold=torch.full((96,), 0.7) if kind == "jumprelu" else None)
 
 
-@pytest.mark.parametrize("kind", dictionary.ACTIVATIONS)
+@pytest.mark.parametrize("kind", ACTIVATION_FUNCTIONS)
 def test_sae_lens_reads_what_codetrace_writes(tmp_path, kind):
     ours = of_kind(kind)
     theirs = sae_lens.SAE.load_from_disk(ours.save(tmp_path))
@@ -37,11 +38,11 @@ def test_sae_lens_reads_what_codetrace_writes(tmp_path, kind):
     assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
 
 
-@pytest.mark.parametrize("kind", dictionary.ACTIVATIONS)
+@pytest.mark.parametrize("kind", ACTIVATION_FUNCTIONS)
 def test_codetrace_reads_what_sae_lens_writes(tmp_path, kind):
     theirs = sae_lens.SAE.load_from_disk(of_kind(kind).save(tmp_path / "a"))
     theirs.save_model(tmp_path / "b")
-    ours = dictionary.load_folder(tmp_path / "b")
+    ours = load_sae_folder(tmp_path / "b")
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
     assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-5)
     assert ours.check("resid_post", 3, "gpt2") is ours
@@ -54,7 +55,7 @@ def test_a_trained_topk_of_sae_lens_is_folded(tmp_path):
     theirs = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=24, d_sae=96, k=5))
     theirs.save_inference_model(tmp_path)
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(dictionary.load_folder(tmp_path).encode(x), theirs.encode(x), atol=1e-5)
+    assert torch.allclose(load_sae_folder(tmp_path).encode(x), theirs.encode(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_releases_exist(model, layer):
     "What codetrace takes a model's SAE to be is in sae-lens's own list, for that model."
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    release, sae_id = dictionary.release_of(model, layer)
+    release, sae_id = sae_release(model, layer)
     known = get_pretrained_saes_directory()[release]
     assert sae_id in known.saes_map and model.split("/")[-1].lower() in known.model.lower()
 
@@ -79,12 +80,12 @@ def test_every_release_is_known_to_sae_lens():
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     known = get_pretrained_saes_directory()
-    assert [model for model, (release, _) in dictionary.RELEASES.items() if release not in known] == []
+    assert [model for model, (release, _) in SAE_RELEASES.items() if release not in known] == []
 
 
 def test_unknown_releases_are_named():
-    with pytest.raises(dictionary.NoSAE, match="nonsense:layer_1"):
-        dictionary.load_sae("nonsense:layer_1")
+    with pytest.raises(NoSAE, match="nonsense:layer_1"):
+        load_sae("nonsense:layer_1")
 
 
 def test_the_auxiliary_loss_revives_latents():
@@ -95,8 +96,8 @@ def test_the_auxiliary_loss_revives_latents():
     states = amounts @ basis + 0.02 * torch.randn(6000, 32, generator=random)
     dead = {}
     for aux in (0.0, 1 / 8):
-        recipe = learning.Recipe(d_sae=256, k=3, passes=6, batch=256, lr=3e-3, aux=aux, k_aux=64, dead_after=2000)
-        learner = learning.Learner(recipe, states, torch.float32)
+        recipe = SAETrainingConfig(d_sae=256, k=3, passes=6, batch=256, lr=3e-3, aux=aux, k_aux=64, dead_after=2000)
+        learner = SAETrainer(recipe, states, torch.float32)
         with torch.no_grad():
             learner.weights["b_enc"][:200] = -2  # not among the largest, but positive now and then
         for i in range(120):

@@ -17,11 +17,23 @@ import pytest
 import torch
 from shards import kernel_of, note
 
-from codetrace import decoding, generation, models, problems, runs
-from codetrace.decoding import KINDS, Decoder, Edit, Request
-from codetrace.errors import BadInput
-from codetrace.sandbox import Verdict
-from codetrace.store import sha256
+from codetrace import models
+from codetrace.core.errors import BadInput
+from codetrace.core.files import file_sha256
+from codetrace.core.records import read_records
+from codetrace.models import decoding, slot_cache
+from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit, random_stream
+from codetrace.models.lm import Intervention
+from codetrace.models.loading import TINY_CONFIGS
+from codetrace.phases import generation
+from codetrace.phases.generation import read_samples
+from codetrace.runs.execute import execute_phase
+from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run, shard_range
+from codetrace.runs.phases import check_parameters, notebook_parameters, phase_name, phase_notebooks, preset_parameters
+from codetrace.sandbox.pool import Verdict
+from codetrace.tasks.problem_prompts import render_problem_prompt
+from codetrace.tasks.problems import load_problems
+from codetrace.tasks.solving import SAMPLE_KEY, finish_samples, generate_samples, plan_samples
 
 TEXTS = [
     "def add(a, b):\n    return",
@@ -30,7 +42,7 @@ TEXTS = [
     "def f(n):\n    for i in range(n):\n        print(i)\n\n\nclass A:\n    pass",
     "1 2 3 4 5 6 7 8 9 10 11 12",
 ]
-ARCHES = sorted(models.TINY)
+ARCHES = sorted(TINY_CONFIGS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +87,7 @@ def test_text_and_states_are_those_of_one_pass(tiny, arch):
     assert [got[i].text for i in range(len(ids))] == wanted
     for i, row in enumerate(ids):
         forced = teacher_forced(lm, row, got[i].tokens)
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got[i].per_token[1], forced["each"][1], rtol=1e-4, atol=1e-4)
 
@@ -86,14 +98,14 @@ def test_a_sliding_window_is_seen(tiny, arch):
     lm = tiny(arch)
     row = lm.ids(TEXTS[3])[0]
     with pytest.MonkeyPatch.context() as patch:
-        plain = decoding._Block.of.__func__
+        plain = slot_cache._SlotBlock.of.__func__
 
         def blind(cls, slots, at, windows, like):
             block = plain(cls, slots, at, {None}, like)
             block.masks = dict.fromkeys(windows, block.masks[None])
             return block
 
-        patch.setattr(decoding._Block, "of", classmethod(blind))
+        patch.setattr(slot_cache._SlotBlock, "of", classmethod(blind))
         got = decoded(lm, [Request(row, key=0)], slots=1, layers=None)[0]
     forced = teacher_forced(lm, row, got.tokens)
     assert (got.states["last_generated"] - forced["last_generated"]).abs().max() > 1e-3
@@ -113,7 +125,7 @@ def test_neighbours_slots_and_order_change_no_bit(tiny):
             one[key].logprob,
             one[key].entropy,
         )
-        assert all(torch.equal(c.states[kind], one[key].states[kind]) for kind in KINDS)
+        assert all(torch.equal(c.states[kind], one[key].states[kind]) for kind in STATE_KINDS)
 
 
 def test_a_stream_depends_on_its_key_alone(tiny):
@@ -129,7 +141,7 @@ def test_a_stream_depends_on_its_key_alone(tiny):
 def test_sampling_follows_the_distribution(tiny):
     lm = tiny("qwen2")
     row = lm.ids("print(")[0]
-    drawn = [decoding._choose(lm.logits([row]), [2.0], [u])[0][0] for u in decoding.stream("x", 300)]
+    drawn = [decoding._sample_tokens(lm.logits([row]), [2.0], [u])[0][0] for u in random_stream("x", 300)]
     p = (lm.logits([row])[0] / 2.0).softmax(-1)
     top = int(p.argmax())
     assert abs(np.mean([t == top for t in drawn]) - float(p[top])) < 4 * float((p[top] * (1 - p[top]) / 300).sqrt())
@@ -144,9 +156,9 @@ def test_moving_answers_between_blocks_changes_no_bit(tiny):
     with pytest.MonkeyPatch.context() as patch:
         tidy = Decoder._tidy
         patch.setattr(
-            decoding._Slots,
+            slot_cache._SlotCache,
             "swap",
-            lambda self, a, b, swap=decoding._Slots.swap: (moved.append((a, b)), swap(self, a, b)),
+            lambda self, a, b, swap=slot_cache._SlotCache.swap: (moved.append((a, b)), swap(self, a, b)),
         )
         step = Decoder._step
         patch.setattr(Decoder, "_step", lambda self, watch: (tidy(self), step(self, watch)))
@@ -154,7 +166,7 @@ def test_moving_answers_between_blocks_changes_no_bit(tiny):
     assert moved
     for i, c in still.items():
         assert c.tokens == tidied[i].tokens
-        assert all(torch.equal(c.states[kind], tidied[i].states[kind]) for kind in KINDS)
+        assert all(torch.equal(c.states[kind], tidied[i].states[kind]) for kind in STATE_KINDS)
 
 
 def test_over_and_the_last_token(tiny):
@@ -183,17 +195,17 @@ def test_an_end_of_text_is_no_part_of_the_answer(tiny):
         if at == 0:
             assert torch.equal(got.states["last_generated"], got.states["last_prompt"])
             forced["mean_generated"] = forced["last_prompt"]
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             torch.testing.assert_close(got.states[kind], forced[kind], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", decoding.WHERE)
+@pytest.mark.parametrize("where", EDIT_PLACES)
 def test_an_edit_acts_where_it_says(tiny, where):
     "Against the slow way: a full pass over all tokens, with the same change at the same positions."
     lm = tiny("llama")
     rows = lm.ids(TEXTS[:3])
     push = torch.linspace(-2, 2, lm.d_model)
-    edit = Edit(1, lambda x, of: x + push * torch.tensor([[float(r.key)] for r in of]), where)
+    edit = ResidualEdit(1, lambda x, of: x + push * torch.tensor([[float(r.key)] for r in of]), where)
     got = decoded(lm, [Request(row, key=i) for i, row in enumerate(rows)], 6, slots=2, layers=[2], edits=[edit])
     for i, row in enumerate(rows):
         ids, n = list(row), len(row)
@@ -210,7 +222,7 @@ def test_an_edit_acts_where_it_says(tiny, where):
             return new
 
         for _ in range(6):
-            with lm.intervene(models.Intervention("resid_post", 1, change)):
+            with lm.intervene(Intervention("resid_post", 1, change)):
                 ids.append(int(lm.logits([ids])[0].argmax()))
         assert got[i].tokens == ids[n:], (where, i)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.hf.modules())
@@ -223,7 +235,7 @@ def test_hooks_are_gone_after_an_error(tiny):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        decoded(lm, [Request([5, 6, 7], key=0)], 4, edits=[Edit(0, fail, "all")])
+        decoded(lm, [Request([5, 6, 7], key=0)], 4, edits=[ResidualEdit(0, fail, "all")])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.hf.modules())
     assert lm.hf.config._attn_implementation == "sdpa"
 
@@ -256,7 +268,7 @@ def test_requests_that_cannot_be():
     with pytest.raises(BadInput, match="temperature"):
         Request([1], temperature=-0.1)
     with pytest.raises(BadInput, match="place of an edit"):
-        Edit(0, lambda x, of: x, "everywhere")
+        ResidualEdit(0, lambda x, of: x, "everywhere")
 
 
 def test_a_prompt_longer_than_the_context(tiny):
@@ -291,19 +303,19 @@ def judge(monkeypatch):
 
 
 ASKED = {"model": "tiny:llama", "num_problems": 120, "max_new_tokens": 6, "slots": 8}
-FILES = ("samples.parquet", *(f"activations/{kind}.safetensors" for kind in KINDS))
+FILES = ("samples.parquet", *(f"activations/{kind}.safetensors" for kind in STATE_KINDS))
 
 
 @pytest.fixture(scope="module")
 def items():
-    return generation.work(problems.load("basics", 120))
+    return plan_samples(load_problems("basics", 120))
 
 
 def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **options) -> dict[str, str]:
     "Hashes of what a run leaves."
-    generation.generate(lm, items, folder, max_new_tokens=6, slots=8, workers=1, progress=progress, **options)
-    generation.finish(folder, items)
-    return {name: sha256(folder / name) for name in FILES}
+    generate_samples(lm, items, folder, max_new_tokens=6, slots=8, workers=1, progress=progress, **options)
+    finish_samples(folder, items)
+    return {name: file_sha256(folder / name) for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -316,14 +328,14 @@ def whole(tiny, items, tmp_path_factory):
 
 def test_answers_are_graded_in_the_sandbox(tiny, tmp_path, monkeypatch):
     "A model that knows the solutions."
-    some = problems.load("basics", 3)
+    some = load_problems("basics", 3)
     known = {p.task_id: p.reference for p in some}
     text = lambda self, answer: (
         "\n" + known[answer.request.key[1]] if answer.request.key[1] != some[2].task_id else "pass"
     )
     monkeypatch.setattr(Decoder, "_text", text)
-    generation.generate(tiny("llama"), generation.work(some), tmp_path, max_new_tokens=3, layers=[0], workers=1)
-    table = generation.finish(tmp_path, generation.work(some)).set_index("task_id")
+    generate_samples(tiny("llama"), plan_samples(some), tmp_path, max_new_tokens=3, layers=[0], workers=1)
+    table = finish_samples(tmp_path, plan_samples(some)).set_index("task_id")
     assert [table["verdict"][p.task_id] for p in some] == ["passed", "passed", "no_function"]
     assert table["passed"].tolist() == (table["verdict"] == "passed").tolist()
     assert set(table["per_test"][some[0].task_id]) == {"passed"}
@@ -372,21 +384,21 @@ def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whol
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(generation.sandbox, "Pool", Stopped)
         written(tiny("llama"), items, tmp_path, until(77))
-    table = generation.read_records(tmp_path / "samples")
+    table = read_records(tmp_path / "samples")
     assert len(table) == 77 - 3 and (table["verdict"] == "runner_error").sum() == 1
     begun = []
     count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
     written(tiny("llama"), items, tmp_path, count)
     assert begun == [120 - 74]
-    table = generation.read_records(tmp_path / "samples")
-    whole = generation.read_records(whole[0] / "samples")
+    table = read_records(tmp_path / "samples")
+    whole = read_records(whole[0] / "samples")
     assert table["token_ids"].map(list).tolist() == whole["token_ids"].map(list).tolist()
     assert (table["verdict"] == "runner_error").sum() == 1
 
 
 def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
     "Ctrl-C to the kernel's process group and SIGTERM to all below it, while slow answers are judged in the sandbox."
-    some = generation.work(problems.load("basics", 12))
+    some = plan_samples(load_problems("basics", 12))
     slow = {i.problem.task_id: "\nimport time\ntime.sleep(0.7)\n" + i.problem.reference for i in some}
     read, write = os.pipe()
     pid = os.fork()
@@ -405,7 +417,7 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
 
             Decoder._text = lambda self, answer: slow[answer.request.key[1]]
             options = {"max_new_tokens": 3, "slots": 4, "layers": [0], "workers": 2, "progress": tell}
-            generation.generate(tiny("llama"), some, tmp_path, **options)
+            generate_samples(tiny("llama"), some, tmp_path, **options)
         finally:
             os._exit(0)
     os.close(write)
@@ -418,20 +430,20 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
     os.killpg(pid, signal.SIGINT)
     os.waitpid(pid, 0)
     os.close(read)
-    table = generation.read_records(tmp_path / "samples")
+    table = read_records(tmp_path / "samples")
     assert table["verdict"].tolist() == ["passed"] * 8, table["verdict"].tolist()
 
 
 def test_rows_and_states_belong_together(tiny, items, whole):
     folder, _ = whole
-    saved, lm = generation.read(folder), tiny("llama")
+    saved, lm = read_samples(folder), tiny("llama")
     assert list(saved.table["task_id"]) == sorted(item.problem.task_id for item in items)
     for at in (0, 57, 119):
         row = saved.table.iloc[at]
         ids = lm.ids([row["prompt"]])[0]
         assert len(ids) == row["prompt_tokens"] and len(row["token_ids"]) == row["generated_tokens"]
         forced = teacher_forced(lm, ids, list(row["token_ids"]))
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             np.testing.assert_allclose(saved.states(kind, 2)[at], forced[kind][2].numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -440,13 +452,11 @@ def test_parts_of_fifty_and_their_states(judge, tiny, items, tmp_path):
         written(tiny("llama"), items, tmp_path, until(110))
     parts = sorted((tmp_path / "samples").glob("part-*.parquet"))
     assert [len(pd.read_parquet(path)) for path in parts] == [50, 50, 10]
-    from codetrace.activations import StateParts
+    from codetrace.models.activations import StateParts
 
     held = StateParts(tmp_path / "activations")
     assert sorted(map(len, held.parts.values())) == [10, 50, 50]
-    assert held.done() == set(
-        map(tuple, pd.concat(map(pd.read_parquet, parts))[list(generation.KEY)].to_numpy().tolist())
-    )
+    assert held.done() == set(map(tuple, pd.concat(map(pd.read_parquet, parts))[list(SAMPLE_KEY)].to_numpy().tolist()))
 
 
 def test_damaged_states_are_written_again_and_only_they(judge, tiny, items, whole, tmp_path, caplog):
@@ -471,41 +481,41 @@ def test_what_is_left_is_written_as_in_the_whole(tiny):
         for some in (asked[:1], asked[3:5], asked[6:13], asked[13:]):
             for key, c in decoded(lm, some, 40, slots=16, layers=None).items():
                 assert c.tokens == whole[key].tokens
-                assert all(torch.equal(c.states[kind], whole[key].states[kind]) for kind in KINDS), (arch, key)
+                assert all(torch.equal(c.states[kind], whole[key].states[kind]) for kind in STATE_KINDS), (arch, key)
 
 
 def test_shards_put_together_are_the_whole(judge, tiny, items, whole, tmp_path):
     lm = tiny("llama")
     shards = []
     for shard in range(3):
-        mine = [items[i] for i in runs.part(len(items), 3, shard, 1)]
+        mine = [items[i] for i in shard_range(len(items), 3, shard, 1)]
         shards.append(tmp_path / str(shard))
-        generation.generate(lm, mine, shards[-1], max_new_tokens=6, slots=8, workers=1)
-        generation.finish(shards[-1], mine)
+        generate_samples(lm, mine, shards[-1], max_new_tokens=6, slots=8, workers=1)
+        finish_samples(shards[-1], mine)
     (tmp_path / "all").mkdir()
-    generation.finish(tmp_path / "all", items, shards)
-    assert {name: sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
+    finish_samples(tmp_path / "all", items, shards)
+    assert {name: file_sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
     with pytest.raises(BadInput, match="40 rows do not fit"):
-        generation.finish(tmp_path / "all", items, shards[:2])
+        finish_samples(tmp_path / "all", items, shards[:2])
     with pytest.raises(BadInput, match="holds already"):
-        generation.finish(tmp_path / "all", items, [*shards, shards[0]])
+        finish_samples(tmp_path / "all", items, [*shards, shards[0]])
     with pytest.raises(BadInput, match="samples are missing"):
-        generation.finish(shards[0], items)
+        finish_samples(shards[0], items)
 
 
 def test_temperatures_fall_into_shards(items):
     some = [item.problem for item in items[:10]]
-    asked = generation.work(some, [0.3, 0.6, 0.9, 1.2], 5)
+    asked = plan_samples(some, [0.3, 0.6, 0.9, 1.2], 5)
     for k in range(8):
-        mine = [asked[i] for i in runs.part(len(asked), 8, k, 5)]
+        mine = [asked[i] for i in shard_range(len(asked), 8, k, 5)]
         assert len({item.temperature for item in mine}) == 1 and len(mine) == 25
 
 
 def test_numbers_stand_for_settings(tmp_path):
-    assert runs.named("1.0") == runs.named("1.2") == "generation"
-    assert runs.preset("1.2")["temperature"] == [0.3, 0.6, 0.9, 1.2] and runs.preset("generation") == {}
-    declared = runs.parameters_of(runs.notebooks()["generation"])
-    assert runs.checked(runs.preset("1.2"), declared, "generation")["samples"] == 5
+    assert phase_name("1.0") == phase_name("1.2") == "generation"
+    assert preset_parameters("1.2")["temperature"] == [0.3, 0.6, 0.9, 1.2] and preset_parameters("generation") == {}
+    declared = notebook_parameters(phase_notebooks()["generation"])
+    assert check_parameters(preset_parameters("1.2"), declared, "generation")["samples"] == 5
 
     def made(name: str, **parameters):
         folder = tmp_path / "generation" / name
@@ -528,16 +538,16 @@ def test_numbers_stand_for_settings(tmp_path):
 
     made("1-greedy")
     made("2-warm", split="validation", samples=5, temperature=[0.3, 0.6, 0.9, 1.2])
-    assert runs.resolve("1.0", tmp_path)["run_id"] == "1-greedy"
-    assert runs.resolve("1.2", tmp_path, model="smollm2", problems="basics")["run_id"] == "2-warm"
-    with pytest.raises(runs.NoInput):
-        runs.resolve("1.0", tmp_path, model="other")
+    assert resolve_run("1.0", tmp_path)["run_id"] == "1-greedy"
+    assert resolve_run("1.2", tmp_path, model="smollm2", problems="basics")["run_id"] == "2-warm"
+    with pytest.raises(NoInputRun):
+        resolve_run("1.0", tmp_path, model="other")
 
 
 def test_a_split_needs_its_run(monkeypatch, tmp_path):
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    with pytest.raises(runs.NoInput, match="splits"):
-        runs.execute("1.2", {"model": "tiny:llama"}, show_progress=False)
+    with pytest.raises(NoInputRun, match="splits"):
+        execute_phase("1.2", {"model": "tiny:llama"}, show_progress=False)
 
 
 # kill -9, from outside
@@ -595,7 +605,7 @@ def start(folder: Path, victim: str) -> subprocess.Popen:
         command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]
     else:
         words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]
-        command = ["-m", "papermill", str(runs.notebooks()["generation"]), str(folder / "out.ipynb"), *words]
+        command = ["-m", "papermill", str(phase_notebooks()["generation"]), str(folder / "out.ipynb"), *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, *command], env=env, **quiet)
 
@@ -640,7 +650,7 @@ def interrupted(folder: Path, victim: str, share: float) -> int:
 
 def files_of(folder: Path) -> dict[str, str]:
     run = the_run(folder)
-    return {name: sha256(run / name) for name in FILES}
+    return {name: file_sha256(run / name) for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -666,7 +676,7 @@ def test_killed_at_any_moment(uninterrupted, tmp_path, share, victim):
     assert lost <= 50
     assert start(tmp_path, victim).wait(900) == 0
     assert len(list(tmp_path.glob("generation/*/run.json"))) == 1, "a second run was begun"
-    assert runs.read(the_run(tmp_path))["status"] == "complete"
+    assert read_manifest(the_run(tmp_path))["status"] == "complete"
     same = files_of(tmp_path) == uninterrupted(victim)
     note(
         f"kill -9 of the {victim} after {share:.0%} of the answers: {max(0, lost)} written again, {'the same' if same else 'OTHER'} bytes"
@@ -678,12 +688,12 @@ def test_killed_at_any_moment(uninterrupted, tmp_path, share, victim):
 def test_smollm2_writes_what_generate_writes():
     "In float32, on real prompts, refilled and kept: the same tokens, and the states of a second pass."
     lm = models.load("smollm2", dtype="float32")
-    some = problems.load("basics", 8)
-    ids = lm.ids([problems.prompt(p).text for p in some])
+    some = load_problems("basics", 8)
+    ids = lm.ids([render_problem_prompt(p).text for p in some])
     got = decoded(lm, [Request(row, key=i) for i, row in enumerate(ids)], 40, slots=4, layers=None)
     wanted = [lm.generate([row], 40)[0] for row in ids]
     assert [got[i].text for i in range(len(ids))] == wanted
     for i in (0, 5):
         forced = teacher_forced(lm, ids[i], got[i].tokens)
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)

@@ -126,10 +126,10 @@ def test_phases_never_write_the_library():
 
 
 def test_parameters_are_literals_with_comments():
-    from codetrace import runs
+    from codetrace.runs.phases import notebook_parameters, phase_notebooks
 
-    for phase, path in runs.notebooks().items():
-        declared = runs.parameters_of(path)
+    for phase, path in phase_notebooks().items():
+        declared = notebook_parameters(path)
         assert declared, phase
         assert [p.name for p in declared.values() if not p.help] == [], f"{phase}: say what each parameter means"
         tagged = [c for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]

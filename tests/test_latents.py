@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from codetrace import latents, runs
-from codetrace.errors import BadInput
-from codetrace.separation import made_up
+from codetrace.core.errors import BadInput
+from codetrace.planted.latents import draw_planted_study
+from codetrace.runs import run as runs_run
+from codetrace.runs.execute import execute_phase
+from codetrace.runs.manifest import all_runs
+from codetrace.runs.run import open_run
+from codetrace.sae.dataset import labelled_samples, load_labelled_activations, read_task_splits
 
 MODEL = "tiny:llama"  # three layers of 48 numbers
 
@@ -25,7 +29,7 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
         "samples": samples,
         "num_problems": 0,
     }
-    run = runs.open_run("generation", given, "made up")
+    run = open_run("generation", given, "made up")
     own, rng = np.flatnonzero(keep), np.random.default_rng(0)
     n = len(own)
     table = pd.DataFrame({
@@ -56,17 +60,17 @@ def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODETRACE_RUNS", str(root))
-        made = made_up(tasks=80, samples=3, layers=3, d_sae=48, area=0.8, seed=3)
+        made = draw_planted_study(tasks=80, samples=3, layers=3, d_sae=48, area=0.8, seed=3)
         names = np.array([f"task {i:02d}" for i in range(80)])
         by_split = {"sae": names[:40], "hyperparams": names[40:50], "validation": names[50:]}
-        run = runs.open_run("splits", {"problems": "basics"}, "made up")
+        run = open_run("splits", {"problems": "basics"}, "made up")
         (run.folder / "split_metadata.json").write_text(
             json.dumps({"task_ids": {k: list(v) for k, v in by_split.items()}})
         )
         run.finish("made up")
         generation(made, "all", [0.0], 1, names, np.ones(240, bool))
         generation(made, "validation", [0.3, 0.6, 0.9, 1.2], 5, names, made.task >= 50)
-        run = runs.open_run("saes", {"model": MODEL}, "made up")
+        run = open_run("saes", {"model": MODEL}, "made up")
         index = {}
         for layer, sae in enumerate(made.saes):
             sae.about["model_name"] = MODEL
@@ -86,12 +90,12 @@ def found(study):
     _, text, root = study
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODETRACE_RUNS", str(root))
-        two = runs.execute(
+        two = execute_phase(
             "2",
             {"input": "1.0", "text": text, "text_tokens": 512, "max_density": 1.0, "shuffles": 99, "num_cards": 2},
             show_progress=False,
         )
-        three = runs.execute(
+        three = execute_phase(
             "3",
             {"input": "1.0", "temperatures": "1.2", "candidates": 3, "random_latents": 3, "resamples": 60},
             show_progress=False,
@@ -101,7 +105,7 @@ def found(study):
 
 def test_phase_2_finds_the_planted_latent(study, found):
     made, two = study[0], found[0]
-    cards = json.loads((runs.Path(two["folder"]) / "cards.json").read_text())
+    cards = json.loads((runs_run.Path(two["folder"]) / "cards.json").read_text())
     first = max(cards, key=lambda card: card["score"])
     assert (first["kind"], first["layer"], first["latent"], first["predicts"]) == (
         "last_generated",
@@ -118,7 +122,7 @@ def test_phase_2_finds_the_planted_latent(study, found):
 
 def test_phase_3_judges_it_beside_its_baselines(study, found):
     made, three = study[0], found[1]
-    folder = runs.Path(three["folder"])
+    folder = runs_run.Path(three["folder"])
     table = pd.read_parquet(folder / "validation.parquet")
     name = f"latent {made.latent} of layer {made.layer} (correct)"
     row = table[(table["name"] == name) & (table["target"] == "correct") & (table["measure"] == "AUROC")].iloc[0]
@@ -143,20 +147,23 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
 
 def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     "With the labels of the validation split turned round, the choice is the same to the last digit."
-    from codetrace import activations, validation
-    from codetrace.separation import top
+    from codetrace.models.activations import States
+    from codetrace.phases.validation import fit_predictors
+    from codetrace.sae.separation import top_latents
 
     root = study[2]
-    generated = next(m for m in runs.index(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
-    splits = latents.task_splits(next(m for m in runs.index(root) if m["phase"] == "splits")["folder"])
-    dictionaries = runs.Path(next(m for m in runs.index(root) if m["phase"] == "saes")["folder"])
-    pool = pd.read_parquet(runs.Path(found[0]["folder"]) / "scores.parquet")
-    saved, chosen = activations.States(generated["folder"]), []
+    generated = next(m for m in all_runs(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
+    splits = read_task_splits(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"])
+    dictionaries = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
+    pool = pd.read_parquet(runs_run.Path(found[0]["folder"]) / "scores.parquet")
+    saved, chosen = States(generated["folder"]), []
     for turn in (False, True):
         table = saved.table.copy()
         table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")
-        choosing = latents.evidence_of(saved, dictionaries, latents.labelled(table, splits, ["sae", "hyperparams"]))
-        some, _ = validation.predictors(choosing.only(np.ones(len(choosing.rows), bool)), top(pool, 2), n_random=2)
+        choosing = load_labelled_activations(
+            saved, dictionaries, labelled_samples(table, splits, ["sae", "hyperparams"])
+        )
+        some, _ = fit_predictors(choosing.only(np.ones(len(choosing.rows), bool)), top_latents(pool, 2), n_random=2)
         chosen.append([(p.name, p.chosen_auroc, str(p.thresholds)) for p in some])
     assert chosen[0] == chosen[1]
 
@@ -164,4 +171,4 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
 def test_missing_inputs_say_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
     with pytest.raises(BadInput, match="codetrace run"):
-        runs.execute("2", {"input": "1.0"}, show_progress=False)
+        execute_phase("2", {"input": "1.0"}, show_progress=False)

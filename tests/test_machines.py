@@ -10,8 +10,11 @@ import psutil
 import pytest
 from shards import Place, wait_for
 
-from codetrace import machines
-from codetrace.store import read_records
+from codetrace.core.errors import BadInput
+from codetrace.core.records import read_records
+from codetrace.runs import jobs as runs_jobs
+from codetrace.runs.jobs import SubmittedJob
+from codetrace.runs.launch import ShardedRun, alive_jobs
 
 TWO = ["run", "letters", "--shards", "2", "--devices", "cpu,cpu"]
 
@@ -109,7 +112,7 @@ def read_rows(part) -> int:
 
 def ended(job: dict) -> bool:
     "Is its process gone, or a zombie: a child of a launcher that is gone itself, and that nobody has asked how it ended?"
-    assert not machines.alive([machines.Job(**job)])
+    assert not alive_jobs([SubmittedJob(**job)])
     try:
         return psutil.Process(int(job["job"])).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -130,7 +133,7 @@ except KeyboardInterrupt:
 def test_a_signal_that_comes_too_early_is_kept_back():
     "While Python starts and imports nobody listens: whoever submits has the system keep the signal."
     process = subprocess.Popen(
-        f"exec {machines._python()} -c '{KEPT_BACK}'", shell=True, stdout=subprocess.PIPE, text=True
+        f"exec {runs_jobs.signal_blocking_python()} -c '{KEPT_BACK}'", shell=True, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
@@ -154,11 +157,11 @@ def test_temperatures_have_shards_of_their_own(tmp_path):
     folder.mkdir(parents=True)
     made = {"run_id": folder.name, "phase": "splits", "status": "complete", "outputs": {}, "inputs": []}
     (folder / "run.json").write_text(json.dumps(made | {"parameters": {"problems": "basics"}}))
-    work = machines.Sharded("1.2", {"model": "tiny:llama", "problems": "basics"}, 3, root=tmp_path)
+    work = ShardedRun("1.2", {"model": "tiny:llama", "problems": "basics"}, 3, root=tmp_path)
     assert work.shards == work.of(11)["shards"] == 12 and work.of(11)["temperature"] == [0.3, 0.6, 0.9, 1.2]
     assert work.of(0)["samples"] == 5 and work.of(0)["input"] == folder.name  # also if phase 0.1 is run meanwhile
-    with pytest.raises(machines.BadInput, match="give shards=8 or fewer"):
-        machines.Sharded("1.2", {"problems": "basics", "num_problems": 2}, 3, root=tmp_path)
+    with pytest.raises(BadInput, match="give shards=8 or fewer"):
+        ShardedRun("1.2", {"problems": "basics", "num_problems": 2}, 3, root=tmp_path)
 
 
 @pytest.mark.slow

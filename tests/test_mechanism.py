@@ -5,33 +5,73 @@ import pandas as pd
 import pytest
 import torch
 
-from codetrace import asked, directions, heads, mechanism, models, planted, probes, store, tracing
-from codetrace.asked import Asked, ask
-from codetrace.errors import BadInput
-from codetrace.models import Intervention
+from codetrace import models
+from codetrace.core.errors import BadInput
+from codetrace.core.records import compute_missing_units
+from codetrace.models.lm import Intervention
+from codetrace.patching.batches import (
+    TokenizedProgram,
+    draw_reference_programs,
+    draw_unfiltered_cases,
+    program_means_table,
+    tokenize_program,
+    uniform_batches,
+)
+from codetrace.patching.cases import draw_cases
+from codetrace.patching.heads import (
+    HEAD_SWEEP_POSITIONS,
+    ablate_heads,
+    choose_heads,
+    draw_random_heads,
+    head_attention,
+    head_means,
+    heads_from_table,
+    patch_heads,
+    top_attention_sources,
+    unchosen_heads_table,
+)
+from codetrace.patching.probes import (
+    STREAM_SWEEP_POSITIONS,
+    probes_sentence,
+    probes_with_effects,
+    run_probes,
+    states_by_name,
+)
+from codetrace.patching.subspaces import choose_subspace_cells, directions_needed, patch_subspace, subspace_bases
+from codetrace.patching.sweep import run_sweep
+from codetrace.phases.mechanism import (
+    load_model_or_planted,
+    pool_effects,
+    sweep_units,
+    trace_residual_stream,
+    training_effect_figure,
+    training_effect_peaks,
+    training_sentence,
+)
+from codetrace.planted.binding import D_MODEL, RESIDUAL_SUBSPACES, circuit_value_heads, load_binding_model
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return planted.load()
+    return load_binding_model()
 
 
 @pytest.fixture(scope="module")
 def cases(lm):
-    return tracing.draw_cases(lm, 8, (6,), (2,), num_shots=0, query_style="hash")[0]
+    return draw_cases(lm, 8, (6,), (2,), num_shots=0, query_style="hash")[0]
 
 
 @pytest.fixture(scope="module")
 def reference(lm):
-    return asked.draw_reference(lm, 120, (6,), (2,))
+    return draw_reference_programs(lm, 120, (6,), (2,))
 
 
 @pytest.fixture(scope="module")
 def fresh(lm, reference):
-    return asked.draw_reference(lm, 30, (6,), (2,), seed=1, other_than=reference)
+    return draw_reference_programs(lm, 30, (6,), (2,), seed=1, other_than=reference)
 
 
-CHOSEN = sorted(planted.carriers(2))
+CHOSEN = sorted(circuit_value_heads(2))
 
 
 # --- programs
@@ -39,27 +79,27 @@ CHOSEN = sorted(planted.carriers(2))
 
 def test_reference_programs_are_new_and_the_same_every_time(lm, reference, fresh):
     assert len({a.tokens for a in reference + fresh}) == 150
-    assert asked.draw_reference(lm, 5, (6,), (2,)) == reference[:5]
-    mixed = asked.draw_reference(lm, 8, (4, 6), (1, 2))
-    assert len({kind for kind, _ in asked.alike(mixed)}) == 4
-    members = sorted(i for _, some in asked.alike(mixed) for i in some)
+    assert draw_reference_programs(lm, 5, (6,), (2,)) == reference[:5]
+    mixed = draw_reference_programs(lm, 8, (4, 6), (1, 2))
+    assert len({kind for kind, _ in uniform_batches(mixed)}) == 4
+    members = sorted(i for _, some in uniform_batches(mixed) for i in some)
     assert members == list(range(8))
 
 
 def test_too_few_different_programs_are_an_error(lm):
     with pytest.raises(BadInput):
-        asked.draw_reference(lm, 10, (1,), (1,))
+        draw_reference_programs(lm, 10, (1,), (1,))
 
 
 # --- heads
 
 
 def test_exactly_the_planted_heads_are_chosen(lm, cases):
-    cells = tracing.sweep(lm, [case.pair for case in cases], ["head_out"], heads.HOPS)
-    chosen = heads.choose_heads(cells)
-    assert set(heads.as_heads(chosen)) == planted.carriers(2)
+    cells = run_sweep(lm, [case.pair for case in cases], ["head_out"], HEAD_SWEEP_POSITIONS)
+    chosen = choose_heads(cells)
+    assert set(heads_from_table(chosen)) == circuit_value_heads(2)
     assert (chosen["low"] > 0.9).all() and (chosen["n"] == 4).all()
-    rest = heads.not_chosen(cells, chosen)
+    rest = unchosen_heads_table(cells, chosen)
     assert rest["largest"].abs().max() < 0.02
     assert rest["heads"].sum() == 4 * lm.n_layers * lm.n_heads - 3
 
@@ -77,28 +117,28 @@ def cells_of(effects: dict[tuple[int, int], list[float]]) -> pd.DataFrame:
 
 def test_heads_are_judged_on_programs_they_were_not_chosen_on():
     lucky, real = [1.0, 0.0] * 4, [0.5] * 8
-    chosen = heads.choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
+    chosen = choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
     judged = chosen.set_index(["layer", "head"])
     assert list(judged.index) == [(0, 0), (0, 1)]
     assert judged["chosen_at"].tolist() == [1.0, 0.5] and judged["effect"].tolist() == [0.0, 0.5]
-    assert len(heads.choose_heads(cells_of({(0, 0): lucky, (0, 1): real}), top=1)) == 1
-    assert heads.choose_heads(cells_of({(0, 0): [0.01] * 8})).empty
+    assert len(choose_heads(cells_of({(0, 0): lucky, (0, 1): real}), top=1)) == 1
+    assert choose_heads(cells_of({(0, 0): [0.01] * 8})).empty
 
 
 def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
     for name in ("planted", "tiny:llama", "tiny:gpt_neox"):
-        lm = mechanism.load_model(name)
-        pairs = cases[:3] if name == "planted" else asked.draw_pairs(lm, 3, (5,), (2,))
-        cells = tracing.sweep(lm, [case.pair for case in pairs], ["head_out"], "rhs 2, query")
+        lm = load_model_or_planted(name)
+        pairs = cases[:3] if name == "planted" else draw_unfiltered_cases(lm, 3, (5,), (2,))
+        cells = run_sweep(lm, [case.pair for case in pairs], ["head_out"], "rhs 2, query")
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
-            rows = heads.swap_heads(lm, pairs, [head], draws=0)
+            rows = patch_heads(lm, pairs, [head], draws=0)
             got = rows[(rows["kind"] == "chosen") & (rows["name"] == head[2])].sort_values("program")["effect"]
             same = (cells["layer"] == head[0]) & (cells["head"] == head[1]) & (cells["name"] == head[2])
             assert np.allclose(got, cells[same].sort_values("program")["effect"], atol=2e-3), (name, head)
 
 
 def test_only_the_planted_heads_restore_the_answer(lm, cases):
-    shares = asked.shares(heads.swap_heads(lm, cases, CHOSEN), "effect").set_index(["name", "kind"])
+    shares = program_means_table(patch_heads(lm, cases, CHOSEN), "effect").set_index(["name", "kind"])
     for name in ("rhs 2", "query", "final", "all"):
         assert shares["low"][name, "chosen"] > 0.95
         assert shares["high"][name, "random heads"] < 0.05
@@ -108,37 +148,37 @@ def test_only_the_planted_heads_restore_the_answer(lm, cases):
 def test_random_heads_are_others_of_the_same_layers(lm):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        drawn = heads.random_like(lm, CHOSEN, rng)
+        drawn = draw_random_heads(lm, CHOSEN, rng)
         assert len(set(drawn)) == len(CHOSEN) and not set(drawn) & set(CHOSEN)
         assert [(layer, name) for layer, _, name in drawn] == [(layer, name) for layer, _, name in CHOSEN]
     layer = [(1, head, "query") for head in range(lm.n_heads)]
-    others = heads.random_like(lm, layer, rng)
+    others = draw_random_heads(lm, layer, rng)
     assert len(set(others)) == lm.n_heads and not {k for k, *_ in others} & {1}
     every = [(k, h, "query") for k in range(lm.n_layers) for h in range(lm.n_heads)]
-    assert heads.random_like(lm, every, rng) == []
+    assert draw_random_heads(lm, every, rng) == []
 
 
 def test_ablating_planted_heads_destroys_and_others_do_not(lm, reference, fresh):
-    means = heads.head_means(lm, reference)
-    rows = heads.ablate_heads(lm, fresh, means, CHOSEN)
-    right = asked.shares(rows, "correct", ("where", "name", "kind")).set_index(["where", "name", "kind"])
+    means = head_means(lm, reference)
+    rows = ablate_heads(lm, fresh, means, CHOSEN)
+    right = program_means_table(rows, "correct", ("where", "name", "kind")).set_index(["where", "name", "kind"])
     for where in ("named", "everywhere"):
         for name in ("rhs 2", "query", "final", "all"):
             assert right["high"][where, name, "chosen"] < 0.5
             assert right["correct"][where, name, "random heads"] == 1
     assert right["correct"]["", "", "intact"] == 1
     assert rows["correct"][rows["kind"] == "random heads"].min() == 1
-    decoy = heads.ablate_heads(lm, fresh, means, [(2, 1, "end 1"), (2, 1, "end 2")], draws=0)
+    decoy = ablate_heads(lm, fresh, means, [(2, 1, "end 1"), (2, 1, "end 2")], draws=0)
     assert decoy["correct"].min() == 1
 
 
 def test_ablation_agrees_with_a_loop(lm, reference, fresh):
-    means = heads.head_means(lm, reference)
+    means = head_means(lm, reference)
     head, name = (1, 3), "rhs 2"
     states = torch.stack(
         [lm.capture([list(a.tokens)], [("head_out", 1)], a.at[name])["head_out", 1][0, 0, 3] for a in reference]
     )
-    rows = heads.ablate_heads(lm, fresh, means, [(*head, name)], draws=0)
+    rows = ablate_heads(lm, fresh, means, [(*head, name)], draws=0)
     got = rows[(rows["where"] == "named") & (rows["name"] == name)].sort_values("program")["log_prob"].to_numpy()
     for one, expected in zip(fresh[:5], got):
         with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=one.at[name], heads=3)):
@@ -147,15 +187,15 @@ def test_ablation_agrees_with_a_loop(lm, reference, fresh):
 
 
 def test_means_must_be_of_such_programs(lm, reference):
-    other = asked.draw_reference(lm, 2, (4,), (1,))
+    other = draw_reference_programs(lm, 2, (4,), (1,))
     with pytest.raises(BadInput, match="reference_programs"):
-        heads.ablate_heads(lm, other, heads.head_means(lm, reference), CHOSEN)
+        ablate_heads(lm, other, head_means(lm, reference), CHOSEN)
 
 
 def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
     before = lm.logits([list(fresh[0].tokens)])
-    looked = heads.looks_at(lm, fresh[:6], CHOSEN)
-    named = heads.named_by_attention(looked).set_index("name")
+    looked = head_attention(lm, fresh[:6], CHOSEN)
+    named = top_attention_sources(looked).set_index("name")
     assert named["looks at"].to_dict() == {"rhs 2": "rhs 1", "query": "rhs 2", "final": "query"}
     assert (named["low"] > 0.99).all() and (named["even"] < 0.1).all()
     assert lm.hf.config._attn_implementation == "sdpa"
@@ -166,7 +206,7 @@ def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
 
 
 def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, reference, fresh):
-    found = probes.probe(probes.states_by_name(lm, reference), probes.states_by_name(lm, fresh))
+    found = run_probes(states_by_name(lm, reference), states_by_name(lm, fresh))
     cells = found.set_index(["name", "layer"])
     arrives = {"rhs 1": 0, "rhs 2": 2, "query": 4, "final": 5, "end 1": 3, "end 2": 3}
     for (name, layer), row in cells.iterrows():
@@ -179,12 +219,12 @@ def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, refer
 
 
 def test_read_is_not_used(lm, cases, reference, fresh):
-    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], probes.STREAM)
-    found = probes.probe(probes.states_by_name(lm, reference), probes.states_by_name(lm, fresh))
-    both = probes.beside_effect(found, resid[resid["kl"].notna()]).set_index(["name", "layer"])
+    resid = run_sweep(lm, [case.pair for case in cases], ["resid_pre"], STREAM_SWEEP_POSITIONS)
+    found = run_probes(states_by_name(lm, reference), states_by_name(lm, fresh))
+    both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
     assert both["low"]["rhs 2", 3] > 0.8 and both["effect"]["rhs 2", 3] > 0.95
-    idle = probes.probes_sentence(both.reset_index()).partition("without effect")[2]
+    idle = probes_sentence(both.reset_index()).partition("without effect")[2]
     assert "end 1 (" in idle and "end 2 (" in idle and "lhs" not in idle
 
 
@@ -193,38 +233,38 @@ def test_read_is_not_used(lm, cases, reference, fresh):
 
 def planted_directions() -> dict[str, np.ndarray]:
     "The nine directions between values, and all the others."
-    whole = np.eye(planted.D_MODEL)
-    values = whole[planted.SPACES["value"]]
+    whole = np.eye(D_MODEL)
+    values = whole[RESIDUAL_SUBSPACES["value"]]
     nine = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][:9]
-    rest = np.linalg.svd(whole - whole @ nine.T @ nine)[2][: planted.D_MODEL - 9]
+    rest = np.linalg.svd(whole - whole @ nine.T @ nine)[2][: D_MODEL - 9]
     return {"planted": nine, "rest": rest}
 
 
 def test_nine_planted_directions_are_the_whole_value(lm, cases):
-    parts = directions.swap_directions(lm, cases, 4, "query", planted_directions(), [4, 9, planted.D_MODEL])
+    parts = patch_subspace(lm, cases, 4, "query", planted_directions(), [4, 9, D_MODEL])
     mean = parts.groupby(["basis", "k"])["effect"].mean()
     assert mean["planted", 9] == pytest.approx(mean["all", lm.d_model], abs=0.02)
     assert mean["planted", 4] < 0.8
-    assert abs(mean["rest", planted.D_MODEL - 9]) < 0.05
-    needed = directions.directions_needed(parts).set_index("basis")
+    assert abs(mean["rest", D_MODEL - 9]) < 0.05
+    needed = directions_needed(parts).set_index("basis")
     assert needed["k"]["planted"] == 9 and np.isinf(needed["k"]["rest"])
 
 
 def test_directions_from_programs_approach_the_planted(lm, cases, reference):
-    states, values, _ = probes.states_by_name(lm, reference)["query"]
-    bases = directions.directions(states[4], values)
+    states, values, _ = states_by_name(lm, reference)["query"]
+    bases = subspace_bases(states[4], values)
     assert len(bases["values"]) == 9 and all(
         np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-6) for rows in bases.values()
     )
-    parts = directions.swap_directions(lm, cases, 4, "query", bases, [9, planted.D_MODEL])
+    parts = patch_subspace(lm, cases, 4, "query", bases, [9, D_MODEL])
     mean = parts.groupby(["basis", "k"])["effect"].mean()
     assert mean["values", 9] > 0.8 > 0.2 > mean["random", 9]
     assert mean["random", lm.d_model] == pytest.approx(mean["all", lm.d_model], abs=1e-3)
 
 
 def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
-    cells = tracing.sweep(lm, [case.pair for case in cases[:2]], ["resid_pre"], "query")
-    parts = directions.swap_directions(lm, cases[:2], 3, "query", {})
+    cells = run_sweep(lm, [case.pair for case in cases[:2]], ["resid_pre"], "query")
+    parts = patch_subspace(lm, cases[:2], 3, "query", {})
     same = cells[(cells["layer"] == 3) & (cells["name"] == "query")].sort_values("program")["effect"]
     assert np.allclose(parts["effect"], same, atol=1e-3)
 
@@ -242,7 +282,7 @@ def traced(moved, full) -> pd.DataFrame:
 
 
 def test_pooled_effects_weigh_programs_by_their_difference():
-    table = mechanism.pooled(traced([[4.0, 0.0], [0.0, 1.0]] * 4, [8.0, 2.0] * 4)).set_index("layer")
+    table = pool_effects(traced([[4.0, 0.0], [0.0, 1.0]] * 4, [8.0, 2.0] * 4)).set_index("layer")
     assert table["effect"].tolist() == pytest.approx([4 / 10, 1 / 10])
     assert (table["low"] <= table["effect"]).all() and (table["effect"] <= table["high"]).all()
     assert table["measurable"].all()
@@ -251,20 +291,20 @@ def test_pooled_effects_weigh_programs_by_their_difference():
 @pytest.mark.parametrize("full", [[1.0, -1.0] * 4, [0.0] * 8, [-3.0] * 8])
 def test_a_share_of_nothing_is_not_a_number(full):
     cells = traced([[1.0, 0.5]] * 8, full)
-    table = mechanism.pooled(cells)
+    table = pool_effects(cells)
     assert not table["measurable"].any() and table[["effect", "low", "high"]].isna().all(axis=None)
-    peaks = mechanism.training_peaks(cells.assign(model="m"))
+    peaks = training_effect_peaks(cells.assign(model="m"))
     assert peaks["effect"].isna().all() and peaks["accuracy"].tolist() == [1.0]
-    assert "no difference to trace" in mechanism.training_sentence(peaks)
+    assert "no difference to trace" in training_sentence(peaks)
 
 
 def test_models_are_compared_on_the_same_programs(lm):
-    pairs = asked.draw_pairs(lm, 4, (5,), (2,))
-    tables = [mechanism.trace_model(mechanism.load_model(m), pairs).assign(model=m) for m in ("tiny:llama", "planted")]
-    peaks = mechanism.training_peaks(pd.concat(tables)).set_index(["model", "name"])
+    pairs = draw_unfiltered_cases(lm, 4, (5,), (2,))
+    tables = [trace_residual_stream(load_model_or_planted(m), pairs).assign(model=m) for m in ("tiny:llama", "planted")]
+    peaks = training_effect_peaks(pd.concat(tables)).set_index(["model", "name"])
     assert peaks["accuracy"]["planted"].eq(1).all() and peaks["accuracy"]["tiny:llama"].max() < 0.5
     assert peaks["layer"]["planted", "query"] == 4 and peaks["effect"]["planted", "query"] > 0.9
-    assert mechanism.training_grid(pd.concat(tables)) is not None
+    assert training_effect_figure(pd.concat(tables)) is not None
 
 
 # --- records
@@ -283,17 +323,17 @@ def test_work_that_is_done_is_not_done_again(tmp_path):
         return work
 
     with pytest.raises(KeyboardInterrupt):
-        store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a", fail=True)})
-    table = store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
+        compute_missing_units(tmp_path / "t", {"b": unit("b"), "a": unit("a", fail=True)})
+    table = compute_missing_units(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
     assert calls == ["b", "a", "a"] and list(table["unit"]) == ["b", "b", "a", "a"]
-    again = store.kept(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
+    again = compute_missing_units(tmp_path / "t", {"b": unit("b"), "a": unit("a")})
     assert calls == ["b", "a", "a"] and again.equals(table)
 
 
 def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
-    units = mechanism.sweep_units(lm, cases[:3], "head_out", "rhs 2, final", together=2)
-    got = store.kept(tmp_path / "h", units)
-    whole = tracing.sweep(lm, [case.pair for case in cases[:3]], ["head_out"], "rhs 2, final")
+    units = sweep_units(lm, cases[:3], "head_out", "rhs 2, final", together=2)
+    got = compute_missing_units(tmp_path / "h", units)
+    whole = run_sweep(lm, [case.pair for case in cases[:3]], ["head_out"], "rhs 2, final")
     whole = whole[whole["kl"].notna()]
     key = ["program", "layer", "head", "name"]
     both = whole.merge(got.astype({"head": "Int64"}), on=key, suffixes=("", "_got"))
@@ -301,16 +341,16 @@ def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
 
 
 def test_programs_of_several_tokens_an_answer_are_refused():
-    from codetrace import programs
-    from codetrace.pairs import CannotTrace
+    from codetrace.patching.alignment import CannotTrace
+    from codetrace.tasks.programs import as_program
 
-    long = programs.as_program(("a = 12\n#a:", "12"))
+    long = as_program(("a = 12\n#a:", "12"))
     with pytest.raises(CannotTrace):
-        ask(models.load("tiny:llama"), long)
-    one = ask(models.load("tiny:llama"), programs.as_program(("a = 3\nb = a\n#b:", "3")))
-    assert isinstance(one, Asked) and one.value == 3 and one.at["final"] == len(one.tokens) - 1
+        tokenize_program(models.load("tiny:llama"), long)
+    one = tokenize_program(models.load("tiny:llama"), as_program(("a = 3\nb = a\n#b:", "3")))
+    assert isinstance(one, TokenizedProgram) and one.value == 3 and one.at["final"] == len(one.tokens) - 1
 
 
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
-    resid = tracing.sweep(lm, [case.pair for case in cases], ["resid_pre"], probes.STREAM)
-    assert directions.cells_to_part(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]
+    resid = run_sweep(lm, [case.pair for case in cases], ["resid_pre"], STREAM_SWEEP_POSITIONS)
+    assert choose_subspace_cells(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]

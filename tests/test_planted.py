@@ -4,25 +4,32 @@ import numpy as np
 import pytest
 import torch
 
-from codetrace import asked, heads, planted, programs, tracing
-from codetrace.patching import Pair, patch_all
+from codetrace.patching.batches import draw_reference_programs
+from codetrace.patching.cases import draw_cases
+from codetrace.patching.engine import patch_all
+from codetrace.patching.heads import ablate_each_head, head_means, patch_heads
+from codetrace.patching.sites import PatchPair
+from codetrace.patching.sweep import run_sweep
+from codetrace.planted.binding import VOCABULARY, circuit_necessary_heads, circuit_value_heads, load_binding_model
+from codetrace.tasks.counterfactuals import make_counterfactual_pair
+from codetrace.tasks.generators import make_variable_binding_program
 
 LENGTHS = {1: (2, 3, 8, 16), 2: (3, 5, 9, 16)}
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return planted.load()
+    return load_binding_model()
 
 
 def drawn(depth: int, seq_len: int, n: int, seed: int = 0):
     rng = np.random.default_rng([seed, depth, seq_len])
-    return [programs.make_variable_binding_program(seq_len, rng, depth=depth) for _ in range(n)]
+    return [make_variable_binding_program(seq_len, rng, depth=depth) for _ in range(n)]
 
 
 def share_right(lm, asked) -> float:
     said = lm.logits([p.code for p in asked]).argmax(-1).tolist()
-    return float(np.mean([planted.VOCABULARY[i] == p.answer for i, p in zip(said, asked)]))
+    return float(np.mean([VOCABULARY[i] == p.answer for i, p in zip(said, asked)]))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -32,7 +39,7 @@ def test_it_answers_every_program(lm, depth):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_whatever_the_noise(seed):
-    lm = planted.load(seed=seed)
+    lm = load_binding_model(seed=seed)
     assert share_right(lm, drawn(2, 16, 60, seed) + drawn(1, 16, 60, seed)) == 1
 
 
@@ -42,16 +49,16 @@ def test_it_has_two_hops_and_no_more(lm):
 
 def test_noise_is_noise(lm):
     "There is something not to find: the noise depends on the value, and reaches the logits."
-    one, other = programs.make_counterfactual_pair(drawn(2, 5, 1)[0], np.random.default_rng(0), lm.tokenizer)
+    one, other = make_counterfactual_pair(drawn(2, 5, 1)[0], np.random.default_rng(0), lm.tokenizer)
     states = lm.capture([one.code, other.code], [("head_out", layer) for layer in range(lm.n_layers)])
     differs = [(x[0] - x[1]).norm(dim=-1).amax(0) > 1e-3 for x in states.values()]
     assert torch.stack(differs).sum() > 15
-    quiet = planted.load(noise=0)
+    quiet = load_binding_model(noise=0)
     assert (lm.logits(one.code) - quiet.logits(one.code)).abs().max() > 0.01
 
 
 def cases_of(lm, depth: int, n: int = 10, seq_len: int = 6):
-    return tracing.draw_cases(lm, n, (seq_len,), (depth,), num_shots=0, query_style="hash")[0]
+    return draw_cases(lm, n, (seq_len,), (depth,), num_shots=0, query_style="hash")[0]
 
 
 STAY = {  # where the value is before each layer, in a program of depth 2
@@ -60,7 +67,7 @@ STAY = {  # where the value is before each layer, in a program of depth 2
 
 
 def test_the_sweep_finds_the_way_of_the_value(lm):
-    cells = tracing.sweep(lm, [case.pair for case in cases_of(lm, 2)], ["resid_pre"], "all")
+    cells = run_sweep(lm, [case.pair for case in cases_of(lm, 2)], ["resid_pre"], "all")
     means = cells.groupby(["layer", "name"])["effect"].mean()
     for (layer, name), effect in means.items():
         assert effect == pytest.approx(float(STAY[layer] == name), abs=0.05), (layer, name)
@@ -70,13 +77,13 @@ def test_the_sweep_finds_the_way_of_the_value(lm):
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("seed", [0, 4])
 def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
-    lm = planted.load(seed=seed)
-    cells = tracing.sweep(lm, [case.pair for case in cases_of(lm, depth)], ["head_out"], "all")
+    lm = load_binding_model(seed=seed)
+    cells = run_sweep(lm, [case.pair for case in cases_of(lm, depth)], ["head_out"], "all")
     means = cells.groupby(["layer", "head", "name"])["effect"].mean()
     found = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
-    assert found == planted.carriers(depth)
-    assert means[[key for key in means.index if key not in planted.carriers(depth)]].abs().max() < 0.02
-    assert means[list(planted.carriers(depth))].min() > 0.95
+    assert found == circuit_value_heads(depth)
+    assert means[[key for key in means.index if key not in circuit_value_heads(depth)]].abs().max() < 0.02
+    assert means[list(circuit_value_heads(depth))].min() > 0.95
 
 
 def test_the_naive_engine_agrees(lm):
@@ -84,23 +91,23 @@ def test_the_naive_engine_agrees(lm):
     base, donor = lm.ids([one.code, other.code])
     last = lambda logits, i: logits
     for site in ("resid_pre", "head_out", "mlp_out"):
-        fast, slow = (patch_all(lm, [Pair(base, donor)], site, last, engine=e)[0] for e in ("staircase", "naive"))
+        fast, slow = (patch_all(lm, [PatchPair(base, donor)], site, last, engine=e)[0] for e in ("staircase", "naive"))
         assert torch.allclose(fast, slow, atol=1e-3), site
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
-    many = asked.draw_reference(lm, 80, (6,), (depth,))
-    means = heads.head_means(lm, many[40:])
-    rows = [heads.ablate_each(lm, many[:40], means, layer) for layer in range(lm.n_layers)]
+    many = draw_reference_programs(lm, 80, (6,), (depth,))
+    means = head_means(lm, many[40:])
+    rows = [ablate_each_head(lm, many[:40], means, layer) for layer in range(lm.n_layers)]
     right = {at: own["correct"].mean() for t in rows for at, own in t.groupby(["layer", "head"])}
-    assert {at for at, share in right.items() if share < 0.5} == planted.needed(depth)
-    assert all(share == 1 for at, share in right.items() if at not in planted.needed(depth))
+    assert {at for at, share in right.items() if share < 0.5} == circuit_necessary_heads(depth)
+    assert all(share == 1 for at, share in right.items() if at not in circuit_necessary_heads(depth))
 
 
 def test_random_donors_do_not_bring_the_answer(lm):
     "A random state of the donor's norm destroys, but does not carry: its effect is about a half, its success nothing."
-    rows = heads.swap_heads(lm, cases_of(lm, 2), sorted(planted.carriers(2)))
+    rows = patch_heads(lm, cases_of(lm, 2), sorted(circuit_value_heads(2)))
     noise, real = (rows[rows["kind"] == kind] for kind in ("chosen, noise", "chosen"))
     assert real["success"].mean() == 1 and noise["success"].mean() < 0.35
     assert real["effect"].min() > 0.95 and noise["effect"].mean() < 0.75

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codetrace import problems
-from codetrace.problems import BadProblem, Problem, Prompt, extract, is_answered, load, prompt
+from codetrace.core.errors import BadInput
+from codetrace.tasks.extraction import extract_code, is_answer_complete
+from codetrace.tasks.problem_prompts import Prompt, render_problem_prompt
+from codetrace.tasks.problems import BadProblem, Problem, load_problems
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared" / "data" / "mbpp.jsonl"
@@ -33,7 +35,7 @@ PROBLEM = Problem(
 
 
 def test_the_published_prompt():
-    assert prompt(PROBLEM, "pva").text == (
+    assert render_problem_prompt(PROBLEM, "pva").text == (
         "Return the larger of two numbers.\n"
         "\n"
         "assert larger(1, 2) == 2\n"
@@ -45,7 +47,7 @@ def test_the_published_prompt():
 
 
 def test_the_three_shot_prompt():
-    assert prompt(PROBLEM, "three_shot").text == (
+    assert render_problem_prompt(PROBLEM, "three_shot").text == (
         "You are an expert Python programmer, and here is your task: Write a function to find the similar elements from "
         "the given two tuple lists. Your code should pass these tests:\n"
         "\n"
@@ -98,8 +100,8 @@ def test_the_three_shot_prompt():
 
 
 def test_the_completion_prompt():
-    first = load("humaneval")[0]
-    assert prompt(first, "completion").text == (
+    first = load_problems("humaneval")[0]
+    assert render_problem_prompt(first, "completion").text == (
         "from typing import List\n"
         "\n"
         "\n"
@@ -112,7 +114,7 @@ def test_the_completion_prompt():
         "    True\n"
         '    """\n'
     )
-    assert prompt(first, "completion").stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    assert render_problem_prompt(first, "completion").stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 class Chat:
@@ -138,23 +140,25 @@ MESSAGE = (
 
 
 def test_the_chat_prompt():
-    assert prompt(PROBLEM, "chat", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>"
-    assert prompt(PROBLEM, "chat", Chat(adds=False)).text == f"<bos><user>{MESSAGE}<end><model>"
-    assert prompt(PROBLEM, "chat_code", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>```python\n"
+    assert render_problem_prompt(PROBLEM, "chat", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>"
+    assert render_problem_prompt(PROBLEM, "chat", Chat(adds=False)).text == f"<bos><user>{MESSAGE}<end><model>"
+    assert (
+        render_problem_prompt(PROBLEM, "chat_code", Chat(adds=True)).text == f"<user>{MESSAGE}<end><model>```python\n"
+    )
 
 
 def test_the_chat_prompt_of_a_real_tokenizer():
     from codetrace import models
 
-    assert prompt(PROBLEM, "chat", models.load("tiny:llama").tokenizer).text == (
+    assert render_problem_prompt(PROBLEM, "chat", models.load("tiny:llama").tokenizer).text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         f"<|im_start|>user\n{MESSAGE}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_humaneval_in_chat():
-    first = load("humaneval")[0]
-    asked = prompt(first, "chat", Chat(adds=True)).text
+    first = load_problems("humaneval")[0]
+    asked = render_problem_prompt(first, "chat", Chat(adds=True)).text
     assert asked == (
         "<user>Write a solution to the following problem and make sure that it passes the tests:\n"
         f"```python\n{first.text.rstrip()}\n```<end><model>"
@@ -163,8 +167,8 @@ def test_humaneval_in_chat():
 
 @pytest.mark.parametrize("style", ["pva", "three_shot", "chat", "chat_code"])
 def test_every_assert_stands_in_the_prompt_once(style):
-    for p in load():
-        text = prompt(p, style, Chat(adds=True)).text
+    for p in load_problems():
+        text = render_problem_prompt(p, style, Chat(adds=True)).text
         assert all(text.count(test) == 1 for test in p.tests), p.task_id
         assert text.count("assert") == (9 if style == "three_shot" else 0) + sum(t.count("assert") for t in p.tests)
         assert "assert assert" not in text
@@ -175,30 +179,30 @@ def test_every_assert_stands_in_the_prompt_once(style):
 WRITTEN = [json.loads(line) for line in (HERE / "data" / "smollm2_completions.jsonl").read_text().splitlines()]
 
 
-PROBLEMS = {(name, p.task_id): p for name in ("basics", "humaneval") for p in load(name)}
+PROBLEMS = {(name, p.task_id): p for name in ("basics", "humaneval") for p in load_problems(name)}
 
 
 def asked(row: dict) -> tuple[Prompt, str]:
     problem = PROBLEMS[row["problems"], row["task_id"]]
-    return prompt(problem, row["style"], Chat(adds=True)), problem.entry_point
+    return render_problem_prompt(problem, row["style"], Chat(adds=True)), problem.entry_point
 
 
 @pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
 def test_what_counts_does_not_change_once_it_is_answered(row):
     put, name = asked(row)
-    whole, answered = extract(row["completion"], put, name), False
+    whole, answered = extract_code(row["completion"], put, name), False
     for end in range(len(row["completion"]) + 1):
-        now = is_answered(row["completion"][:end], put, name)
+        now = is_answer_complete(row["completion"][:end], put, name)
         assert now or not answered, "an answer was complete, and then it was not"
         if now and not answered:
-            assert extract(row["completion"][:end], put, name) == whole
+            assert extract_code(row["completion"][:end], put, name) == whole
         answered = now
 
 
 @pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
 def test_what_counts_is_code_and_only_code(row):
     put, name = asked(row)
-    code = extract(row["completion"], put, name)
+    code = extract_code(row["completion"], put, name)
     for line in code.removeprefix(put.prefix).splitlines():
         assert line.strip() in put.text + row["completion"]
     try:
@@ -222,7 +226,7 @@ ANSWERS = {
 @pytest.mark.parametrize("style, task_id", ANSWERS)
 def test_answers(style, task_id):
     row = next(r for r in WRITTEN if (r["style"], r["task_id"]) == (style, task_id))
-    assert extract(row["completion"], *asked(row)) == ANSWERS[style, task_id]
+    assert extract_code(row["completion"], *asked(row)) == ANSWERS[style, task_id]
 
 
 def function(code: str, name: str) -> str:
@@ -232,19 +236,21 @@ def function(code: str, name: str) -> str:
 @pytest.mark.parametrize("name", ["basics", "humaneval"])
 @pytest.mark.parametrize("style", ["pva", "three_shot", "chat", "chat_code"])
 def test_a_reference_given_as_an_answer_is_the_answer(name, style):
-    for p in load(name):
-        put = prompt(p, style, Chat(adds=True))
+    for p in load_problems(name):
+        put = render_problem_prompt(p, style, Chat(adds=True))
         for answer in (p.reference, f"Sure, here it is:\n```python\n{p.reference}```\nI hope that helps."):
             if put.fenced and "```" in answer:
                 continue
-            code = extract(answer, put, p.entry_point)
+            code = extract_code(answer, put, p.entry_point)
             assert function(code, p.entry_point) == function(p.reference, p.entry_point), p.task_id
 
 
 def test_humaneval_bodies_continue_their_prompts():
-    for p in load("humaneval"):
+    for p in load_problems("humaneval"):
         body = p.reference.removeprefix(p.text)
-        code = extract(body + "\n\ndef other():\n    pass\n", prompt(p, "completion"), p.entry_point)
+        code = extract_code(
+            body + "\n\ndef other():\n    pass\n", render_problem_prompt(p, "completion"), p.entry_point
+        )
         assert code.strip() == p.reference.strip(), p.task_id
 
 
@@ -256,8 +262,8 @@ def test_humaneval_bodies_continue_their_prompts():
 def test_any_text_is_read(text, fenced):
     put = Prompt("", fenced=fenced)
     lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    assert all(line.strip() in lines for line in extract(text, put, "f").split("\n") if line.strip())
-    assert is_answered(text, put, "f") in (True, False)
+    assert all(line.strip() in lines for line in extract_code(text, put, "f").split("\n") if line.strip())
+    assert is_answer_complete(text, put, "f") in (True, False)
 
 
 # problem sets
@@ -273,32 +279,32 @@ def overlap(a: set, b: set) -> float:
 
 
 def test_basics_are_all_different():
-    texts = [words(p.text) for p in load()]
-    code = [ast.dump(ast.parse(p.reference)) for p in load()]
+    texts = [words(p.text) for p in load_problems()]
+    code = [ast.dump(ast.parse(p.reference)) for p in load_problems()]
     assert max(overlap(a, b) for n, a in enumerate(texts) for b in texts[:n]) < 0.5
     assert len(set(code)) == len(code) >= 120
 
 
 @needs_mbpp
 def test_basics_are_not_from_mbpp():
-    theirs = load(str(MBPP))
+    theirs = load_problems(str(MBPP))
     plain = lambda text: re.sub(r"\s", "", text)
     asserts, code = {plain(t) for p in theirs for t in p.tests}, {plain(p.reference) for p in theirs}
     texts = [words(p.text) for p in theirs]
-    for p in load():
+    for p in load_problems():
         assert not asserts & {plain(t) for t in p.tests} and plain(p.reference) not in code, p.task_id
         assert max(overlap(words(p.text), t) for t in texts) < 0.5, p.text
 
 
 @needs_mbpp
 def test_all_of_mbpp_is_read():
-    found = load(str(MBPP))
+    found = load_problems(str(MBPP))
     assert [p.task_id for p in found] == [str(n) for n in range(1, 975)]
     assert not any("\r" in field for p in found for field in (p.text, p.reference, p.setup, *p.tests))
     names = {p.task_id: p.entry_point for p in found}
     assert (names["1"], names["601"], names["367"]) == ("min_cost", "max_chain_length", "is_tree_balanced")
     assert "\t" in found[0].reference and "’" in found[121].text and {p.source for p in found} == {"mbpp"}
-    digest = hashlib.sha256("".join(prompt(p).text for p in found).encode()).hexdigest()
+    digest = hashlib.sha256("".join(render_problem_prompt(p).text for p in found).encode()).hexdigest()
     assert digest == "f65cd28f1c35e3a96e4f17a47494442f92be92e7b9e9beb5d2b2e5aec8e33c6e"
 
 
@@ -322,7 +328,7 @@ WRONG = {
 def test_what_is_wrong_with_a_row_is_said(said, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(WRONG[said]))
     with pytest.raises(BadProblem, match=re.escape(said)) as caught:
-        load(str(tmp_path / "x.jsonl"))
+        load_problems(str(tmp_path / "x.jsonl"))
     assert "x.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -335,7 +341,7 @@ def test_files_of_all_kinds(tmp_path):
         b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
     )
     pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
-    read = [load(str(tmp_path / f"x.{kind}")) for kind in ("json", "jsonl", "parquet")]
+    read = [load_problems(str(tmp_path / f"x.{kind}")) for kind in ("json", "jsonl", "parquet")]
     assert read[0] == read[1] == read[2] and [p.text for p in read[0]] == ["Add.", "Add\u2028two."]
 
 
@@ -344,15 +350,15 @@ def test_files_of_all_kinds(tmp_path):
 def test_files_that_hold_no_problems(content, kind, tmp_path):
     (tmp_path / f"x.{kind}").write_text(content)
     with pytest.raises(BadProblem, match="x\\."):
-        load(str(tmp_path / f"x.{kind}"))
+        load_problems(str(tmp_path / f"x.{kind}"))
 
 
 def test_two_problems_with_one_id(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([ROW, ROW]))
     with pytest.raises(BadProblem, match="another problem has this id"):
-        load(str(tmp_path / "x.json"))
+        load_problems(str(tmp_path / "x.json"))
     with pytest.raises(BadProblem, match="nowhere"):
-        load(str(tmp_path / "nowhere.jsonl"))
+        load_problems(str(tmp_path / "nowhere.jsonl"))
 
 
 def test_mbpp_from_the_hub(monkeypatch):
@@ -360,7 +366,7 @@ def test_mbpp_from_the_hub(monkeypatch):
     sanitized = {"source_file": "x", "task_id": 12, "prompt": "Add.", "test_imports": ["import math"]}
     splits = {"train": [sanitized | {k: ROW[k] for k in ("code", "test_list")}], "test": [ROW | {"task_id": 2}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
-    found = load("mbpp-sanitized")
+    found = load_problems("mbpp-sanitized")
     assert [(p.task_id, p.setup, p.source) for p in found] == [
         ("2", "", "mbpp-sanitized"),
         ("12", "import math", "mbpp-sanitized"),
@@ -370,5 +376,5 @@ def test_mbpp_from_the_hub(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(problems.BadInput, match="give a local copy: --problems"):
-        load("mbpp")
+    with pytest.raises(BadInput, match="give a local copy: --problems"):
+        load_problems("mbpp")

@@ -16,15 +16,25 @@ import pytest
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from codetrace import programs
-from codetrace.errors import BadInput, UnknownName
-from codetrace.programs import GENERATORS, make_counterfactual_pair, make_variable_binding_program
+from codetrace.core.errors import BadInput, UnknownName
+from codetrace.tasks import generators
+from codetrace.tasks.counterfactuals import NoCounterfactual, make_counterfactual_pair, program_constants
+from codetrace.tasks.generators import (
+    GENERATORS,
+    NoSuchProgram,
+    draw_program,
+    make_boolean_program,
+    make_variable_binding_program,
+)
+from codetrace.tasks.heuristics import answer_is_unique, answer_line, resists_shallow_heuristics, shallow_heuristics
+from codetrace.tasks.programs import QUERY_STYLES, ContradictoryProgram, Program, as_program, find_binding_chain
+from codetrace.tasks.robust_programs import find_robust_programs
 
 LONGEST = {"range": 99, "variable_increments": 99, "entity": 99}  # every other generator: 26, by its letters
 ANSWER = {"boolean": "True|False", "entity": "[a-z]+", "range": r"\d{1,3}"}  # every other generator: one or two digits
 
 seeds = st.integers(0, 2**32 - 1)
-styles = st.sampled_from(sorted(programs.QUERY_STYLES))
+styles = st.sampled_from(sorted(QUERY_STYLES))
 tasks = pytest.mark.parametrize("task", sorted(GENERATORS))
 
 
@@ -45,18 +55,18 @@ def bindings(draw, shortest=1):
     ), depth
 
 
-def made(task: str, seq_len: int, seed: int, style: str = "hash") -> programs.Program:
+def made(task: str, seq_len: int, seed: int, style: str = "hash") -> Program:
     return GENERATORS[task](1 + seq_len % LONGEST.get(task, 26), np.random.default_rng(seed), query_style=style)
 
 
-def python_answers(program: programs.Program) -> str:
+def python_answers(program: Program) -> str:
     "Oracle: Python as it is, asked to print the query."
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(f"{program.source}\nprint({program.query})", {})
     return out.getvalue().rstrip("\n")
 
 
-def by_hand(program: programs.Program) -> tuple[str, list[int]]:
+def by_hand(program: Program) -> tuple[str, list[int]]:
     "Oracle for variable binding: follow names line by line, as text, from the query to its digit."
     lines = dict(line.split(" = ") for line in program.source.split("\n"))
     order, name, walked = list(lines), program.query, []
@@ -83,7 +93,7 @@ def test_python_gives_the_answer(task, seq_len, seed, style):
 def test_spans_are_the_text(task, seq_len, seed, style):
     program = made(task, seq_len, seed, style)
     assert program.text(program.query_span) == program.query
-    assert program.lines[-1] == programs.QUERY_STYLES[style].format(program.query)
+    assert program.lines[-1] == QUERY_STYLES[style].format(program.query)
     assert "\n" not in program.code[program.query_span[0] :]
     for (a, b), (c, d) in zip(program.lhs, program.rhs, strict=True):
         assert re.fullmatch(r"( = | \+= | -= | in |, \w+ = \w+, | = \w+, )", program.code[b:c]) or task == "entity"
@@ -117,8 +127,8 @@ def test_same_seed_same_program(task, seq_len, seed):
     program = made(task, seq_len, seed)
     assert program == made(task, seq_len, seed) == pickle.loads(pickle.dumps(program))
     assert hash(program) == hash(made(task, seq_len, seed))
-    assert programs.as_program(program) is program
-    again = programs.as_program((program.code, program.answer, program.metadata), task=task)
+    assert as_program(program) is program
+    again = as_program((program.code, program.answer, program.metadata), task=task)
     assert again == program
 
 
@@ -126,13 +136,13 @@ def test_same_seed_same_program(task, seq_len, seed):
 @given(seq_len=st.integers(0, 98), seed=seeds)
 def test_heuristics_answer_with_constants_that_stand_there(task, seq_len, seed):
     program = made(task, seq_len, seed)
-    texts, answers = programs.constants(program), programs.shallow_heuristics(program)
+    texts, answers = program_constants(program), shallow_heuristics(program)
     assert set(answers) == {"first_line", "last_line", "last_number", "most_frequent"}
     assert {a for a in answers.values() if a is not None} <= set(texts)
-    if (line := programs.answer_line(program)) is not None:
+    if (line := answer_line(program)) is not None:
         assert program.answer in program.lines[line - 1]
         assert program.answer not in {str(c) for c in re.findall(r"\w+", "\n".join(program.lines[: line - 1]))}
-    assert programs.answer_is_unique(program) == (texts.count(program.answer) < 2)
+    assert answer_is_unique(program) == (texts.count(program.answer) < 2)
 
 
 @tasks
@@ -151,7 +161,7 @@ def test_depth_of_updates_is_their_number(task):
 @tasks
 @pytest.mark.parametrize("seq_len", [0, -1, 100, 10**9, 2.0, "4", None])
 def test_lengths_that_cannot_be_made(task, seq_len):
-    with pytest.raises(programs.CannotMake, match=r"give a whole number from 1 to (26|99)"):
+    with pytest.raises(NoSuchProgram, match=r"give a whole number from 1 to (26|99)"):
         GENERATORS[task](seq_len, np.random.default_rng(0))
 
 
@@ -195,21 +205,21 @@ def test_answers_are_balanced():
     rng = np.random.default_rng(0)
     digits = Counter(make_variable_binding_program(8, rng).answer for _ in range(1000))
     assert len(digits) == 10 and chisquare(list(digits.values())).pvalue > 0.001
-    truths = Counter(programs.make_boolean_program(5, rng).answer for _ in range(600))
+    truths = Counter(make_boolean_program(5, rng).answer for _ in range(600))
     assert chisquare(list(truths.values())).pvalue > 0.001
 
 
 def test_references_prefer_deeper_variables():
     "Three variables of depth 1, 2, 3: drawn as 1 : 8 : 27."
     rng = np.random.default_rng(0)
-    counts = Counter(programs._pick_deep(rng, {"a": 1, "b": 2, "c": 3}) for _ in range(3600))
+    counts = Counter(generators._choose_by_depth(rng, {"a": 1, "b": 2, "c": 3}) for _ in range(3600))
     assert chisquare([counts[v] for v in "abc"], [100, 800, 2700]).pvalue > 0.001
 
 
 @given(seed=seeds, seq_len=st.integers(5, 26), depth=st.integers(1, 3))
 def test_filtered(seed, seq_len, depth):
     rng = np.random.default_rng(seed)
-    program = programs.draw(make_variable_binding_program, seq_len, rng, programs.beyond_shallow, depth=depth)
+    program = draw_program(make_variable_binding_program, seq_len, rng, resists_shallow_heuristics, depth=depth)
     first_two = "".join(re.findall(r"\d", "\n".join(program.lines[:2])))
     assert program.answer not in first_two and program.source.count(program.answer) == 1 and program.depth == depth
 
@@ -236,7 +246,7 @@ def test_counterfactual_of_every_task(task, seq_len, seed):
     program = made(task, seq_len, seed)
     try:
         base, other = make_counterfactual_pair(program, np.random.default_rng(seed))
-    except programs.NoCounterfactual:
+    except NoCounterfactual:
         root = program.text(program.chain[0].rhs)
         assert task in {"integer", "variable_increments", "range"} or not re.fullmatch(r"\d", root)
         return
@@ -265,8 +275,8 @@ def test_tokenizer_for_which_there_is_none():
     def lengthy(text, add_special_tokens=True):  # as many tokens as the digits add up to
         return {"input_ids": [1] * sum(map(int, re.findall(r"\d", text)))}
 
-    with pytest.raises(programs.NoCounterfactual, match="exactly one token"):
-        make_counterfactual_pair(programs.as_program(("a = 3\n#a:", 3)), np.random.default_rng(0), lengthy)
+    with pytest.raises(NoCounterfactual, match="exactly one token"):
+        make_counterfactual_pair(as_program(("a = 3\n#a:", 3)), np.random.default_rng(0), lengthy)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +289,7 @@ def smollm2_tokenizer():
 def test_counterfactual_in_smollm2s_tokens(smollm2_tokenizer):
     rng = np.random.default_rng(0)
     for i in range(200):
-        program = make_variable_binding_program(1 + i % 26, rng, query_style=sorted(programs.QUERY_STYLES)[i % 2])
+        program = make_variable_binding_program(1 + i % 26, rng, query_style=sorted(QUERY_STYLES)[i % 2])
         pair = make_counterfactual_pair(program, rng, smollm2_tokenizer)
         a, b = (smollm2_tokenizer(p.code, return_offsets_mapping=True) for p in pair)
         assert a["offset_mapping"] == b["offset_mapping"]
@@ -294,18 +304,16 @@ def test_counterfactual_in_smollm2s_tokens(smollm2_tokenizer):
 def test_a_wrong_answer_is_found_out(case, claim):
     program, _ = case
     if str(claim) == program.answer:
-        assert programs.as_program((program.code, claim)).answer == program.answer
+        assert as_program((program.code, claim)).answer == program.answer
     else:
-        with pytest.raises(
-            programs.ContradictoryProgram, match=rf"answers '{claim}', but running .* = '{program.answer}'"
-        ):
-            programs.as_program((program.code, claim))
+        with pytest.raises(ContradictoryProgram, match=rf"answers '{claim}', but running .* = '{program.answer}'"):
+            as_program((program.code, claim))
 
 
 @given(st.text(max_size=60), st.text(max_size=3), examples=200)
 def test_any_text_is_a_program_or_a_clear_error(code, answer):
     try:
-        assert programs.as_program((code, answer)).answer == answer
+        assert as_program((code, answer)).answer == answer
     except BadInput as error:
         assert "\n" not in str(error)
 
@@ -314,15 +322,15 @@ def test_any_text_is_a_program_or_a_clear_error(code, answer):
     "body", ["while True: pass", "for i in range(10**9): pass", "def f():\n    f()\nf()", "import os", "open('x')"]
 )
 def test_slips_end(body):
-    with pytest.raises(programs.ContradictoryProgram):
-        programs.as_program((f"x = 1\n{body}\n#x:", 1))
+    with pytest.raises(ContradictoryProgram):
+        as_program((f"x = 1\n{body}\n#x:", 1))
 
 
 def test_a_trace_function_survives():
     seen, before = [], sys.gettrace()
     sys.settrace(watch := lambda *args: seen.append(args[1]))
     try:
-        programs.chain("a = 1", "a")
+        find_binding_chain("a = 1", "a")
         assert sys.gettrace() is watch
     finally:
         sys.settrace(before)
@@ -332,13 +340,11 @@ def test_own_generators():
     def mine(seq_len, rng):
         return "\n".join(["x = 0", *["x += 2"] * seq_len, "#x:"]), 2 * seq_len, {"hint": "even"}
 
-    program = programs.draw(mine, 3, np.random.default_rng(0))
+    program = draw_program(mine, 3, np.random.default_rng(0))
     assert (program.task, program.answer, program.depth, program.metadata) == ("mine", "6", 4, {"hint": "even"})
-    assert programs.draw(partial(mine), 3, np.random.default_rng(0)).task == "mine"
-    with pytest.raises(programs.ContradictoryProgram, match="mine_too"):
-        programs.draw(
-            lambda seq_len, rng: programs.as_program(("x = 1\n#x:", 2), task="mine_too"), 3, np.random.default_rng(0)
-        )
+    assert draw_program(partial(mine), 3, np.random.default_rng(0)).task == "mine"
+    with pytest.raises(ContradictoryProgram, match="mine_too"):
+        draw_program(lambda seq_len, rng: as_program(("x = 1\n#x:", 2), task="mine_too"), 3, np.random.default_rng(0))
 
 
 # The search for seeds
@@ -356,9 +362,7 @@ def test_robust_programs_are_those_that_all_solve(start, batch_size):
         return [p.depth < 3 for p in batch]
 
     seeds = range(start, start + 50)
-    found = list(
-        programs.find_robust_programs(make_variable_binding_program, 6, [even, shallow], seeds, batch_size=batch_size)
-    )
+    found = list(find_robust_programs(make_variable_binding_program, 6, [even, shallow], seeds, batch_size=batch_size))
     every = [(s, make_variable_binding_program(6, np.random.default_rng(s))) for s in seeds]
     assert found == [(s, p) for s, p in every if int(p.answer) % 2 == 0 and p.depth < 3]
     assert all(int(p.answer) % 2 == 0 for p in asked)  # nobody is asked about what an earlier one got wrong
@@ -366,6 +370,6 @@ def test_robust_programs_are_those_that_all_solve(start, batch_size):
 
 def test_import_is_light():
     heavy = {"torch", "transformers", "nnsight", "pandas", "matplotlib", "papermill", "scipy"}
-    code = f"import codetrace.programs, sys; print(*{heavy} & set(sys.modules))"
+    code = f"import codetrace.tasks.programs, codetrace.tasks.generators, sys; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -16,17 +16,32 @@ from pathlib import Path
 import psutil
 import pytest
 
-from codetrace import fences, problems, sandbox
-from codetrace.errors import BadInput
-from codetrace.sandbox import Job, Limits, Pool, grade
+from codetrace.core.errors import BadInput
+from codetrace.sandbox import isolation, pool
+from codetrace.sandbox.pool import (
+    VERDICTS,
+    GradingJob,
+    NoSandbox,
+    SandboxLimits,
+    SandboxPool,
+    SandboxWorker,
+    Verdict,
+    WorkerLost,
+    choose_sandbox_tier,
+    grade,
+    why_tier_unavailable,
+)
+from codetrace.tasks.problems import load_problems
 
 HOME = Path(__file__).resolve().parents[1]
 SHARED = HOME.parent / "shared" / "data"
-QUICK = Limits(wall=2.0, patience=30.0)  # short for who loops or sleeps, long for who is kept waiting by other tests
+QUICK = SandboxLimits(
+    wall=2.0, patience=30.0
+)  # short for who loops or sleeps, long for who is kept waiting by other tests
 NOBODY = 65534
 
 
-def own_programs() -> list[tuple[Job, set[str]]]:
+def own_programs() -> list[tuple[GradingJob, set[str]]]:
     "Our own collection: jobs, and the verdicts that are acceptable for each."
     found = []
     for part in re.split(r"(?m)^(?=#: .* -> )", (HOME / "tests/data/hostile.txt").read_text()):
@@ -38,15 +53,17 @@ def own_programs() -> list[tuple[Job, set[str]]]:
         if code.startswith("#: tests: "):
             tests, _, code = code.removeprefix("#: tests: ").partition("\n")
         code = re.sub(r"@repeat (\d+)", lambda m: "x = " + "(" * int(m[1]) + ")" * int(m[1]), code)
-        found.append((Job(code, "g", tuple(tests.split("; ")), name=name), set(verdicts.split())))
+        found.append((GradingJob(code, "g", tuple(tests.split("; ")), name=name), set(verdicts.split())))
     return found
 
 
-def shared_programs() -> list[tuple[Job, set[str]]]:
+def shared_programs() -> list[tuple[GradingJob, set[str]]]:
     if not (SHARED / "hostile.jsonl").exists():
         pytest.skip("the shared programs are not on this machine")
     rows = map(json.loads, (SHARED / "hostile.jsonl").read_text().splitlines())
-    return [(Job(r["code"], r["entry_point"], tuple(r["tests"]), name=r["name"]), set(r["expected"])) for r in rows]
+    return [
+        (GradingJob(r["code"], r["entry_point"], tuple(r["tests"]), name=r["name"]), set(r["expected"])) for r in rows
+    ]
 
 
 def unacceptable(programs: list, verdicts: list) -> list[tuple]:
@@ -58,33 +75,33 @@ def orphans() -> list[psutil.Process]:
     "Processes that a sandbox has left behind."
     found = []
     for process in psutil.process_iter(["cmdline", "ppid", "status"]):
-        if any("from codetrace.keeper" in word for word in process.info["cmdline"] or []) and process.info["ppid"] == 1:
+        if any("from codetrace.sandbox.supervisor" in word for word in process.info["cmdline"] or []) and process.info["ppid"] == 1:
             found.append(process)
     return found
 
 
 @pytest.fixture(params=[1, 2])
 def tier(request) -> int:
-    if reason := sandbox.why_not(request.param):
+    if reason := why_tier_unavailable(request.param):
         pytest.skip(f"tier {request.param}: {reason}")
     return request.param
 
 
 def test_this_machine_can_grade():
-    assert sandbox.choose_tier() in (1, 2)
+    assert choose_sandbox_tier() in (1, 2)
 
 
 def test_the_collection_is_large_and_mixed():
     programs = own_programs()
     assert len(programs) >= 60 and len({job.name for job, _ in programs}) == len(programs)
     seen = set().union(*(expected for _, expected in programs))
-    assert seen == set(sandbox.VERDICTS) - {"runner_error"}
+    assert seen == set(VERDICTS) - {"runner_error"}
 
 
-def twice(programs: list, tier: int, limits: Limits):
+def twice(programs: list, tier: int, limits: SandboxLimits):
     "Grade all programs two times with the same workers; nothing may be left behind."
     jobs = [job for job, _ in programs]
-    with Pool(2, limits, tier) as pool:
+    with SandboxPool(2, limits, tier) as pool:
         workers = [pool.idle.get() for _ in range(2)]
         before = [len(psutil.Process(w.process.pid).children(recursive=True)) for w in workers]
         for worker in workers:
@@ -115,7 +132,7 @@ with Pool(2, Limits(**limits), tier) as pool:
 """
 
 
-def as_nobody(programs: list, tier: int, limits: Limits):
+def as_nobody(programs: list, tier: int, limits: SandboxLimits):
     "The same, started by a user without privileges."
     if os.getuid() != 0:
         pytest.skip("only root can become somebody else; the other tests ran as a plain user")
@@ -129,7 +146,7 @@ def as_nobody(programs: list, tier: int, limits: Limits):
         "/usr/bin/python3.11",
     ):
         try:
-            probe = [python, "-c", "import sys, codetrace.sandbox; sys.exit(sys.version_info < (3, 11))"]
+            probe = [python, "-c", "import sys, codetrace.sandbox.pool; sys.exit(sys.version_info < (3, 11))"]
             usable += [python] if subprocess.run(probe, **start, capture_output=True).returncode == 0 else []
         except OSError:
             pass
@@ -154,20 +171,20 @@ def test_users_without_privileges_can_grade(tier):
 @pytest.mark.slow
 def test_users_without_privileges_can_grade_everything(tier):
     as_nobody(own_programs(), tier, QUICK)
-    as_nobody(shared_programs(), tier, Limits())
+    as_nobody(shared_programs(), tier, SandboxLimits())
 
 
 @pytest.mark.slow
 def test_no_shared_program_is_misjudged(tier):
-    twice(shared_programs(), tier, Limits())
+    twice(shared_programs(), tier, SandboxLimits())
 
 
-def published() -> list[Job]:
+def published() -> list[GradingJob]:
     "All MBPP problems with their reference solutions."
     if not (SHARED / "mbpp.jsonl").exists():
         pytest.skip("MBPP is not on this machine")
-    asked = problems.load(str(SHARED / "mbpp.jsonl"))
-    return [Job(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in asked]
+    asked = load_problems(str(SHARED / "mbpp.jsonl"))
+    return [GradingJob(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in asked]
 
 
 def negated(test: str) -> str:
@@ -181,13 +198,13 @@ def negated(test: str) -> str:
 @pytest.mark.slow
 def test_references_pass_and_fail_their_negated_tests(tier):
     jobs = published()
-    limits = Limits(wall=60.0, cpu=60.0)  # one needs eight seconds where nothing else runs
+    limits = SandboxLimits(wall=60.0, cpu=60.0)  # one needs eight seconds where nothing else runs
     assert [
         (j.name, v.verdict, v.detail)
         for j, v in zip(jobs, grade(jobs, tier=tier, limits=limits))
         if v.verdict != "passed"
     ] == []
-    jobs = [Job(j.code, j.entry_point, tuple(map(negated, j.tests)), j.setup, j.name) for j in jobs]
+    jobs = [GradingJob(j.code, j.entry_point, tuple(map(negated, j.tests)), j.setup, j.name) for j in jobs]
     assert [j.name for j, v in zip(jobs, grade(jobs, tier=tier, limits=limits)) if v.verdict == "passed"] == []
 
 
@@ -195,7 +212,7 @@ def test_workers_and_order_change_nothing():
     programs = [p for p in own_programs() if "timeout" not in p[1]]
     jobs = [job for job, _ in programs]
     said = lambda verdicts: [(v.verdict, v.per_test) for v in verdicts]
-    slow = Limits(wall=60.0)  # nobody here is to run out of it
+    slow = SandboxLimits(wall=60.0)  # nobody here is to run out of it
     one = said(grade(jobs, workers=1, limits=slow))
     assert said(grade(jobs, workers=3, limits=slow)) == one
     assert said(grade(jobs[::-1], workers=2, limits=slow))[::-1] == one
@@ -205,9 +222,9 @@ RIGHT = "def f(x): return x + 1"
 
 
 def one(
-    code: str = RIGHT, *tests: str, setup: str = "", limits: Limits = QUICK, tier: int | None = None
-) -> sandbox.Verdict:
-    return grade([Job(code, "f", tests or ("assert f(1) == 2",), setup)], workers=1, limits=limits, tier=tier)[0]
+    code: str = RIGHT, *tests: str, setup: str = "", limits: SandboxLimits = QUICK, tier: int | None = None
+) -> Verdict:
+    return grade([GradingJob(code, "f", tests or ("assert f(1) == 2",), setup)], workers=1, limits=limits, tier=tier)[0]
 
 
 def test_each_assert_has_its_own_verdict():
@@ -253,9 +270,9 @@ def test_each_assert_has_its_own_verdict():
     ],
 )
 def test_a_test_that_is_none_passes_nobody(tier, test):
-    with Pool(1, Limits(wall=1.0), tier) as pool:
+    with SandboxPool(1, SandboxLimits(wall=1.0), tier) as pool:
         verdict, after = pool.grade(
-            [Job(RIGHT, "f", (test, "assert f(1) == 3")), Job(RIGHT, "f", ("assert f(1) == 2",))]
+            [GradingJob(RIGHT, "f", (test, "assert f(1) == 3")), GradingJob(RIGHT, "f", ("assert f(1) == 2",))]
         )
         assert verdict.verdict not in ("passed", "runner_error") and after.verdict == "passed" and pool.restarts == 0
 
@@ -307,11 +324,11 @@ def test_hashes_and_chance_repeat():
 
 
 def test_a_lost_worker_is_replaced():
-    with Pool(1, QUICK) as pool:
+    with SandboxPool(1, QUICK) as pool:
         worker = pool.idle.get()
         pool.idle.put(worker)
         os.kill(worker.process.pid, signal.SIGKILL)
-        verdicts = list(pool.grade([Job(RIGHT, "f", ("assert f(1) == 2",))] * 3))
+        verdicts = list(pool.grade([GradingJob(RIGHT, "f", ("assert f(1) == 2",))] * 3))
         assert [v.verdict for v in verdicts] == ["passed"] * 3 and pool.restarts == 1
 
 
@@ -345,13 +362,13 @@ def test_who_stops_the_asker_does_not_stop_the_judges(tier):
 
 
 def test_a_grader_that_cannot_work_gives_no_label(monkeypatch):
-    with Pool(1, QUICK) as pool:
-        monkeypatch.setattr(sandbox.Worker, "grade", lambda *_: (_ for _ in ()).throw(sandbox.WorkerLost("gone")))
-        assert [v.verdict for v in pool.grade([Job(RIGHT, "f", ("assert f(1) == 2",))])] == ["runner_error"]
+    with SandboxPool(1, QUICK) as pool:
+        monkeypatch.setattr(SandboxWorker, "grade", lambda *_: (_ for _ in ()).throw(WorkerLost("gone")))
+        assert [v.verdict for v in pool.grade([GradingJob(RIGHT, "f", ("assert f(1) == 2",))])] == ["runner_error"]
 
 
 def test_nothing_outlives_a_killed_grader(tier):
-    code = f"from codetrace.sandbox import *\ngrade([Job('while True: pass', 'f', ('assert f()',))] * 4, workers=2, tier={tier})"
+    code = f"from codetrace.sandbox.pool import *\ngrade([GradingJob('while True: pass', 'f', ('assert f()',))] * 4, workers=2, tier={tier})"
     host = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HOME)})
     family, end = [], time.monotonic() + 60
     while len(family) < 6 and time.monotonic() < end:
@@ -364,32 +381,32 @@ def test_nothing_outlives_a_killed_grader(tier):
 
 
 def test_without_a_sandbox_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    monkeypatch.setattr(fences, "landlock_abi", lambda: 4)
-    sandbox.why_not.cache_clear()
+    monkeypatch.setattr(pool.shutil, "which", lambda name: None)
+    monkeypatch.setattr(isolation, "landlock_abi", lambda: 4)
+    why_tier_unavailable.cache_clear()
     try:
-        with pytest.raises(sandbox.NoSandbox, match=r"apt-get install bubblewrap.*ABI 4 here, and 6 is needed"):
+        with pytest.raises(NoSandbox, match=r"apt-get install bubblewrap.*ABI 4 here, and 6 is needed"):
             one()
-        with pytest.raises(sandbox.NoSandbox, match="tier 2"):
+        with pytest.raises(NoSandbox, match="tier 2"):
             one(tier=2)
     finally:
-        sandbox.why_not.cache_clear()
+        why_tier_unavailable.cache_clear()
 
 
 def test_the_second_tier_is_never_taken_in_silence(monkeypatch, caplog):
-    if sandbox.why_not(2):
-        pytest.skip(sandbox.why_not(2))
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    sandbox.why_not.cache_clear()
+    if why_tier_unavailable(2):
+        pytest.skip(why_tier_unavailable(2))
+    monkeypatch.setattr(pool.shutil, "which", lambda name: None)
+    why_tier_unavailable.cache_clear()
     try:
-        assert sandbox.choose_tier() == 2 and "bubblewrap is not installed" in caplog.text
+        assert choose_sandbox_tier() == 2 and "bubblewrap is not installed" in caplog.text
     finally:
-        sandbox.why_not.cache_clear()
+        why_tier_unavailable.cache_clear()
 
 
 def test_a_job_without_tests_is_a_mistake():
     with pytest.raises(BadInput, match="no tests"):
-        grade([Job(RIGHT, "f", (), name="empty")])
+        grade([GradingJob(RIGHT, "f", (), name="empty")])
 
 
 def mutant(rng: random.Random, texts: list[str]) -> str:
@@ -426,8 +443,8 @@ def fuzz(n: int, tier: int, seed: int):
             if i % 2
             else (mutant(rng, asserts), mutant(rng, asserts), "assert g(2) == 6 == 5")
         )
-        jobs.append(Job(code, "g", tests, name=str(i)))
-    with Pool(2, Limits(wall=0.7, cpu=1.0), tier) as pool:
+        jobs.append(GradingJob(code, "g", tests, name=str(i)))
+    with SandboxPool(2, SandboxLimits(wall=0.7, cpu=1.0), tier) as pool:
         bad = [
             (j.name, v)
             for j, v in zip(jobs, pool.grade(jobs))

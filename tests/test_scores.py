@@ -7,8 +7,19 @@ from hypothesis import strategies as st
 from scipy import stats as sps
 from sklearn import metrics as skm
 
-from codetrace import scores
-from codetrace.errors import BadInput
+from codetrace.core.errors import BadInput
+from codetrace.core.metrics import (
+    auprc,
+    auroc,
+    auroc_interval,
+    balanced_accuracy,
+    brier_score,
+    calibration_error,
+    cluster_interval,
+    f1,
+    mcc,
+    metric_interval,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,24 +29,24 @@ def test_measures_are_scikit_learns(seed, n, levels):
     y, s, w = rng.random(n) < 0.5, rng.integers(0, levels, n) / 3, rng.integers(0, 4, (3, n))
     y[:2] = True, False
     w[:, :2] = 1
-    assert np.allclose(scores.auroc(y, s, w), [skm.roc_auc_score(y, s, sample_weight=v) for v in w])
-    assert np.allclose(scores.auprc(y, s, w), [skm.average_precision_score(y, s, sample_weight=v) for v in w])
+    assert np.allclose(auroc(y, s, w), [skm.roc_auc_score(y, s, sample_weight=v) for v in w])
+    assert np.allclose(auprc(y, s, w), [skm.average_precision_score(y, s, sample_weight=v) for v in w])
     called = s >= np.median(s)
-    assert np.allclose(scores.f1(y, called, w), [skm.f1_score(y, called, sample_weight=v) for v in w])
-    assert np.allclose(scores.mcc(y, called, w), [skm.matthews_corrcoef(y, called, sample_weight=v) for v in w])
+    assert np.allclose(f1(y, called, w), [skm.f1_score(y, called, sample_weight=v) for v in w])
+    assert np.allclose(mcc(y, called, w), [skm.matthews_corrcoef(y, called, sample_weight=v) for v in w])
     assert np.allclose(
-        scores.balanced_accuracy(y, called, w), [skm.balanced_accuracy_score(y, called, sample_weight=v) for v in w]
+        balanced_accuracy(y, called, w), [skm.balanced_accuracy_score(y, called, sample_weight=v) for v in w]
     )
     p = rng.random(n)
-    assert np.allclose(scores.brier(y, p, w), [skm.brier_score_loss(y, p, sample_weight=v) for v in w])
+    assert np.allclose(brier_score(y, p, w), [skm.brier_score_loss(y, p, sample_weight=v) for v in w])
 
 
 def test_weights_are_repetitions():
     rng = np.random.default_rng(0)
     y, s, w = rng.random(50) < 0.4, rng.normal(size=50).round(1), rng.integers(0, 4, 50)
-    for measure in (scores.auroc, scores.auprc, scores.brier, scores.calibration_error):
-        value = s if measure in (scores.auroc, scores.auprc) else sps.norm.cdf(s)
-        if measure is not scores.calibration_error:  # whose bins are those of the rows that were drawn from
+    for measure in (auroc, auprc, brier_score, calibration_error):
+        value = s if measure in (auroc, auprc) else sps.norm.cdf(s)
+        if measure is not calibration_error:  # whose bins are those of the rows that were drawn from
             assert np.isclose(measure(y, value, w), measure(np.repeat(y, w), np.repeat(value, w)))
 
 
@@ -43,15 +54,15 @@ def test_the_interval_is_scipys_bca():
     x = np.random.default_rng(1).exponential(size=40)
     expected = sps.bootstrap((x,), np.mean, n_resamples=20_000, rng=np.random.default_rng(2)).confidence_interval
     mean = lambda w: (w * x).sum(-1) / w.sum(-1)
-    value, low, high = scores.cluster_interval(mean, np.arange(40), n_resamples=20_000)
+    value, low, high = cluster_interval(mean, np.arange(40), n_resamples=20_000)
     assert value == pytest.approx(x.mean()) and np.allclose((low, high), expected, atol=0.012)
 
 
 def test_labels_and_scores_must_fit():
     with pytest.raises(BadInput, match="one of each a row"):
-        scores.auroc([0, 1, 1], [0.1, 0.2])
+        auroc([0, 1, 1], [0.1, 0.2])
     with pytest.raises(BadInput, match="NaN"):
-        scores.f1([0, 1], [np.nan, 1])
+        f1([0, 1], [np.nan, 1])
 
 
 def study(rng, tasks: int, samples: int):
@@ -71,14 +82,12 @@ def covered(tasks: int, samples: int, trials: int, seed: int) -> dict[str, float
     for _ in range(trials):
         label, score, task = study(rng, tasks, samples)
         other = rng.normal(size=len(task))
-        gap = lambda w, y=label, s=score, o=other: scores.auroc(y, s, w) - scores.auroc(y, o, w)
+        gap = lambda w, y=label, s=score, o=other: auroc(y, s, w) - auroc(y, o, w)
         ends = {
-            "auroc": scores.interval_of(scores.auroc, label, score, task, n_resamples=600),
-            "se": scores.auroc_interval(label, score, task),
-            "balanced accuracy": scores.interval_of(
-                scores.balanced_accuracy, label, score > 0.5, task, n_resamples=600
-            ),
-            "difference": scores.cluster_interval(gap, task, 600),
+            "auroc": metric_interval(auroc, label, score, task, n_resamples=600),
+            "se": auroc_interval(label, score, task),
+            "balanced accuracy": metric_interval(balanced_accuracy, label, score > 0.5, task, n_resamples=600),
+            "difference": cluster_interval(gap, task, 600),
         }
         for name, (_, low, high) in ends.items():
             hits[name] += low <= truth[name] <= high

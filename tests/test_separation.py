@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats as sps
 
-from codetrace.cards import chosen_level
-from codetrace.scores import auroc_interval
-from codetrace.separation import Active, largest_by_luck, search_active, shuffles, top
+from codetrace.core.metrics import auroc_interval
+from codetrace.sae.latent_cards import selection_adjusted_level
+from codetrace.sae.separation import ActiveLatents, null_of_maximum, search_active_latents, shuffle_labels, top_latents
 
 
 def activities(
@@ -18,7 +18,7 @@ def activities(
     usual: float,
     plant: tuple[int, int] | None,
     area: float = 0.75,
-) -> list[Active]:
+) -> list[ActiveLatents]:
     "What is active in each layer: latents that come and go with the task, and one planted with a known AUROC."
     found = []
     for layer in range(layers):
@@ -27,7 +27,7 @@ def activities(
         if plant and plant[0] == layer:
             on[:, plant[1]] = rng.random(len(label)) < np.where(label, area - 0.15, 0.85 - area)
         row, latent = on.nonzero()
-        found.append(Active(len(label), row, latent, rng.gamma(4, 0.25, len(row)), d_sae))
+        found.append(ActiveLatents(len(label), row, latent, rng.gamma(4, 0.25, len(row)), d_sae))
     return found
 
 
@@ -42,11 +42,11 @@ def planted(seed: int, layers: int, d_sae: int, tasks: int = 100, samples: int =
     label, task = labels(rng, tasks, samples)
     where = int(rng.integers(layers)), int(rng.integers(d_sae))
     active = activities(rng, label, task, layers, d_sae, 0.01, where)
-    result = search_active(lambda layer: active[layer], range(layers), label, task, n_shuffles=200, seed=seed)
-    best = top(result.table, 1).sort_values("score").iloc[-1]
+    result = search_active_latents(lambda layer: active[layer], range(layers), label, task, n_shuffles=200, seed=seed)
+    best = top_latents(result.table, 1).sort_values("score").iloc[-1]
     column = active[where[0]].column(where[1])
     _, low, high = auroc_interval(label, column, task)
-    _, wide_low, wide_high = auroc_interval(label, column, task, chosen_level(10, len(result.table)))
+    _, wide_low, wide_high = auroc_interval(label, column, task, selection_adjusted_level(10, len(result.table)))
     first = (best["layer"], best["latent"]) == where and best["predicts"] == "correct"
     return {
         "first": first,
@@ -78,9 +78,9 @@ def smallest_p(seed: int, layers: int, d_sae: int, n_shuffles: int) -> float:
     rng = np.random.default_rng(seed)
     label, task = labels(rng, 40, 4)
     active = activities(rng, label, task, layers, d_sae, 0.05, None)
-    label = shuffles(label, task, 1, seed + 10_000)[0]
+    label = shuffle_labels(label, task, 1, seed + 10_000)[0]
     return (
-        search_active(lambda layer: active[layer], range(layers), label, task, n_shuffles=n_shuffles, seed=seed)
+        search_active_latents(lambda layer: active[layer], range(layers), label, task, n_shuffles=n_shuffles, seed=seed)
         .table["luck_p"]
         .min()
     )
@@ -113,12 +113,15 @@ def test_shuffling_between_tasks_would_claim_too_much():
             rng.random((180, 40)) < np.where(easy[:, None], 0.6, 0.3)[task]
         )  # sees how easy the task is, not whether it was solved
         row, latent = on.nonzero()
-        active = Active(180, row, latent, np.ones(len(row)), 40)
+        active = ActiveLatents(180, row, latent, np.ones(len(row)), 40)
         claimed["within"] += (
-            search_active(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table["luck_p"].min() <= 0.05
+            search_active_latents(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table["luck_p"].min()
+            <= 0.05
         )
         claimed["freely"] += (
-            search_active(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99).table["luck_p"].min()
+            search_active_latents(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99)
+            .table["luck_p"]
+            .min()
             <= 0.05
         )
     assert claimed["within"] <= 5 and claimed["freely"] >= 20, claimed
@@ -128,6 +131,6 @@ def test_the_null_is_what_a_loop_gives():
     rng = np.random.default_rng(0)
     label, task = labels(rng, 30, 3)
     active = activities(rng, label, task, 1, 200, 0.1, None)[0]
-    on, shuffled = active.matrix().toarray().T, shuffles(label, task, 50)
+    on, shuffled = active.matrix().toarray().T, shuffle_labels(label, task, 50)
     slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled]
-    assert np.allclose(largest_by_luck(active, shuffled, block=7), slow, atol=1e-6)
+    assert np.allclose(null_of_maximum(active, shuffled, block=7), slow, atol=1e-6)

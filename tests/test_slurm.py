@@ -15,7 +15,7 @@ import psutil
 import pytest
 from shards import Place, note, wait_for
 
-from codetrace.store import read_records
+from codetrace.core.records import read_records
 
 SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "slurm-up.sh"
 pytestmark = pytest.mark.slow

@@ -11,9 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codetrace import difficulty, problems, runs, splits
-from codetrace.problems import Problem, load
-from codetrace.splits import SHARES, divide, groups, near_duplicates, sizes, split, write_splits
+from codetrace.core.errors import BadInput
+from codetrace.runs.execute import execute_phase
+from codetrace.runs.manifest import NoInputRun
+from codetrace.runs.phases import notebook_parameters, phase_notebooks, shorthand_parameters
+from codetrace.tasks import near_duplicates
+from codetrace.tasks.difficulty import DIFFICULTY_MEASURES, cyclomatic_complexity, nesting_depth
+from codetrace.tasks.near_duplicates import find_near_duplicates, near_duplicate_groups
+from codetrace.tasks.problem_splits import (
+    SPLIT_SHARES,
+    assign_splits,
+    split_balance,
+    split_problems,
+    split_sizes,
+    write_splits,
+)
+from codetrace.tasks.problems import Problem, load_problems
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared" / "data" / "mbpp.jsonl"
@@ -22,18 +35,18 @@ needs_mbpp = pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file
 
 @given(n=st.integers(10, 5000))
 def test_sizes_add_up(n):
-    found = sizes(n)
-    assert sum(found.values()) == n and list(found) == list(SHARES)
-    assert all(abs(found[name] - n * share) < 1 and found[name] > 0 for name, share in SHARES.items())
+    found = split_sizes(n)
+    assert sum(found.values()) == n and list(found) == list(SPLIT_SHARES)
+    assert all(abs(found[name] - n * share) < 1 and found[name] > 0 for name, share in SPLIT_SHARES.items())
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(10, 5000), kinds=st.integers(1, 400), seed=st.integers(0, 2**31))
 def test_every_problem_is_in_one_split(n, kinds, seed):
     hardness = np.random.default_rng(seed).integers(0, kinds, n)
-    found = divide(hardness, seed=seed)
-    assert len(found) == n and Counter(found) == sizes(n)
-    assert found == divide(hardness, seed=seed)
+    found = assign_splits(hardness, seed=seed)
+    assert len(found) == n and Counter(found) == split_sizes(n)
+    assert found == assign_splits(hardness, seed=seed)
 
 
 @settings(max_examples=100, deadline=None)
@@ -47,20 +60,20 @@ def test_groups_stay_together(n, seed, grouped, largest):
         at += size
     member = member[rng.permutation(n)]
     try:
-        found = divide(rng.integers(1, 9, n), member, seed)
-    except problems.BadInput as error:
+        found = assign_splits(rng.integers(1, 9, n), member, seed)
+    except BadInput as error:
         assert "nothing is left for" in str(error) and Counter(member).most_common(1)[0][1] > 1 and n < 60
         return
-    assert len(found) == n and set(found) == set(SHARES)
+    assert len(found) == n and set(found) == set(SPLIT_SHARES)
     assert all(len({found[i] for i in np.flatnonzero(member == g)}) == 1 for g in set(member))
     over = max(Counter(member).values())
-    assert all(abs(Counter(found)[name] - size) <= over for name, size in sizes(n).items())
+    assert all(abs(Counter(found)[name] - size) <= over for name, size in split_sizes(n).items())
 
 
 def test_ten_neighbours_in_difficulty_are_divided_as_the_whole():
     for seed in range(20):
         hardness = np.random.default_rng(seed).permutation(500)
-        found = np.array(divide(hardness, seed=seed))[np.argsort(hardness)]
+        found = np.array(assign_splits(hardness, seed=seed))[np.argsort(hardness)]
         for at in range(0, 500, 10):
             assert Counter(found[at : at + 10]) == {"sae": 5, "hyperparams": 1, "validation": 4}
 
@@ -68,7 +81,7 @@ def test_ten_neighbours_in_difficulty_are_divided_as_the_whole():
 def test_chance_decides_where_a_problem_goes():
     "Over 1,000 seeds each of 40 problems is in `sae` half of the time, and a group of three as often as its share."
     member = np.array([0, 0, 0, *range(1, 38)])
-    drawn = np.array([divide(range(40), member, seed) for seed in range(1000)])
+    drawn = np.array([assign_splits(range(40), member, seed) for seed in range(1000)])
     share = (drawn == "sae").mean(axis=0)
     assert abs(share[3:].mean() - 0.5) < 0.02 and np.abs(share - 0.5).max() < 0.09
     assert np.abs((drawn == "validation").mean(axis=0) - 0.4).max() < 0.09
@@ -80,7 +93,7 @@ def made(number: int, text: str, code: str) -> Problem:
 
 
 def test_what_is_a_near_duplicate():
-    found = near_duplicates(
+    found = find_near_duplicates(
         [
             made(0, "Sum the list.", "def a(x):\n    'Sum.'\n    return sum(x)  # sum"),
             made(1, "Add everything up, please.", "def b(x):\n    return sum(x)"),
@@ -96,25 +109,29 @@ def test_what_is_a_near_duplicate():
         (2, 4): "description",
         (3, 4): "description",
     }
-    assert list(groups(6, found)) == [0, 0, 1, 1, 1, 2]
+    assert list(near_duplicate_groups(6, found)) == [0, 0, 1, 1, 1, 2]
 
 
 def test_a_name_that_everybody_uses_says_nothing():
     many = [
         made(i, f"Return the number {i} and nothing else of it.", f"def solve(x):\n    return {i}") for i in range(40)
     ]
-    assert set(near_duplicates(many, 0.99)["why"]) <= {"description"}
+    assert set(find_near_duplicates(many, 0.99)["why"]) <= {"description"}
 
 
 @needs_mbpp
 def test_no_near_duplicate_of_mbpp_is_missed():
     "MinHash may miss a pair; counted exactly over all 474,000 pairs, it misses none."
-    found = load(str(MBPP))
-    pairs = near_duplicates(found)
-    texts = [splits._word_pairs(p.text) for p in found]
-    near = {(a, b) for a, b in combinations(range(len(found)), 2) if splits._overlap(texts[a], texts[b]) >= 0.75}
+    found = load_problems(str(MBPP))
+    pairs = find_near_duplicates(found)
+    texts = [near_duplicates._word_pairs(p.text) for p in found]
+    near = {
+        (a, b)
+        for a, b in combinations(range(len(found)), 2)
+        if near_duplicates._jaccard_overlap(texts[a], texts[b]) >= 0.75
+    }
     assert len(near) > 100 and near <= set(zip(pairs["first"], pairs["second"]))
-    member = groups(len(found), pairs)
+    member = near_duplicate_groups(len(found), pairs)
     ids = {p.task_id: i for i, p in enumerate(found)}
     assert member[ids["872"]] == member[ids["216"]] and member[ids["82"]] == member[ids["312"]]
     assert 150 < sum(Counter(member)[g] > 1 for g in member) < 250 and max(Counter(member).values()) < 15
@@ -122,24 +139,24 @@ def test_no_near_duplicate_of_mbpp_is_missed():
 
 @needs_mbpp
 def test_mbpp_is_divided_evenly():
-    table, _ = split(load(str(MBPP)))
+    table, _ = split_problems(load_problems(str(MBPP)))
     assert table["split"].value_counts().to_dict() == {"sae": 487, "validation": 390, "hyperparams": 97}
-    even = splits.evenness(table)
+    even = split_balance(table)
     assert ((even["low"] <= even["target"]) & (even["target"] <= even["high"])).mean() > 0.9
     assert (table.groupby("group")["split"].nunique() == 1).all()
 
 
 @pytest.mark.parametrize("name", ["basics", "humaneval"])
 def test_files_hold_whole_problems(name, tmp_path):
-    everything = load(name)
-    table, pairs = split(everything)
+    everything = load_problems(name)
+    table, pairs = split_problems(everything)
     paths = write_splits(table, tmp_path, name)
     assert [p.name for p in paths] == [
         f"sae_{name}.parquet",
         f"hyperparams_{name}.parquet",
         f"validation_{name}.parquet",
     ]
-    read = [load(str(path)) for path in paths]
+    read = [load_problems(str(path)) for path in paths]
     assert sorted(p.task_id for part in read for p in part) == sorted(p.task_id for p in everything)
     by_id = {p.task_id: p for p in everything}
     assert all(p == by_id[p.task_id] for part in read for p in part)
@@ -153,22 +170,22 @@ def test_long_chains_of_elif_are_read():
     chain = "def f(x):\n    if x == 0:\n        return 0\n" + "".join(
         f"    elif x == {i}:\n        return {i}\n" for i in range(1, 60)
     )
-    assert difficulty.nesting(chain) == 1 and difficulty.complexity(chain) == 61
+    assert nesting_depth(chain) == 1 and cyclomatic_complexity(chain) == 61
 
 
-@pytest.mark.parametrize("measure", difficulty.MEASURES)
+@pytest.mark.parametrize("measure", DIFFICULTY_MEASURES)
 def test_any_measure_can_stratify(measure):
-    table, _ = split(load("humaneval", 60), by=measure)
-    assert table["split"].value_counts().to_dict() == sizes(60)
+    table, _ = split_problems(load_problems("humaneval", 60), by=measure)
+    assert table["split"].value_counts().to_dict() == split_sizes(60)
 
 
 def test_mistakes_are_said():
-    with pytest.raises(problems.BadInput, match="did you mean 'lines'"):
-        split(load(limit=20), by="line")
-    with pytest.raises(problems.BadInput, match="similarity must be above 0"):
-        split(load(limit=20), similarity=75)
-    with pytest.raises(problems.BadInput, match="at least 10 are needed"):
-        split(load(limit=9))
+    with pytest.raises(BadInput, match="did you mean 'lines'"):
+        split_problems(load_problems(limit=20), by="line")
+    with pytest.raises(BadInput, match="similarity must be above 0"):
+        split_problems(load_problems(limit=20), similarity=75)
+    with pytest.raises(BadInput, match="at least 10 are needed"):
+        split_problems(load_problems(limit=9))
 
 
 @pytest.fixture
@@ -180,29 +197,29 @@ def root(tmp_path, monkeypatch) -> Path:
 
 def test_phases_in_batch(root):
     "Phase 0, then 0.1 that checks against it; the other problem set finds no run to check against."
-    done = runs.execute("0", {"problems": "basics", "num_problems": 40}, show_progress=False)
+    done = execute_phase("0", {"problems": "basics", "num_problems": 40}, show_progress=False)
     assert done["phase"] == "difficulty" and "40 of 40 references pass" in done["headline"]
     assert {"difficulty_basics.parquet", "difficulty.png", "summary.json"} <= set(done["outputs"])
     given = {"problems": "basics", "num_problems": 40, "input": "0"}
-    done = runs.execute("0.1", given, show_progress=False)
+    done = execute_phase("0.1", given, show_progress=False)
     folder = Path(done["folder"])
     assert done["status"] == "complete" and done["inputs"][0]["phase"] == "difficulty"
     said = json.loads((folder / "split_metadata.json").read_text())
     assert said["split_sizes"] == {"sae": 20, "hyperparams": 4, "validation": 16} and said["total_problems"] == 40
-    read = {part: [p.task_id for p in load(str(folder / f"{part}_basics.parquet"))] for part in SHARES}
+    read = {part: [p.task_id for p in load_problems(str(folder / f"{part}_basics.parquet"))] for part in SPLIT_SHARES}
     assert read == said["task_ids"] and done["problems"]["n"] == 40
-    with pytest.raises(runs.NoInput, match="codetrace run difficulty --problems humaneval"):
-        runs.execute("splits", {"problems": "humaneval", "input": "difficulty"}, show_progress=False)
+    with pytest.raises(NoInputRun, match="codetrace run difficulty --problems humaneval"):
+        execute_phase("splits", {"problems": "humaneval", "input": "difficulty"}, show_progress=False)
 
 
 @pytest.mark.slow
 @needs_mbpp
 @pytest.mark.parametrize("name", ["basics", "humaneval", str(MBPP)])
 def test_phases_on_whole_sets(name, root):
-    n = len(load(name))
-    done = runs.execute("0", {"problems": name}, show_progress=False)
+    n = len(load_problems(name))
+    done = execute_phase("0", {"problems": name}, show_progress=False)
     assert f"{n} of {n} references pass" in done["headline"]
-    done = runs.execute("0.1", {"problems": name, "input": "difficulty"}, show_progress=False)
+    done = execute_phase("0.1", {"problems": name, "input": "difficulty"}, show_progress=False)
     assert sum(json.loads((Path(done["folder"]) / "split_metadata.json").read_text())["split_sizes"].values()) == n
 
 
@@ -213,5 +230,5 @@ def test_phases_go_by_number_too():
 
     said = {name: CliRunner().invoke(app, ["phases", name]).stdout for name in ("0", "difficulty", "0.1", "splits")}
     assert said["0"] == said["difficulty"] != said["0.1"] == said["splits"] and "stratify_by" in said["splits"]
-    declared = runs.parameters_of(runs.notebooks()["splits"])
-    assert runs.shorthands(declared, problems="humaneval", n=20) == {"problems": "humaneval", "num_problems": 20}
+    declared = notebook_parameters(phase_notebooks()["splits"])
+    assert shorthand_parameters(declared, problems="humaneval", n=20) == {"problems": "humaneval", "num_problems": 20}

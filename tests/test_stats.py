@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as sps
 
-from codetrace.stats import benjamini_hochberg, bootstrap_interval, mcnemar_exact, sign_flip_p, wilson
+from codetrace.core.stats import benjamini_hochberg, bootstrap_interval, mcnemar_exact, sign_flip_p, wilson
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,12 +14,39 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from codetrace import decided, generation, runs, sandbox, steering, trials, tuning
-from codetrace.dictionary import hook_name
-from codetrace.effects import paired
-from codetrace.frozen import NotFrozen, frozen
-from codetrace.latents import search_all
-from codetrace.vectors import gate_of, push
+from codetrace.phases import steering, tuning
+from codetrace.phases.steering import choice_directions, matched_null_rows, setting_effects_table, steering_settings
+from codetrace.phases.tuning import choose_and_freeze, study_from_runs
+from codetrace.planted.steering import (
+    PLANTED_CAUSE,
+    causal_direction,
+    draw_planted_problems,
+    letter_imbalance,
+    load_steering_model,
+    make_steering_study,
+    planted_sae,
+    save_steering_study,
+)
+from codetrace.runs import run as runs_run
+from codetrace.runs.manifest import all_runs, find_run, newest_run, shard_range
+from codetrace.runs.phases import notebook_parameters
+from codetrace.runs.run import open_run
+from codetrace.sae.dataset import load_labelled_activations, search_all_positions
+from codetrace.sae.sae import hook_name
+from codetrace.sandbox.pool import SandboxPool
+from codetrace.steering.directions import Gate, latent_gate, make_push
+from codetrace.steering.freeze import NotFrozen, read_frozen_choice
+from codetrace.steering.outcomes import pair_with_baseline, steering_sentence
+from codetrace.steering.sweep import (
+    BASELINE_SETTING,
+    SteeringSetting,
+    combine_setting_shards,
+    gate_open_at_prompt,
+    gated_push_rows,
+    measure_answers,
+    sweep_settings,
+)
+from codetrace.tasks.solving import finish_samples, generate_samples, plan_samples
 
 HOME = Path(__file__).resolve().parents[1]
 MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"
@@ -39,8 +66,8 @@ class Told:
 
 @pytest.fixture
 def told(monkeypatch):
-    spy = Told(sandbox.Pool.submit)
-    monkeypatch.setattr(sandbox.Pool, "submit", lambda pool, job: spy.submit(pool, job))
+    spy = Told(SandboxPool.submit)
+    monkeypatch.setattr(SandboxPool, "submit", lambda pool, job: spy.submit(pool, job))
     return spy
 
 
@@ -48,24 +75,24 @@ def told(monkeypatch):
 def answers(tmp_path_factory):
     "The model's own answers to all sixty tasks, with states."
     folder = tmp_path_factory.mktemp("answers")
-    items = generation.work(decided.made_problems())
-    generation.generate(decided.load(), items, folder, max_new_tokens=8, slots=16, workers=1)
-    generation.finish(folder, items)
+    items = plan_samples(draw_planted_problems())
+    generate_samples(load_steering_model(), items, folder, max_new_tokens=8, slots=16, workers=1)
+    finish_samples(folder, items)
     return folder
 
 
 def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     "Runs of phases 0.1, 1.0, 1.5 and 2; labels of one split may be flipped. The id of 1.0."
-    made = decided.made_problems()
+    made = draw_planted_problems()
     problems = root / "words.jsonl"
     problems.write_text("".join(json.dumps(p.row()) + "\n" for p in made))
     split = {name: [p.task_id for p in made[cut]] for name, cut in CUTS.items()}
-    run = runs.open_run("splits", {"problems": str(problems)}, "made up", root=root)
+    run = open_run("splits", {"problems": str(problems)}, "made up", root=root)
     run.write_json("split_metadata.json", {"task_ids": split})
     run.finish()
     given = {"model": "decided", "problems": str(problems), "split": "all", "temperature": [0.0], "samples": 1}
     given |= {"prompt": "pva", "max_new_tokens": 8, "dtype": "auto"}
-    run = runs.open_run("generation", given, "made up", root=root)
+    run = open_run("generation", given, "made up", root=root)
     table = pd.read_parquet(answers / "samples.parquet")
     own = table["task_id"].isin(split.get(flipped, []))
     table["passed"] ^= own
@@ -73,22 +100,22 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     (run.folder / "activations").symlink_to(answers / "activations")
     run.finish()
     generated = run.folder.name
-    run = runs.open_run("saes", {"model": "decided"}, "made up", root=root)
+    run = open_run("saes", {"model": "decided"}, "made up", root=root)
     for layer in range(3):
-        decided.dictionary(layer).save(run.folder / f"layer_{layer}")
+        planted_sae(layer).save(run.folder / f"layer_{layer}")
     run.write_json(
         "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": "decided"} for layer in range(3)}
     )
     run.finish()
-    run = runs.open_run("latents", {"input": generated}, "made up", root=root)
+    run = open_run("latents", {"input": generated}, "made up", root=root)
     labels = table.assign(
         label=table["passed"], split=table["task_id"].map({t: s for s, ids in split.items() for t in ids})
     )
     rows = labels[labels["split"] == "sae"].reset_index(names="row")
-    evidence = tuning.evidence_of(
-        tuning.activations.States(runs.find(generated, root)["folder"]), runs.newest("saes", root)["folder"], rows
+    evidence = load_labelled_activations(
+        tuning.activations.States(find_run(generated, root)["folder"]), newest_run("saes", root)["folder"], rows
     )
-    search_all(evidence, n_shuffles=50)[0].to_parquet(run.folder / "scores.parquet", index=False)
+    search_all_positions(evidence, n_shuffles=50)[0].to_parquet(run.folder / "scores.parquet", index=False)
     run.finish()
     return generated
 
@@ -96,17 +123,17 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
 @pytest.fixture
 def tuned(tmp_path, answers, monkeypatch):
     "Chooses from such runs; gives the hash of the choice, and its folder."
-    monkeypatch.setattr(tuning, "load_model", lambda *_, **__: decided.load())
+    monkeypatch.setattr(tuning, "load_model", lambda *_, **__: load_steering_model())
 
     def choose(name: str, flipped: str = "") -> tuple[str, Path]:
         root = tmp_path / name
         root.mkdir()
         monkeypatch.setenv("CODETRACE_RUNS", str(root))
         generated = on_disk(root, answers, flipped)
-        study, pool, _ = tuning.study_of(Path(runs.find(generated, root)["folder"]))
+        study, pool, _ = study_from_runs(Path(find_run(generated, root)["folder"]))
         tasks = study.problems["hyperparams"]
-        given = runs.find(generated, root)["parameters"]["problems"]
-        digest = tuning.settle(
+        given = find_run(generated, root)["parameters"]["problems"]
+        digest = choose_and_freeze(
             study, pool, root / "choice", tasks, 3, strengths=(-0.6, 0.6), refine=1, slots=16, problems="words"
         )[2]
         assert given.endswith("words.jsonl")
@@ -118,7 +145,7 @@ def tuned(tmp_path, answers, monkeypatch):
 def test_nothing_of_the_validation_split_is_read_before_the_choice(tuned, told):
     "No validation task is answered, and validation labels may be anything: the choice is the same."
     digest, _ = tuned("plain")
-    judging = {p.task_id for p in decided.made_problems()[CUTS["validation"]]}
+    judging = {p.task_id for p in draw_planted_problems()[CUTS["validation"]]}
     assert told.judged and not judging & set(told.judged)
     assert tuned("validation flipped", "validation")[0] == digest
 
@@ -147,7 +174,7 @@ def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_p
     def never(*_, **__):
         raise AssertionError("problems were read before the choice")
 
-    monkeypatch.setattr(runs, "start", lambda *_: Started())
+    monkeypatch.setattr(runs_run, "start_run", lambda *_: Started())
     scope = dict(vars(steering)) | runs_defaults("27_steering.ipynb")
     scope["judged_on"] = never
     with pytest.raises(NotFrozen, match="holds no choice"):
@@ -156,16 +183,16 @@ def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_p
 
 
 def runs_defaults(notebook: str) -> dict:
-    return {name: p.default for name, p in runs.parameters_of(HOME / "nbs" / notebook).items()}
+    return {name: p.default for name, p in notebook_parameters(HOME / "nbs" / notebook).items()}
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     "The whole of it: chosen on 24 tasks, judged on 36."
     folder = tmp_path_factory.mktemp("judged")
-    study = decided.made_study(120)
-    pool, _ = search_all(study.choosing.only(study.choosing.rows["split"] == "sae"), n_shuffles=50)
-    tuning.settle(
+    study = make_steering_study(120)
+    pool, _ = search_all_positions(study.choosing.only(study.choosing.rows["split"] == "sae"), n_shuffles=50)
+    choose_and_freeze(
         study,
         pool,
         folder / "choice",
@@ -175,11 +202,11 @@ def judged(tmp_path_factory):
         slots=16,
         problems="decided",
     )
-    choice, vectors, _ = frozen(folder / "choice")
-    plan = steering.settings_of(choice, vectors, np.array(choice["norms"]), temperatures=(0.8,), samples=1)
+    choice, vectors, _ = read_frozen_choice(folder / "choice")
+    plan = steering_settings(choice, vectors, np.array(choice["norms"]), temperatures=(0.8,), samples=1)
     tasks = study.problems["validation"]
-    table = trials.write(study.lm, tasks, plan, folder / "written", max_new_tokens=8, slots=16, workers=1)
-    table = trials.measured(study.lm, table, plan)
+    table = sweep_settings(study.lm, tasks, plan, folder / "written", max_new_tokens=8, slots=16, workers=1)
+    table = measure_answers(study.lm, table, plan)
     table["goal"] = table["goal"].fillna("")
     return study, choice, vectors, plan, tasks, table, folder
 
@@ -189,12 +216,12 @@ def test_the_sign_and_the_layer_are_found(judged):
     for goal, sign in (("correct", 1), ("corrupt", -1)):
         g = choice["goals"][goal]
         assert g["better"] and g["net"] * sign > 0
-        assert choice["directions"][g["direction"]]["layer"] == decided.CAUSE["layer"]
-        assert sign * g["alpha"] * float(vectors["directions"][g["direction"]] @ decided.cause()) > 0.1
+        assert choice["directions"][g["direction"]]["layer"] == PLANTED_CAUSE["layer"]
+        assert sign * g["alpha"] * float(vectors["directions"][g["direction"]] @ causal_direction()) > 0.1
 
 
 def test_the_push_works_and_its_controls_do_not(judged):
-    found = steering.findings(judged[5])
+    found = setting_effects_table(judged[5])
     ours = found[(found["role"] == "chosen") & (found["goal"] != "")].set_index("goal")
     assert (
         ours.loc["correct", "p"] < 0.05
@@ -214,45 +241,45 @@ def test_the_push_works_and_its_controls_do_not(judged):
 def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_path):
     "Words of hardly any mood: Gaussian directions have a part along the cause that turns them, and no verdict makes a finding of that."
     study, _, _, plan, *_ = judged
-    tasks = [p for p in decided.made_problems(60, least=1) if abs(decided.mood(p)) == 1]
+    tasks = [p for p in draw_planted_problems(60, least=1) if abs(letter_imbalance(p)) == 1]
     some = [plan[0], *(s for s in plan if s.role == "null" and s.push)]
-    table = trials.write(study.lm, tasks, some, tmp_path, max_new_tokens=8, slots=16, workers=1)
-    found = steering.findings(table.assign(goal=""))
+    table = sweep_settings(study.lm, tasks, some, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    found = setting_effects_table(table.assign(goal=""))
     by_kind = found[found["role"] == "null"].groupby("kind")["p"].min()
     assert by_kind["gaussian"] < 0.05 < by_kind["random latent"], by_kind  # alone, one of them would count as a cause
     worst = found[found["kind"] == "gaussian"].sort_values("p").iloc[0]
-    others = steering.null_of(found, worst)
+    others = matched_null_rows(found, worst)
     others = others[others["setting"] != worst["setting"]]["net"].tolist()
-    assert "no more than any direction does" in steering.in_words(worst, "The push", others)
+    assert "no more than any direction does" in steering_sentence(worst, "The push", others)
 
 
 def test_the_gate_opens_where_it_should(judged, tmp_path):
     "A latent that foretells wrong answers, asked at each token: pushed where it is active, and nowhere else."
     study, choice, vectors, *_, tasks, _, _ = judged
     goal = choice["goals"]["correct"]
-    d = steering.directions_in(choice, vectors)[0][goal["direction"]]
-    gate = gate_of(decided.dictionary(0), decided.CAUSE["latents"]["incorrect"], 0)
-    always, gated = (push(d, goal["alpha"], np.array(choice["norms"]), "generated", g) for g in (None, gate))
-    plan = [trials.BASELINE, trials.Setting("always", "chosen", always), trials.Setting("gated", "selective", gated)]
-    table = trials.write(study.lm, tasks, plan, tmp_path, max_new_tokens=8, slots=16, workers=1)
-    table = trials.measured(study.lm, table, plan).assign(goal="")
+    d = choice_directions(choice, vectors)[0][goal["direction"]]
+    gate = latent_gate(planted_sae(0), PLANTED_CAUSE["latents"]["incorrect"], 0)
+    always, gated = (make_push(d, goal["alpha"], np.array(choice["norms"]), "generated", g) for g in (None, gate))
+    plan = [BASELINE_SETTING, SteeringSetting("always", "chosen", always), SteeringSetting("gated", "selective", gated)]
+    table = sweep_settings(study.lm, tasks, plan, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    table = measure_answers(study.lm, table, plan).assign(goal="")
     own = table[table["setting"] == 2]
-    bad = own["task_id"].map({p.task_id: decided.mood(p) for p in tasks}) < 0
+    bad = own["task_id"].map({p.task_id: letter_imbalance(p) for p in tasks}) < 0
     assert own.loc[bad, "fired"].mean() > 0.6 and own.loc[~bad, "fired"].mean() < 0.2
-    rates = steering.findings(table).set_index("setting")
+    rates = setting_effects_table(table).set_index("setting")
     assert rates.loc[2, "corrected"] == rates.loc[1, "corrected"] > 0.6 * rates.loc[2, "wrong"]
     assert rates.loc[2, "corrupted"] == 0
 
 
 def test_a_gate_at_the_prompt_opens_where_it_should(judged):
     study, _, _, plan, tasks, table, _ = judged
-    gate = trials.Gate(0, -decided.cause(), 0.0, 0.0)
-    opened = trials.opens_at(study.lm, gate, tasks)
-    assert opened == {p.task_id: decided.mood(p) < 0 for p in tasks}
+    gate = Gate(0, -causal_direction(), 0.0, 0.0)
+    opened = gate_open_at_prompt(study.lm, gate, tasks)
+    assert opened == {p.task_id: letter_imbalance(p) < 0 for p in tasks}
     down = next(i for i, s in enumerate(plan) if s.about.get("goal") == "correct" and s.role == "chosen")
-    mixed = pd.concat([table, trials.selected(table, down, opened, len(plan))], ignore_index=True)
-    row = steering.findings(mixed).set_index("setting").loc[len(plan)]
-    constant = steering.findings(table).set_index("setting").loc[down]
+    mixed = pd.concat([table, gated_push_rows(table, down, opened, len(plan))], ignore_index=True)
+    row = setting_effects_table(mixed).set_index("setting").loc[len(plan)]
+    constant = setting_effects_table(table).set_index("setting").loc[down]
     assert (row["corrected"], row["corrupted"]) == (constant["corrected"], 0)
 
 
@@ -261,15 +288,15 @@ def test_erasing_removes_the_effect(judged):
     table = judged[5]
     one = table[table["role"] == "erased"].groupby("name")["passed"].mean()
     assert (one.isin([0.0, 1.0])).any(), one  # always the same answer
-    others = paired(table[(table["role"] == "null") & (table["erased"] > 0) | (table["setting"] == 0)])
+    others = pair_with_baseline(table[(table["role"] == "null") & (table["erased"] > 0) | (table["setting"] == 0)])
     assert (others["passed"] == others["base_passed"]).mean() > 0.9
 
 
 def test_strength_0_is_the_baseline(judged):
     study, choice, vectors, _, tasks, table, folder = judged
-    d = steering.directions_in(choice, vectors)[0][0]
-    still = [trials.BASELINE, trials.Setting("still", "control", push(d, 0.0, np.array(choice["norms"])))]
-    again = trials.write(study.lm, tasks, still, folder / "still", max_new_tokens=8, slots=16, workers=1)
+    d = choice_directions(choice, vectors)[0][0]
+    still = [BASELINE_SETTING, SteeringSetting("still", "control", make_push(d, 0.0, np.array(choice["norms"])))]
+    again = sweep_settings(study.lm, tasks, still, folder / "still", max_new_tokens=8, slots=16, workers=1)
     a, b = (again[again["setting"] == k].sort_values("task_id") for k in (0, 1))
     assert a["token_ids"].map(list).tolist() == b["token_ids"].map(list).tolist()
     np.testing.assert_allclose(a["mean_logprob"], b["mean_logprob"], atol=1e-6)
@@ -292,7 +319,7 @@ def test_an_interruption_changes_nothing(judged, tmp_path, at):
             yield step
 
     few = [plan[0], *[s for s in plan if s.role == "chosen"][:3]]
-    go = lambda progress=lambda x, **_: x: trials.write(
+    go = lambda progress=lambda x, **_: x: sweep_settings(
         study.lm, tasks, few, tmp_path, max_new_tokens=8, slots=16, workers=1, progress=progress
     )
     with pytest.raises(Stop):
@@ -309,11 +336,11 @@ def test_shards_together_are_the_whole(judged, tmp_path):
     few = [plan[0], *[s for s in plan if s.role == "chosen"][:2], next(s for s in plan if s.role == "erased")]
     done = []
     for k in range(2):
-        part = runs.part(len(few) * len(tasks), 2, k, len(few))
+        part = shard_range(len(few) * len(tasks), 2, k, len(few))
         done.append(
-            trials.write(study.lm, tasks, few, tmp_path / str(k), max_new_tokens=8, slots=16, part=part, workers=1)
+            sweep_settings(study.lm, tasks, few, tmp_path / str(k), max_new_tokens=8, slots=16, part=part, workers=1)
         )
-    whole = trials.together(done, tasks, few)
+    whole = combine_setting_shards(done, tasks, few)
     for name in [s.name for s in few]:
         one, other = (
             t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id")["completion"].tolist()
@@ -350,7 +377,7 @@ def in_chain(words: list[str], env: dict) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_path):
     "One command, from problems to report; killed while it pushes, and given again; and shared between two processes."
-    names = decided.save(tmp_path / "made") | {"text": str(tmp_path / "text")}
+    names = save_steering_study(tmp_path / "made") | {"text": str(tmp_path / "text")}
     (tmp_path / "text").mkdir()
     for path in Path(ast.__file__).parent.glob("*.py"):
         if path.stat().st_size < 12_000 and path.read_bytes().isascii():
@@ -361,14 +388,14 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     words = ["--model", names["model"], "--problems", names["problems"], "-f", str(tmp_path / "given.yaml")]
     env = os.environ | {"CODETRACE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(HOME)}
     killed = killed_while("steering", words, env, tmp_path / "runs")
-    assert killed != 0 and not runs.index(tmp_path / "runs")[-1]["status"] == "complete"
+    assert killed != 0 and not all_runs(tmp_path / "runs")[-1]["status"] == "complete"
     again = in_chain(words, env)
     assert again.returncode == 0, again.stderr
     assert "3.1 tuning: complete" in again.stderr and "3.2 steering: running" in again.stderr
-    made = {m["phase"]: m for m in runs.index(tmp_path / "runs") if m["status"] == "complete"}
-    assert len([m for m in runs.index(tmp_path / "runs") if m["phase"] == "steering"]) == 1  # the same run went on
-    choice = frozen(made["tuning"]["folder"])[0]
-    assert choice["directions"][choice["goals"]["correct"]["direction"]]["layer"] == decided.CAUSE["layer"]
+    made = {m["phase"]: m for m in all_runs(tmp_path / "runs") if m["status"] == "complete"}
+    assert len([m for m in all_runs(tmp_path / "runs") if m["phase"] == "steering"]) == 1  # the same run went on
+    choice = read_frozen_choice(made["tuning"]["folder"])[0]
+    assert choice["directions"][choice["goals"]["correct"]["direction"]]["layer"] == PLANTED_CAUSE["layer"]
     claims = pd.DataFrame(json.loads((Path(made["report"]["folder"]) / "claims.json").read_text()))
     pushed = claims[(claims["phase"] == "3.2") & claims["claim"].str.startswith("pushed to correct")].iloc[0]
     assert pushed["low"] > 0 and "raises" in pushed["verdict"]
@@ -376,7 +403,7 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     assert "Not complete" not in (Path(made["report"]["folder"]) / "report.md").read_text()
     shared = in_chain([*words, "--devices", "cpu,cpu"], env)
     assert shared.returncode == 0, shared.stderr
-    newest = {m["phase"]: m for m in runs.index(tmp_path / "runs") if m["status"] == "complete"}
+    newest = {m["phase"]: m for m in all_runs(tmp_path / "runs") if m["status"] == "complete"}
     assert newest["steering"]["parameters"]["shards"] == 2 and newest["saes"] == made["saes"]
     parted = pd.DataFrame(json.loads((Path(newest["report"]["folder"]) / "claims.json").read_text()))
     pd.testing.assert_frame_equal(parted, claims)
@@ -401,7 +428,7 @@ def test_the_whole_chain_on_mbpp_says_what_it_found(tmp_path):
     (tmp_path / "given.yaml").write_text(json.dumps(REAL))
     words = ["--problems", str(MBPP), "-n", "100", "-f", str(tmp_path / "given.yaml")]
     done = in_chain(words, os.environ | {"CODETRACE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(HOME)})
-    report = runs.newest("report", tmp_path / "runs")
+    report = newest_run("report", tmp_path / "runs")
     text = (Path(report["folder"]) / "report.md").read_text()
     assert (done.returncode == 0) == ("Not complete" not in text), done.stderr
     claims = pd.DataFrame(json.loads((Path(report["folder"]) / "claims.json").read_text()))
@@ -429,4 +456,4 @@ def killed_while(phase: str, words: list[str], env: dict, root: Path) -> int:
 
 
 def test_hook_names_are_those_of_the_dictionary():
-    assert decided.dictionary(1).about["hook_name"] == hook_name("resid_post", 1)
+    assert planted_sae(1).about["hook_name"] == hook_name("resid_post", 1)

@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codetrace import store
-from codetrace.errors import BadInput
-from codetrace.store import DamagedRecords, DuplicateRow, Records, RecordsInUse, StorageError, read_records
+from codetrace.core import files as core_files
+from codetrace.core import records as core_records
+from codetrace.core.errors import BadInput
+from codetrace.core.files import StorageError, atomic_write, file_sha256
+from codetrace.core.records import DamagedRecords, DuplicateRow, Records, RecordsInUse, read_records
 
 KEY = ("task_id", "sample")
 N, PART = 230, 10
@@ -118,8 +120,8 @@ def _kill_at(step: int, folder: Path):
 
         return wrapped
 
-    store.os.fsync, store.os.replace = dying(os.fsync), dying(os.replace)
-    store.Path.unlink = dying(Path.unlink)
+    core_records.os.fsync, core_records.os.replace = dying(os.fsync), dying(os.replace)
+    core_records.Path.unlink = dying(Path.unlink)
     write(folder, 45)
 
 
@@ -142,7 +144,7 @@ def test_killed_before_every_call_that_changes_the_disk(tmp_path):
 def test_interrupted_between_the_rename_and_the_note(tmp_path, monkeypatch, moment):
     "Ctrl-C after a part reached the disk and before the table knows: its rows are not written twice."
     records = Records(tmp_path, KEY, part_rows=PART)
-    real = store.atomic_write
+    real = atomic_write
 
     def interrupted(path, data):
         real(path, data)
@@ -150,10 +152,10 @@ def test_interrupted_between_the_rename_and_the_note(tmp_path, monkeypatch, mome
             raise KeyboardInterrupt
 
     records.append(row(i) for i in range(PART - 1))
-    monkeypatch.setattr(store, "atomic_write", interrupted)
+    monkeypatch.setattr(core_files, "atomic_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         records.append([row(PART - 1)])
-    monkeypatch.setattr(store, "atomic_write", real)
+    monkeypatch.setattr(core_files, "atomic_write", real)
     if moment == "done":  # more rows arrive, the part is cut elsewhere
         records.part_rows = 4
     records.append(row(i) for i in range(PART, 2 * PART))
@@ -255,12 +257,12 @@ def test_parts_and_checkpoints(tmp_path):
     with Records(tmp_path, KEY) as records:
         for start in range(0, 420, 64):
             records.append(row(i) for i in range(start, min(start + 64, 420)))
-    rows = [p["rows"] for p in store._manifest(tmp_path)["parts"]]
+    rows = [p["rows"] for p in core_records._read_checkpoint(tmp_path)["parts"]]
     assert rows == [50] * 8 + [20]
     listed = [json.loads(p.read_text())["rows"] for p in sorted(tmp_path.glob("checkpoint-*"))]
     assert listed == [300, 400, 420]
-    for part in store._manifest(tmp_path)["parts"]:
-        assert store.sha256(tmp_path / part["name"]) == part["sha256"]
+    for part in core_records._read_checkpoint(tmp_path)["parts"]:
+        assert file_sha256(tmp_path / part["name"]) == part["sha256"]
 
 
 def test_a_refused_batch_leaves_nothing(tmp_path):
@@ -287,7 +289,7 @@ def test_rows_are_kept_when_the_caller_fails(tmp_path):
 def test_a_second_writer_is_told_who_writes(tmp_path):
     with Records(tmp_path, KEY) as records:
         records.append([row(0)])
-        code = f"from codetrace.store import Records; Records({str(tmp_path)!r}, {KEY!r})"
+        code = f"from codetrace.core.records import Records; Records({str(tmp_path)!r}, {KEY!r})"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode == 1 and f"RecordsInUse: {tmp_path}: process {os.getpid()} on " in other.stderr
         with pytest.raises(RecordsInUse):
@@ -373,7 +375,7 @@ def test_file_size_limit(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         with pytest.raises(StorageError) as error:
-            store.atomic_write(tmp_path / "file", bytes(101))
+            atomic_write(tmp_path / "file", bytes(101))
         assert "raise the limit" in one_line(error)
 
     assert in_child(limited) == 0
@@ -480,5 +482,5 @@ def test_later_changes_of_a_row_do_not_reach_the_table(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, codetrace.store; print(sorted({'pandas', 'pyarrow', 'numpy', 'filelock', 'torch'} & set(sys.modules)))"
+    code = "import sys, codetrace.core.records; print(sorted({'pandas', 'pyarrow', 'numpy', 'filelock', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

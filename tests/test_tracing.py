@@ -7,11 +7,46 @@ import pandas as pd
 import pytest
 import torch
 
-from codetrace import controls, knockout, models, programs, runs, tracing
-from codetrace.errors import BadInput, UnknownName
-from codetrace.models import Intervention
-from codetrace.pairs import METRICS, CannotTrace, Case, CutRole, Misaligned, align, named
-from codetrace.patching import _states, sites
+from codetrace import models
+from codetrace.core.errors import BadInput, UnknownName
+from codetrace.models import loading as models_loading
+from codetrace.models.lm import LM, Intervention
+from codetrace.models.loading import TINY_CONFIGS
+from codetrace.patching import cases, controls, knockout
+from codetrace.patching import sweep as patching_sweep
+from codetrace.patching.alignment import (
+    PATCH_DIRECTIONS,
+    PATCH_METRICS,
+    CannotTrace,
+    Misaligned,
+    RoleSharesToken,
+    TraceCase,
+    align_pair,
+    pair_positions,
+    token_roles,
+)
+from codetrace.patching.attribution import attribution_patching
+from codetrace.patching.cases import CANDIDATES_PER_PROGRAM, draw_cases, exclusion_counts, select_pairs
+from codetrace.patching.controls import patch_states, run_controls
+from codetrace.patching.sites import _site_states, patch_sites
+from codetrace.patching.sweep import average_by_position, peak_effects, run_sweep, strongest_heads
+from codetrace.phases import tracing
+from codetrace.phases.tracing import (
+    PROGRAMS_PER_SWEEP,
+    CausalExperimentRunner,
+    cases_from_run,
+    check_tracing_options,
+    control_effects_table,
+    head_grid_figure,
+    token_grid_figure,
+    trace_cases,
+)
+from codetrace.runs.manifest import newest_run
+from codetrace.runs.run import Run
+from codetrace.tasks.counterfactuals import make_counterfactual_pair, make_redirected_pair
+from codetrace.tasks.generators import GENERATORS, make_variable_binding_program
+from codetrace.tasks.heuristics import resists_shallow_heuristics
+from codetrace.tasks.programs import QUERY_STYLES, as_program
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
 
@@ -23,8 +58,8 @@ def llama():
 
 def pair_of(lm, depth=2, seq_len=4, style="print", seed=0):
     rng = np.random.default_rng(seed)
-    program = programs.make_variable_binding_program(seq_len, rng, depth=depth, query_style=style)
-    return programs.make_counterfactual_pair(program, rng, lm.tokenizer)
+    program = make_variable_binding_program(seq_len, rng, depth=depth, query_style=style)
+    return make_counterfactual_pair(program, rng, lm.tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -40,22 +75,22 @@ def bpe(lm, regex: bool, joined=()):
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(models._smollm2_folder("tokenizer"), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(models_loading._smollm2_folder("tokenizer"), local_files_only=True)
     if not regex:
         from tokenizers.pre_tokenizers import ByteLevel
 
         tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in joined])
-    return models.LM("other", lm.hf, tokenizer, "x")
+    return LM("other", lm.hf, tokenizer, "x")
 
 
-@pytest.mark.parametrize("style", programs.QUERY_STYLES)
+@pytest.mark.parametrize("style", QUERY_STYLES)
 @pytest.mark.parametrize("regex", [True, False])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
     lm, (program, _) = bpe(llama, regex), pair_of(llama, depth, 5, style)
     for prompt in (program.code, PREFIX + program.code):
-        table = tracing.token_roles(lm, program, prompt).set_index("name")
+        table = token_roles(lm, program, prompt).set_index("name")
         for link in program.chain:
             assert table["token"][f"rhs {link.depth}"].strip() == program.text(link.rhs)
             assert table["token"][f"lhs {link.depth}"].strip() == program.text(link.lhs)
@@ -73,28 +108,28 @@ def test_a_special_token_at_the_start_shifts_positions_only(llama):
     lm, (program, _) = bpe(llama, True), pair_of(llama)
     bos = lm.tokenizer.convert_ids_to_tokens(1)
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
-    table, plain = tracing.token_roles(lm, program), tracing.token_roles(llama, program)
+    table, plain = token_roles(lm, program), token_roles(llama, program)
     assert list(table["name"][1:]) == list(plain["name"]) and list(table["line"]) == [-1, *plain["line"]]
 
 
 @pytest.mark.parametrize(("joined", "role"), [(["(w"], "query"), (["= 2"], "rhs 1"), (["2\nj"], "rhs 1")])
 def test_a_role_cut_in_the_middle_of_a_token_is_refused(llama, joined, role):
-    program = programs.as_program(("k = 2\nj = k\nw = j\nprint(w)  # prints ", "2"))
-    with pytest.raises(CutRole, match=role):
-        tracing.token_roles(bpe(llama, True, joined), program)
+    program = as_program(("k = 2\nj = k\nw = j\nprint(w)  # prints ", "2"))
+    with pytest.raises(RoleSharesToken, match=role):
+        token_roles(bpe(llama, True, joined), program)
 
 
 def test_other_generators_have_roles(llama):
     rng = np.random.default_rng(0)
-    for name, make in programs.GENERATORS.items():
+    for name, make in GENERATORS.items():
         program = make(3, rng)
-        table = tracing.token_roles(llama, program)
+        table = token_roles(llama, program)
         assert {"rhs 1", "query", "final"} <= set(table["name"]) or program.query_span[1] == len(program.code), name
 
 
 def test_a_prompt_that_asks_in_words_has_no_query_token(llama):
     program, _ = pair_of(llama)
-    table = tracing.token_roles(llama, program, f"What is {program.query}?\n\n{program.source}\n\nAnswer:")
+    table = token_roles(llama, program, f"What is {program.query}?\n\n{program.source}\n\nAnswer:")
     assert "query" not in set(table["name"]) and table["name"].iloc[-1] == "final" and table["line"].iloc[-1] == -1
     assert (table["name"] == "rhs 1").sum() == 1
 
@@ -104,10 +139,10 @@ def test_a_prompt_that_asks_in_words_has_no_query_token(llama):
 
 def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
     assert issubclass(CannotTrace, BadInput)
-    made = lambda code: programs.as_program((code, code.split("\n")[0][-1]))
+    made = lambda code: as_program((code, code.split("\n")[0][-1]))
     program, other = made("a = 1\nb = 2\nc = a\n#c:"), made("a = 1\nb = 2\n#a:")
-    moved = programs.as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
-    long = [programs.as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
+    moved = as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
+    long = [as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
     for bad, error, says in [
         ((program, program), CannotTrace, "no difference"),
         ((program, other), Misaligned, "tokens"),
@@ -115,7 +150,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
         (long, CannotTrace, "is 2 tokens"),
     ]:
         with pytest.raises(error, match=says):
-            tracing.sweep(llama, [tuple(bad)], positions="final")
+            run_sweep(llama, [tuple(bad)], positions="final")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +164,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
 )
 def test_unknown_names_are_named(llama, pairs, options, says):
     with pytest.raises(UnknownName, match=says):
-        tracing.sweep(llama, pairs[:1], **options)
+        run_sweep(llama, pairs[:1], **options)
 
 
 # --- the sweep
@@ -137,7 +172,7 @@ def test_unknown_names_are_named(llama, pairs, options, says):
 
 def by_hand(lm, pair, prefix, site, layer, position, head=None):
     "One cell through the models' own capture and intervene."
-    aligned = align(lm, pair, prefix=prefix)
+    aligned = align_pair(lm, pair, prefix=prefix)
     state = lm.capture([list(aligned.donor)], [(site, layer)], positions=[position])[site, layer][0, 0]
     value = state if head is None else state[head]
     with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
@@ -149,12 +184,12 @@ def by_hand(lm, pair, prefix, site, layer, position, head=None):
     return float(logits[wanted] - logits[own]), float(logits.argmax() == wanted), float(log_probs[wanted].exp()), kl
 
 
-@pytest.mark.parametrize("arch", models.TINY)
+@pytest.mark.parametrize("arch", TINY_CONFIGS)
 def test_a_sweep_is_the_experiment_done_by_hand(arch):
     lm = models.load(f"tiny:{arch}", attn="eager")
     pair = pair_of(lm)
     for site in ("resid_pre", "mlp_out", "head_out"):
-        cells = tracing.sweep(lm, [pair], [site], positions="named", prefix=PREFIX)
+        cells = run_sweep(lm, [pair], [site], positions="named", prefix=PREFIX)
         live = cells[cells["name"].isin(["rhs 1", "rhs 2", "query"])].sample(4, random_state=0)
         for cell in live.itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
@@ -163,7 +198,7 @@ def test_a_sweep_is_the_experiment_done_by_hand(arch):
 
 
 def test_planted_truths(llama, pairs):
-    cells = tracing.sweep(llama, pairs, ["resid_pre", "resid_post"], positions="all", prefix=PREFIX)
+    cells = run_sweep(llama, pairs, ["resid_pre", "resid_post"], positions="all", prefix=PREFIX)
     pre, post = (cells[cells["site"] == site] for site in ("resid_pre", "resid_post"))
     last = llama.n_layers - 1
     # the embedding of the changed token is the whole difference, the last state of the last token is the whole answer
@@ -191,37 +226,37 @@ def test_planted_truths(llama, pairs):
 
 
 def test_directions_are_each_others_mirror(llama, pairs):
-    there = tracing.sweep(llama, pairs, positions="named", direction="noise")
-    back = tracing.sweep(llama, [pair[::-1] for pair in pairs], positions="named", direction="denoise")
+    there = run_sweep(llama, pairs, positions="named", direction="noise")
+    back = run_sweep(llama, [pair[::-1] for pair in pairs], positions="named", direction="denoise")
     pd.testing.assert_frame_equal(there, back)
 
 
 def test_unswept_is_nan_never_zero(llama, pairs):
-    cells = tracing.sweep(llama, pairs, positions=["query", "final"])
+    cells = run_sweep(llama, pairs, positions=["query", "final"])
     asked = cells["name"].isin(["query", "final"])
-    assert cells[~asked][list(METRICS)].isna().all(axis=None) and cells[asked][list(METRICS)].notna().all(axis=None)
-    assert list(cells.columns) == ["program", "site", "layer", "head", "position", "token", "name", *METRICS]
+    assert cells[~asked][list(PATCH_METRICS)].isna().all(axis=None) and cells[asked][list(PATCH_METRICS)].notna().all(
+        axis=None
+    )
+    assert list(cells.columns) == ["program", "site", "layer", "head", "position", "token", "name", *PATCH_METRICS]
 
 
 def test_engines_agree(llama, pairs):
-    fast, slow = (
-        tracing.sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive")
-    )
+    fast, slow = (run_sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive"))
     assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) < 1e-4
     assert fast["success"].equals(slow["success"])
 
 
-@pytest.mark.parametrize("arch", models.TINY)
+@pytest.mark.parametrize("arch", TINY_CONFIGS)
 def test_controls_put_what_interventions_put(arch):
     lm = models.load(f"tiny:{arch}")
-    aligned = align(lm, pair_of(lm), prefix=PREFIX)
-    at = named(aligned)
-    for site in sites(lm):
-        states = _states(lm, aligned.donor, site)
+    aligned = align_pair(lm, pair_of(lm), prefix=PREFIX)
+    at = pair_positions(aligned)
+    for site in patch_sites(lm):
+        states = _site_states(lm, aligned.donor, site)
         heads = states[1].shape[1]
         places = [(layer, heads - 1, at[name]) for layer in (1, 2) for name in ("rhs 1", "query", "final")]
         given = [states[layer][position, head] for layer, head, position in places]
-        plain, mine = controls.put(lm, aligned.base, site, places, given)
+        plain, mine = patch_states(lm, aligned.base, site, places, given)
         torch.testing.assert_close(plain[0], lm.logits([list(aligned.base)])[0], atol=2e-4, rtol=1e-3)
         if site in ("key", "value"):
             continue  # `intervene` does not know them; the exact sweep does, below
@@ -232,17 +267,17 @@ def test_controls_put_what_interventions_put(arch):
             torch.testing.assert_close(mine[row], theirs, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("arch", models.TINY)
+@pytest.mark.parametrize("arch", TINY_CONFIGS)
 def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
-    monkeypatch.setattr(controls, "ROWS", 7)  # the last rows do not fill a batch
+    monkeypatch.setattr(controls, "CONTROL_ROWS_PER_PASS", 7)  # the last rows do not fill a batch
     lm = models.load(f"tiny:{arch}")
-    cases = [Case(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
+    cases = [TraceCase(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
     heads = [(site, layer, 1, name) for site in ("head_out", "key") for layer in (0, 2) for name in ("rhs 2", "final")]
     table, some = (
         pd.DataFrame(heads, columns=["site", "layer", "head", "name"]),
         ["resid_pre", "mlp_out", "head_out", "key"],
     )
-    found = controls.controls(lm, cases, some, [1], "noise", heads=table)
+    found = run_controls(lm, cases, some, [1], "noise", heads=table)
     silent, noise = (found[found["control"] == kind] for kind in ("no-op", "random"))
     assert len(silent) == len(noise) and list(dict.fromkeys(silent["site"])) == some
     assert (silent["effect"] == 0).all() and (silent["kl"] == 0).all()
@@ -251,47 +286,51 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
 
 def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pairs):
     "A donor's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
-    cells = tracing.sweep(llama, pairs[1:2], ["head_out", "key", "value"], positions=["rhs 1", "query"])
-    aligned = align(llama, pairs[1])
+    cells = run_sweep(llama, pairs[1:2], ["head_out", "key", "value"], positions=["rhs 1", "query"])
+    aligned = align_pair(llama, pairs[1])
     own, wanted = aligned.answers
     for site, rows in cells[cells["kl"].notna() & (cells["layer"] == 1)].groupby("site"):
-        states = _states(llama, aligned.donor, site)[1]
+        states = _site_states(llama, aligned.donor, site)[1]
         places = [(1, int(r.head), int(r.position)) for r in rows.itertuples()]
-        _, logits = controls.put(llama, aligned.base, site, places, [states[p, h] for _, h, p in places])
+        _, logits = patch_states(llama, aligned.base, site, places, [states[p, h] for _, h, p in places])
         assert (logits[:, wanted] - logits[:, own]).tolist() == pytest.approx(rows["logit_diff"].tolist(), abs=1e-4)
 
 
 def test_random_controls_have_the_donors_norm(llama, pairs):
-    aligned, cells = [align(llama, pair) for pair in pairs], [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
+    aligned, cells = [align_pair(llama, pair) for pair in pairs], [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
     for site in ("resid_pre", "head_out"):
         mine = [(layer, head * (site == "head_out"), name) for layer, head, name in cells]
-        given = {cell: x for kind, cell, x in controls._donations(llama, aligned, 0, site, mine, 0) if kind == "random"}
+        given = {
+            cell: x for kind, cell, x in controls._control_states(llama, aligned, 0, site, mine, 0) if kind == "random"
+        }
         for (layer, head, name), state in given.items():
-            donor = _states(llama, aligned[0].donor, site)[layer][named(aligned[0])[name], head]
+            donor = _site_states(llama, aligned[0].donor, site)[layer][pair_positions(aligned[0])[name], head]
             torch.testing.assert_close(state.norm(), donor.norm())
             assert abs(torch.nn.functional.cosine_similarity(state, donor, dim=0)) < 0.9
 
 
 def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
-    make = lambda name, root: programs.as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
-    aligned = [align(llama, (make(name, root), make(name, other))) for name, root, other in [("a", 3, 7), ("c", 7, 5)]]
-    kinds = [kind for kind, *_ in controls._donations(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)]
+    make = lambda name, root: as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
+    aligned = [
+        align_pair(llama, (make(name, root), make(name, other))) for name, root, other in [("a", 3, 7), ("c", 7, 5)]
+    ]
+    kinds = [kind for kind, *_ in controls._control_states(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)]
     assert kinds == ["no-op", "random", "unrelated, same answer"]  # nobody else answers 3
-    *_, (_, _, state) = controls._donations(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)
-    expected = _states(llama, aligned[1].base, "resid_pre")[1][named(aligned[1])["query"], 0]
+    *_, (_, _, state) = controls._control_states(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)
+    expected = _site_states(llama, aligned[1].base, "resid_pre")[1][pair_positions(aligned[1])["query"], 0]
     torch.testing.assert_close(state, expected)
 
 
-@pytest.mark.parametrize("arch", models.TINY)
+@pytest.mark.parametrize("arch", TINY_CONFIGS)
 def test_attribution_is_the_slope_of_a_small_patch(arch):
     lm, step = models.load(f"tiny:{arch}"), 2e-3
     pair = pair_of(lm)
-    aligned = align(lm, pair, prefix=PREFIX)
+    aligned = align_pair(lm, pair, prefix=PREFIX)
     own, wanted = aligned.answers
     plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
     full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
     for site in ("resid_pre", "attn_out", "head_out"):
-        table = tracing.attribution(lm, [pair], [site], prefix=PREFIX)
+        table = attribution_patching(lm, [pair], [site], prefix=PREFIX)
         for cell in table[table["attribution"].abs() > 1e-3].sample(3, random_state=0).itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
             base, donor = (
@@ -308,28 +347,33 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("arch", models.TINY)
+@pytest.mark.parametrize("arch", TINY_CONFIGS)
 def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
     if arch == "gemma2" and attn == "sdpa":
         pytest.skip("soft caps need eager attention")
     lm = models.load(f"tiny:{arch}", attn=attn)
-    aligned = align(lm, pair_of(lm))
+    aligned = align_pair(lm, pair_of(lm))
     n, root, everywhere = len(aligned.base), aligned.differs, range(lm.n_layers)
     plain = lm.logits([list(aligned.base)])[0]
-    torch.testing.assert_close(knockout._cut(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(plain, knockout._cut(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3)
+    torch.testing.assert_close(
+        knockout._knockout_logits(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3
+    )
+    assert not torch.allclose(
+        plain, knockout._knockout_logits(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3
+    )
     assert not torch.allclose(plain, lm.logits([list(aligned.donor)])[0], atol=1e-3)
     # with every edge to the root cut, what it holds cannot reach the answer
-    blocked = knockout._blocked
+    blocked = knockout._knockout_mask
 
     def block_all(*args):
         mask = blocked(*args)
         mask[:, :, root + 1 :, root] = torch.finfo(lm.dtype).min
         return mask
 
-    monkeypatch.setattr(knockout, "_blocked", block_all)
+    monkeypatch.setattr(knockout, "_knockout_mask", block_all)
     base, donor = (
-        knockout._cut(lm, tokens, [(n - 1, root)], everywhere)[0] for tokens in (aligned.base, aligned.donor)
+        knockout._knockout_logits(lm, tokens, [(n - 1, root)], everywhere)[0]
+        for tokens in (aligned.base, aligned.donor)
     )
     torch.testing.assert_close(base, donor, atol=1e-4, rtol=1e-3)
 
@@ -339,16 +383,14 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
 
 def start(folder):
     folder.mkdir(exist_ok=True)
-    return runs.Run(
-        folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}}
-    )
+    return Run(folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}})
 
 
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
-    cases = [Case(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
+    cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
     options = {"directions": ["denoise", "noise"], "control_layers": 1}
-    whole = tracing.trace(llama, cases, start(tmp_path / "a"), **options)
-    sweep, calls = tracing.sweep, []
+    whole = trace_cases(llama, cases, start(tmp_path / "a"), **options)
+    sweep, calls = run_sweep, []
 
     def stops(*args, **kwargs):
         calls.append(1)
@@ -356,10 +398,10 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    monkeypatch.setattr(tracing, "sweep", stops)
+    monkeypatch.setattr(patching_sweep, "run_sweep", stops)
     with pytest.raises(KeyboardInterrupt):
-        tracing.trace(llama, cases, start(tmp_path / "b"), **options)
-    resumed = tracing.trace(llama, cases, start(tmp_path / "b"), **options)
+        trace_cases(llama, cases, start(tmp_path / "b"), **options)
+    resumed = trace_cases(llama, cases, start(tmp_path / "b"), **options)
     assert len(calls) == 3 + 2  # two units of four and two programs in each direction: the first two were kept
     pd.testing.assert_frame_equal(resumed.cells, whole.cells)
     for name in ("intervention_results.json", "patch_results.json"):
@@ -377,7 +419,7 @@ def as_run(folder, shards=()):
 
 @pytest.fixture(scope="session")
 def ten_cases(llama):
-    return [Case(*pair_of(llama, depth=1 + seed % 2, seed=seed), PREFIX) for seed in range(10)]
+    return [TraceCase(*pair_of(llama, depth=1 + seed % 2, seed=seed), PREFIX) for seed in range(10)]
 
 
 ASKED = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
@@ -385,20 +427,18 @@ ASKED = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"],
 
 @pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
-    whole = tracing.trace(llama, ten_cases, as_run(tmp_path / "whole"), **ASKED, approximate=True)
+    whole = trace_cases(llama, ten_cases, as_run(tmp_path / "whole"), **ASKED, approximate=True)
     parts = [tmp_path / f"part{k}" for k in range(shards)]
     swept = []
     for k, folder in enumerate(parts):
-        found = tracing.trace(llama, ten_cases, as_run(folder), **ASKED, approximate=True, shards=shards, shard=k)
+        found = trace_cases(llama, ten_cases, as_run(folder), **ASKED, approximate=True, shards=shards, shard=k)
         swept += [sorted(set(found.cells["program"]))]
         assert not found.controls.size
         assert not (folder / "patch_results.json").exists()
     assert [i for part in swept for i in part] == list(range(10)) and all(
-        part[0] % tracing.TOGETHER == 0 for part in swept
+        part[0] % PROGRAMS_PER_SWEEP == 0 for part in swept
     )
-    merged = tracing.trace(
-        llama, ten_cases, as_run(tmp_path / "merged", parts), **ASKED, approximate=True, shards=shards
-    )
+    merged = trace_cases(llama, ten_cases, as_run(tmp_path / "merged", parts), **ASKED, approximate=True, shards=shards)
     pd.testing.assert_frame_equal(merged.cells, whole.cells, check_exact=True)
     pd.testing.assert_frame_equal(merged.controls, whole.controls, check_exact=True)
     files = lambda name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
@@ -411,20 +451,20 @@ def test_shards_that_do_not_fit_are_refused(llama, ten_cases, tmp_path):
     few = {"positions": "query", "control_layers": 0, "shards": 3}
     parts = [tmp_path / f"part{k}" for k in range(3)]
     for k, folder in enumerate(parts):
-        tracing.trace(llama, ten_cases, as_run(folder), **few, shard=k)
+        trace_cases(llama, ten_cases, as_run(folder), **few, shard=k)
     with pytest.raises(BadInput, match="give shards=3 or fewer"):
-        tracing.trace(llama, ten_cases, as_run(tmp_path / "x"), **few | {"shards": 4}, shard=0)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "x"), **few | {"shards": 4}, shard=0)
     with pytest.raises(CannotTrace, match="no denoise/resid_pre of program 8"):
-        tracing.trace(llama, ten_cases, as_run(tmp_path / "a", parts[:2]), **few)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "a", parts[:2]), **few)
     with pytest.raises(BadInput, match="already"):
-        tracing.trace(llama, ten_cases, as_run(tmp_path / "b", [*parts, parts[0]]), **few)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "b", [*parts, parts[0]]), **few)
     with pytest.raises(CannotTrace, match="part0 is a shard of other programs"):
-        tracing.trace(llama, ten_cases[::-1], as_run(tmp_path / "c", parts), **few)
+        trace_cases(llama, ten_cases[::-1], as_run(tmp_path / "c", parts), **few)
 
 
 def test_the_json_holds_the_cells(llama, tmp_path):
-    cases = [Case(*pair_of(llama, seed=seed)) for seed in range(2)]
-    found = tracing.trace(
+    cases = [TraceCase(*pair_of(llama, seed=seed)) for seed in range(2)]
+    found = trace_cases(
         llama, cases, start(tmp_path), sites=["resid_pre", "head_out"], positions="query,final", control_layers=0
     )
     one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
@@ -438,54 +478,56 @@ def test_the_json_holds_the_cells(llama, tmp_path):
 
 
 def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
-    cases = [Case(*pair_of(llama, seed=seed, depth=1, seq_len=5)) for seed in range(6)]
+    cases = [TraceCase(*pair_of(llama, seed=seed, depth=1, seq_len=5)) for seed in range(6)]
     known = {case.program.code for case in cases[:3]} | {case.counterfactual.code for case in cases[1:]}
-    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [program.code in known for _, program in asked])
-    kept, table = tracing.select_pairs(llama, [case.pair for case in cases], shallow=True)
+    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked])
+    kept, table = select_pairs(llama, [case.pair for case in cases], shallow=True)
     assert kept == [1, 2]
     assert list(table["why"]) == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
-    strict, table = tracing.select_pairs(llama, [case.pair for case in cases])
+    strict, table = select_pairs(llama, [case.pair for case in cases])
     assert strict == [
         i
         for i in kept
-        if programs.beyond_shallow(cases[i].program) and programs.beyond_shallow(cases[i].counterfactual)
+        if resists_shallow_heuristics(cases[i].program) and resists_shallow_heuristics(cases[i].counterfactual)
     ]
-    assert tracing.exclusion_counts(table["why"])["programs"].sum() == 6
+    assert exclusion_counts(table["why"])["programs"].sum() == 6
 
 
 def test_programs_drawn_do_not_depend_on_how_many_are_wanted(llama, monkeypatch):
-    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [len(program.query) == 1 for _, program in asked])
-    few, many = (tracing.draw_cases(llama, n, [5], [1, 2], num_shots=1)[0] for n in (2, 8))
+    monkeypatch.setattr(
+        cases, "_answers_correctly", lambda lm, asked: [len(program.query) == 1 for _, program in asked]
+    )
+    few, many = (draw_cases(llama, n, [5], [1, 2], num_shots=1)[0] for n in (2, 8))
     assert [case.program for case in few] == [many[0].program, many[4].program]
-    assert all(case.prefix and programs.beyond_shallow(case.program) for case in many)
+    assert all(case.prefix and resists_shallow_heuristics(case.program) for case in many)
 
 
 def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
-    cases, why = tracing.draw_cases(llama, 1, [3], [1])
-    assert cases == [] and len(why) == tracing.CANDIDATES
+    cases, why = draw_cases(llama, 1, [3], [1])
+    assert cases == [] and len(why) == CANDIDATES_PER_PROGRAM
     with pytest.raises(CannotTrace, match="answers none of 40 programs"):
-        tracing.trace(llama, cases, start(tmp_path), why)
+        trace_cases(llama, cases, start(tmp_path), why)
 
 
 def test_peaks_are_not_judged_where_they_were_chosen():
     rng, chosen, judged = np.random.default_rng(0), [], []
     about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "name": "query"} | dict.fromkeys(
-        METRICS, 0.0
+        PATCH_METRICS, 0.0
     )
     for _ in range(6):
         noise = pd.DataFrame(
             [about | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
         )
-        peak = tracing.peaks(noise).iloc[0]
+        peak = peak_effects(noise).iloc[0]
         chosen.append(abs(peak["chosen_at"]))
         judged.append(np.sign(peak["chosen_at"]) * peak["effect"])
         assert peak["n"] == 20
     assert np.mean(chosen) > 0.45 and abs(np.mean(judged)) < 0.25
-    assert (tracing.by_name(noise)["q"] > 0.05).all()
+    assert (average_by_position(noise)["q"] > 0.05).all()
 
 
 def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
-    from codetrace.tracking import ExperimentRunner, quick_experiment
+    from codetrace.phases.tracking import ExperimentRunner, quick_experiment
 
     config = quick_experiment(
         "x", models=["tiny:llama"], num_seqs=4, seq_lens=[4], num_shots=1, depths=[2], query_style="print"
@@ -494,23 +536,23 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     runner = ExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     samples = runner.run(config, run=run).samples
-    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [True] * len(asked))
+    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
     assert not samples["correct"].any()
-    cases, why = tracing.cases_of_run(llama, tmp_path, 3, shallow=True)
+    cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert cases == [] and why == ["wrong on the program"] * 4
     rows = [dict(row, correct=True) for row in samples.to_dict("records")]
     monkeypatch.setattr(tracing, "read_records", lambda *args, **kwargs: rows)
-    cases, why = tracing.cases_of_run(llama, tmp_path, 3, shallow=True)
+    cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert [case.program.code for case in cases] == list(samples["code"][:3]) and why == [""] * 3
     assert all(row["prompt"] == case.prefix + case.program.code for row, case in zip(rows, cases))
     with pytest.raises(BadInput, match="no answers of"):
-        tracing.cases_of_run(models.LM("other", llama.hf, llama.tokenizer), tmp_path, 3)
+        cases_from_run(LM("other", llama.hf, llama.tokenizer), tmp_path, 3)
 
 
 def test_the_seeds_api(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    monkeypatch.setattr(tracing, "_answers", lambda lm, asked: [True] * len(asked))
-    runner = tracing.CausalExperimentRunner()
+    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
+    runner = CausalExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     program, counterfactual = pair_of(llama)
     given = [
@@ -523,22 +565,22 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
         model_id="tiny:llama", programs=given, intervention_type="attention_heads", shallow=True
     )
     assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
-    record = runs.newest("tracing")
+    record = newest_run("tracing")
     assert record["run_id"] == found.run.folder.name and "strongest cell" in record["headline"]
     assert {"intervention_results.json", "patch_results.json"} <= set(record["outputs"])
-    assert tracing.program_figure(found) is None and tracing.head_figure(found) is not None
+    assert token_grid_figure(found) is None and head_grid_figure(found) is not None
 
 
 def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, ten_cases, tmp_path):
-    found = tracing.trace(llama, ten_cases, start(tmp_path), sites=["resid_pre", "head_out", "value"], control_layers=1)
+    found = trace_cases(llama, ten_cases, start(tmp_path), sites=["resid_pre", "head_out", "value"], control_layers=1)
     heads = found.controls[found.controls["head"].notna()]
     assert set(heads["site"]) == {"head_out", "value"} and set(heads["program"]) == {1, 3, 5, 7, 9}
     assert set(found.controls[found.controls["head"].isna()]["program"]) == set(range(8))
     for site, rows in heads.groupby("site"):
-        chosen = tracing.strongest_heads(found.cells[found.cells["site"] == site])
+        chosen = strongest_heads(found.cells[found.cells["site"] == site])
         assert len(chosen) == 10 and len(rows[["layer", "head", "name"]].drop_duplicates()) <= 10
         assert rows["control"].nunique() >= 3 and (rows[rows["control"] == "no-op"]["effect"] == 0).all()
-    table = tracing.control_table(found).set_index(["site", "control"])
+    table = control_effects_table(found).set_index(["site", "control"])
     real = found.cells.merge(
         heads[heads["site"] == "value"][["program", "site", "layer", "head", "name"]].drop_duplicates()
     )
@@ -550,13 +592,13 @@ def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", tracing.DIRECTIONS)
+@pytest.mark.parametrize("direction", PATCH_DIRECTIONS)
 def test_smollm2_engines_decide_alike(direction):
     "Every success decision is the same, and no logit difference is further off than 1e-4 of what eager attention gives both."
     lm, rng = models.load("smollm2", dtype="float32", attn="eager"), np.random.default_rng(0)
-    program = programs.make_variable_binding_program(3, rng, depth=2, query_style="print")
-    pair = programs.make_counterfactual_pair(program, rng, lm.tokenizer)
-    sweep = lambda site, engine: tracing.sweep(lm, [pair], site, ["rhs 2", "final"], direction, engine)
+    program = make_variable_binding_program(3, rng, depth=2, query_style="print")
+    pair = make_counterfactual_pair(program, rng, lm.tokenizer)
+    sweep = lambda site, engine: run_sweep(lm, [pair], site, ["rhs 2", "final"], direction, engine)
     for site in ("resid_pre", "attn_out"):
         fast = sweep(site, "staircase")
         for engine in ("naive", "nnsight", "transformer_lens"):
@@ -569,35 +611,35 @@ def test_smollm2_engines_decide_alike(direction):
 def test_a_reference_can_be_what_is_patched(direction):
     "The changed reference carries the whole effect before layer 0, and neither root any; names are the program's in both directions."
     lm = models.load("tiny:llama")
-    program = programs.as_program(("k = 4\nm = 7\nx = k\nb = x\n#b:", 4))
-    pair = programs.make_redirected_pair(program, np.random.default_rng(0), lm.tokenizer)
-    case = tracing.Case(*pair)
+    program = as_program(("k = 4\nm = 7\nx = k\nb = x\n#b:", 4))
+    pair = make_redirected_pair(program, np.random.default_rng(0), lm.tokenizer)
+    case = TraceCase(*pair)
     assert case.origin == "rhs 2"
-    cells = tracing.sweep(lm, [pair], direction=direction).set_index(["name", "layer"])["effect"]
+    cells = run_sweep(lm, [pair], direction=direction).set_index(["name", "layer"])["effect"]
     assert cells["rhs 2", 0] == pytest.approx(1, abs=1e-4)
     assert cells["rhs 1", 0] == 0 and cells["rhs 1b", 0] == 0
     assert {"lhs 1b", "end 1b", "rhs 3"} <= set(cells.index.get_level_values("name"))
 
 
 def test_reference_cases_are_drawn_and_unknown_changes_named():
-    from codetrace import planted
+    from codetrace.planted.binding import load_binding_model
 
-    lm = planted.load()
-    cases, _ = tracing.draw_cases(lm, 4, (6,), (2,), num_shots=0, query_style="hash", change="reference")
+    lm = load_binding_model()
+    cases, _ = draw_cases(lm, 4, (6,), (2,), num_shots=0, query_style="hash", change="reference")
     assert len(cases) == 4 and {case.origin for case in cases} == {"rhs 2"}
     assert all(case.program.chain[0] != case.counterfactual.chain[0] for case in cases)
     with pytest.raises(BadInput, match="value"):
-        tracing.draw_cases(lm, 1, (6,), (2,), change="valeu")
+        draw_cases(lm, 1, (6,), (2,), change="valeu")
     with pytest.raises(BadInput, match="no reference to change"):
-        tracing.check_options(["resid_pre"], ["denoise"], "all", "naive", depths=[1, 2], change="reference")
+        check_tracing_options(["resid_pre"], ["denoise"], "all", "naive", depths=[1, 2], change="reference")
 
 
 def test_given_programs_are_changed_as_asked(tmp_path):
-    from codetrace import planted
+    from codetrace.planted.binding import load_binding_model
 
-    lm = planted.load()
-    program = programs.as_program(("a = 1\nk = 4\nm = 7\nx = k\n#x:", 4))
+    lm = load_binding_model()
+    program = as_program(("a = 1\nk = 4\nm = 7\nx = k\n#x:", 4))
     row = {"code": program.code, "answer": "4", "task": "variable_binding", "index": 0, "prompt": program.code}
     for change, origin in (("value", "rhs 1"), ("reference", "rhs 2")):
         assert tracing._as_case(program, lm, 0, "", change).origin == origin
-        assert tracing._case_of_row(row, lm, 0, change).origin == origin
+        assert tracing._case_from_record(row, lm, 0, change).origin == origin
