@@ -10,14 +10,14 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## make .venv with everything in it
 
-$(READY): settings.ini setup.py constraints.txt
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"codetrace needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "cannot make .venv with $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "setting up .venv: torch first, then the rest (about 2 GB, a few minutes)"
@@ -32,10 +32,10 @@ $(READY): settings.ini setup.py constraints.txt
 demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged and pushed
 	@python scripts/demo.py
 
-test: $(READY)  ## all checks, in about ten minutes
+test: $(READY)  ## all checks, in about seven minutes
 	@python scripts/check.py
 
-test-slow: $(READY)  ## what takes longer than ten minutes
+test-slow: $(READY)  ## what takes longer
 	@python scripts/check.py --slow
 
 docs: $(READY)  ## the site and the thesis appendix
@@ -44,12 +44,13 @@ docs: $(READY)  ## the site and the thesis appendix
 lab: $(READY)  ## JupyterLab on the notebooks
 	@jupyter lab nbs/ $$(test $$(id -u) -ne 0 || echo --allow-root) $(ARGS)
 
-export: $(READY)  ## notebooks -> codetrace/*.py and README.md
+export: $(READY)  ## notebooks -> codetrace/**/*.py, README.md, the index and _quarto.yml
 	@nbdev_export
 	@python scripts/readme.py
 
-execute: $(READY)  ## run the notebooks in place, so that the docs show what the code gives
-	@python scripts/execute.py $(NB)
+execute: $(READY)  ## run notebooks in place (NB="nbs/core/*.ipynb"), so that the docs show what the code gives
+	@IN_TEST=1 jupyter nbconvert --to notebook --execute --inplace --log-level=WARN --ExecutePreprocessor.timeout=600 \
+	  $(if $(NB),$(NB),$$(find nbs -name '*.ipynb' -not -path '*/.*' | sort))
 	@nbdev_clean
 
 bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
@@ -70,6 +71,9 @@ bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, w
 
 bench-steering: $(READY)  ## a sweep of pushes against running each by itself, and what a push costs (ten minutes)
 	@python bench/steering.py $(ARGS)
+
+types: $(READY)  ## check types; what was mended leaves the baseline, which only shrinks
+	@basedpyright --level error
 
 clean:  ## remove what was made here, but no run
 	@rm -rf .venv _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from codetrace.models.loading import _resolve_dtype
+from codetrace.models.loading import resolve_dtype
 from codetrace.sae.training import SAETrainer, SAETrainingConfig
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     random = torch.Generator().manual_seed(0)
     basis = torch.randn(2000, 576, generator=random) / 24
     states = torch.cat([(torch.rand(512, 2000, generator=random) < 0.01).float() @ basis for _ in range(40)])
-    fast = _resolve_dtype("auto", torch.device("cpu"))
+    fast = resolve_dtype("auto", torch.device("cpu"))
     learners = {
         "codetrace": SAETrainer(recipe, states, fast),
         "codetrace float32": SAETrainer(recipe, states, torch.float32),

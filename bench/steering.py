@@ -48,9 +48,9 @@ class Bench:
             prompt = render_problem_prompt(p)
             self.asked.append((p.task_id, lm.ids([prompt.text])[0], *answer_stop_condition(prompt, p.entry_point)))
         norms = median_norms(lm, [ids for _, ids, *_ in self.asked[:4]])
-        alphas = np.linspace(0.1, 0.4, options.strengths)
+        coefficients = np.linspace(0.1, 0.4, options.strengths)
         some = gaussian_directions(lm.d_model, lm.n_layers // 2, options.directions)
-        self.pushes = [make_push(d, a, norms) for d in some for a in alphas]
+        self.pushes = [make_push(d, a, norms) for d in some for a in coefficients]
         self.still = [make_push(p.direction, 0.0, norms) for p in self.pushes]
 
     def write(self, numbers, edits) -> dict:

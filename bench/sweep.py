@@ -31,8 +31,9 @@ import torch
 
 from codetrace import models
 from codetrace.models.lm import LM
-from codetrace.patching.engine import patch_all, sweep_layer_tokens
+from codetrace.patching.engine import PatchOptions, patch_all
 from codetrace.patching.sites import EngineWork, PatchPair
+from codetrace.patching.staircase import sweep_layer_tokens
 
 TEXT = "a = {}\nb = 5\nc = a\nd = b\ne = c\nf = d\ng = e\nh = f\ni = g\nj = h\nk = i\nl = j\nm = k\nn = l\no = n\n#o:"
 
@@ -41,7 +42,7 @@ def pairs_of(lm, n_tokens: int) -> list[PatchPair]:
     "Couples of runs of so many tokens that differ in one of the first; eight for a small model, whose programs are swept together, else one."
     runs = [lm.ids([TEXT.format(digit)])[0][:n_tokens] for digit in range(9)]
     assert len(runs[0]) == n_tokens, f"the text has only {len(runs[0])} tokens"
-    return [PatchPair(base, donor) for base, donor in itertools.pairwise(runs)][: 8 if lm.name == "small" else 1]
+    return [PatchPair(base, source) for base, source in itertools.pairwise(runs)][: 8 if lm.name == "small" else 1]
 
 
 def cut(lm, n_layers: int):
@@ -90,7 +91,9 @@ class Bench:
         "Seconds of a whole sweep by each engine, of all pairs together or the first few."
         pairs, some = pairs_of(lm, n_tokens)[:most], list(range(0, lm.n_layers, stride))
         run = lambda engine: (
-            lambda: patch_all(lm, pairs, site, lead, layers=None if engine == "staircase" else some, engine=engine)
+            lambda: patch_all(
+                lm, pairs, site, lead, PatchOptions(layers=None if engine == "staircase" else some, engine=engine)
+            )
         )
         seconds = self.alternate({engine: run(engine) for engine in ("staircase", *engines)})
         seconds |= {engine: seconds[engine] * lm.n_layers / len(some) for engine in engines}
@@ -111,7 +114,7 @@ class Bench:
         pair, work, rows = pairs_of(lm, n_tokens)[0], EngineWork(), 32
         ids = torch.tensor([pair.base] * rows)
         patch_all(lm, [pair], "resid_pre", lead, work=work)
-        needed = sweep_layer_tokens(lm.n_layers, n_tokens, pair.first)
+        needed = sweep_layer_tokens(lm.n_layers, n_tokens, pair.first_difference)
         plain = lambda: lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
         seconds = self.alternate({"plain": plain, "staircase": lambda: patch_all(lm, [pair], "resid_pre", lead)})
         rate = {
@@ -134,7 +137,8 @@ def difference(lm, n_tokens: int, stride: int) -> float:
     "The largest difference of any logit between staircase and naive."
     pair, layers, whole = pairs_of(lm, n_tokens)[0], list(range(0, lm.n_layers, stride)), lambda logits, i: logits
     got, want = (
-        patch_all(lm, [pair], "resid_pre", whole, layers=layers, engine=engine)[0] for engine in ("staircase", "naive")
+        patch_all(lm, [pair], "resid_pre", whole, PatchOptions(layers=layers, engine=engine))[0]
+        for engine in ("staircase", "naive")
     )
     assert torch.equal(got.argmax(-1), want.argmax(-1)), "a prediction differs"
     return (got - want).abs().max().item()

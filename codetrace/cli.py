@@ -10,6 +10,7 @@ __all__ = ['app', 'parse_parameters', 'run_command', 'merge_command', 'phases_co
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +19,16 @@ import typer
 from .core.errors import BadInput
 from .runs.execute import RunFailed, execute_phase
 from .runs.manifest import all_runs, changed_outputs, find_run, newest_run
+from .runs.parameters import phase_parameters, shorthand_parameters
 from codetrace.runs.phases import (
-    PHASE_NUMBERS,
-    notebook_parameters,
-    phase_name,
-    phase_notebooks,
-    phase_parameters,
+    Phase,
+    find_phase,
+    identifying_parameters,
+    is_phase,
+    phases,
+    preset_parameters,
     runs_root,
-    shorthand_parameters,
+    studies,
 )
 
 # %% ../nbs/cli.ipynb #5c7d4f83
@@ -44,29 +47,45 @@ def parse_parameters(
     pairs: list[str],  # `name=value`, as typed
     file: Path | None = None,  # A YAML file of names and values
 ) -> dict:  # Values by name
-    "Read parameters as they are typed."
+    "Read parameters as they are typed: as texts, which `check_parameters` reads by their declared types."
     import yaml
 
     values = {}
     if file is not None:
         try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            text = Path(file).read_text(encoding="utf-8")
+            values = yaml.load(text, Loader=yaml.BaseLoader) or {}  # texts: the declared type says what they mean
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise BadInput(f"cannot read parameters from {file}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
-            raise BadInput(f"{file} holds {type(values).__name__}, not parameters: write lines such as 'num_seqs: 20'")
+            raise BadInput(
+                f"{file} holds a {type(values).__name__}, not parameters: write lines such as 'num_seqs: 20'"
+            )
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip().isidentifier():
             raise BadInput(f"cannot read the parameter {pair!r}: write -p name=value, such as -p num_seqs=20")
-        try:
-            values[name.strip()] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            values[name.strip()] = value
+        values[name.strip()] = value
     return values
 
 # %% ../nbs/cli.ipynb #c1702298
-_GPU_MEMORY_VARIABLE, _HOST_MEMORY_VARIABLE = "CODETRACE_MAX_GPU_MEMORY", "CODETRACE_MAX_MEMORY"
+_GPU_MEMORY_VARIABLE = "CODETRACE_MAX_GPU_MEMORY"
+_HOST_MEMORY_VARIABLE = "CODETRACE_MAX_MEMORY"
+
+
+@dataclass(frozen=True)
+class _Placement:
+    "Where a run is done, and by how many processes."
+
+    where: object = None  # Devices of this machine as typed, `SlurmOptions`, or None for this process
+    shards: int | None = None  # Processes that share the work
+    requeue: bool = False  # Continue by itself what was stopped
+    detach: bool = False  # Hand jobs in and leave
+
+    @property
+    def is_here(self) -> bool:
+        "Is all done in this process?"
+        return self.where is None and self.shards is None and not self.requeue
 
 # %% ../nbs/cli.ipynb #30b2cfd9
 @app.command(
@@ -138,33 +157,27 @@ def run_command(
     ] = 100,
 ):
     "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
-    from codetrace.runs.jobs import parse_devices
-    from codetrace.runs.pipeline import PIPELINES
-    from codetrace.runs.slurm import SlurmOptions
-
     if problems and Path(problems).is_file():
         problems = str(Path(problems).resolve())
     _set_memory_limits(max_gpu_memory, max_memory)
-    asked = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time, "parallel": parallel}
-    where = _devices_or_slurm(devices, cluster, asked | {"slurm": slurm or None, "detach": detach or None})
-    if phase in PIPELINES:
-        alone = [name for name, x in {"-p": p, "--input": input, "--full": full, "--detach": detach}.items() if x]
-        study = {"model": model, "problems": problems, "num_problems": n}
-        if not isinstance(where, SlurmOptions):
-            where = parse_devices(where) if where or shards or requeue else None
-        return _run_pipeline(phase, study, f, alone, not quiet, where=where, shards=shards, requeue=requeue)
-    declared = phase_parameters(phase)
-    shared = shorthand_parameters(declared, model=model, n=n, input=input, problems=problems, full=full)
+    slurm_options = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time}
+    slurm_options |= {"parallel": parallel, "slurm": slurm or None, "detach": detach or None}
+    placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach)
+    if phase in studies():
+        for_one_phase = {"-p": p, "--input": input, "--full": full, "--detach": detach}
+        _refuse_options_of_one_phase(phase, [name for name, value in for_one_phase.items() if value])
+        return _run_study(phase, {"model": model, "problems": problems, "num_problems": n}, f, placement, not quiet)
+    shared = shorthand_parameters(phase_parameters(phase), model=model, n=n, input=input, problems=problems, full=full)
     values = parse_parameters(p or [], f) | shared
-    if where is None and shards is None and not requeue:
+    if placement.is_here:
         _print_run(execute_phase(phase, values, show_progress=not quiet))
     else:
-        _run_sharded(phase, values, shards, where, requeue, detach, not quiet)
+        _run_sharded(phase, values, placement, not quiet)
 
 # %% ../nbs/cli.ipynb #51f5371f
-def _devices_or_slurm(devices: str | None, cluster: str | None, asked: dict):
-    "Devices, what to ask of Slurm, or None where nothing was said."
-    given = {name: value for name, value in asked.items() if value is not None}
+def _devices_or_slurm(devices: str | None, cluster: str | None, slurm_options: dict):
+    "Devices as typed, resources of Slurm jobs, or None where nothing was said."
+    given = {name: value for name, value in slurm_options.items() if value is not None}
     if cluster not in (None, "slurm"):
         raise BadInput(f"unknown cluster {cluster!r}: expected slurm; leave --cluster out to run on this machine")
     if cluster and devices:
@@ -175,54 +188,80 @@ def _devices_or_slurm(devices: str | None, cluster: str | None, asked: dict):
         return devices
     from codetrace.runs.slurm import SlurmOptions, parse_slurm_minutes
 
-    more = parse_parameters(given.pop("slurm", []))
-    given |= {"minutes": parse_slurm_minutes(given.pop("time"))} if "time" in given else {}
+    sbatch_options = parse_parameters(given.pop("slurm", []))
     given.pop("detach", None)
-    return SlurmOptions(**given, more={key: str(value) for key, value in more.items()})
+    if "time" in given:
+        given["minutes"] = parse_slurm_minutes(given.pop("time"))
+    return SlurmOptions(**given, sbatch_options={key: str(value) for key, value in sbatch_options.items()})
 
 
-def _run_sharded(phase: str, values: dict, shards: int | None, where, requeue: bool, detach: bool, shown: bool):
+def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress: bool):
     "Run a phase in processes of its own."
     from codetrace.runs.jobs import parse_devices
     from codetrace.runs.launch import ShardedRun
     from codetrace.runs.slurm import SlurmOptions
 
+    where = placement.where
+    shards = placement.shards
     if not isinstance(where, SlurmOptions):
         where = parse_devices(where)
-        shards = len(where) if shards is None else shards
-    work = ShardedRun(phase, values, 1 if shards is None else shards, where, requeue)
-    if detach:
-        jobs = [{"shard": "all" if j.shard < 0 else j.shard, "job": j.job, "log": j.log} for j in work.submit()]
-        _print_table(jobs)
-        print("the same command without --detach watches them")
-    else:
-        _print_run(work.run(shown))
+        shards = shards or len(where)
+    sharded = ShardedRun(phase, values, shards or 1, where, placement.requeue)
+    if not placement.detach:
+        _print_run(sharded.run(show_progress))
+        return
+    jobs = [
+        {"shard": "all" if job.shard < 0 else job.shard, "job": job.job_id, "log": job.log} for job in sharded.submit()
+    ]
+    _print_table(jobs)
+    print("the same command without --detach watches them")
 
 # %% ../nbs/cli.ipynb #919f5bf2
-def _run_pipeline(name: str, study: dict, file: Path | None, strange: list[str], shown: bool, **hands):
-    "Run a chain of phases."
-    from codetrace.runs.pipeline import run_pipeline, run_step_once
-
-    if strange:
+def _refuse_options_of_one_phase(study: str, options: list[str]):
+    "Refuse options that a whole study cannot be given."
+    if options:
         raise BadInput(
-            f"{strange[0]} is for one phase, and {name} is a chain of them: run a phase by its number to give it that, "
+            f"{options[0]} is for one phase, and {study} is a chain of them: run a phase by its number to give it that, "
             "or write what phases shall be given into a file for -f, such as '3.1: {num_latents: 3}'"
         )
-    more = {str(number): values for number, values in parse_parameters([], file).items()}
-    if bad := [number for number, values in more.items() if not isinstance(values, dict)]:
-        raise BadInput(
-            f"{file}: {bad[0]!r} is no phase with its parameters: write lines such as '3.1: {{num_latents: 3}}'"
-        )
-    say = lambda line: print(line, file=sys.stderr, flush=True)
-    done, failed = run_pipeline(name, study, more, lambda *work: run_step_once(*work, say, shown, **hands), say)
-    _print_run(done["report"])
-    print(Path(done["report"]["folder"]) / "report.md")
-    if failed:
-        raise BadInput(f"{len(failed)} phases are not there; the report says why: {', '.join(failed)}")
 
 
+def _read_overrides(file: Path | None) -> dict[str, dict]:
+    "Parameters by phase number, from a file."
+    overrides = {str(number): values for number, values in parse_parameters([], file).items()}
+    for number, values in overrides.items():
+        if not isinstance(values, dict):
+            raise BadInput(
+                f"{file}: {number!r} is no phase with its parameters: write lines such as '3.1: {{num_latents: 3}}'"
+            )
+    return overrides
+
+
+def _run_study(name: str, study: dict, file: Path | None, placement: _Placement, show_progress: bool):
+    "Run the phases of a study."
+    from codetrace.runs.jobs import parse_devices
+    from codetrace.runs.pipeline import run_step_once, run_study
+    from codetrace.runs.slurm import SlurmOptions
+
+    where = placement.where
+    if not isinstance(where, SlurmOptions):
+        where = None if placement.is_here else parse_devices(where)
+
+    def report_line(line: str):
+        print(line, file=sys.stderr, flush=True)
+
+    def run_step(number: str, values: dict) -> dict:
+        return run_step_once(number, values, report_line, show_progress, where, placement.shards, placement.requeue)
+
+    manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
+    _print_run(manifests["report"])
+    print(Path(manifests["report"]["folder"]) / "report.md")
+    if failures:
+        raise BadInput(f"{len(failures)} phases are not there; the report says why: {', '.join(failures)}")
+
+# %% ../nbs/cli.ipynb #f075e886
 def _set_memory_limits(gpu: float, host: float):
-    "Set what a run may take, in GB."
+    "Tell the kernel what a run may take, in GB."
     if not gpu > 0:
         raise BadInput(f"--max-gpu-memory is {gpu:g}: expected GB, more than 0, such as 30")
     if not host >= 1:
@@ -247,31 +286,32 @@ def merge_command(
 @app.command(name="phases", epilog="Examples:  codetrace phases  |  codetrace phases tracking")
 def phases_command(phase: Annotated[str | None, typer.Argument(help="Show this phase's parameters.")] = None):
     "List the phases, or the parameters of one."
-    from codetrace.core.errors import look_up_name
-
-    books = phase_notebooks()
     if phase is None:
-        number = {name: number for number, name in PHASE_NUMBERS.items()}
-        _print_table(
-            [
-                {"phase": name, "number": number.get(name, ""), "asks": _notebook_subtitle(path), "notebook": path.name}
-                for name, path in books.items()
-            ]
-        )
-    else:
-        found = notebook_parameters(look_up_name(phase_name(phase), books, "phase")).values()
-        _print_table([{"parameter": x.name, "default": json.dumps(x.default), "meaning": x.help} for x in found])
+        _print_table([_phase_row(declared) for declared in phases().values()])
+        return
+    settings = preset_parameters(phase)
+    rows = [
+        {
+            "parameter": p.name,
+            "type": p.annotation,
+            "default": json.dumps(settings.get(p.name, p.default)),
+            "meaning": p.help,
+        }
+        for p in phase_parameters(phase).values()
+    ]
+    _print_table(rows)
 
 
-def _notebook_subtitle(notebook: Path) -> str:
-    "The line under a notebook's title."
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    lines = "".join("".join(cell["source"]) + "\n" for cell in cells[:2]).splitlines()
-    return next((line[1:].strip() for line in lines if line.startswith(">")), "")
+def _phase_row(phase: Phase) -> dict:
+    "One phase, with the numbers it goes by."
+    numbers = ", ".join(phase.numbers)
+    return {"phase": phase.name, "number": numbers, "does": phase.subtitle, "notebook": phase.notebook.name}
 
 # %% ../nbs/cli.ipynb #60152174
 def _format_cell(value: object) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _print_table(rows: list[dict]):
@@ -293,25 +333,27 @@ def _print_table(rows: list[dict]):
 @app.command(name="runs", epilog="Examples:  codetrace runs  |  codetrace runs --json | jq '.[-1].headline'")
 def runs_command(as_json: Annotated[bool, typer.Option("--json", help="All manifests, as JSON.")] = False):
     "List all runs: phase, model, when, status, headline."
-    found = all_runs()
+    manifests = all_runs()
     if as_json:
-        print(json.dumps(found, indent=1))
-    elif not found:
+        print(json.dumps(manifests, indent=1))
+    elif manifests:
+        _print_table([_run_row(manifest) for manifest in manifests])
+    else:
         print(f"no runs under {runs_root()} yet; try: codetrace run tracking")
-    _print_table([] if as_json else [_run_row(m) for m in found])
 
 
 def _run_row(manifest: dict) -> dict:
     parameters = manifest.get("parameters", {})
     models = parameters.get("model") or ", ".join(parameters.get("models") or [])
-    said = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
-    about = {
+    finding = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
+    return {
         "run": manifest["run_id"],
         "phase": manifest["phase"],
         "model": models,
         "started": manifest["started"][:16],
+        "status": manifest["status"],
+        "headline": " ".join(finding.split())[:100],
     }
-    return about | {"status": manifest["status"], "headline": " ".join(said.split())[:100]}
 
 # %% ../nbs/cli.ipynb #2bb9a1d5
 def _result_files(manifest: dict) -> list[Path]:
@@ -344,8 +386,9 @@ def show_command(
 ):
     "Show runs: results, parameters, files."
     for name in names:
-        phase = phase_name(name)
-        _print_run(newest_run(phase) if phase in phase_notebooks() else find_run(name))
+        _print_run(
+            newest_run(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
+        )
 
 # %% ../nbs/cli.ipynb #e75f49ed
 def _parse_job(text: str, where: str):
@@ -380,7 +423,7 @@ def _read_jobs(file: Path) -> list:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {file}: {error}") from None
     lines = enumerate(text.split("\n"), 1)
-    return [_parse_job(line, f"{file}, line {at}") for at, line in lines if line.strip()]
+    return [_parse_job(line, f"{file}, line {number}") for number, line in lines if line.strip()]
 
 # %% ../nbs/cli.ipynb #5a120003
 def _verdict_line(name: str, verdict) -> str:
@@ -411,13 +454,14 @@ def grade_command(
 
     from codetrace.sandbox.pool import SandboxPool
 
-    jobs, counts = _read_jobs(file), Counter()
+    jobs = _read_jobs(file)
+    counts = Counter()
     with SandboxPool(workers, tier=tier) as pool:
         for job, verdict in zip(jobs, pool.grade(jobs)):
             counts[verdict.verdict] += 1
             print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else _verdict_line(job.name, verdict))
-    said = ", ".join(f"{n} {word}" for word, n in counts.most_common())
-    print(f"{len(jobs)} programs: {said}" if jobs else "no programs", file=sys.stderr if as_json else sys.stdout)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    print(f"{len(jobs)} programs: {summary}" if jobs else "no programs", file=sys.stderr if as_json else sys.stdout)
     if counts["runner_error"]:
         raise typer.Exit(1)
 
@@ -430,19 +474,26 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="The fin
     from codetrace.runs.doctor import diagnose_machine, required_diagnostics_pass
 
     findings = []
-    for one in diagnose_machine():
-        findings.append(one)
-        mark = "ok" if one.works else "FAILS" if one.needed else "-"
-        remedy = f"  ({one.remedy})" if one.remedy and not one.works else ""
+    for finding in diagnose_machine():
+        findings.append(finding)
         if not as_json:
-            print(f"{mark:6}{one.what:16} {one.found}{remedy}", flush=True)
+            print(_diagnostic_line(finding), flush=True)
     good = required_diagnostics_pass(findings)
     if as_json:
-        print(json.dumps({"usable": good, "findings": [asdict(one) for one in findings]}, indent=1))
+        print(json.dumps({"usable": good, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
         print("this machine is usable" if good else "this machine is not usable: see FAILS")
     if not good:
         raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #8becc967
+def _diagnostic_line(finding) -> str:
+    "What was found out about the machine, and what to do where it is not enough."
+    mark = "FAILS" if finding.required else "-"
+    if finding.passed:
+        return f"{'ok':6}{finding.name:16} {finding.detail}"
+    remedy = f"  ({finding.remedy})" if finding.remedy else ""
+    return f"{mark:6}{finding.name:16} {finding.detail}{remedy}"
 
 # %% ../nbs/cli.ipynb #a8b81dce
 @app.command(
@@ -458,30 +509,38 @@ def clean_command(
     "Remove runs, after asking; runs/reference and what is being written stay."
     from codetrace.runs.clean import removable_folders, remove_folder
 
-    found = removable_folders(phases or [], incomplete)
-    lines = [
-        {
-            "run": f.folder.name,
-            "phase": f.phase,
-            "status": f.status,
-            "MB": f.bytes / 1e6,
-            "read by": " ".join(f.read_by),
-        }
-        for f in found
-    ]
-    _print_table(lines)
-    many = lambda some: f"{len(some)} folder{'s' * (len(some) != 1)}, {sum(f.bytes for f in some) / 1e6:,.1f} MB"
-    going = {f.folder.name for f in found}
-    if missed := [f for f in found if set(f.read_by) - going]:
+    folders = removable_folders(phases or [], incomplete)
+    _print_table([_folder_row(folder) for folder in folders])
+    names = {folder.folder.name for folder in folders}
+    if missed := [folder for folder in folders if set(folder.read_by) - names]:
         print(f"runs that stay were made from {len(missed)} of these, and could not be made again as they were")
-    if not found or dry_run:
-        print(f"nothing was removed ({many(found)})" if found else "there is nothing to remove")
-    elif force or _confirm(f"Remove {many(found)} for good?"):
-        gone = [f for f in found if remove_folder(f)]
-        kept = ", ".join(f.folder.name for f in found if f not in gone)
-        print(f"removed {many(gone)}" + (f"; somebody is writing there: {kept}" if kept else ""))
+    if not folders:
+        print("there is nothing to remove")
+    elif dry_run:
+        print(f"nothing was removed ({_folders_and_size(folders)})")
+    elif force or _confirm(f"Remove {_folders_and_size(folders)} for good?"):
+        removed = [folder for folder in folders if remove_folder(folder)]
+        kept = ", ".join(folder.folder.name for folder in folders if folder not in removed)
+        print(f"removed {_folders_and_size(removed)}" + (f"; somebody is writing there: {kept}" if kept else ""))
     else:
         print("nothing was removed")
+
+# %% ../nbs/cli.ipynb #121080c9
+def _folder_row(folder) -> dict:
+    "A folder that can be removed, as a row."
+    return {
+        "run": folder.folder.name,
+        "phase": folder.phase,
+        "status": folder.status,
+        "MB": folder.bytes / 1e6,
+        "read by": " ".join(folder.read_by),
+    }
+
+
+def _folders_and_size(folders: list) -> str:
+    "How many folders, and how large they are together."
+    plural = "s" * (len(folders) != 1)
+    return f"{len(folders)} folder{plural}, {sum(folder.bytes for folder in folders) / 1e6:,.1f} MB"
 
 # %% ../nbs/cli.ipynb #75f6d21b
 def _confirm(question: str) -> bool:

@@ -1,5 +1,7 @@
-"""The main job, small: track variables and trace what carries them, in SmolLM2 and in the model that has learnt it; then let SmolLM2 solve problems, look for
-latents that know which solutions are right, judge them on other problems, and push the model along one of them. Says where the records are.
+"""The main job, small: the phases of recipes/demo.yaml one after the other.
+
+Variables are tracked and traced, in SmolLM2 and in the model that has learnt it; then SmolLM2 solves problems, latents that separate right from wrong are
+found and judged on other problems, and the model is steered along one of them. Each phase says its finding as it ends.
 """
 
 import subprocess
@@ -7,45 +9,36 @@ import sys
 import time
 from pathlib import Path
 
-from codetrace.runs.manifest import newest_run
-from codetrace.runs.phases import phase_name
+import yaml
+
+from codetrace.core.errors import BadInput
+from codetrace.runs.execute import RunFailed, execute_phase
+from codetrace.runs.phases import find_phase
 
 HOME = Path(__file__).resolve().parents[1]
-STUDIES = (  # Phase, and its parameters in demo/
-    ("tracking", "tracking"),
-    ("tracing", "tracing"),
-    ("tracing", "binding"),
-    ("tracing", "reference"),
-    ("0", "problems"),
-    ("0.1", "problems"),
-    ("1.0", "solving"),
-    ("1.5", "dictionary"),
-    ("2", "latents"),
-    ("3", "validation"),
-    ("3.1", "tuning"),
-    ("3.2", "steering"),
-    ("report", ""),
-)
 
 
 def main() -> int:
-    took, records = {}, []
-    for phase, study in STUDIES:
+    seconds = {}
+    run_ids = []
+    for step in yaml.safe_load((HOME / "recipes" / "demo.yaml").read_text(encoding="utf-8")):
         began = time.monotonic()
-        name = phase_name(phase)
-        given = ["-f", f"demo/{study}.yaml"] if study else []
-        print(f"\n== {name}" + (f", with {given[1]}" if given else ""), flush=True)
-        command = ["codetrace", "run", phase, *given]
-        done = subprocess.run(command, cwd=HOME, stdout=subprocess.DEVNULL)  # shown at the end
-        if done.returncode != 0:
-            return done.returncode
-        took[f"{name} {study}".strip()] = time.monotonic() - began
-        records.append(newest_run(name)["run_id"])
+        name = find_phase(step["phase"]).name
+        print(f"\n== {name}: {step['purpose']}", flush=True)
+        try:
+            manifest = execute_phase(step["phase"], step.get("parameters", {}))
+        except (BadInput, RunFailed) as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(manifest["headline"], flush=True)
+        run_ids.append(manifest["run_id"])
+        seconds[f"{len(run_ids)} {name}"] = time.monotonic() - began
     print("\n== what was found, and where", flush=True)
-    subprocess.run(["codetrace", "show", *records], cwd=HOME)
+    subprocess.run(["codetrace", "show", *run_ids], cwd=HOME)
     subprocess.run(["codetrace", "runs"], cwd=HOME)
-    whole = sum(took.values())
-    print(f"{whole:.0f} s: " + ", ".join(f"{study} {seconds / whole:.0%}" for study, seconds in took.items()))
+    total = sum(seconds.values())
+    shares = ", ".join(f"{step} {duration / total:.0%}" for step, duration in seconds.items())
+    print(f"{total:.0f} s: {shares}")
     return 0
 
 

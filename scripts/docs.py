@@ -4,7 +4,6 @@ Quarto renders them where it is installed, else smalldocs does, which makes the 
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from readme import linked
 
 HOME = Path(__file__).resolve().parents[1]
 PROJECT = HOME / "_proc" / "site"
@@ -39,10 +39,10 @@ def assemble(quarto: bool) -> Path:
     shutil.rmtree(PROJECT, ignore_errors=True)
     for name in chapters(config["book"]["chapters"]):
         (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
-        source = HOME / name if name.startswith("runs/") else processed / Path(name).name
+        source = HOME / name if name.startswith("runs/") else processed / name.removeprefix("nbs/")
         text = re.sub(r'"output-file: [^"]*",?\n', "", source.read_text(encoding="utf-8"))  # nbdev names pages its way
-        there = os.path.relpath("nbs", Path(name).parent)  # chapters name each other without a folder
-        text = re.sub(r"\]\((\d\w+\.ipynb)\)", rf"]({there}/\1)", text)
+        if name == "index.ipynb":  # stands beside nbs/, not in it
+            text = linked(text)
         (PROJECT / name).write_text(text, encoding="utf-8")
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

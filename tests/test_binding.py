@@ -1,6 +1,7 @@
 "The model that has learnt binding: shipped, whole, and as good as it is said to be."
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,21 @@ from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.stats import wilson
-from codetrace.models.loading import binding_steps
+from codetrace.models.loading import _adapters_by_step
 from codetrace.patching.cases import draw_cases
 from codetrace.patching.sweep import average_by_position, run_sweep
 from codetrace.phases.binding import binding_trace_reference_runs
 from codetrace.runs.manifest import reference_runs
 from codetrace.tasks import binding_training
-from codetrace.tasks.binding_programs import HELD_OUT_PAIRS, BindingPrograms, draw_binding_programs, split_hash
+from codetrace.tasks.binding_programs import (
+    HELD_OUT_PAIRS,
+    BindingProgramOptions,
+    BindingPrograms,
+    draw_binding_programs,
+    split_hash,
+)
 from codetrace.tasks.binding_training import (
+    BindingTrainingOptions,
     BindingTrainingPlan,
     add_lora_adapter,
     make_untrained_transformer,
@@ -31,6 +39,7 @@ from codetrace.tasks.generators import make_variable_binding_program
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"
+BINDING_STEPS = tuple(_adapters_by_step())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def fresh(n: int, seed: int, **options) -> list[BindingPrograms]:
     lengths = [k for k in range(4, 17) if k > options.get("depth", 1)]
     sizes = [n // len(lengths) + (i < n % len(lengths)) for i in range(len(lengths))]
     return [
-        draw_binding_programs(size, rng, k, max_depth=min(4, k - 1), **options)
+        draw_binding_programs(size, rng, BindingProgramOptions(k, max_depth=min(4, k - 1), **options))
         for k, size in zip(lengths, sizes)
         if size
     ]
@@ -52,7 +61,7 @@ def fresh(n: int, seed: int, **options) -> list[BindingPrograms]:
 
 def right(lm, several) -> tuple[int, int]:
     "Answers whose top token over the entire vocabulary is right, and how many were asked."
-    found = [(predict_digits(lm, b) == b.of_asked("value")).ravel() for b in several]
+    found = [(predict_digits(lm, b) == b.of_queries("value")).ravel() for b in several]
     return int(np.concatenate(found).sum()), sum(map(len, found))
 
 
@@ -86,11 +95,11 @@ def test_what_is_shipped_is_small():
     assert sum(p.stat().st_size for p in ADAPTER.iterdir()) < 12e6
     stages = HOME / "adapters"
     assert sum(p.stat().st_size for p in stages.rglob("*") if p.is_file()) <= 40e6
-    assert len(binding_steps()) == 8
+    assert len(BINDING_STEPS) == 8
 
 
 def test_the_last_stage_is_the_shipped_adapter():
-    last = HOME / "adapters" / "binding" / f"step-{binding_steps()[-1]:06d}"
+    last = HOME / "adapters" / "binding" / f"step-{BINDING_STEPS[-1]:06d}"
     for path in ADAPTER.iterdir():
         assert (last / path.name).read_bytes() == path.read_bytes()
 
@@ -98,7 +107,7 @@ def test_the_last_stage_is_the_shipped_adapter():
 def test_the_shipped_adapter_is_that_of_the_reference_record():
     (record,) = reference_runs("binding", init="adapter")
     outputs = record["outputs"]
-    name = f"weights/step-{binding_steps()[-1]:06d}/adapter_model.safetensors"
+    name = f"weights/step-{BINDING_STEPS[-1]:06d}/adapter_model.safetensors"
     assert outputs[name]["sha256"] == file_sha256(ADAPTER / "adapter_model.safetensors")
 
 
@@ -127,18 +136,24 @@ def test_a_wrong_stage_or_folder_is_named(tmp_path):
         models.load("binding", quantize="8bit")
 
 
-def test_the_arrays_agree_with_the_single_generator_and_with_python():
+def write_source(folder: Path, source: str) -> str:
+    "A file that holds a program, for Python to run."
+    path = folder / "program.py"
+    path.write_text(source)
+    return str(path)
+
+
+def test_the_arrays_agree_with_the_single_generator_and_with_python(tmp_path):
     rng = np.random.default_rng(0)
     for lines in (3, 8, 16):
-        drawn = draw_binding_programs(60, rng, lines, max_depth=min(4, lines - 1), queries=2)
+        drawn = draw_binding_programs(60, rng, BindingProgramOptions(lines, max_depth=min(4, lines - 1), queries=2))
         for row in range(len(drawn)):
             for query in range(2):
                 program = drawn.program(row, query)  # runs it; raises where the answer is another
-                at = drawn.asked[row, query]
-                assert program.depth == drawn.depth[row, at]
-                scope = {}
-                exec(program.source, {}, scope)
-                assert scope[program.query] == drawn.value[row, at]
+                line = drawn.query_lines[row, query]
+                assert program.depth == drawn.depth[row, line]
+                variables = runpy.run_path(write_source(tmp_path, program.source))
+                assert variables[program.query] == drawn.value[row, line]
 
 
 def test_both_generators_draw_from_one_distribution():
@@ -146,7 +161,7 @@ def test_both_generators_draw_from_one_distribution():
     from scipy.stats import chi2_contingency
 
     rng = np.random.default_rng(1)
-    ours = draw_binding_programs(1000, rng, 8)
+    ours = draw_binding_programs(1000, rng, BindingProgramOptions(8))
     constants = np.bincount((ours.source < 0).sum(1), minlength=9)[2:]
     # the single generator first draws the depth it will ask for, which favours programs that have it: ask for 1, which all have
     theirs = [make_variable_binding_program(8, rng, depth=1) for _ in range(1000)]
@@ -157,28 +172,29 @@ def test_both_generators_draw_from_one_distribution():
 
 def test_held_out_is_held_out():
     rng = np.random.default_rng(2)
-    train = draw_binding_programs(3000, rng, 6, split="train", queries=2)
+    train = draw_binding_programs(3000, rng, BindingProgramOptions(6, split="train", queries=2))
     texts = {train.program(row).source for row in range(300)}
     assert split_hash(train).min() > 0
     constants = train.source < 0
     assert not HELD_OUT_PAIRS[train.letter[constants], train.digit[constants]].any()
     assert HELD_OUT_PAIRS.sum() == 26
-    test = draw_binding_programs(300, rng, 6)
+    test = draw_binding_programs(300, rng, BindingProgramOptions(6))
     assert not texts & {test.program(row).source for row in range(300)}
 
 
 def test_programs_grow_when_they_are_mastered():
     plan = BindingTrainingPlan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3, mastery=0.9)
     assert plan.levels == [(3, 1), (4, 2), (5, 3), (6, 4), (7, 4), (8, 4), (9, 4)]
-    at, reached = (0, []), []
+    progress = binding_training._LevelProgress()
+    reached = []
     for right in [0.0] * 10 + [1.0] * 45 + [0.5] * 60 + [1.0] * 1000:
-        at = binding_training._advance_level(plan, at, {"right": right})
-        reached.append(at[0])
+        progress = binding_training._advance_level(plan, progress, {"right": right})
+        reached.append(progress.level)
     assert reached[53:55] == [0, 1]  # 45 of the last 50 steps
     assert max(reached[55:154]) == 1 and reached[154] == 2 and reached[-1] == 6  # 40 of 50, and ten halves
-    assert [plan.batch(0, level).letter.shape[1] <= plan.levels[level][0] for level in range(7)] == [True] * 7
-    assert max(plan.batch(step, 0).of_asked("depth").max() for step in range(20)) == 1
-    assert {plan.batch(step, 6).letter.shape[1] for step in range(60)} == set(range(3, 10))
+    assert [plan.batch(0, level).n_lines <= plan.levels[level][0] for level in range(7)] == [True] * 7
+    assert max(plan.batch(step, 0).of_queries("depth").max() for step in range(20)) == 1
+    assert {plan.batch(step, 6).n_lines for step in range(60)} == set(range(3, 10))
     flat = BindingTrainingPlan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3)
     assert flat.next_level(0, [1.0] * 99) == 0
 
@@ -204,8 +220,9 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, ma
                     raise Killed
                 yield step
 
-        judged = [draw_binding_programs(4, np.random.default_rng(0), 5)]
-        table, scores = train_binding_model(lm, plan, folder, [0, 2, 4], judged, checkpoint_every=3, progress=steps)
+        judged = [draw_binding_programs(4, np.random.default_rng(0), BindingProgramOptions(5))]
+        options = BindingTrainingOptions([0, 2, 4], judged, checkpoint_every=3)
+        table, scores = train_binding_model(lm, plan, folder, options, progress=steps)
         return {name: p.detach() for name, p in binding_training._trainable_parameters(lm).items()}, table, scores
 
     whole, losses, scores = train(tmp_path / "whole")
@@ -248,7 +265,7 @@ def test_scratch_models_are_models(tmp_path):
     train_binding_model(lm, plan, tmp_path)
     assert not torch.equal(before, lm.hf.model.embed_tokens.weight)
     again = models.load(str(tmp_path / "weights" / "step-000003"), dtype="float32")
-    asked = draw_binding_programs(3, np.random.default_rng(0), 4)
+    asked = draw_binding_programs(3, np.random.default_rng(0), BindingProgramOptions(4))
     assert torch.allclose(again.logits([asked.program(0).code]), lm.logits([asked.program(0).code]), atol=1e-5)
 
 

@@ -24,16 +24,17 @@ from codetrace.core.records import read_records
 from codetrace.models import decoding, slot_cache
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit, random_stream
 from codetrace.models.lm import Intervention
-from codetrace.models.loading import TINY_CONFIGS
-from codetrace.phases import generation
+from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.phases.generation import read_samples
 from codetrace.runs.execute import execute_phase
 from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run, shard_range
-from codetrace.runs.phases import check_parameters, notebook_parameters, phase_name, phase_notebooks, preset_parameters
+from codetrace.runs.parameters import phase_values
+from codetrace.runs.phases import find_phase, preset_parameters
 from codetrace.sandbox.pool import Verdict
+from codetrace.tasks import solving
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
-from codetrace.tasks.solving import SAMPLE_KEY, finish_samples, generate_samples, plan_samples
+from codetrace.tasks.solving import SAMPLE_KEY, SamplingOptions, finish_samples, generate_samples, plan_samples
 
 TEXTS = [
     "def add(a, b):\n    return",
@@ -299,7 +300,7 @@ class Judge:
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr(generation.sandbox, "Pool", Judge)
+    monkeypatch.setattr(solving, "SandboxPool", Judge)
 
 
 ASKED = {"model": "tiny:llama", "num_problems": 120, "max_new_tokens": 6, "slots": 8}
@@ -313,7 +314,8 @@ def items():
 
 def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **options) -> dict[str, str]:
     "Hashes of what a run leaves."
-    generate_samples(lm, items, folder, max_new_tokens=6, slots=8, workers=1, progress=progress, **options)
+    options = SamplingOptions(max_new_tokens=6, slots=8, workers=1, **options)
+    generate_samples(lm, items, folder, options, progress=progress)
     finish_samples(folder, items)
     return {name: file_sha256(folder / name) for name in FILES}
 
@@ -322,7 +324,7 @@ def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **op
 def whole(tiny, items, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation.sandbox, "Pool", Judge)
+        patch.setattr(solving, "SandboxPool", Judge)
         return folder, written(tiny("llama"), items, folder)
 
 
@@ -334,7 +336,8 @@ def test_answers_are_graded_in_the_sandbox(tiny, tmp_path, monkeypatch):
         "\n" + known[answer.request.key[1]] if answer.request.key[1] != some[2].task_id else "pass"
     )
     monkeypatch.setattr(Decoder, "_text", text)
-    generate_samples(tiny("llama"), plan_samples(some), tmp_path, max_new_tokens=3, layers=[0], workers=1)
+    options = SamplingOptions(max_new_tokens=3, layers=[0], workers=1)
+    generate_samples(tiny("llama"), plan_samples(some), tmp_path, options)
     table = finish_samples(tmp_path, plan_samples(some)).set_index("task_id")
     assert [table["verdict"][p.task_id] for p in some] == ["passed", "passed", "no_function"]
     assert table["passed"].tolist() == (table["verdict"] == "passed").tolist()
@@ -382,7 +385,7 @@ class Stopped(Judge):
 def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whole, tmp_path, monkeypatch):
     "Answers that were not judged when the run was stopped are written again; an error before that is a result."
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(generation.sandbox, "Pool", Stopped)
+        patch.setattr(solving, "SandboxPool", Stopped)
         written(tiny("llama"), items, tmp_path, until(77))
     table = read_records(tmp_path / "samples")
     assert len(table) == 77 - 3 and (table["verdict"] == "runner_error").sum() == 1
@@ -416,8 +419,8 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
                         time.sleep(60)
 
             Decoder._text = lambda self, answer: slow[answer.request.key[1]]
-            options = {"max_new_tokens": 3, "slots": 4, "layers": [0], "workers": 2, "progress": tell}
-            generate_samples(tiny("llama"), some, tmp_path, **options)
+            options = SamplingOptions(max_new_tokens=3, slots=4, layers=[0], workers=2)
+            generate_samples(tiny("llama"), some, tmp_path, options, progress=tell)
         finally:
             os._exit(0)
     os.close(write)
@@ -490,7 +493,7 @@ def test_shards_put_together_are_the_whole(judge, tiny, items, whole, tmp_path):
     for shard in range(3):
         mine = [items[i] for i in shard_range(len(items), 3, shard, 1)]
         shards.append(tmp_path / str(shard))
-        generate_samples(lm, mine, shards[-1], max_new_tokens=6, slots=8, workers=1)
+        generate_samples(lm, mine, shards[-1], SamplingOptions(max_new_tokens=6, slots=8, workers=1))
         finish_samples(shards[-1], mine)
     (tmp_path / "all").mkdir()
     finish_samples(tmp_path / "all", items, shards)
@@ -512,10 +515,9 @@ def test_temperatures_fall_into_shards(items):
 
 
 def test_numbers_stand_for_settings(tmp_path):
-    assert phase_name("1.0") == phase_name("1.2") == "generation"
+    assert find_phase("1.0") == find_phase("1.2") == find_phase("1") == find_phase("generation")
     assert preset_parameters("1.2")["temperature"] == [0.3, 0.6, 0.9, 1.2] and preset_parameters("generation") == {}
-    declared = notebook_parameters(phase_notebooks()["generation"])
-    assert check_parameters(preset_parameters("1.2"), declared, "generation")["samples"] == 5
+    assert phase_values("1.2", {})["samples"] == 5
 
     def made(name: str, **parameters):
         folder = tmp_path / "generation" / name
@@ -605,7 +607,7 @@ def start(folder: Path, victim: str) -> subprocess.Popen:
         command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]
     else:
         words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]
-        command = ["-m", "papermill", str(phase_notebooks()["generation"]), str(folder / "out.ipynb"), *words]
+        command = ["-m", "papermill", str(find_phase("generation").notebook), str(folder / "out.ipynb"), *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, *command], env=env, **quiet)
 

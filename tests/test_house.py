@@ -1,7 +1,9 @@
-"The house rules: what is exported is what the notebooks say, in the order they say it."
+"The house: what is exported is what the notebooks say, names are unique, phases declare themselves once."
 
 import ast
+import importlib
 import json
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -10,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import codetrace
+from codetrace.runs.parameters import notebook_parameters
+from codetrace.runs.phases import phases
+
 HOME = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((HOME / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((HOME / "nbs").rglob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem != "index"]
+MODULES = sorted(path for path in (HOME / "codetrace").rglob("*.py") if path.stem not in ("__init__", "_modidx"))
 
 
 def code_cells(path: Path) -> list[str]:
@@ -20,7 +27,7 @@ def code_cells(path: Path) -> list[str]:
 
 
 def module_of(path: Path) -> str:
-    return re.search(r"#\| default_exp (\w+)", "\n".join(code_cells(path))).group(1)
+    return re.search(r"#\| default_exp ([\w.]+)", "\n".join(code_cells(path))).group(1)
 
 
 def run(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess:
@@ -59,10 +66,11 @@ def test_the_library_is_what_the_notebooks_export(clone):
 
 
 def test_drift_is_seen(clone):
-    module = clone / "codetrace" / "errors.py"
+    module = clone / "codetrace" / "core" / "errors.py"
     module.write_text(module.read_text().replace("did you mean", "did you perhaps mean"))
-    (clone / "codetrace" / "stray.py").write_text("")
-    assert {"M codetrace/errors.py", "?? codetrace/stray.py"} == {line.strip() for line in changes(clone).splitlines()}
+    (clone / "codetrace" / "core" / "stray.py").write_text("")
+    drift = {"M codetrace/core/errors.py", "?? codetrace/core/stray.py"}
+    assert drift == {line.strip() for line in changes(clone).splitlines()}
 
 
 def test_the_notebooks_are_clean(clone):
@@ -70,49 +78,57 @@ def test_the_notebooks_are_clean(clone):
     assert changes(clone) == "", "run nbdev_clean"
 
 
-def test_the_readme_is_the_index(clone):
+def test_readme_index_and_quarto_are_made_from_the_notebooks(clone):
     assert run(sys.executable, "scripts/readme.py", cwd=clone).returncode == 0
     assert changes(clone) == "", "run `make export`"
 
 
-def test_every_module_has_one_notebook():
-    modules = [module_of(path) for path in CHAPTERS]
-    assert sorted(modules) == sorted({p.stem for p in (HOME / "codetrace").glob("*.py")} - {"__init__", "_modidx"})
-    assert all(path.stem.split("_", 1)[1] == module for path, module in zip(CHAPTERS, modules))
+def test_every_module_has_one_notebook_of_its_name():
+    modules = {path.relative_to(HOME / "codetrace").with_suffix("").as_posix().replace("/", ".") for path in MODULES}
+    assert sorted(map(module_of, CHAPTERS)) == sorted(modules)
+    for path in CHAPTERS:
+        *folders, name = path.relative_to(HOME / "nbs").with_suffix("").parts
+        name = re.sub(r"^\d+_", "", name) if folders == ["phases"] else name
+        assert ".".join([*folders, name]) == module_of(path), path
 
 
-def imported(source: str) -> set[str]:
-    "Names of codetrace modules that a cell imports."
-    found = set()
-    for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))):
-        if isinstance(node, ast.ImportFrom) and node.module == "codetrace":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("codetrace."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("codetrace.")}
-    return found
+def test_every_module_says_what_it_does():
+    for path in CHAPTERS:
+        title, _, line, *_ = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines() + ["", ""]
+        assert title.startswith("# ") and re.fullmatch(r"> [A-Z].+[^?]", line), f"{path}: {line}"
 
 
-def out_of_order(books: dict[str, list[str]]) -> list[str]:
-    "Imports of a module whose notebook does not come earlier; `books` maps modules, in order, to their cells."
-    order = list(books)
-    return [
-        f"{module} imports {name}"
-        for at, module in enumerate(order)
-        for cell in books[module]
-        for name in imported(cell) - {"__version__"}
-        if name not in order or (order.index(name) >= at and name != module)
-    ]
+def test_no_two_modules_export_the_same_name():
+    homes = {}
+    for info in pkgutil.walk_packages(codetrace.__path__, "codetrace."):
+        if not info.ispkg and not info.name.endswith("_modidx"):
+            for name in importlib.import_module(info.name).__all__:
+                homes.setdefault(name, []).append(info.name)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
 
 
-def test_a_notebook_imports_only_from_lower_numbers():
-    assert out_of_order({module_of(path): code_cells(path) for path in CHAPTERS}) == []
+def test_no_module_is_longer_than_600_lines():
+    lengths = {path.relative_to(HOME).as_posix(): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
 
 
-def test_the_import_check_can_fail():
-    books = {"a": ["from codetrace.b import f"], "b": ["from codetrace import a, c"]}
-    assert out_of_order(books) == ["a imports b", "b imports c"]
+def test_what_the_package_offers_is_there():
+    assert len(codetrace.__all__) == 10
+    assert all(getattr(codetrace, name).__doc__ for name in codetrace.__all__)
+    with pytest.raises(AttributeError):
+        codetrace.nothing
+
+
+def test_the_import_contract_holds():
+    done = run("lint-imports")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_import_contract_can_fail(clone):
+    module = clone / "codetrace" / "core" / "errors.py"
+    module.write_text("import codetrace.runs.signals\n" + module.read_text())
+    done = run("lint-imports", "--no-cache", cwd=clone)
+    assert done.returncode != 0 and "codetrace.core is not allowed to import codetrace.runs" in done.stdout
 
 
 def test_the_canary_fails():
@@ -125,28 +141,48 @@ def test_phases_never_write_the_library():
     assert not [path.name for path in CHAPTERS if any("nbdev_export(" in cell for cell in code_cells(path))]
 
 
-def test_parameters_are_literals_with_comments():
-    from codetrace.runs.phases import notebook_parameters, phase_notebooks
+@pytest.mark.parametrize("name", phases())
+def test_a_phase_declares_what_there_is(name):
+    phase = phases()[name]
+    declared = notebook_parameters(phase.notebook)
+    assert declared, "no parameters"
+    assert [p.name for p in declared.values() if not p.help] == [], "say what each parameter means"
+    for number in phase.numbers.values():
+        assert set(number.settings) | set(number.inputs) <= set(declared)
+        assert set(number.told_by) <= set(number.settings)
+        assert set(number.inputs) <= {read.parameter for read in phase.reads}
+    assert {read.parameter for read in phase.reads} <= set(declared)
+    assert {read.through for read in phase.reads} - {""} <= {read.parameter for read in phase.reads}
+    assert callable(phase.function(phase.headline))
+    assert not phase.claims or callable(phase.function(phase.claims))
+    source = phase.notebook.read_text()
+    assert [figure for figure in phase.figures if figure.removesuffix(".png") not in source] == []
 
-    for phase, path in phase_notebooks().items():
-        declared = notebook_parameters(path)
-        assert declared, phase
-        assert [p.name for p in declared.values() if not p.help] == [], f"{phase}: say what each parameter means"
-        tagged = [c for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
-        assert len(tagged) == 1
+
+def test_every_run_that_a_phase_reads_is_declared():
+    "A cell never looks for a run: none but the report calls what finds one."
+    finders = {"resolve_run", "newest_run", "find_run", "all_runs"}
+    for name, phase in phases().items():
+        cells = [cell for cell in code_cells(phase.notebook) if not re.search(r"^#\| *hide", cell, re.M)]
+        trees = [ast.parse(re.sub(r"^[%!].*$", "pass", cell, flags=re.M)) for cell in cells]
+        called = {
+            node.func.id
+            for tree in trees
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert name == "report" or not called & finders, f"{name} looks for a run: {called & finders}"
 
 
 def test_heavy_packages_are_imported_late():
-    heavy = "torch transformers peft sklearn nnsight pandas pyarrow matplotlib papermill scipy statsmodels nbformat"
-    probe = f"import sys, codetrace.cli; print([m for m in {heavy.split()} if m in sys.modules])"
+    heavy = "torch transformers peft sklearn nnsight pandas pyarrow matplotlib papermill scipy statsmodels nbformat pydantic"
+    probe = f"import sys, codetrace, codetrace.cli; print([m for m in {heavy.split()} if m in sys.modules])"
     assert run(sys.executable, "-c", probe).stdout.strip() == "[]"
 
 
 def test_settings_are_the_one_place_for_metadata():
     from configparser import ConfigParser
     from importlib import metadata
-
-    import codetrace
 
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(HOME / "settings.ini")

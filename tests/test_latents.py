@@ -42,7 +42,7 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
     for kind in ("last_prompt", "last_generated"):
         states = {
             f"resid_post.{layer}": torch.from_numpy(
-                study.rows[layer][own] if kind == "last_generated" else rng.permutation(study.rows[layer][own])
+                study.states_by_layer[layer][own] if kind == "last_generated" else rng.permutation(study.states_by_layer[layer][own])
             )
             for layer in range(3)
         }
@@ -60,7 +60,7 @@ def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODETRACE_RUNS", str(root))
-        made = draw_planted_study(tasks=80, samples=3, layers=3, d_sae=48, area=0.8, seed=3)
+        made = draw_planted_study(tasks=80, samples=3, layers=3, d_sae=48, planted_auroc=0.8, seed=3)
         names = np.array([f"task {i:02d}" for i in range(80)])
         by_split = {"sae": names[:40], "hyperparams": names[40:50], "validation": names[50:]}
         run = open_run("splits", {"problems": "basics"}, "made up")
@@ -73,9 +73,9 @@ def study(tmp_path_factory):
         run = open_run("saes", {"model": MODEL}, "made up")
         index = {}
         for layer, sae in enumerate(made.saes):
-            sae.about["model_name"] = MODEL
+            sae.metadata["model_name"] = MODEL
             sae.save(run.folder / f"layer_{layer}")
-            index[str(layer)] = {"folder": f"layer_{layer}", **sae.about}
+            index[str(layer)] = {"folder": f"layer_{layer}", **sae.metadata}
         run.write_json("saes.json", index)
         run.finish("made up")
         text = tmp_path_factory.mktemp("text")
@@ -113,7 +113,7 @@ def test_phase_2_finds_the_planted_latent(study, found):
         made.latent,
         "correct",
     )
-    assert first["luck_p"] <= 0.05 and len(first["writes"]) == 8 and first["strongest"]
+    assert first["family_wise_p"] <= 0.05 and len(first["promoted_tokens"]) == 8 and first["top_examples"]
     assert {"splits", "saes"} <= two["built_on"].keys() and "beyond luck" in two["headline"]
     assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
         "outputs"
@@ -163,7 +163,7 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
         choosing = load_labelled_activations(
             saved, dictionaries, labelled_samples(table, splits, ["sae", "hyperparams"])
         )
-        some, _ = fit_predictors(choosing.only(np.ones(len(choosing.rows), bool)), top_latents(pool, 2), n_random=2)
+        some, _ = fit_predictors(choosing.subset(np.ones(len(choosing.rows), bool)), top_latents(pool, 2), n_random=2)
         chosen.append([(p.name, p.chosen_auroc, str(p.thresholds)) for p in some])
     assert chosen[0] == chosen[1]
 

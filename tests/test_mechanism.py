@@ -331,7 +331,7 @@ def test_work_that_is_done_is_not_done_again(tmp_path):
 
 
 def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
-    units = sweep_units(lm, cases[:3], "head_out", "rhs 2, final", together=2)
+    units = sweep_units(lm, cases[:3], "head_out", "rhs 2, final", programs_per_unit=2)
     got = compute_missing_units(tmp_path / "h", units)
     whole = run_sweep(lm, [case.pair for case in cases[:3]], ["head_out"], "rhs 2, final")
     whole = whole[whole["kl"].notna()]

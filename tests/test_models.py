@@ -531,7 +531,7 @@ def test_the_wheel_is_missing(monkeypatch, tmp_path):
 
 
 def test_not_enough_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(models_limits, "_free_memory", lambda *_: 100_000_000)
+    monkeypatch.setattr(models_limits, "free_memory", lambda *_: 100_000_000)
     with pytest.raises(NotEnoughMemory, match=r"about 0\.6 GB, 0\.1 GB are free on cpu"):
         models.load("smollm2", dtype="float32")
     with pytest.raises(NotEnoughMemory, match=r"about 0\.3 GB"):

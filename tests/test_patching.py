@@ -6,11 +6,12 @@ import torch
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
 from codetrace.models.lm import Intervention
-from codetrace.models.loading import TINY_CONFIGS
+from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.patching import blocks, staircase
 from codetrace.patching.blocks import NoFastPath
-from codetrace.patching.engine import ENGINES, patch_all, sweep_layer_tokens, unpatched_logits
+from codetrace.patching.engine import ENGINES, PatchOptions, _unpatched_logits, patch_all
 from codetrace.patching.sites import PATCH_SITES, EngineWork, PatchPair, n_site_heads, patch_sites
+from codetrace.patching.staircase import sweep_layer_tokens
 
 CODE = "a = {}\nb = a\n#b:"
 TOLERANCE = 1e-4
@@ -41,8 +42,8 @@ def lead(x, i):
     return x[:, :8]
 
 
-def pair_of(lm, code=CODE, base=3, donor=7, **options) -> PatchPair:
-    return PatchPair(*lm.ids([code.format(base), code.format(donor)]), **options)
+def pair_of(lm, code=CODE, base=3, source=7, **options) -> PatchPair:
+    return PatchPair(*lm.ids([code.format(base), code.format(source)]), **options)
 
 
 def hooks(lm) -> int:
@@ -60,16 +61,19 @@ def agree(got, want):
 
 def test_all_engines_on_every_site_in_both_directions(lm):
     pair = pair_of(lm)
-    pairs = [pair, PatchPair(pair.donor, pair.base)]
-    ends = (pair.first, len(pair.base) - 1)
-    fewer = [PatchPair(pair.base, pair.donor, ends), PatchPair(pair.donor, pair.base, ends)]
+    pairs = [pair, PatchPair(pair.source, pair.base)]
+    ends = (pair.first_difference, len(pair.base) - 1)
+    fewer = [PatchPair(pair.base, pair.source, ends), PatchPair(pair.source, pair.base, ends)]
     for site in patch_sites(lm):
-        want = patch_all(lm, pairs, site, logits, engine="naive")
+        want = patch_all(lm, pairs, site, logits, PatchOptions(engine="naive"))
         assert want[0].shape[:3] == (lm.n_layers, n_site_heads(lm, site), len(pair.base))
         assert (want[0] - want[0][0, 0, 0])[..., :-1].abs().max() > 1e-2, "a patch must change something"
         agree(patch_all(lm, pairs, site, logits), want)
         for engine in ("nnsight", "transformer_lens"):
-            agree(patch_all(lm, fewer, site, logits, layers=[0, 2], engine=engine), [x[::2, :, ends] for x in want])
+            agree(
+                patch_all(lm, fewer, site, logits, PatchOptions(layers=[0, 2], engine=engine)),
+                [x[::2, :, ends] for x in want],
+            )
     assert hooks(lm) == 0
 
 
@@ -78,42 +82,45 @@ def test_windows(lm, site):
     if site not in patch_sites(lm):
         pytest.skip(f"{lm.arch} has no {site}")
     pair = pair_of(lm)
-    pair = PatchPair(pair.base, pair.donor, (pair.first, pair.first + 2, len(pair.base) - 1))
+    pair = PatchPair(pair.base, pair.source, (pair.first_difference, pair.first_difference + 2, len(pair.base) - 1))
     for window in (2, 9):
-        want = patch_all(lm, [pair], site, lead, engine="naive", window=window)
-        agree(patch_all(lm, [pair], site, lead, window=window), want)
+        want = patch_all(lm, [pair], site, lead, PatchOptions(engine="naive", window=window))
+        agree(patch_all(lm, [pair], site, lead, PatchOptions(window=window)), want)
     if site in ("resid_post", "head_out"):
         end = pair_of(lm, positions=(len(pair_of(lm).base) - 1,))
         some = dict(layers=[0, 2], window=2)
-        agree(patch_all(lm, [end], site, lead, engine="nnsight", **some), patch_all(lm, [end], site, lead, **some))
+        agree(
+            patch_all(lm, [end], site, lead, PatchOptions(engine="nnsight", **some)),
+            patch_all(lm, [end], site, lead, PatchOptions(**some)),
+        )
 
 
 def test_nothing_is_left_out_by_mistake(lm):
     "Cells that are known to be the base's are, when they are computed."
     for site in patch_sites(lm):
         some = patch_all(lm, [pair_of(lm)], site, logits)
-        agree(patch_all(lm, [pair_of(lm)], site, logits, everything=True), some)
+        agree(patch_all(lm, [pair_of(lm)], site, logits, PatchOptions(everything=True)), some)
 
 
 def test_plain_runs(lm):
     runs = lm.ids(["a = 3\n#a:", "b", "a = 4\n#a:"])
-    assert torch.allclose(unpatched_logits(lm, runs), lm.logits(runs), atol=1e-5)
+    assert torch.allclose(_unpatched_logits(lm, runs), lm.logits(runs), atol=1e-5)
 
 
 def test_the_donors_stream_at_the_last_token_gives_the_donors_logits(lm):
     pair = pair_of(lm)
     top = patch_all(lm, [pair], "resid_post", logits)[0][-1, 0, -1]
-    assert torch.allclose(top, logits(unpatched_logits(lm, [pair.donor]), 0)[0], atol=1e-5)
+    assert torch.allclose(top, logits(_unpatched_logits(lm, [pair.source]), 0)[0], atol=1e-5)
 
 
 def test_patched_with_itself(lm):
     "No-op: the base exactly where nothing is computed; the base but for rounding where everything is."
     base = pair_of(lm).base
-    want = logits(unpatched_logits(lm, [base]), 0)[0]
+    want = logits(_unpatched_logits(lm, [base]), 0)[0]
     for site in patch_sites(lm):
         got = patch_all(lm, [PatchPair(base, base)], site, logits)[0]
         assert torch.equal(got, want.expand_as(got))
-        computed = patch_all(lm, [PatchPair(base, base)], site, logits, everything=True)[0]
+        computed = patch_all(lm, [PatchPair(base, base)], site, logits, PatchOptions(everything=True))[0]
         assert (computed - want).abs().max() < 2e-5
 
 
@@ -125,25 +132,27 @@ def test_pairs_of_many_lengths_with_their_own_positions(llama):
         pair_of(llama),
         pair_of(llama, "{} = b", "a", "c", positions=(2, 0)),
         pair_of(llama, positions=()),
-        pair_of(llama, base=9, donor=1, positions=(8, 3, 8)),
+        pair_of(llama, base=9, source=1, positions=(8, 3, 8)),
         pair_of(llama, "b = {}\nb = a\n#b:", "x", "y"),
         pair_of(llama, "{}", "x", "y"),
     ]
     for site in ("resid_pre", "head_out", "value"):
-        want = patch_all(llama, pairs, site, lead, layers=[2, 0], engine="naive")
+        want = patch_all(llama, pairs, site, lead, PatchOptions(layers=[2, 0], engine="naive"))
         assert [tuple(x.shape[:1] + x.shape[2:3]) for x in want] == [(2, len(pair.positions)) for pair in pairs]
-        agree(patch_all(llama, pairs, site, lead, layers=[2, 0]), want)
+        agree(patch_all(llama, pairs, site, lead, PatchOptions(layers=[2, 0])), want)
 
 
 def test_the_measure_is_told_the_pair(llama):
     tell = lambda x, i: torch.full((len(x), 1), float(i))
     for engine in ENGINES:
-        out = patch_all(llama, [pair_of(llama), pair_of(llama, "{}", "x", "y")], "mlp_out", tell, engine=engine)
+        out = patch_all(
+            llama, [pair_of(llama), pair_of(llama, "{}", "x", "y")], "mlp_out", tell, PatchOptions(engine=engine)
+        )
         assert [set(x.flatten().tolist()) for x in out] == [{0.0}, {1.0}]
 
 
 def test_small_parts_give_the_same(llama, monkeypatch):
-    pairs = [pair_of(llama, base=b, donor=d) for b in range(3) for d in range(4, 6)]
+    pairs = [pair_of(llama, base=b, source=d) for b in range(3) for d in range(4, 6)]
     want = patch_all(llama, pairs, "head_out", lead)
     monkeypatch.setattr(staircase, "_HELD_BYTES", 20_000)
     monkeypatch.setitem(staircase._CHUNK_TOKENS, "cpu", 5)
@@ -154,29 +163,29 @@ def test_small_parts_give_the_same(llama, monkeypatch):
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_the_batch_halves_when_memory_runs_out(llama, monkeypatch, error):
-    pairs = [pair_of(llama, base=b, donor=9) for b in range(5)]
+    pairs = [pair_of(llama, base=b, source=9) for b in range(5)]
     want, sizes = patch_all(llama, pairs, "resid_post", lead), []
-    prepare, climb = staircase._prepare_sweep, staircase._SiteSweep.climb
+    prepare, run_rows = staircase._prepare_sweep, staircase._SiteSweep.run_rows
 
-    def tight_prepare(walk, ask, numbers):
+    def tight_prepare(stack, request, numbers):
         if len(numbers) > 2:
             raise error
-        return prepare(walk, ask, numbers)
+        return prepare(stack, request, numbers)
 
-    def tight_climb(self, rows):
+    def tight_run_rows(self, rows):
         sizes.append(len(rows))
         if len(rows) > 6:
             raise error
-        return climb(self, rows)
+        return run_rows(self, rows)
 
     monkeypatch.setattr(staircase, "_prepare_sweep", tight_prepare)
-    monkeypatch.setattr(staircase._SiteSweep, "climb", tight_climb)
+    monkeypatch.setattr(staircase._SiteSweep, "run_rows", tight_run_rows)
     agree(patch_all(llama, pairs, "resid_post", lead), want)
     assert min(sizes) <= 6 < max(sizes)
 
 
 def test_other_errors_are_not_swallowed(llama, monkeypatch):
-    monkeypatch.setattr(staircase._SiteSweep, "climb", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(staircase._SiteSweep, "run_rows", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         patch_all(llama, [pair_of(llama)], "resid_pre", lead)
 
@@ -187,18 +196,18 @@ def test_other_errors_are_not_swallowed(llama, monkeypatch):
 def test_work_is_what_the_arithmetic_says(llama):
     pair, work = pair_of(llama), EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, work=work)
-    L, T, p0 = llama.n_layers, len(pair.base), pair.first
+    L, T, p0 = llama.n_layers, len(pair.base), pair.first_difference
     assert work.layer_tokens == sweep_layer_tokens(L, T, p0)
     assert work.cells == (L - 1) * (T - p0) + 1
     every = EngineWork()
-    patch_all(llama, [pair], "resid_pre", lead, everything=True, work=every)
+    patch_all(llama, [pair], "resid_pre", lead, PatchOptions(everything=True), work=every)
     assert every.cells == L * T
 
 
 def test_naive_work(llama):
     pair, work = pair_of(llama), EngineWork()
-    patch_all(llama, [pair], "resid_pre", lead, engine="naive", work=work)
-    assert work.layer_tokens == sweep_layer_tokens(llama.n_layers, len(pair.base), pair.first, naive=True)
+    patch_all(llama, [pair], "resid_pre", lead, PatchOptions(engine="naive"), work=work)
+    assert work.layer_tokens == sweep_layer_tokens(llama.n_layers, len(pair.base), pair.first_difference, naive=True)
 
 
 def test_sdpa_models_and_half_precision(llama):
@@ -206,12 +215,13 @@ def test_sdpa_models_and_half_precision(llama):
     sdpa = models.load("tiny:llama", attn="sdpa")
     agree(
         patch_all(sdpa, [pair_of(sdpa)], "resid_pre", lead),
-        patch_all(sdpa, [pair_of(sdpa)], "resid_pre", lead, engine="naive"),
+        patch_all(sdpa, [pair_of(sdpa)], "resid_pre", lead, PatchOptions(engine="naive")),
     )
     half = models.load("tiny:gemma3", dtype="bfloat16", attn="eager")
     for site in ("resid_mid", "key"):
         got, want = (
-            patch_all(half, [pair_of(half)], site, lead, engine=engine)[0] for engine in ("staircase", "naive")
+            patch_all(half, [pair_of(half)], site, lead, PatchOptions(engine=engine))[0]
+            for engine in ("staircase", "naive")
         )
         assert (got - want).abs().mean() < 0.05 * want.std()
 
@@ -231,13 +241,14 @@ def test_sdpa_models_and_half_precision(llama):
     ],
 )
 def test_bad_input(llama, options, message):
-    options = {"site": "resid_pre", "engine": "naive"} | options
+    options = {"engine": "naive"} | options
+    site = options.pop("site", "resid_pre")
     with pytest.raises(BadInput, match=message):
-        patch_all(llama, [pair_of(llama)], measure=lead, **options)
+        patch_all(llama, [pair_of(llama)], site, lead, PatchOptions(**options))
 
 
 def test_bad_pairs():
-    with pytest.raises(BadInput, match="base has 2 tokens, donor 1"):
+    with pytest.raises(BadInput, match="base has 2 tokens, source 1"):
         PatchPair((1, 2), (1,))
     with pytest.raises(BadInput, match="base has 0 tokens"):
         PatchPair((), ())
@@ -261,7 +272,7 @@ def test_unknown_families_are_refused_with_the_way_out(monkeypatch):
     monkeypatch.delitem(blocks._BLOCK_BUILDERS, "qwen2")
     with pytest.raises(NoFastPath, match="engine='naive'"):
         patch_all(lm, [pair_of(lm)], "resid_pre", lead)
-    assert patch_all(lm, [pair_of(lm)], "resid_pre", lead, engine="naive")[0].isfinite().all()
+    assert patch_all(lm, [pair_of(lm)], "resid_pre", lead, PatchOptions(engine="naive"))[0].isfinite().all()
     monkeypatch.setattr(lm.hf.config, "layer_types", ["chunked_attention"] * 3)
     monkeypatch.setitem(blocks._BLOCK_BUILDERS, "qwen2", blocks._llama_block)
     with pytest.raises(NoFastPath, match="attention"):
@@ -286,12 +297,12 @@ def test_smollm2(smollm2, site):
     "Four positions of every third layer (with heads: every tenth), staircase against naive; a few cells against the other engines."
     lm = smollm2
     pair = pair_of(lm, "a = {}\nb = 5\nc = a\n#c:")
-    pair = PatchPair(pair.base, pair.donor, positions=(3, 7, 11, len(pair.base) - 1))
+    pair = PatchPair(pair.base, pair.source, positions=(3, 7, 11, len(pair.base) - 1))
     pairs, layers = (
-        [pair, PatchPair(pair.donor, pair.base, pair.positions)],
+        [pair, PatchPair(pair.source, pair.base, pair.positions)],
         range(0, lm.n_layers, 3 if n_site_heads(lm, site) == 1 else 10),
     )
-    want = patch_all(lm, pairs, site, logits, layers=layers, engine="naive")
-    agree(patch_all(lm, pairs, site, logits, layers=layers), want)
+    want = patch_all(lm, pairs, site, logits, PatchOptions(layers=layers, engine="naive"))
+    agree(patch_all(lm, pairs, site, logits, PatchOptions(layers=layers)), want)
     for engine in ("nnsight", "transformer_lens"):
-        agree(patch_all(lm, pairs[:1], site, logits, layers=layers[:3], engine=engine), [want[0][:3]])
+        agree(patch_all(lm, pairs[:1], site, logits, PatchOptions(layers=layers[:3], engine=engine)), [want[0][:3]])

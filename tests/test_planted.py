@@ -6,7 +6,7 @@ import torch
 
 from codetrace.patching.batches import draw_reference_programs
 from codetrace.patching.cases import draw_cases
-from codetrace.patching.engine import patch_all
+from codetrace.patching.engine import PatchOptions, patch_all
 from codetrace.patching.heads import ablate_each_head, head_means, patch_heads
 from codetrace.patching.sites import PatchPair
 from codetrace.patching.sweep import run_sweep
@@ -88,10 +88,13 @@ def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
 
 def test_the_naive_engine_agrees(lm):
     one, other = cases_of(lm, 2, 1, 5)[0].pair
-    base, donor = lm.ids([one.code, other.code])
+    base, source = lm.ids([one.code, other.code])
     last = lambda logits, i: logits
     for site in ("resid_pre", "head_out", "mlp_out"):
-        fast, slow = (patch_all(lm, [PatchPair(base, donor)], site, last, engine=e)[0] for e in ("staircase", "naive"))
+        fast, slow = (
+            patch_all(lm, [PatchPair(base, source)], site, last, PatchOptions(engine=e))[0]
+            for e in ("staircase", "naive")
+        )
         assert torch.allclose(fast, slow, atol=1e-3), site
 
 
@@ -106,7 +109,7 @@ def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
 
 
 def test_random_donors_do_not_bring_the_answer(lm):
-    "A random state of the donor's norm destroys, but does not carry: its effect is about a half, its success nothing."
+    "A random state of the source's norm destroys, but does not carry: its effect is about a half, its success nothing."
     rows = patch_heads(lm, cases_of(lm, 2), sorted(circuit_value_heads(2)))
     noise, real = (rows[rows["kind"] == kind] for kind in ("chosen, noise", "chosen"))
     assert real["success"].mean() == 1 and noise["success"].mean() < 0.35

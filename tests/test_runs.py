@@ -144,8 +144,8 @@ def test_two_processes_never_write_one_run(tmp_path):
 
 
 def test_plain_papermill_leaves_a_valid_run(tmp_path):
-    words = ["-p", "num_seqs", "2", "-p", "num_shots", "[0]", "-y", 'models: ["tiny:llama"]']
-    command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", *words]
+    words = ["-p", "num_seqs", "2", "-y", "num_shots: [0]", "-y", 'models: ["tiny:llama"]']
+    command = [BIN / "papermill", HOME / "nbs/phases/10_tracking.ipynb", tmp_path / "out.ipynb", *words]
     done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (manifest,) = manifests(tmp_path / "runs")
@@ -161,7 +161,7 @@ def test_plain_papermill_leaves_a_valid_run(tmp_path):
 
 @pytest.mark.slow
 def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
-    command = [BIN / "papermill", HOME / "nbs/10_tracking.ipynb", tmp_path / "out.ipynb", "-p", "num_seq", "2"]
+    command = [BIN / "papermill", HOME / "nbs/phases/10_tracking.ipynb", tmp_path / "out.ipynb", "-p", "num_seq", "2"]
     done = subprocess.run(command, env=environment(tmp_path / "runs"), capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "did you mean 'num_seqs'" in done.stderr
     assert not list((tmp_path / "runs").rglob("run.json"))
@@ -287,7 +287,7 @@ def test_help_answers_at_once():
         began = time.monotonic()
         assert codetrace(HOME / "runs", "--help").returncode == 0
         timings.append(time.monotonic() - began)
-    assert sorted(timings)[2] < 1
+    assert sorted(timings)[2] < 0.5
 
 
 @pytest.mark.parametrize("command", ["run", "merge", "runs", "show", "phases", "doctor", "clean"])

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from codetrace.core.errors import BadInput
-from codetrace.sandbox import isolation, pool
+from codetrace.sandbox import pool
 from codetrace.sandbox.pool import (
     VERDICTS,
     GradingJob,
@@ -41,9 +41,9 @@ QUICK = SandboxLimits(
 NOBODY = 65534
 
 
-def own_programs() -> list[tuple[GradingJob, set[str]]]:
+def our_programs() -> list[tuple[GradingJob, set[str]]]:
     "Our own collection: jobs, and the verdicts that are acceptable for each."
-    found = []
+    programs = []
     for part in re.split(r"(?m)^(?=#: .* -> )", (HOME / "tests/data/hostile.txt").read_text()):
         if not part:
             continue
@@ -53,8 +53,8 @@ def own_programs() -> list[tuple[GradingJob, set[str]]]:
         if code.startswith("#: tests: "):
             tests, _, code = code.removeprefix("#: tests: ").partition("\n")
         code = re.sub(r"@repeat (\d+)", lambda m: "x = " + "(" * int(m[1]) + ")" * int(m[1]), code)
-        found.append((GradingJob(code, "g", tuple(tests.split("; ")), name=name), set(verdicts.split())))
-    return found
+        programs.append((GradingJob(code, "g", tuple(tests.split("; ")), name=name), set(verdicts.split())))
+    return programs
 
 
 def shared_programs() -> list[tuple[GradingJob, set[str]]]:
@@ -73,11 +73,14 @@ def unacceptable(programs: list, verdicts: list) -> list[tuple]:
 
 def orphans() -> list[psutil.Process]:
     "Processes that a sandbox has left behind."
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "ppid", "status"]):
-        if any("from codetrace.sandbox.supervisor" in word for word in process.info["cmdline"] or []) and process.info["ppid"] == 1:
-            found.append(process)
-    return found
+        if (
+            any("from codetrace.sandbox.supervisor" in word for word in process.info["cmdline"] or [])
+            and process.info["ppid"] == 1
+        ):
+            processes.append(process)
+    return processes
 
 
 @pytest.fixture(params=[1, 2])
@@ -92,7 +95,7 @@ def test_this_machine_can_grade():
 
 
 def test_the_collection_is_large_and_mixed():
-    programs = own_programs()
+    programs = our_programs()
     assert len(programs) >= 60 and len({job.name for job, _ in programs}) == len(programs)
     seen = set().union(*(expected for _, expected in programs))
     assert seen == set(VERDICTS) - {"runner_error"}
@@ -118,15 +121,15 @@ def twice(programs: list, tier: int, limits: SandboxLimits):
 
 
 def test_no_program_of_ours_is_misjudged(tier):
-    twice(own_programs(), tier, QUICK)
+    twice(our_programs(), tier, QUICK)
 
 
 AS_OTHER = """
 import json, sys
-from codetrace.sandbox import Job, Limits, Pool
+from codetrace.sandbox.pool import GradingJob, SandboxLimits, SandboxPool
 tier, limits, rows = json.load(sys.stdin)
-with Pool(2, Limits(**limits), tier) as pool:
-    jobs = [Job(**row) for row in rows]
+with SandboxPool(2, SandboxLimits(**limits), tier) as pool:
+    jobs = [GradingJob(**row) for row in rows]
     verdicts = [[v.verdict, v.detail] for _ in range(2) for v in pool.grade(jobs)]
     print(json.dumps([verdicts, pool.restarts]))
 """
@@ -165,12 +168,12 @@ def as_nobody(programs: list, tier: int, limits: SandboxLimits):
 
 def test_users_without_privileges_can_grade(tier):
     chosen = ("honest", "yes-man", "many", "leaves", "kills its parent", "lifts", "becomes")
-    as_nobody([p for p in own_programs() if p[0].name.startswith(chosen)], tier, QUICK)
+    as_nobody([p for p in our_programs() if p[0].name.startswith(chosen)], tier, QUICK)
 
 
 @pytest.mark.slow
 def test_users_without_privileges_can_grade_everything(tier):
-    as_nobody(own_programs(), tier, QUICK)
+    as_nobody(our_programs(), tier, QUICK)
     as_nobody(shared_programs(), tier, SandboxLimits())
 
 
@@ -183,8 +186,8 @@ def published() -> list[GradingJob]:
     "All MBPP problems with their reference solutions."
     if not (SHARED / "mbpp.jsonl").exists():
         pytest.skip("MBPP is not on this machine")
-    asked = load_problems(str(SHARED / "mbpp.jsonl"))
-    return [GradingJob(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in asked]
+    problems = load_problems(str(SHARED / "mbpp.jsonl"))
+    return [GradingJob(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in problems]
 
 
 def negated(test: str) -> str:
@@ -208,20 +211,23 @@ def test_references_pass_and_fail_their_negated_tests(tier):
     assert [j.name for j, v in zip(jobs, grade(jobs, tier=tier, limits=limits)) if v.verdict == "passed"] == []
 
 
+def outcomes(verdicts: list[Verdict]) -> list[tuple]:
+    return [(verdict.verdict, verdict.per_test) for verdict in verdicts]
+
+
 def test_workers_and_order_change_nothing():
-    programs = [p for p in own_programs() if "timeout" not in p[1]]
+    programs = [p for p in our_programs() if "timeout" not in p[1]]
     jobs = [job for job, _ in programs]
-    said = lambda verdicts: [(v.verdict, v.per_test) for v in verdicts]
     slow = SandboxLimits(wall=60.0)  # nobody here is to run out of it
-    one = said(grade(jobs, workers=1, limits=slow))
-    assert said(grade(jobs, workers=3, limits=slow)) == one
-    assert said(grade(jobs[::-1], workers=2, limits=slow))[::-1] == one
+    expected = outcomes(grade(jobs, workers=1, limits=slow))
+    assert outcomes(grade(jobs, workers=3, limits=slow)) == expected
+    assert outcomes(grade(jobs[::-1], workers=2, limits=slow))[::-1] == expected
 
 
 RIGHT = "def f(x): return x + 1"
 
 
-def one(
+def grade_one(
     code: str = RIGHT, *tests: str, setup: str = "", limits: SandboxLimits = QUICK, tier: int | None = None
 ) -> Verdict:
     return grade([GradingJob(code, "f", tests or ("assert f(1) == 2",), setup)], workers=1, limits=limits, tier=tier)[0]
@@ -229,15 +235,15 @@ def one(
 
 def test_each_assert_has_its_own_verdict():
     tests = ("assert f(1) == 2", "assert f(1) == 3", "assert f('a') == 1", "assert f(2) == 3")
-    verdict = one(RIGHT, *tests)
+    verdict = grade_one(RIGHT, *tests)
     assert verdict.per_test == ("passed", "failed_assertion", "exception", "passed")
     assert verdict.verdict == "failed_assertion" and verdict.detail.startswith("test 2")
-    assert one("import os\ndef f(x): return x + 1 if x < 2 else os._exit(0)", *tests).per_test[1:] == (
+    assert grade_one("import os\ndef f(x): return x + 1 if x < 2 else os._exit(0)", *tests).per_test[1:] == (
         "failed_assertion",
         "exception",
         "crashed",
     )
-    assert one("def f(x): return x + 1 if x < 2 else g()\ndef f(", *tests).per_test == (None,) * 4
+    assert grade_one("def f(x): return x + 1 if x < 2 else g()\ndef f(", *tests).per_test == (None,) * 4
 
 
 @pytest.mark.parametrize(
@@ -279,15 +285,20 @@ def test_a_test_that_is_none_passes_nobody(tier, test):
 
 def test_tests_may_be_programs():
     check = "def check(candidate):\n    for i in range(4):\n        assert candidate(i) == i + 1\n        assert abs(candidate(i) - i) < 2\n"
-    assert one(RIGHT, check + "check(f)").verdict == "passed"
-    assert one("def f(x): return 1", check + "check(f)").verdict == "failed_assertion"
+    assert grade_one(RIGHT, check + "check(f)").verdict == "passed"
+    assert grade_one("def f(x): return 1", check + "check(f)").verdict == "failed_assertion"
     raising = "try:\n    f('a')\nexcept TypeError:\n    assert True\nelse:\n    assert False"
-    assert one(RIGHT, raising).verdict == "passed" and one("def f(x): return x", raising).verdict == "failed_assertion"
+    assert (
+        grade_one(RIGHT, raising).verdict == "passed"
+        and grade_one("def f(x): return x", raising).verdict == "failed_assertion"
+    )
 
 
 def test_setup_is_the_candidates_and_its_imports_are_everybodys():
     code = "class Node:\n    def __init__(self, v): self.v = v\ndef f(node): return node.v"
-    assert one(code, "assert sqrt(f(root)) == 3", setup="from math import sqrt\nroot = Node(9)").verdict == "passed"
+    assert (
+        grade_one(code, "assert sqrt(f(root)) == 3", setup="from math import sqrt\nroot = Node(9)").verdict == "passed"
+    )
 
 
 def test_nothing_of_the_machine_is_in_the_environment(tier, monkeypatch):
@@ -307,20 +318,22 @@ def test_nothing_of_the_machine_is_in_the_environment(tier, monkeypatch):
         "PWD",
     }
     assert (
-        one("import os\ndef f(x): return set(os.environ)", f"assert f(1) <= {names!r}", tier=tier).verdict == "passed"
+        grade_one("import os\ndef f(x): return set(os.environ)", f"assert f(1) <= {names!r}", tier=tier).verdict
+        == "passed"
     )
     assert (
-        one("import os\ndef f(x): return os.listdir('/proc/self/fd')", "assert f(1)", tier=tier).verdict == "exception"
+        grade_one("import os\ndef f(x): return os.listdir('/proc/self/fd')", "assert f(1)", tier=tier).verdict
+        == "exception"
     )
     fds = "import os\ndef f(x):\n    n = []\n    for i in range(256):\n        try: os.fstat(i); n.append(i)\n        except OSError: pass\n    return n"
-    open_fds = one(fds, "assert f(1) == [0, 1, 2, 3]", tier=tier)
+    open_fds = grade_one(fds, "assert f(1) == [0, 1, 2, 3]", tier=tier)
     assert open_fds.verdict == "passed" or (tier == 2 and os.getuid() == 0)  # there, one leads to the interpreter
 
 
 def test_hashes_and_chance_repeat():
     code = "import random\ndef f(x): return hash('a'), random.random(), list({'a', 'b', 'c'})"
-    seen = one(code, "raise ValueError(repr(f(1)))").detail
-    assert seen == one(code, "raise ValueError(repr(f(1)))").detail and "ValueError" in seen
+    seen = grade_one(code, "raise ValueError(repr(f(1)))").detail
+    assert seen == grade_one(code, "raise ValueError(repr(f(1)))").detail and "ValueError" in seen
 
 
 def test_a_lost_worker_is_replaced():
@@ -333,13 +346,13 @@ def test_a_lost_worker_is_replaced():
 
 
 STOPPED = """import os, signal, subprocess, sys, psutil
-from codetrace.sandbox import Job, Pool
+from codetrace.sandbox.pool import GradingJob, SandboxPool
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in the kernel of a run, whose launcher listens
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started the tests in the background
 slow = "import time\\ndef f(x):\\n    time.sleep(4)\\n    return x + 1"
-with Pool(2, tier=int(sys.argv[1])) as pool:
-    verdicts = [pool.submit(Job(slow, "f", ("assert f(1) == 2",))) for _ in range(2)]
+with SandboxPool(2, tier=int(sys.argv[1])) as pool:
+    verdicts = [pool.submit(GradingJob(slow, "f", ("assert f(1) == 2",))) for _ in range(2)]
     print("begun", flush=True)
     try:
         print(*[verdict.result().verdict for verdict in verdicts], flush=True)
@@ -370,25 +383,27 @@ def test_a_grader_that_cannot_work_gives_no_label(monkeypatch):
 def test_nothing_outlives_a_killed_grader(tier):
     code = f"from codetrace.sandbox.pool import *\ngrade([GradingJob('while True: pass', 'f', ('assert f()',))] * 4, workers=2, tier={tier})"
     host = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HOME)})
-    family, end = [], time.monotonic() + 60
+    family = []
+    end = time.monotonic() + 60
     while len(family) < 6 and time.monotonic() < end:
         time.sleep(0.2)
         family = psutil.Process(host.pid).children(recursive=True)
     assert len(family) >= 6
-    host.kill(), host.wait()
+    host.kill()
+    host.wait()
     alive = [p for p in psutil.wait_procs(family, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
     assert alive == [] and orphans() == []
 
 
 def test_without_a_sandbox_nothing_runs(monkeypatch):
     monkeypatch.setattr(pool.shutil, "which", lambda name: None)
-    monkeypatch.setattr(isolation, "landlock_abi", lambda: 4)
+    monkeypatch.setattr(pool, "landlock_abi", lambda: 4)
     why_tier_unavailable.cache_clear()
     try:
         with pytest.raises(NoSandbox, match=r"apt-get install bubblewrap.*ABI 4 here, and 6 is needed"):
-            one()
+            grade_one()
         with pytest.raises(NoSandbox, match="tier 2"):
-            one(tier=2)
+            grade_one(tier=2)
     finally:
         why_tier_unavailable.cache_clear()
 
@@ -418,17 +433,18 @@ def mutant(rng: random.Random, texts: list[str]) -> str:
     text = rng.choice(texts)
     for _ in range(rng.randrange(1, 5)):
         low, high = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        high, other = min(high, low + 40), rng.choice(texts)
-        at = rng.randrange(len(other) + 1)
+        high = min(high, low + 40)
+        donor = rng.choice(texts)
+        start = rng.randrange(len(donor) + 1)
         text = rng.choice(
-            [text[:low] + text[high:], text[:high] + text[low:], text[:low] + other[at : at + 40] + text[high:]]
+            [text[:low] + text[high:], text[:high] + text[low:], text[:low] + donor[start : start + 40] + text[high:]]
         )
     return text
 
 
 def fuzz(n: int, tier: int, seed: int):
     rng = random.Random(seed)
-    texts = [job.code for job, _ in own_programs() if len(job.code) < 3000]
+    texts = [job.code for job, _ in our_programs() if len(job.code) < 3000]
     asserts = [
         "assert g(2) == 5",
         "assert g(3) == 10 and g(7) == 50",

@@ -1,4 +1,6 @@
-"""What a notebook cannot hold of `scores`: oracles on random input, and coverage by simulation with samples that share tasks."""
+"""What a notebook cannot hold of `core.metrics`: oracles on random input, and coverage by simulation with samples that share tasks."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +20,6 @@ from codetrace.core.metrics import (
     cluster_interval,
     f1,
     mcc,
-    metric_interval,
 )
 
 
@@ -53,8 +54,11 @@ def test_weights_are_repetitions():
 def test_the_interval_is_scipys_bca():
     x = np.random.default_rng(1).exponential(size=40)
     expected = sps.bootstrap((x,), np.mean, n_resamples=20_000, rng=np.random.default_rng(2)).confidence_interval
-    mean = lambda w: (w * x).sum(-1) / w.sum(-1)
-    value, low, high = cluster_interval(mean, np.arange(40), n_resamples=20_000)
+
+    def weighted_mean(weights):
+        return (weights * x).sum(-1) / weights.sum(-1)
+
+    value, low, high = cluster_interval(weighted_mean, np.arange(40), n_resamples=20_000)
     assert value == pytest.approx(x.mean()) and np.allclose((low, high), expected, atol=0.012)
 
 
@@ -73,21 +77,27 @@ def study(rng, tasks: int, samples: int):
     return label, score, task
 
 
+def auroc_difference(label, score, baseline, weights):
+    return auroc(label, score, weights) - auroc(label, baseline, weights)
+
+
 def covered(tasks: int, samples: int, trials: int, seed: int) -> dict[str, float]:
     "How often each interval contains the truth."
     shift = np.sqrt(2) * sps.norm.ppf(0.75)
     sensitivity, specificity = sps.norm.sf(0.5, loc=shift), sps.norm.cdf(0.5)
     truth = {"auroc": 0.75, "se": 0.75, "balanced accuracy": (sensitivity + specificity) / 2, "difference": 0.25}
-    rng, hits = np.random.default_rng(seed), dict.fromkeys(truth, 0)
+    rng = np.random.default_rng(seed)
+    hits = dict.fromkeys(truth, 0)
     for _ in range(trials):
         label, score, task = study(rng, tasks, samples)
-        other = rng.normal(size=len(task))
-        gap = lambda w, y=label, s=score, o=other: auroc(y, s, w) - auroc(y, o, w)
+        baseline = rng.normal(size=len(task))
         ends = {
-            "auroc": metric_interval(auroc, label, score, task, n_resamples=600),
+            "auroc": cluster_interval(partial(auroc, label, score), task, n_resamples=600),
             "se": auroc_interval(label, score, task),
-            "balanced accuracy": metric_interval(balanced_accuracy, label, score > 0.5, task, n_resamples=600),
-            "difference": cluster_interval(gap, task, 600),
+            "balanced accuracy": cluster_interval(
+                partial(balanced_accuracy, label, score > 0.5), task, n_resamples=600
+            ),
+            "difference": cluster_interval(partial(auroc_difference, label, score, baseline), task, 600),
         }
         for name, (_, low, high) in ends.items():
             hits[name] += low <= truth[name] <= high
@@ -95,13 +105,13 @@ def covered(tasks: int, samples: int, trials: int, seed: int) -> dict[str, float
 
 
 def test_intervals_cover_in_a_small_simulation():
-    found = covered(60, 4, 60, seed=0)
-    assert all(0.85 < share <= 1 for share in found.values()), found
+    coverage = covered(60, 4, 60, seed=0)
+    assert all(0.85 < share <= 1 for share in coverage.values()), coverage
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "samples"), [(60, 4), (100, 5)])
 def test_intervals_cover_as_often_as_they_say(tasks, samples):
     "At nominal 95%: between 92% and 97.5% of 500 studies."
-    found = covered(tasks, samples, 500, seed=tasks)
-    assert all(0.92 <= share <= 0.975 for share in found.values()), found
+    coverage = covered(tasks, samples, 500, seed=tasks)
+    assert all(0.92 <= share <= 0.975 for share in coverage.values()), coverage

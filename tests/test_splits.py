@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from codetrace.core.errors import BadInput
 from codetrace.runs.execute import execute_phase
 from codetrace.runs.manifest import NoInputRun
-from codetrace.runs.phases import notebook_parameters, phase_notebooks, shorthand_parameters
+from codetrace.runs.parameters import phase_parameters, shorthand_parameters
 from codetrace.tasks import near_duplicates
 from codetrace.tasks.difficulty import DIFFICULTY_MEASURES, cyclomatic_complexity, nesting_depth
 from codetrace.tasks.near_duplicates import find_near_duplicates, near_duplicate_groups
@@ -230,5 +230,5 @@ def test_phases_go_by_number_too():
 
     said = {name: CliRunner().invoke(app, ["phases", name]).stdout for name in ("0", "difficulty", "0.1", "splits")}
     assert said["0"] == said["difficulty"] != said["0.1"] == said["splits"] and "stratify_by" in said["splits"]
-    declared = notebook_parameters(phase_notebooks()["splits"])
+    declared = phase_parameters("splits")
     assert shorthand_parameters(declared, problems="humaneval", n=20) == {"problems": "humaneval", "num_problems": 20}

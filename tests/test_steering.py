@@ -1,4 +1,4 @@
-"The interventions on a model in which one direction decides, from runs that lie on disk as earlier phases leave them."
+"The interventions on a model whose answers depend on one planted direction, from runs that lie on disk as earlier phases leave them."
 
 import ast
 import json
@@ -8,17 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from codetrace.models.activations import States
 from codetrace.phases import steering, tuning
-from codetrace.phases.steering import choice_directions, matched_null_rows, setting_effects_table, steering_settings
-from codetrace.phases.tuning import choose_and_freeze, study_from_runs
+from codetrace.phases.steering import (
+    ControlConfig,
+    choice_directions,
+    matched_null_rows,
+    setting_effects_table,
+    steering_settings,
+)
+from codetrace.phases.tuning import TuningConfig, choose_and_freeze, study_from_runs
 from codetrace.planted.steering import (
     PLANTED_CAUSE,
+    STEERING_STUDY_NAME,
     causal_direction,
     draw_planted_problems,
     letter_imbalance,
@@ -27,9 +36,9 @@ from codetrace.planted.steering import (
     planted_sae,
     save_steering_study,
 )
-from codetrace.runs import run as runs_run
+from codetrace.runs.inputs import resolve_inputs
 from codetrace.runs.manifest import all_runs, find_run, newest_run, shard_range
-from codetrace.runs.phases import notebook_parameters
+from codetrace.runs.parameters import notebook_parameters
 from codetrace.runs.run import open_run
 from codetrace.sae.dataset import load_labelled_activations, search_all_positions
 from codetrace.sae.sae import hook_name
@@ -40,16 +49,18 @@ from codetrace.steering.outcomes import pair_with_baseline, steering_sentence
 from codetrace.steering.sweep import (
     BASELINE_SETTING,
     SteeringSetting,
+    SweepOptions,
     combine_setting_shards,
     gate_open_at_prompt,
     gated_push_rows,
     measure_answers,
     sweep_settings,
 )
-from codetrace.tasks.solving import finish_samples, generate_samples, plan_samples
+from codetrace.tasks.solving import SamplingOptions, finish_samples, generate_samples, plan_samples
 
 HOME = Path(__file__).resolve().parents[1]
 MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"
+OPTIONS = SweepOptions(max_new_tokens=8, slots=16, workers=1)
 CUTS = {"sae": slice(0, 30), "hyperparams": slice(30, 42), "validation": slice(42, 60)}
 
 
@@ -76,7 +87,8 @@ def answers(tmp_path_factory):
     "The model's own answers to all sixty tasks, with states."
     folder = tmp_path_factory.mktemp("answers")
     items = plan_samples(draw_planted_problems())
-    generate_samples(load_steering_model(), items, folder, max_new_tokens=8, slots=16, workers=1)
+    options = SamplingOptions(max_new_tokens=8, slots=16, workers=1)
+    generate_samples(load_steering_model(), items, folder, options)
     finish_samples(folder, items)
     return folder
 
@@ -90,7 +102,13 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     run = open_run("splits", {"problems": str(problems)}, "made up", root=root)
     run.write_json("split_metadata.json", {"task_ids": split})
     run.finish()
-    given = {"model": "decided", "problems": str(problems), "split": "all", "temperature": [0.0], "samples": 1}
+    given = {
+        "model": STEERING_STUDY_NAME,
+        "problems": str(problems),
+        "split": "all",
+        "temperature": [0.0],
+        "samples": 1,
+    }
     given |= {"prompt": "pva", "max_new_tokens": 8, "dtype": "auto"}
     run = open_run("generation", given, "made up", root=root)
     table = pd.read_parquet(answers / "samples.parquet")
@@ -100,11 +118,11 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     (run.folder / "activations").symlink_to(answers / "activations")
     run.finish()
     generated = run.folder.name
-    run = open_run("saes", {"model": "decided"}, "made up", root=root)
+    run = open_run("saes", {"model": STEERING_STUDY_NAME}, "made up", root=root)
     for layer in range(3):
         planted_sae(layer).save(run.folder / f"layer_{layer}")
     run.write_json(
-        "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": "decided"} for layer in range(3)}
+        "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": STEERING_STUDY_NAME} for layer in range(3)}
     )
     run.finish()
     run = open_run("latents", {"input": generated}, "made up", root=root)
@@ -112,10 +130,10 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
         label=table["passed"], split=table["task_id"].map({t: s for s, ids in split.items() for t in ids})
     )
     rows = labels[labels["split"] == "sae"].reset_index(names="row")
-    evidence = load_labelled_activations(
-        tuning.activations.States(find_run(generated, root)["folder"]), newest_run("saes", root)["folder"], rows
+    activations = load_labelled_activations(
+        States(find_run(generated, root)["folder"]), newest_run("saes", root)["folder"], rows
     )
-    search_all_positions(evidence, n_shuffles=50)[0].to_parquet(run.folder / "scores.parquet", index=False)
+    search_all_positions(activations, n_shuffles=50)[0].to_parquet(run.folder / "scores.parquet", index=False)
     run.finish()
     return generated
 
@@ -130,11 +148,12 @@ def tuned(tmp_path, answers, monkeypatch):
         root.mkdir()
         monkeypatch.setenv("CODETRACE_RUNS", str(root))
         generated = on_disk(root, answers, flipped)
-        study, pool, _ = study_from_runs(Path(find_run(generated, root)["folder"]))
+        inputs = resolve_inputs("tuning", {"input": generated}, root)
+        study, pool = study_from_runs({name: Path(manifest["folder"]) for name, manifest in inputs.items()})
         tasks = study.problems["hyperparams"]
         given = find_run(generated, root)["parameters"]["problems"]
         digest = choose_and_freeze(
-            study, pool, root / "choice", tasks, 3, strengths=(-0.6, 0.6), refine=1, slots=16, problems="words"
+            study, pool, root / "choice", tasks, TuningConfig(num_latents=3, refine=1, slots=16), problems="words"
         )[2]
         assert given.endswith("words.jsonl")
         return digest, root / "choice"
@@ -162,11 +181,13 @@ def cells_after(notebook: str, heading: str) -> list[str]:
     return ["".join(c["source"]) for c in cells[start:] if c["cell_type"] == "code"]
 
 
-def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_path, monkeypatch):
+def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_path):
     "The phase itself, on a folder without a choice: it ends before a problem is read or an answer judged."
 
     class Started:
-        inputs, shards, folder = [tmp_path], [], tmp_path
+        inputs = {"input": tmp_path}
+        shards = ()
+        folder = tmp_path
 
         def describe(self, **_):
             raise AssertionError("described a run whose choice was never read")
@@ -174,11 +195,11 @@ def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_p
     def never(*_, **__):
         raise AssertionError("problems were read before the choice")
 
-    monkeypatch.setattr(runs_run, "start_run", lambda *_: Started())
-    scope = dict(vars(steering)) | runs_defaults("27_steering.ipynb")
-    scope["judged_on"] = never
+    scope = dict(vars(steering)) | runs_defaults("phases/27_steering.ipynb")
+    scope |= {"start_run": lambda *_, **__: Started(), "read_frozen_choice": read_frozen_choice}
+    scope["evaluation_problems"] = never
     with pytest.raises(NotFrozen, match="holds no choice"):
-        exec(cells_after("27_steering.ipynb", "## Run")[0], scope)
+        exec(cells_after("phases/27_steering.ipynb", "## Run")[0], scope)
     assert told.judged == []
 
 
@@ -191,21 +212,19 @@ def judged(tmp_path_factory):
     "The whole of it: chosen on 24 tasks, judged on 36."
     folder = tmp_path_factory.mktemp("judged")
     study = make_steering_study(120)
-    pool, _ = search_all_positions(study.choosing.only(study.choosing.rows["split"] == "sae"), n_shuffles=50)
+    pool, _ = search_all_positions(study.activations.subset(study.activations.rows["split"] == "sae"), n_shuffles=50)
     choose_and_freeze(
         study,
         pool,
         folder / "choice",
         study.problems["hyperparams"],
-        strengths=(-0.7, 0.7),
-        n_random=3,
-        slots=16,
-        problems="decided",
+        TuningConfig(strengths=(-0.7, 0.7), n_random=3, slots=16),
+        problems=STEERING_STUDY_NAME,
     )
     choice, vectors, _ = read_frozen_choice(folder / "choice")
-    plan = steering_settings(choice, vectors, np.array(choice["norms"]), temperatures=(0.8,), samples=1)
+    plan = steering_settings(choice, vectors, np.array(choice["norms"]), ControlConfig(temperatures=(0.8,)))
     tasks = study.problems["validation"]
-    table = sweep_settings(study.lm, tasks, plan, folder / "written", max_new_tokens=8, slots=16, workers=1)
+    table = sweep_settings(study.lm, tasks, plan, folder / "written", OPTIONS)
     table = measure_answers(study.lm, table, plan)
     table["goal"] = table["goal"].fillna("")
     return study, choice, vectors, plan, tasks, table, folder
@@ -217,7 +236,7 @@ def test_the_sign_and_the_layer_are_found(judged):
         g = choice["goals"][goal]
         assert g["better"] and g["net"] * sign > 0
         assert choice["directions"][g["direction"]]["layer"] == PLANTED_CAUSE["layer"]
-        assert sign * g["alpha"] * float(vectors["directions"][g["direction"]] @ causal_direction()) > 0.1
+        assert sign * g["coefficient"] * float(vectors["directions"][g["direction"]] @ causal_direction()) > 0.1
 
 
 def test_the_push_works_and_its_controls_do_not(judged):
@@ -239,11 +258,11 @@ def test_the_push_works_and_its_controls_do_not(judged):
 
 
 def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_path):
-    "Words of hardly any mood: Gaussian directions have a part along the cause that turns them, and no verdict makes a finding of that."
+    "Words of hardly any imbalance: Gaussian directions have a part along the cause that turns them, and no verdict makes a finding of that."
     study, _, _, plan, *_ = judged
-    tasks = [p for p in draw_planted_problems(60, least=1) if abs(letter_imbalance(p)) == 1]
+    tasks = [p for p in draw_planted_problems(60, min_imbalance=1) if abs(letter_imbalance(p)) == 1]
     some = [plan[0], *(s for s in plan if s.role == "null" and s.push)]
-    table = sweep_settings(study.lm, tasks, some, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    table = sweep_settings(study.lm, tasks, some, tmp_path, OPTIONS)
     found = setting_effects_table(table.assign(goal=""))
     by_kind = found[found["role"] == "null"].groupby("kind")["p"].min()
     assert by_kind["gaussian"] < 0.05 < by_kind["random latent"], by_kind  # alone, one of them would count as a cause
@@ -254,18 +273,18 @@ def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_
 
 
 def test_the_gate_opens_where_it_should(judged, tmp_path):
-    "A latent that foretells wrong answers, asked at each token: pushed where it is active, and nowhere else."
+    "A latent that predicts wrong answers, read at each token: pushed where it is active, and nowhere else."
     study, choice, vectors, *_, tasks, _, _ = judged
     goal = choice["goals"]["correct"]
     d = choice_directions(choice, vectors)[0][goal["direction"]]
     gate = latent_gate(planted_sae(0), PLANTED_CAUSE["latents"]["incorrect"], 0)
-    always, gated = (make_push(d, goal["alpha"], np.array(choice["norms"]), "generated", g) for g in (None, gate))
+    always, gated = (make_push(d, goal["coefficient"], np.array(choice["norms"]), "generated", g) for g in (None, gate))
     plan = [BASELINE_SETTING, SteeringSetting("always", "chosen", always), SteeringSetting("gated", "selective", gated)]
-    table = sweep_settings(study.lm, tasks, plan, tmp_path, max_new_tokens=8, slots=16, workers=1)
+    table = sweep_settings(study.lm, tasks, plan, tmp_path, OPTIONS)
     table = measure_answers(study.lm, table, plan).assign(goal="")
     own = table[table["setting"] == 2]
     bad = own["task_id"].map({p.task_id: letter_imbalance(p) for p in tasks}) < 0
-    assert own.loc[bad, "fired"].mean() > 0.6 and own.loc[~bad, "fired"].mean() < 0.2
+    assert own.loc[bad, "gate_open_rate"].mean() > 0.6 and own.loc[~bad, "gate_open_rate"].mean() < 0.2
     rates = setting_effects_table(table).set_index("setting")
     assert rates.loc[2, "corrected"] == rates.loc[1, "corrected"] > 0.6 * rates.loc[2, "wrong"]
     assert rates.loc[2, "corrupted"] == 0
@@ -274,17 +293,17 @@ def test_the_gate_opens_where_it_should(judged, tmp_path):
 def test_a_gate_at_the_prompt_opens_where_it_should(judged):
     study, _, _, plan, tasks, table, _ = judged
     gate = Gate(0, -causal_direction(), 0.0, 0.0)
-    opened = gate_open_at_prompt(study.lm, gate, tasks)
-    assert opened == {p.task_id: letter_imbalance(p) < 0 for p in tasks}
-    down = next(i for i, s in enumerate(plan) if s.about.get("goal") == "correct" and s.role == "chosen")
-    mixed = pd.concat([table, gated_push_rows(table, down, opened, len(plan))], ignore_index=True)
+    gate_open = gate_open_at_prompt(study.lm, gate, tasks)
+    assert gate_open == {p.task_id: letter_imbalance(p) < 0 for p in tasks}
+    down = next(i for i, s in enumerate(plan) if s.extra_columns.get("goal") == "correct" and s.role == "chosen")
+    mixed = pd.concat([table, gated_push_rows(table, down, gate_open, len(plan))], ignore_index=True)
     row = setting_effects_table(mixed).set_index("setting").loc[len(plan)]
     constant = setting_effects_table(table).set_index("setting").loc[down]
     assert (row["corrected"], row["corrupted"]) == (constant["corrected"], 0)
 
 
 def test_erasing_removes_the_effect(judged):
-    "Without the direction the answer no longer depends on the mood; random directions erased change nothing of that."
+    "Without the direction the answer no longer depends on the letter imbalance; random directions erased change nothing of that."
     table = judged[5]
     one = table[table["role"] == "erased"].groupby("name")["passed"].mean()
     assert (one.isin([0.0, 1.0])).any(), one  # always the same answer
@@ -292,11 +311,11 @@ def test_erasing_removes_the_effect(judged):
     assert (others["passed"] == others["base_passed"]).mean() > 0.9
 
 
-def test_strength_0_is_the_baseline(judged):
+def test_coefficient_0_is_the_baseline(judged):
     study, choice, vectors, _, tasks, table, folder = judged
     d = choice_directions(choice, vectors)[0][0]
     still = [BASELINE_SETTING, SteeringSetting("still", "control", make_push(d, 0.0, np.array(choice["norms"])))]
-    again = sweep_settings(study.lm, tasks, still, folder / "still", max_new_tokens=8, slots=16, workers=1)
+    again = sweep_settings(study.lm, tasks, still, folder / "still", OPTIONS)
     a, b = (again[again["setting"] == k].sort_values("task_id") for k in (0, 1))
     assert a["token_ids"].map(list).tolist() == b["token_ids"].map(list).tolist()
     np.testing.assert_allclose(a["mean_logprob"], b["mean_logprob"], atol=1e-6)
@@ -319,12 +338,9 @@ def test_an_interruption_changes_nothing(judged, tmp_path, at):
             yield step
 
     few = [plan[0], *[s for s in plan if s.role == "chosen"][:3]]
-    go = lambda progress=lambda x, **_: x: sweep_settings(
-        study.lm, tasks, few, tmp_path, max_new_tokens=8, slots=16, workers=1, progress=progress
-    )
     with pytest.raises(Stop):
-        go(until)
-    resumed = go()
+        sweep_settings(study.lm, tasks, few, tmp_path, replace(OPTIONS, progress=until))
+    resumed = sweep_settings(study.lm, tasks, few, tmp_path, OPTIONS)
     for name in [s.name for s in few]:
         one, other = (t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id") for t in (resumed, table))
         assert one["completion"].tolist() == other["completion"].tolist()
@@ -337,9 +353,7 @@ def test_shards_together_are_the_whole(judged, tmp_path):
     done = []
     for k in range(2):
         part = shard_range(len(few) * len(tasks), 2, k, len(few))
-        done.append(
-            sweep_settings(study.lm, tasks, few, tmp_path / str(k), max_new_tokens=8, slots=16, part=part, workers=1)
-        )
+        done.append(sweep_settings(study.lm, tasks, few, tmp_path / str(k), replace(OPTIONS, part=part)))
     whole = combine_setting_shards(done, tasks, few)
     for name in [s.name for s in few]:
         one, other = (
@@ -455,5 +469,5 @@ def killed_while(phase: str, words: list[str], env: dict, root: Path) -> int:
     return status
 
 
-def test_hook_names_are_those_of_the_dictionary():
-    assert planted_sae(1).about["hook_name"] == hook_name("resid_post", 1)
+def test_hook_names_are_those_of_the_sae():
+    assert planted_sae(1).metadata["hook_name"] == hook_name("resid_post", 1)

@@ -1,5 +1,6 @@
-"""What a notebook cannot hold of `store`: kills, damaged files, full and read-only disks, and rows of every kind."""
+"""What a notebook cannot hold of `core.files` and `core.records`: kills, damaged files, full and read-only disks, and rows of every kind."""
 
+import hashlib
 import json
 import logging
 import math
@@ -18,7 +19,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codetrace.core import files as core_files
 from codetrace.core import records as core_records
 from codetrace.core.errors import BadInput
 from codetrace.core.files import StorageError, atomic_write, file_sha256
@@ -39,7 +39,11 @@ def key(i: int) -> tuple:
     return (f"T/{i // 5}", i % 5)
 
 
-def write(folder: Path, n: int = N, part_rows: int = PART, say=lambda i: None) -> Records:
+def _say_nothing(i: int):
+    "For a writer that nobody listens to."
+
+
+def write(folder: Path, n: int = N, part_rows: int = PART, say=_say_nothing) -> Records:
     "What a phase does: compute the rows that are missing."
     with Records(folder, KEY, part_rows=part_rows, checkpoint_rows=2 * part_rows) as records:
         done = records.done()
@@ -52,7 +56,7 @@ def write(folder: Path, n: int = N, part_rows: int = PART, say=lambda i: None) -
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("store") / "records").table()
+    return write(tmp_path_factory.mktemp("whole") / "records").table()
 
 
 def assert_whole(folder: Path, uninterrupted):
@@ -152,10 +156,10 @@ def test_interrupted_between_the_rename_and_the_note(tmp_path, monkeypatch, mome
             raise KeyboardInterrupt
 
     records.append(row(i) for i in range(PART - 1))
-    monkeypatch.setattr(core_files, "atomic_write", interrupted)
+    monkeypatch.setattr(core_records, "atomic_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         records.append([row(PART - 1)])
-    monkeypatch.setattr(core_files, "atomic_write", real)
+    monkeypatch.setattr(core_records, "atomic_write", real)
     if moment == "done":  # more rows arrive, the part is cut elsewhere
         records.part_rows = 4
     records.append(row(i) for i in range(PART, 2 * PART))
@@ -450,27 +454,29 @@ def same(a, b) -> bool:
 @given(rows=tables(), data=st.data())
 def test_what_goes_in_comes_out(tmp_path_factory, rows, data):
     "Whatever the order, the size of the parts and the number of restarts, the rows and the DataFrame are the same."
-    one, other = tmp_path_factory.mktemp("types") / "one", tmp_path_factory.mktemp("types") / "other"
-    with Records(one, KEY) as records:
+    whole_folder = tmp_path_factory.mktemp("types") / "whole"
+    parts_folder = tmp_path_factory.mktemp("types") / "parts"
+    with Records(whole_folder, KEY) as records:
         records.append(rows)
     columns = sorted({name for r in rows for name in r})
-    for r, found in zip(sorted(rows, key=lambda r: (r["task_id"].encode(), r["sample"])), records.rows(), strict=True):
-        assert sorted(found) == columns and list(found)[:2] == list(KEY)
-        assert all(same(r.get(name), found[name]) for name in columns)
+    in_order = sorted(rows, key=lambda r: (r["task_id"].encode(), r["sample"]))
+    for written, stored in zip(in_order, records.rows(), strict=True):
+        assert sorted(stored) == columns and list(stored)[:2] == list(KEY)
+        assert all(same(written.get(name), stored[name]) for name in columns)
     for chunk in np.array_split(data.draw(st.permutations(rows)), data.draw(st.integers(1, 3))):
-        with Records(other, KEY, part_rows=data.draw(st.integers(1, 4)), checkpoint_rows=3) as again:
+        with Records(parts_folder, KEY, part_rows=data.draw(st.integers(1, 4)), checkpoint_rows=3) as again:
             again.append(chunk)
-    assert all(same(a, b) for a, b in zip(records.rows(), read_records(other, as_rows=True), strict=True))
-    pd.testing.assert_frame_equal(records.table(), read_records(other), check_exact=True)
+    assert all(same(a, b) for a, b in zip(records.rows(), read_records(parts_folder, as_rows=True), strict=True))
+    pd.testing.assert_frame_equal(records.table(), read_records(parts_folder), check_exact=True)
 
 
 def test_numpy_goes_in_as_plain_values(tmp_path):
     values = {"i": np.int64(3), "f": np.float32(0.5), "b": np.bool_(True), "s": np.str_("x"), "a": np.arange(3)}
     with Records(tmp_path, "k") as records:
         records.append([{"k": np.int32(0)} | values])
-    (found,) = records.rows()
-    assert found == {"k": 0, "i": 3, "f": 0.5, "b": True, "s": "x", "a": [0, 1, 2]}
-    assert [type(v) for v in found.values()] == [int, list, bool, float, int, str]
+    (stored,) = records.rows()
+    assert stored == {"k": 0, "i": 3, "f": 0.5, "b": True, "s": "x", "a": [0, 1, 2]}
+    assert [type(v) for v in stored.values()] == [int, list, bool, float, int, str]
 
 
 def test_later_changes_of_a_row_do_not_reach_the_table(tmp_path):
@@ -484,3 +490,13 @@ def test_later_changes_of_a_row_do_not_reach_the_table(tmp_path):
 def test_import_is_light():
     code = "import sys, codetrace.core.records; print(sorted({'pandas', 'pyarrow', 'numpy', 'filelock', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_checkpoints_of_the_first_format_still_count():
+    "The reference records have checkpoints whose digest was made of the keys in the order in which they were written."
+    body = {"format": 1, "key": ["k"], "rows": 0, "parts": []}
+    assert core_records._checkpoint_digest(body) == hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    old = sorted((Path(__file__).parents[1] / "runs" / "reference").glob("*/*/*/checkpoint-*.json"))
+    for folder in {path.parent for path in old}:
+        newest = max(folder.glob("checkpoint-*.json"))
+        assert core_records._read_checkpoint(folder) == json.loads(newest.read_text())

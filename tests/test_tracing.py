@@ -1,6 +1,7 @@
 "What a notebook cannot hold of `tracing`: planted truths, every family of models, several tokenizers, refusals, resuming."
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,11 @@ import torch
 
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
-from codetrace.models import loading as models_loading
 from codetrace.models.lm import LM, Intervention
-from codetrace.models.loading import TINY_CONFIGS
-from codetrace.patching import cases, controls, knockout
-from codetrace.patching import sweep as patching_sweep
+from codetrace.models.smollm2 import smollm2_folder
+from codetrace.models.tiny import TINY_CONFIGS
+from codetrace.patching import cases as patching_cases
+from codetrace.patching import controls, knockout
 from codetrace.patching.alignment import (
     PATCH_DIRECTIONS,
     PATCH_METRICS,
@@ -26,7 +27,14 @@ from codetrace.patching.alignment import (
     token_roles,
 )
 from codetrace.patching.attribution import attribution_patching
-from codetrace.patching.cases import CANDIDATES_PER_PROGRAM, draw_cases, exclusion_counts, select_pairs
+from codetrace.patching.cases import (
+    CANDIDATES_PER_PROGRAM,
+    CaseOptions,
+    ProgramShapes,
+    draw_cases,
+    exclusion_counts,
+    select_pairs,
+)
 from codetrace.patching.controls import patch_states, run_controls
 from codetrace.patching.sites import _site_states, patch_sites
 from codetrace.patching.sweep import average_by_position, peak_effects, run_sweep, strongest_heads
@@ -34,8 +42,9 @@ from codetrace.phases import tracing
 from codetrace.phases.tracing import (
     PROGRAMS_PER_SWEEP,
     CausalExperimentRunner,
+    ProgramSelection,
+    TraceOptions,
     cases_from_run,
-    check_tracing_options,
     control_effects_table,
     head_grid_figure,
     token_grid_figure,
@@ -75,7 +84,7 @@ def bpe(lm, regex: bool, joined=()):
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(models_loading._smollm2_folder("tokenizer"), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder("tokenizer"), local_files_only=True)
     if not regex:
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -173,7 +182,7 @@ def test_unknown_names_are_named(llama, pairs, options, says):
 def by_hand(lm, pair, prefix, site, layer, position, head=None):
     "One cell through the models' own capture and intervene."
     aligned = align_pair(lm, pair, prefix=prefix)
-    state = lm.capture([list(aligned.donor)], [(site, layer)], positions=[position])[site, layer][0, 0]
+    state = lm.capture([list(aligned.source)], [(site, layer)], positions=[position])[site, layer][0, 0]
     value = state if head is None else state[head]
     with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
         logits = lm.logits([list(aligned.base)])[0]
@@ -252,7 +261,7 @@ def test_controls_put_what_interventions_put(arch):
     aligned = align_pair(lm, pair_of(lm), prefix=PREFIX)
     at = pair_positions(aligned)
     for site in patch_sites(lm):
-        states = _site_states(lm, aligned.donor, site)
+        states = _site_states(lm, aligned.source, site)
         heads = states[1].shape[1]
         places = [(layer, heads - 1, at[name]) for layer in (1, 2) for name in ("rhs 1", "query", "final")]
         given = [states[layer][position, head] for layer, head, position in places]
@@ -285,12 +294,12 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
 
 
 def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pairs):
-    "A donor's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
+    "A source's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
     cells = run_sweep(llama, pairs[1:2], ["head_out", "key", "value"], positions=["rhs 1", "query"])
     aligned = align_pair(llama, pairs[1])
     own, wanted = aligned.answers
     for site, rows in cells[cells["kl"].notna() & (cells["layer"] == 1)].groupby("site"):
-        states = _site_states(llama, aligned.donor, site)[1]
+        states = _site_states(llama, aligned.source, site)[1]
         places = [(1, int(r.head), int(r.position)) for r in rows.itertuples()]
         _, logits = patch_states(llama, aligned.base, site, places, [states[p, h] for _, h, p in places])
         assert (logits[:, wanted] - logits[:, own]).tolist() == pytest.approx(rows["logit_diff"].tolist(), abs=1e-4)
@@ -304,9 +313,9 @@ def test_random_controls_have_the_donors_norm(llama, pairs):
             cell: x for kind, cell, x in controls._control_states(llama, aligned, 0, site, mine, 0) if kind == "random"
         }
         for (layer, head, name), state in given.items():
-            donor = _site_states(llama, aligned[0].donor, site)[layer][pair_positions(aligned[0])[name], head]
-            torch.testing.assert_close(state.norm(), donor.norm())
-            assert abs(torch.nn.functional.cosine_similarity(state, donor, dim=0)) < 0.9
+            source = _site_states(llama, aligned[0].source, site)[layer][pair_positions(aligned[0])[name], head]
+            torch.testing.assert_close(state.norm(), source.norm())
+            assert abs(torch.nn.functional.cosine_similarity(state, source, dim=0)) < 0.9
 
 
 def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
@@ -327,17 +336,17 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
     pair = pair_of(lm)
     aligned = align_pair(lm, pair, prefix=PREFIX)
     own, wanted = aligned.answers
-    plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.donor)]))
+    plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.source)]))
     full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
     for site in ("resid_pre", "attn_out", "head_out"):
         table = attribution_patching(lm, [pair], [site], prefix=PREFIX)
         for cell in table[table["attribution"].abs() > 1e-3].sample(3, random_state=0).itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
-            base, donor = (
+            base, source = (
                 lm.capture([list(ids)], [(site, cell.layer)], positions=[cell.position])[site, cell.layer][0, 0]
-                for ids in (aligned.base, aligned.donor)
+                for ids in (aligned.base, aligned.source)
             )
-            moved = base + step * (donor - base)
+            moved = base + step * (source - base)
             value = moved if head is None else moved[head]
             with lm.intervene(Intervention(site, cell.layer, value, positions=cell.position, heads=head)):
                 logits = lm.logits([list(aligned.base)])[0]
@@ -353,7 +362,7 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
         pytest.skip("soft caps need eager attention")
     lm = models.load(f"tiny:{arch}", attn=attn)
     aligned = align_pair(lm, pair_of(lm))
-    n, root, everywhere = len(aligned.base), aligned.differs, range(lm.n_layers)
+    n, root, everywhere = len(aligned.base), aligned.first_difference, range(lm.n_layers)
     plain = lm.logits([list(aligned.base)])[0]
     torch.testing.assert_close(
         knockout._knockout_logits(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3
@@ -361,7 +370,7 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
     assert not torch.allclose(
         plain, knockout._knockout_logits(lm, aligned.base, [(n - 1, n - 3)], everywhere)[0], atol=1e-3
     )
-    assert not torch.allclose(plain, lm.logits([list(aligned.donor)])[0], atol=1e-3)
+    assert not torch.allclose(plain, lm.logits([list(aligned.source)])[0], atol=1e-3)
     # with every edge to the root cut, what it holds cannot reach the answer
     blocked = knockout._knockout_mask
 
@@ -371,11 +380,11 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
         return mask
 
     monkeypatch.setattr(knockout, "_knockout_mask", block_all)
-    base, donor = (
+    base, source = (
         knockout._knockout_logits(lm, tokens, [(n - 1, root)], everywhere)[0]
-        for tokens in (aligned.base, aligned.donor)
+        for tokens in (aligned.base, aligned.source)
     )
-    torch.testing.assert_close(base, donor, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(base, source, atol=1e-4, rtol=1e-3)
 
 
 # --- a whole trace
@@ -388,8 +397,8 @@ def start(folder):
 
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
     cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
-    options = {"directions": ["denoise", "noise"], "control_layers": 1}
-    whole = trace_cases(llama, cases, start(tmp_path / "a"), **options)
+    options = TraceOptions(directions=["denoise", "noise"], control_layers=1)
+    whole = trace_cases(llama, cases, start(tmp_path / "a"), options=options)
     sweep, calls = run_sweep, []
 
     def stops(*args, **kwargs):
@@ -398,10 +407,10 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    monkeypatch.setattr(patching_sweep, "run_sweep", stops)
+    monkeypatch.setattr(tracing, "run_sweep", stops)
     with pytest.raises(KeyboardInterrupt):
-        trace_cases(llama, cases, start(tmp_path / "b"), **options)
-    resumed = trace_cases(llama, cases, start(tmp_path / "b"), **options)
+        trace_cases(llama, cases, start(tmp_path / "b"), options=options)
+    resumed = trace_cases(llama, cases, start(tmp_path / "b"), options=options)
     assert len(calls) == 3 + 2  # two units of four and two programs in each direction: the first two were kept
     pd.testing.assert_frame_equal(resumed.cells, whole.cells)
     for name in ("intervention_results.json", "patch_results.json"):
@@ -422,23 +431,25 @@ def ten_cases(llama):
     return [TraceCase(*pair_of(llama, depth=1 + seed % 2, seed=seed), PREFIX) for seed in range(10)]
 
 
-ASKED = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
+OPTIONS = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
 
 
 @pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
-    whole = trace_cases(llama, ten_cases, as_run(tmp_path / "whole"), **ASKED, approximate=True)
+    options = TraceOptions(**OPTIONS, approximate=True)
+    whole = trace_cases(llama, ten_cases, as_run(tmp_path / "whole"), options=options)
+    options = replace(options, shards=shards)
     parts = [tmp_path / f"part{k}" for k in range(shards)]
     swept = []
     for k, folder in enumerate(parts):
-        found = trace_cases(llama, ten_cases, as_run(folder), **ASKED, approximate=True, shards=shards, shard=k)
+        found = trace_cases(llama, ten_cases, as_run(folder), options=replace(options, shard=k))
         swept += [sorted(set(found.cells["program"]))]
         assert not found.controls.size
         assert not (folder / "patch_results.json").exists()
     assert [i for part in swept for i in part] == list(range(10)) and all(
         part[0] % PROGRAMS_PER_SWEEP == 0 for part in swept
     )
-    merged = trace_cases(llama, ten_cases, as_run(tmp_path / "merged", parts), **ASKED, approximate=True, shards=shards)
+    merged = trace_cases(llama, ten_cases, as_run(tmp_path / "merged", parts), options=options)
     pd.testing.assert_frame_equal(merged.cells, whole.cells, check_exact=True)
     pd.testing.assert_frame_equal(merged.controls, whole.controls, check_exact=True)
     files = lambda name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
@@ -448,25 +459,24 @@ def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_p
 
 
 def test_shards_that_do_not_fit_are_refused(llama, ten_cases, tmp_path):
-    few = {"positions": "query", "control_layers": 0, "shards": 3}
+    options = TraceOptions(positions="query", control_layers=0, shards=3)
     parts = [tmp_path / f"part{k}" for k in range(3)]
     for k, folder in enumerate(parts):
-        trace_cases(llama, ten_cases, as_run(folder), **few, shard=k)
+        trace_cases(llama, ten_cases, as_run(folder), options=replace(options, shard=k))
     with pytest.raises(BadInput, match="give shards=3 or fewer"):
-        trace_cases(llama, ten_cases, as_run(tmp_path / "x"), **few | {"shards": 4}, shard=0)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "x"), options=replace(options, shards=4, shard=0))
     with pytest.raises(CannotTrace, match="no denoise/resid_pre of program 8"):
-        trace_cases(llama, ten_cases, as_run(tmp_path / "a", parts[:2]), **few)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "a", parts[:2]), options=options)
     with pytest.raises(BadInput, match="already"):
-        trace_cases(llama, ten_cases, as_run(tmp_path / "b", [*parts, parts[0]]), **few)
+        trace_cases(llama, ten_cases, as_run(tmp_path / "b", [*parts, parts[0]]), options=options)
     with pytest.raises(CannotTrace, match="part0 is a shard of other programs"):
-        trace_cases(llama, ten_cases[::-1], as_run(tmp_path / "c", parts), **few)
+        trace_cases(llama, ten_cases[::-1], as_run(tmp_path / "c", parts), options=options)
 
 
 def test_the_json_holds_the_cells(llama, tmp_path):
     cases = [TraceCase(*pair_of(llama, seed=seed)) for seed in range(2)]
-    found = trace_cases(
-        llama, cases, start(tmp_path), sites=["resid_pre", "head_out"], positions="query,final", control_layers=0
-    )
+    options = TraceOptions(sites=["resid_pre", "head_out"], positions="query,final", control_layers=0)
+    found = trace_cases(llama, cases, start(tmp_path), options=options)
     one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
     heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
     assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
@@ -480,7 +490,7 @@ def test_the_json_holds_the_cells(llama, tmp_path):
 def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
     cases = [TraceCase(*pair_of(llama, seed=seed, depth=1, seq_len=5)) for seed in range(6)]
     known = {case.program.code for case in cases[:3]} | {case.counterfactual.code for case in cases[1:]}
-    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked])
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked])
     kept, table = select_pairs(llama, [case.pair for case in cases], shallow=True)
     assert kept == [1, 2]
     assert list(table["why"]) == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
@@ -495,7 +505,7 @@ def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
 
 def test_programs_drawn_do_not_depend_on_how_many_are_wanted(llama, monkeypatch):
     monkeypatch.setattr(
-        cases, "_answers_correctly", lambda lm, asked: [len(program.query) == 1 for _, program in asked]
+        patching_cases, "_answers_correctly", lambda lm, asked: [len(program.query) == 1 for _, program in asked]
     )
     few, many = (draw_cases(llama, n, [5], [1, 2], num_shots=1)[0] for n in (2, 8))
     assert [case.program for case in few] == [many[0].program, many[4].program]
@@ -536,7 +546,7 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     runner = ExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     samples = runner.run(config, run=run).samples
-    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
     assert not samples["correct"].any()
     cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert cases == [] and why == ["wrong on the program"] * 4
@@ -551,7 +561,7 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
 
 def test_the_seeds_api(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    monkeypatch.setattr(cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
     runner = CausalExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     program, counterfactual = pair_of(llama)
@@ -562,7 +572,10 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
         (program, counterfactual),
     ]
     found = runner.run_intervention_experiment(
-        model_id="tiny:llama", programs=given, intervention_type="attention_heads", shallow=True
+        model_id="tiny:llama",
+        programs=given,
+        intervention_type="attention_heads",
+        selection=ProgramSelection(options=CaseOptions(shallow=True)),
     )
     assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
     record = newest_run("tracing")
@@ -572,7 +585,8 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
 
 
 def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, ten_cases, tmp_path):
-    found = trace_cases(llama, ten_cases, start(tmp_path), sites=["resid_pre", "head_out", "value"], control_layers=1)
+    options = TraceOptions(sites=["resid_pre", "head_out", "value"], control_layers=1)
+    found = trace_cases(llama, ten_cases, start(tmp_path), options=options)
     heads = found.controls[found.controls["head"].notna()]
     assert set(heads["site"]) == {"head_out", "value"} and set(heads["program"]) == {1, 3, 5, 7, 9}
     assert set(found.controls[found.controls["head"].isna()]["program"]) == set(range(8))
@@ -631,7 +645,7 @@ def test_reference_cases_are_drawn_and_unknown_changes_named():
     with pytest.raises(BadInput, match="value"):
         draw_cases(lm, 1, (6,), (2,), change="valeu")
     with pytest.raises(BadInput, match="no reference to change"):
-        check_tracing_options(["resid_pre"], ["denoise"], "all", "naive", depths=[1, 2], change="reference")
+        ProgramSelection(shapes=ProgramShapes(depths=[1, 2]), options=CaseOptions(change="reference"))
 
 
 def test_given_programs_are_changed_as_asked(tmp_path):
@@ -641,5 +655,6 @@ def test_given_programs_are_changed_as_asked(tmp_path):
     program = as_program(("a = 1\nk = 4\nm = 7\nx = k\n#x:", 4))
     row = {"code": program.code, "answer": "4", "task": "variable_binding", "index": 0, "prompt": program.code}
     for change, origin in (("value", "rhs 1"), ("reference", "rhs 2")):
-        assert tracing._as_case(program, lm, 0, "", change).origin == origin
+        selection = ProgramSelection(shapes=ProgramShapes(depths=[2]), options=CaseOptions(change=change))
+        assert tracing._as_case(program, lm, selection).origin == origin
         assert tracing._case_from_record(row, lm, 0, change).origin == origin

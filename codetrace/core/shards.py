@@ -11,31 +11,42 @@ from pathlib import Path
 
 from .errors import BadInput
 from .records import read_records
-from ..runs.run import Run
 
-# %% ../../nbs/core/shards.ipynb #3070b53d
+# %% ../../nbs/core/shards.ipynb #b5dedec7
 class BadMerge(BadInput):
     "Shards that do not make a whole."
 
 
+def _check_shard_keys(shard_of_key: dict[tuple, str], expected: set[tuple], key: Sequence[str]):
+    "Raise `BadMerge` where the shards hold other keys than those expected."
+    mismatched = expected ^ shard_of_key.keys()
+    if not mismatched:
+        return
+    example = min(mismatched, key=str)
+    if example in shard_of_key:
+        problem = f"belongs to no shard, but {shard_of_key[example]} holds it"
+    else:
+        problem = "is in no shard"
+    raise BadMerge(f"{len(mismatched)} rows do not fit: {dict(zip(key, example))} {problem}; run all shards again")
+
+# %% ../../nbs/core/shards.ipynb #3070b53d
 def collect_shard_rows(
-    run: Run | Sequence[Path],  # The run of the whole, or the folders of its shards
-    name: str,  # A table that each shard wrote
-    key: Sequence[str],  # What names its rows
-    expected: Iterable[tuple] | None = None,  # Keys of the whole, no more and no fewer; None: whatever is there
+    run,  # Run of the whole, with `shards`, or the folders of its shards themselves
+    name: str,  # Table that each shard wrote
+    key: Sequence[str],  # Columns that name a row
+    expected: Iterable[tuple] | None = None,  # Keys of the whole, no more and no fewer
 ) -> list[dict]:  # Rows, the first shard's first
-    "The rows of all shards, each once."
-    rows, owner = [], {}
+    "Collect the rows of all shards, each once."
+    rows = []
+    shard_of_key = {}
     for folder in getattr(run, "shards", run):
-        for row in read_records(folder / name, as_rows=True):
-            this = tuple(row[column] for column in key)
-            if this in owner:
-                twice = f"{dict(zip(key, this))}, which {owner[this]} holds already"
-                raise BadMerge(f"run {folder.name} holds {twice}: run all shards again")
-            owner[this] = folder.name
+        for row in read_records(Path(folder) / name, as_rows=True):
+            row_key = tuple(row[column] for column in key)
+            if row_key in shard_of_key:
+                duplicate = f"{dict(zip(key, row_key))}, which {shard_of_key[row_key]} holds already"
+                raise BadMerge(f"run {folder.name} holds {duplicate}: run all shards again")
+            shard_of_key[row_key] = folder.name
             rows.append(row)
-    if expected is not None and (wrong := set(expected) ^ owner.keys()):
-        one = min(wrong, key=str)
-        what = f"belongs to no shard, but {owner[one]} holds it" if one in owner else "is in no shard"
-        raise BadMerge(f"{len(wrong)} rows do not fit: {dict(zip(key, one))} {what}; run all shards again")
+    if expected is not None:
+        _check_shard_keys(shard_of_key, set(expected), key)
     return rows

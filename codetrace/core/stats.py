@@ -8,7 +8,6 @@ __all__ = ['wilson', 'bootstrap_interval', 'share_interval', 'sign_flip_p', 'ben
 
 # %% ../../nbs/core/stats.ipynb #37a1bfc4
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from numpy.typing import ArrayLike
 # %% ../../nbs/core/stats.ipynb #fc2644a5
 def wilson(
     k: ArrayLike,  # Right answers
-    n: ArrayLike,  # Answers; where 0, the interval is NaN
+    n: ArrayLike,  # Answers (0: the interval is NaN)
     level: float = 0.95,  # Confidence level
 ) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:  # Low and high end, of the shape of `k`
     "Wilson's interval for a share `k/n`."
@@ -27,30 +26,43 @@ def wilson(
     assert ((k >= 0) & (k <= n)).all(), "wilson: needs 0 <= k <= n"
     share = k / np.where(n, n, 1)
     low, high = proportion_confint(k, np.where(n, n, 1), alpha=1 - level, method="wilson")
-    low, high = np.clip(low, 0, share), np.clip(high, share, 1)  # rounding: 0 of n starts at 0, n of n ends at 1
+    low = np.clip(low, 0, share)  # rounding: 0 of n starts at 0
+    high = np.clip(high, share, 1)  # and n of n ends at 1
     return np.where(n, low, np.nan)[()], np.where(n, high, np.nan)[()]
 
 # %% ../../nbs/core/stats.ipynb #7400fe08
-def _bootstrap(data: tuple, statistic: Callable, n_resamples: int, level: float, seed: int, method: str, **options):
+def _ratio_of_sums(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+    "The mean of all values of the drawn clusters."
+    return sums.sum(axis) / counts.sum(axis)
+
+# %% ../../nbs/core/stats.ipynb #c3d9429f
+def _bootstrap_mean(
+    data: tuple[Float[np.ndarray, "cells clusters"], Float[np.ndarray, "cells clusters"]],  # Sums and counts
+    n_resamples: int,
+    level: float,
+    seed: int,
+    method: str,
+) -> list[Float[np.ndarray, "cells"]]:  # Low and high ends
     "SciPy's paired bootstrap along the last axis; where every resample agrees, the interval is that one value."
     from scipy.stats import bootstrap
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant data: dealt with below
-        found = bootstrap(
+        result = bootstrap(
             data,
-            statistic,
+            _ratio_of_sums,
             n_resamples=n_resamples,
             confidence_level=level,
             rng=np.random.default_rng(seed),
             method=method,
             paired=True,
             axis=-1,
-            **options,
+            vectorized=True,
+            batch=max(1, int(2e6 / data[0].size)),
         )
-    draws = found.bootstrap_distribution
+    draws = result.bootstrap_distribution
     constant = np.ptp(draws, axis=-1) <= 1e-12 * np.abs(draws).max(axis=-1)
-    return [np.where(constant, draws[..., 0], end) for end in found.confidence_interval]
+    return [np.where(constant, draws[..., 0], end) for end in result.confidence_interval]
 
 # %% ../../nbs/core/stats.ipynb #bc8d1b30
 def _as_columns(values: np.ndarray) -> Float[np.ndarray, "rows cells"]:
@@ -64,49 +76,39 @@ def _mean_interval(values: Float[np.ndarray, "rows cells"], member: np.ndarray, 
     np.add.at(sums, member, np.nan_to_num(values))
     np.add.at(counts, member, ~np.isnan(values))
     ends = np.full((2, values.shape[1]), np.nan)
-    patterns, of = np.unique(counts > 0, axis=1, return_inverse=True)
-    for i, measured in enumerate(patterns.T):
-        cells = of.ravel() == i
+    patterns, pattern_of_cell = np.unique(counts > 0, axis=1, return_inverse=True)
+    for number, measured in enumerate(patterns.T):
+        cells = pattern_of_cell.ravel() == number
         if measured.sum() > 1:
             data = sums[measured][:, cells].T, counts[measured][:, cells].T
-            batch = max(1, int(2e6 / data[0].size))
-            ends[:, cells] = _bootstrap(
-                data, lambda s, n, axis: s.sum(axis) / n.sum(axis), vectorized=True, batch=batch, **options
-            )
+            ends[:, cells] = _bootstrap_mean(data, **options)
     return ends
 
 # %% ../../nbs/core/stats.ipynb #82085714
 def bootstrap_interval(
-    values: ArrayLike,  # [rows] or [rows, cells]; NaN is not measured
-    clusters: ArrayLike | None = None,  # [rows]: the program or task of each; each row by itself if None
-    statistic: Callable = np.mean,  # Of an array of values; the mean is fast and takes many cells
+    values: ArrayLike,  # [rows] or [rows, cells], NaN is not measured
+    clusters: ArrayLike | None = None,  # [rows]: the program or task of each (None: each row by itself)
     n_resamples: int = 2000,
     level: float = 0.95,  # Confidence level
     seed: int = 0,
     method: str = "BCa",  # Or "percentile", "basic"
 ) -> tuple[
     Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]
-]:  # Low and high end; NaN for fewer than two clusters
-    "Bootstrap interval of a statistic over clusters that were drawn independently."
+]:  # Low and high end, NaN for fewer than two clusters
+    "Bootstrap interval of a mean over clusters that were drawn independently."
     values = np.asarray(values, float)
-    member = np.unique(np.arange(len(values)) if clusters is None else np.asarray(clusters), return_inverse=True)[1]
+    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    member = np.unique(clusters, return_inverse=True)[1]
     assert len(member) == len(values), "bootstrap_interval: one cluster a row"
     options = dict(n_resamples=n_resamples, level=level, seed=seed, method=method)
-    if statistic is np.mean:
-        low, high = _mean_interval(_as_columns(values), member, **options)
-        return low.reshape(values.shape[1:])[()], high.reshape(values.shape[1:])[()]
-    assert values.ndim == 1, "bootstrap_interval: many cells at once only for the mean"
-    groups = [g for c in range(member.max(initial=-1) + 1) if len(g := values[(member == c) & ~np.isnan(values)])]
-    if len(groups) < 2:
-        return np.nan, np.nan
-    pooled = lambda drawn: statistic(np.concatenate([groups[i] for i in drawn]))
-    return tuple(end[()] for end in _bootstrap((np.arange(len(groups)),), pooled, vectorized=False, **options))
+    low, high = _mean_interval(_as_columns(values), member, **options)
+    return low.reshape(values.shape[1:])[()], high.reshape(values.shape[1:])[()]
 
 # %% ../../nbs/core/stats.ipynb #5ha2e502
 def share_interval(
     values: ArrayLike,  # [tasks]: the share of each task's samples, from 0 to 1
     **options,  # Of `bootstrap_interval`
-) -> tuple[float, float]:  # Low and high end; NaN for no tasks
+) -> tuple[float, float]:  # Low and high end, NaN for no tasks
     "Interval of a mean of tasks' shares."
     values = np.asarray(values, float)
     if np.isin(values, (0, 1)).all():
@@ -115,33 +117,37 @@ def share_interval(
 
 # %% ../../nbs/core/stats.ipynb #a088c038
 def sign_flip_p(
-    values: ArrayLike,  # [programs] or [programs, cells]: effects; NaN is not measured
-    n_resamples: int = 9999,  # Random flips; exact where all flips are no more than this
+    values: ArrayLike,  # [programs] or [programs, cells]: effects, NaN is not measured
+    n_resamples: int = 9999,  # Random flips (exact where all flips are no more than this)
     seed: int = 0,
-) -> Float[np.ndarray, "*cells"]:  # Two-sided p a cell; NaN where nothing was measured
+) -> Float[np.ndarray, "*cells"]:  # Two-sided p a cell, NaN where nothing was measured
     "Sign-flip test of a mean effect of 0, over programs."
     values = np.asarray(values, float)
     x = np.nan_to_num(_as_columns(values))
-    n, exact = len(x), 2 ** len(x) <= n_resamples
+    n = len(x)
+    exact = 2**n <= n_resamples
     total = 2**n if exact else n_resamples
     bound = np.abs(x.sum(0)) - 1e-12 * np.abs(x).sum(0)  # rounding must not break ties
-    rng, extreme = np.random.default_rng(seed), np.zeros(x.shape[1])
+    rng = np.random.default_rng(seed)
+    extreme = np.zeros(x.shape[1])
     for start in range(0, total, 1000):
         rows = np.arange(start, min(start + 1000, total))[:, None]
-        bits = rows >> np.arange(n) & 1 if exact else rng.integers(0, 2, (len(rows), n))
-        extreme += (np.abs((2.0 * bits - 1) @ x) >= bound).sum(0)
+        bits = (rows >> np.arange(n)) & 1 if exact else rng.integers(0, 2, (len(rows), n))
+        signs = 2.0 * bits - 1
+        extreme += (np.abs(signs @ x) >= bound).sum(0)
     p = extreme / total if exact else (extreme + 1) / (total + 1)
     return np.where(np.isnan(values).all(0), np.nan, p.reshape(values.shape[1:]))[()]
 
 # %% ../../nbs/core/stats.ipynb #bc5d1f82
 def benjamini_hochberg(
-    p: ArrayLike,  # p-values of one family of tests; NaN is no test
+    p: ArrayLike,  # p-values of one family of tests, NaN is no test
 ) -> Float[np.ndarray, "*cells"]:  # Adjusted p-values, of the same shape
     "Adjusted p-values that bound the share of false discoveries."
     from scipy.stats import false_discovery_control
 
     p = np.asarray(p, float)
-    adjusted, tested = np.full(p.shape, np.nan), ~np.isnan(p)
+    adjusted = np.full(p.shape, np.nan)
+    tested = ~np.isnan(p)
     if tested.any():
         adjusted[tested] = false_discovery_control(p[tested])
     return adjusted[()]

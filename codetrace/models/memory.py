@@ -8,9 +8,9 @@ __all__ = ['MemoryEstimate', 'estimate_pass_memory', 'estimate_generation_memory
 # %% ../../nbs/models/memory.ipynb #54e7878b
 from dataclasses import asdict, dataclass
 
-from .decoding import _packable_linears
-from .limits import NotEnoughMemory, memory_limit, process_memory
+from .limits import NotEnoughMemory, process_memory
 from .lm import LM
+from .onednn import packable_linears
 
 # %% ../../nbs/models/memory.ipynb #96654ad9
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def estimate_generation_memory(
 
 def _packed_weights_memory(lm: LM) -> float:
     "GB of the weights that a `Decoder` lays out anew."
-    return sum(layer.weight.numel() * layer.weight.element_size() for layer in _packable_linears(lm)) / 1e9
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in packable_linears(lm)) / 1e9
 
 # %% ../../nbs/models/memory.ipynb #467e2447
 def check_pass_memory(
@@ -122,7 +122,8 @@ def check_memory_estimate(
     remedy: str = "give fewer slots or a smaller max_new_tokens",
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse what takes more than the limit: `NotEnoughMemory`."
-    limit, option = memory_limit(lm.device)
+    limit = lm.limits.allowance(lm.device)
+    option = lm.limits.option(lm.device)
     if one.total * 1e9 > limit:
         parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(one).items() if gb >= 0.05)
         raise NotEnoughMemory(

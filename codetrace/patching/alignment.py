@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from ..tasks.program_prompts import split_answer_tokens
-from ..tasks.programs import Program, Span
+from ..tasks.programs import ChainLink, Program, Span
 
 # %% ../../nbs/patching/alignment.ipynb #59b1ad37
 class CannotTrace(BadInput):
@@ -35,24 +35,33 @@ class Misaligned(CannotTrace):
     "A program and its counterfactual do not line up token by token."
 
 # %% ../../nbs/patching/alignment.ipynb #80374838
+def _chain_names(program: Program) -> list[tuple[ChainLink, str]]:
+    "The links of a program's chain, each with its depth, and a letter from the second one at a depth on."
+    links_at_depth = {}
+    named = []
+    for link in program.chain:
+        count = links_at_depth.get(link.depth, 0) + 1
+        links_at_depth[link.depth] = count
+        letter = "" if count == 1 else chr(ord("a") + count - 1)
+        named.append((link, f"{link.depth}{letter}"))
+    return named
+
+
 def _role_spans(
     program: Program,
-    asked: bool,  # The query line is in the prompt
-) -> Iterator[tuple[str, Span]]:  # Spans in `program.code`; later ones give way to earlier ones
+    has_query: bool,  # The query line is in the prompt
+) -> Iterator[tuple[str, Span]]:  # Spans in `program.code`. Later ones give way to earlier ones
     "Names and where they stand."
-    if asked:
+    if has_query:
         yield "query", program.query_span
-    named, seen = [], {}
-    for link in program.chain:
-        nth = seen[link.depth] = seen.get(link.depth, 0) + 1
-        named.append((link, f"{link.depth}" + ("" if nth == 1 else chr(ord("a") + nth - 1))))
+    named = _chain_names(program)
     for link, name in named:
         yield f"rhs {name}", link.rhs
         yield f"lhs {name}", link.lhs
-    ends, at = {link.line: f"end {name}" for link, name in reversed(named)}, -1
-    for line in range(program.code.count("\n")):
-        at = program.code.index("\n", at + 1)
-        yield ends.get(line, "end other"), (at, at + 1)
+    end_names = {link.line: f"end {name}" for link, name in reversed(named)}
+    newlines = [index for index, character in enumerate(program.code) if character == "\n"]
+    for line, newline in enumerate(newlines):
+        yield end_names.get(line, "end other"), (newline, newline + 1)
 
 # %% ../../nbs/patching/alignment.ipynb #ea21d877
 def _span_token(
@@ -63,45 +72,66 @@ def _span_token(
 ) -> int:  # Index of the last token of the span
     "The token that stands for a span."
     start, end = span
-    over = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-    if not over:
+    covering = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    if not covering:
         raise RoleSharesToken(f"no token covers {name} ({text[start:end]!r})")
-    beside = text[min(offsets[over[0]][0], start) : start] + text[end : max(offsets[over[-1]][1], end)]
-    if beside.strip() and not name.startswith("end"):
-        token = text[slice(*offsets[over[-1]])]
+    first_start, _ = offsets[covering[0]]
+    last_start, last_end = offsets[covering[-1]]
+    before = text[min(first_start, start) : start]
+    after = text[end : max(last_end, end)]
+    if (before + after).strip() and not name.startswith("end"):
         raise RoleSharesToken(
-            f"{name} ({text[start:end]!r}) is part of the token {token!r}: this tokenizer cannot be traced there; try another query style"
+            f"{name} ({text[start:end]!r}) is part of the token {text[last_start:last_end]!r}: "
+            "this tokenizer cannot be traced there; try another query style"
         )
-    return over[-1]
+    return covering[-1]
 
 # %% ../../nbs/patching/alignment.ipynb #66577129
-def program_start(program: Program, prompt: str) -> tuple[int, bool]:
-    "Where the asked program begins in its prompt, and whether its query line is there."
-    for text, asked in ((program.code.rstrip(" "), True), (program.source, False)):
-        if (at := prompt.rfind(text)) >= 0:
-            return at, asked
+def program_start(
+    program: Program, prompt: str
+) -> tuple[int, bool]:  # Index of its first character, and whether its query line is there
+    "Where a program begins in its prompt."
+    for text, has_query in ((program.code.rstrip(" "), True), (program.source, False)):
+        start = prompt.rfind(text)
+        if start >= 0:
+            return start, has_query
     raise CannotTrace(f"the program {program.code!r} does not stand in its prompt, which ends in {prompt[-60:]!r}")
 
 
+def _token_names(program: Program, prompt: str, offsets: Sequence[Span]) -> list[str]:
+    "The name of each token, empty for most."
+    begin, has_query = program_start(program, prompt)
+    names = {}
+    for name, (start, end) in _role_spans(program, has_query):
+        names.setdefault(_span_token((begin + start, begin + end), prompt, offsets, name), name)
+    names[len(offsets) - 1] = "final"
+    return [names.get(i, "") for i in range(len(offsets))]
+
+
+def _token_lines(program: Program, prompt: str, offsets: Sequence[Span]) -> list[int]:
+    "The program line of each token; -1 before and after the program."
+    begin, has_query = program_start(program, prompt)
+    stop = begin + len(program.code.rstrip(" ") if has_query else program.source)
+    lines = []
+    for start, end in offsets:
+        inside = end > begin and (start < stop or has_query)
+        lines.append(prompt.count("\n", begin, max(start, begin)) if inside else -1)
+    return lines
+
+# %% ../../nbs/patching/alignment.ipynb #664b0843
 def token_roles(
     lm: LM,  # Only its tokenizer is used
     program: Program,
-    prompt: str | None = None,  # With examples before, say; default: the program alone
-) -> pd.DataFrame:  # One row a token: `position, token, start, end, line, name`; line -1 before and after the program
+    prompt: str | None = None,  # With solved examples before the program, for instance. Default: the program alone
+) -> pd.DataFrame:  # One row a token: `position, token, start, end, line, position_name`
     "How a tokenizer cuts a program, and which token plays which role."
     prompt = program.code if prompt is None else prompt
     offsets = lm.offsets(prompt)
-    begin, asked = program_start(program, prompt)
-    stop = begin + len(program.code.rstrip(" ") if asked else program.source)
-    names = {}
-    for name, (start, end) in _role_spans(program, asked):
-        names.setdefault(_span_token((begin + start, begin + end), prompt, offsets, name), name)
-    names[len(offsets) - 1] = "final"
-    inside = [b > begin and (a < stop or asked) for a, b in offsets]
-    lines = [prompt.count("\n", begin, max(a, begin)) if here else -1 for (a, b), here in zip(offsets, inside)]
-    table = pd.DataFrame({"position": range(len(offsets)), "token": [prompt[a:b] for a, b in offsets]})
+    table = pd.DataFrame({"position": range(len(offsets)), "token": [prompt[start:end] for start, end in offsets]})
     table[["start", "end"]] = offsets
-    return table.assign(line=lines, name=[names.get(i, "") for i in range(len(offsets))])
+    table["line"] = _token_lines(program, prompt, offsets)
+    table["position_name"] = _token_names(program, prompt, offsets)
+    return table
 
 # %% ../../nbs/patching/alignment.ipynb #4294127c
 @dataclass(frozen=True)
@@ -114,14 +144,16 @@ class TraceCase:
 
     @property
     def pair(self) -> tuple[Program, Program]:
+        "The program and its counterfactual."
         return self.program, self.counterfactual
 
     @property
-    def origin(self) -> str:
-        "The name of the token at which the two differ: the root's, or that of a reference."
-        other = self.counterfactual.code
-        differs = (link for link in self.program.chain if self.program.text(link.rhs) != other[slice(*link.rhs)])
-        return next((f"rhs {link.depth}" for link in differs), "rhs 1")
+    def changed_position(self) -> str:  # `rhs 1` for a root, `rhs 2` for a reference
+        "The name of the position at which the two differ."
+        for link in self.program.chain:
+            if self.program.text(link.rhs) != self.counterfactual.code[slice(*link.rhs)]:
+                return f"rhs {link.depth}"
+        return "rhs 1"
 
 # %% ../../nbs/patching/alignment.ipynb #fd72f3b9
 PATCH_DIRECTIONS = ("denoise", "noise")
@@ -132,10 +164,10 @@ class AlignedPair:
     "A pair, ready to be patched."
 
     base: tuple[int, ...]  # Token ids
-    donor: tuple[int, ...]
-    answers: tuple[int, int]  # Token ids: the base's answer, the donor's
-    roles: pd.DataFrame = field(repr=False)  # `token_roles` of the asked program's tokens
-    differs: int = 0  # First position at which the two runs differ
+    source: tuple[int, ...]  # Token ids
+    answer_ids: tuple[int, int]  # The base's answer, the source's
+    roles: pd.DataFrame = field(repr=False)  # `token_roles` of the program's tokens, without the prefix's
+    first_difference: int = 0  # First position at which the two runs differ
 
 
 def one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
@@ -151,51 +183,60 @@ def one_token_answer(lm: LM, prompt: str, program: Program) -> tuple[str, int]:
 _AMBIGUOUS_NAMES = ("", "end other")  # Names that several tokens may bear
 
 
-def _pair_names(own: pd.Series, other: pd.Series, redirected: bool) -> pd.Series:
+def _pair_names(program_names: pd.Series, counterfactual_names: pd.Series, redirected: bool) -> pd.Series:
     "The names of a pair's tokens: the program's, and where a reference was changed, with a b those that only the counterfactual's chain has."
-    free, theirs = own.isin(_AMBIGUOUS_NAMES), ~other.isin(_AMBIGUOUS_NAMES)
-    if (own != other)[~free & theirs].any() or (not redirected and list(own) != list(other)):
+    unnamed = program_names.isin(_AMBIGUOUS_NAMES)
+    named_in_counterfactual = ~counterfactual_names.isin(_AMBIGUOUS_NAMES)
+    conflicting = (program_names != counterfactual_names) & ~unnamed & named_in_counterfactual
+    unequal = list(program_names) != list(counterfactual_names)
+    if conflicting.any() or (unequal and not redirected):
         raise Misaligned("a program and its counterfactual do not play the same roles at the same tokens")
-    return own.mask(free & theirs, other + "b")
+    return program_names.mask(unnamed & named_in_counterfactual, counterfactual_names + "b")
 
 
+def _is_redirected(pair: tuple[Program, Program], base: Sequence[int], source: Sequence[int]) -> bool:
+    "Was a reference changed, so that the two chains take other lines and one token differs?"
+    lines, other_lines = ([link.line for link in program.chain] for program in pair)
+    return lines != other_lines and sum(a != b for a, b in zip(base, source)) == 1
+
+# %% ../../nbs/patching/alignment.ipynb #db207099
 def align_pair(
     lm: LM,
     pair: tuple[Program, Program],  # A program and its counterfactual
-    direction: str = "denoise",
+    direction: str = "denoise",  # Or `noise`
     prefix: str = "",  # Text before both, such as solved examples
 ) -> AlignedPair:
     "Check that a pair lines up."
-    pair = pair if look_up_name(direction, PATCH_DIRECTIONS, "direction") == "denoise" else pair[::-1]
-    prompts, answers = zip(*(one_token_answer(lm, prefix + program.code, program) for program in pair))
-    base, donor = (tuple(ids) for ids in lm.ids(list(prompts)))
-    if len(base) != len(donor):
+    denoise = look_up_name(direction, PATCH_DIRECTIONS, "direction") == "denoise"
+    pair = pair if denoise else pair[::-1]
+    prompts, answer_ids = zip(*(one_token_answer(lm, prefix + program.code, program) for program in pair))
+    base, source = (tuple(ids) for ids in lm.ids(list(prompts)))
+    if len(base) != len(source):
         raise Misaligned(
-            f"{pair[0].code!r} has {len(base)} tokens and its counterfactual {len(donor)}: swapping needs equal numbers; make the pair with a tokenizer"
+            f"{pair[0].code!r} has {len(base)} tokens and its counterfactual {len(source)}: patching needs equal numbers; make the pair with a tokenizer"
         )
     tables = [token_roles(lm, program, prompt) for program, prompt in zip(pair, prompts)]
-    own, other = (table["name"] for table in (tables if direction == "denoise" else tables[::-1]))
-    lines = [[link.line for link in program.chain] for program in pair]
-    redirected = lines[0] != lines[1] and sum(a != b for a, b in zip(base, donor)) == 1
-    roles = tables[0].assign(name=_pair_names(own, other, redirected))
-    if base == donor or answers[0] == answers[1]:
+    names = [table["position_name"] for table in (tables if denoise else tables[::-1])]
+    roles = tables[0].assign(position_name=_pair_names(*names, _is_redirected(pair, base, source)))
+    if base == source or answer_ids[0] == answer_ids[1]:
         raise CannotTrace(
             f"{pair[0].code!r}: program and counterfactual, or their answers, are the same: there is no difference to trace"
         )
-    differs = next(i for i, (a, b) in enumerate(zip(base, donor)) if a != b)
-    return AlignedPair(base, donor, answers, roles[roles["line"] >= 0].reset_index(drop=True), differs)
+    first_difference = next(i for i, (a, b) in enumerate(zip(base, source)) if a != b)
+    in_program = roles[roles["line"] >= 0].reset_index(drop=True)
+    return AlignedPair(base, source, answer_ids, in_program, first_difference)
 
 # %% ../../nbs/patching/alignment.ipynb #b6865bff
 def named_positions(
     roles: pd.DataFrame,  # From `token_roles`
-) -> dict[str, int]:  # Position by name; names that several tokens bear are left out
+) -> dict[str, int]:  # Position by name, without names that several tokens bear
     "The positions that have a name of their own."
-    table = roles[~roles["name"].isin(_AMBIGUOUS_NAMES)]
-    return dict(zip(table["name"], table["position"].astype(int)))
+    table = roles[~roles["position_name"].isin(_AMBIGUOUS_NAMES)]
+    return dict(zip(table["position_name"], table["position"].astype(int)))
 
 
 def pair_positions(pair: AlignedPair) -> dict[str, int]:
-    "The same, of a pair that lines up."
+    "The named positions of a pair that lines up."
     return named_positions(pair.roles)
 
 # %% ../../nbs/patching/alignment.ipynb #13994142
@@ -206,17 +247,18 @@ def measure_patch(
     logits: Float[Tensor, "rows vocab"],  # After the last token
     pair: AlignedPair,
     base: Float[Tensor, "*rows vocab"],  # Log-probabilities of the base run: one, or one a row
-) -> Float[Tensor, "rows metric"]:  # METRICS; the effect is NaN until `d` of both plain runs is known
+) -> Float[Tensor, "rows metric"]:  # PATCH_METRICS. The effect is NaN until `d` of both plain runs is known
     "Read the metrics off patched logits."
-    own, wanted = pair.answers
+    base_answer, source_answer = pair.answer_ids
     log_probs = logits.log_softmax(-1)
     kl = (base.exp() * (base - log_probs)).sum(-1)
-    difference = logits[:, wanted] - logits[:, own]
-    success = (logits.argmax(-1) == wanted).float()
-    return torch.stack([difference, torch.full_like(kl, torch.nan), success, log_probs[:, wanted].exp(), kl], -1)
+    difference = logits[:, source_answer] - logits[:, base_answer]
+    success = (logits.argmax(-1) == source_answer).float()
+    probability = log_probs[:, source_answer].exp()
+    return torch.stack([difference, torch.full_like(kl, torch.nan), success, probability, kl], -1)
 
 # %% ../../nbs/patching/alignment.ipynb #aaab793b
-CELL_COLUMNS = ("site", "layer", "head", "name")  # What tells cells apart over programs
+CELL_COLUMNS = ("site", "layer", "head", "position_name")  # What tells cells apart over programs
 VECTOR_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # Sites that are one vector a token
 
 
@@ -224,15 +266,14 @@ def cell_rows(
     pair: AlignedPair,
     program: int,  # Its number
     site: str,
-    cells: Float[Tensor, "layer head token metric"],  # All METRICS of all tokens of the asked program
-) -> (
-    pd.DataFrame
-):  # `program, site, layer, head, position, token, name` and METRICS; no head where a site is one vector
+    cells: Float[Tensor, "layer head token metric"],  # All PATCH_METRICS of all tokens of the program
+) -> pd.DataFrame:  # CELL_COLUMNS, PATCH_METRICS, `program, position, token`. No head where a site is one vector
     "Cells as rows."
     layer, head, token = (index.ravel() for index in np.indices(cells.shape[:3]))
     roles = pair.roles.iloc[token]
     table = pd.DataFrame({"program": program, "site": site, "layer": layer})
     table["head"] = pd.array([pd.NA] * len(head) if site in VECTOR_SITES else head, dtype="Int64")
-    for column in ("position", "token", "name"):
+    for column in ("position", "token", "position_name"):
         table[column] = roles[column].to_numpy()
-    return pd.concat([table, pd.DataFrame(cells.flatten(0, 2).double().numpy(), columns=list(PATCH_METRICS))], axis=1)
+    metrics = pd.DataFrame(cells.flatten(0, 2).double().numpy(), columns=list(PATCH_METRICS))
+    return pd.concat([table, metrics], axis=1)

@@ -27,8 +27,8 @@ class _LayerParts:
     out: Callable  # All heads side by side -> what attention adds to the stream
     mlp: Callable  # Stream -> what the MLP adds to it
     scale: float  # Of the attention scores
-    rope: str | None  # Which rotary embedding; None: there is none
-    window: int | None = None  # Tokens that attention sees; None: all before
+    rope: str | None  # Which rotary embedding. None: there is none
+    window: int | None = None  # Tokens that attention sees. None: all before
     cap: float | None = None  # Soft cap of the attention scores
     parallel: bool = False  # The MLP reads what attention reads
 
@@ -45,15 +45,16 @@ def _fast_norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 # %% ../../nbs/patching/blocks.ipynb #b93dbdf8
 def _fast_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Callable[[Tensor], Tensor]:
     "A product with weights: for many rows in float32 on a CPU by oneDNN, which is faster there than the library torch calls by default."
-    plain, kernel = torch.nn.functional.linear, getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-        or kernel is None
-    ):
-        return lambda x: plain(x, weight, bias)
-    return lambda x: kernel(x, weight, bias, "none", [], "") if x.shape[0] >= 64 else plain(x, weight, bias)
+    kernel = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    on_cpu_in_float32 = weight.device.type == "cpu" and weight.dtype == torch.float32
+    usable = on_cpu_in_float32 and kernel is not None and torch.backends.mkldnn.is_available()
+
+    def product(x: Tensor) -> Tensor:
+        if usable and x.shape[0] >= 64:
+            return kernel(x, weight, bias, "none", [], "")
+        return torch.nn.functional.linear(x, weight, bias)
+
+    return product
 
 # %% ../../nbs/patching/blocks.ipynb #9bd879c8
 def _fast_linear_module(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -79,71 +80,108 @@ def _compose(*steps: Callable) -> Callable[[Tensor], Tensor]:
     return run
 
 # %% ../../nbs/patching/blocks.ipynb #537d0626
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+
+
+def _split_heads(d_head: int) -> Callable[[Tensor], Tensor]:
+    "Heads side by side to an axis of heads."
+    return lambda x: x.unflatten(-1, (-1, d_head))
+
+
+def _no_change(x: Tensor) -> Tensor:
+    return x
+
+
+def _optional_norm(module: torch.nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    "A norm that some families have."
+    return _fast_norm(getattr(module, name)) if hasattr(module, name) else _no_change
+
+
+def _sliding_window(lm: LM, kind: str) -> int | None:
+    "The tokens that a layer's attention sees; None: all before."
+    kind = look_up_name(kind, _ATTENTION_KINDS, "kind of attention")
+    return lm.hf.config.sliding_window if kind == "sliding_attention" else None
+
+# %% ../../nbs/patching/blocks.ipynb #f048bf4f
 def _llama_block(lm: LM, i: int) -> _LayerParts:
     "Llama, Qwen 2 and 3, Gemma 2 and 3."
-    layer, config, heads = lm.layers[i], lm.hf.config, lambda x: x.view(x.shape[0], -1, lm.d_head)
-    attn, gemma = layer.self_attn, lm.arch.startswith("gemma")
-    kind = (getattr(config, "layer_types", None) or ["full_attention"] * lm.n_layers)[i]
-    q_norm, k_norm = (
-        _fast_norm(getattr(attn, name)) if hasattr(attn, name) else (lambda x: x) for name in ("q_norm", "k_norm")
-    )
-    q, k, v, out = (_fast_linear_module(getattr(attn, f"{name}_proj")) for name in "qkvo")
-    mid = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
-    after = [
-        [_fast_norm(getattr(layer, f"post_{part}_layernorm"))] if gemma else [] for part in ("attention", "feedforward")
-    ]
+    layer = lm.layers[i]
+    attention = layer.self_attn
+    heads = _split_heads(lm.d_head)
+    layer_types = getattr(lm.hf.config, "layer_types", None) or ["full_attention"] * lm.n_layers
+    q_norm = _optional_norm(attention, "q_norm")
+    k_norm = _optional_norm(attention, "k_norm")
+    q, k, v, out = (_fast_linear_module(getattr(attention, f"{name}_proj")) for name in "qkvo")
     return _LayerParts(
         norm=_fast_norm(layer.input_layernorm),
         q=lambda x: q_norm(heads(q(x))),
         kv=lambda x: (k_norm(heads(k(x))), heads(v(x))),
-        out=_compose(out, *after[0]),
-        mlp=_compose(_fast_norm(mid), _gated_mlp(layer.mlp), *after[1]),
-        scale=attn.scaling,
-        rope=kind if lm.arch == "gemma3" else "all",
-        window=config.sliding_window
-        if look_up_name(kind, _ATTENTION_KINDS, "kind of attention") == "sliding_attention"
-        else None,
-        cap=getattr(attn, "attn_logit_softcapping", None),
+        out=_compose(out, *_norm_after(lm, layer, "attention")),
+        mlp=_llama_mlp(lm, layer),
+        scale=attention.scaling,
+        rope=layer_types[i] if lm.arch == "gemma3" else "all",
+        window=_sliding_window(lm, layer_types[i]),
+        cap=getattr(attention, "attn_logit_softcapping", None),
     )
 
 
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+def _llama_mlp(lm: LM, layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    "The MLP with the norms around it."
+    before = layer.pre_feedforward_layernorm if lm.arch.startswith("gemma") else layer.post_attention_layernorm
+    return _compose(_fast_norm(before), _gated_mlp(layer.mlp), *_norm_after(lm, layer, "feedforward"))
+
+
+def _norm_after(lm: LM, layer: torch.nn.Module, part: str) -> list[Callable[[Tensor], Tensor]]:
+    "The norm that Gemma has after a part."
+    return [_fast_norm(getattr(layer, f"post_{part}_layernorm"))] if lm.arch.startswith("gemma") else []
 
 # %% ../../nbs/patching/blocks.ipynb #96392b34
 def _gpt2_block(lm: LM, i: int) -> _LayerParts:
     "GPT-2: queries, keys and values side by side, in this order."
-    layer, heads = lm.layers[i], lambda x: x.unflatten(-1, (-1, lm.d_head))
-    weight, bias, d = layer.attn.c_attn.weight, layer.attn.c_attn.bias, lm.d_model  # "d_model width"
+    layer = lm.layers[i]
+    heads = _split_heads(lm.d_head)
+    weight = layer.attn.c_attn.weight  # "d_model width"
+    bias = layer.attn.c_attn.bias
+    d = lm.d_model
     return _LayerParts(
         norm=layer.ln_1,
         q=lambda x: heads(torch.addmm(bias[:d], x, weight[:, :d])),
         kv=lambda x: heads(torch.addmm(bias[d:], x, weight[:, d:])).chunk(2, -2),
-        out=layer.attn.c_proj, mlp=_compose(layer.ln_2, layer.mlp), scale=layer.attn.scaling, rope=None,
-    )  # fmt: skip
+        out=layer.attn.c_proj,
+        mlp=_compose(layer.ln_2, layer.mlp),
+        scale=layer.attn.scaling,
+        rope=None,
+    )
 
 # %% ../../nbs/patching/blocks.ipynb #6368d298
 def _neox_block(lm: LM, i: int) -> _LayerParts:
     "GPT-NeoX: query, key and value of one head, then of the next."
-    layer, attn = lm.layers[i], lm.layers[i].attention
-    weight = attn.query_key_value.weight.unflatten(0, (lm.n_heads, 3, lm.d_head))
-    bias = (
-        weight.new_zeros(weight.shape[:3])
-        if attn.query_key_value.bias is None
-        else attn.query_key_value.bias.view(weight.shape[:3])
-    )
-    q, k, v = (_fast_linear(weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3))
-    heads = lambda x: x.unflatten(-1, (lm.n_heads, -1))
-    mlp = _fast_linear_module(layer.mlp.dense_h_to_4h), layer.mlp.act, _fast_linear_module(layer.mlp.dense_4h_to_h)
+    layer = lm.layers[i]
+    heads = _split_heads(lm.d_head)
+    q, k, v = _neox_projections(lm, layer.attention.query_key_value)
+    up = _fast_linear_module(layer.mlp.dense_h_to_4h)
+    down = _fast_linear_module(layer.mlp.dense_4h_to_h)
     return _LayerParts(
-        norm=layer.input_layernorm, q=lambda x: heads(q(x)), kv=lambda x: (heads(k(x)), heads(v(x))),
-        out=_fast_linear_module(attn.dense), mlp=_compose(layer.post_attention_layernorm, *mlp), scale=attn.scaling, rope="all",
+        norm=layer.input_layernorm,
+        q=lambda x: heads(q(x)),
+        kv=lambda x: (heads(k(x)), heads(v(x))),
+        out=_fast_linear_module(layer.attention.dense),
+        mlp=_compose(layer.post_attention_layernorm, up, layer.mlp.act, down),
+        scale=layer.attention.scaling,
+        rope="all",
         parallel=lm.parallel,
-    )  # fmt: skip
+    )
 
 
-_BLOCK_BUILDERS = {"gpt2": _gpt2_block, "gpt_neox": _neox_block} | dict.fromkeys(
-    ("llama", "qwen2", "qwen3", "gemma2", "gemma3"), _llama_block
-)
+def _neox_projections(lm: LM, module: torch.nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    "Queries, keys and values, each with weights of its own."
+    weight = module.weight.unflatten(0, (lm.n_heads, 3, lm.d_head))
+    bias = weight.new_zeros(weight.shape[:3]) if module.bias is None else module.bias.view(weight.shape[:3])
+    return [_fast_linear(weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3)]
+
+# %% ../../nbs/patching/blocks.ipynb #ab810cbf
+_LLAMA_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+_BLOCK_BUILDERS = {"gpt2": _gpt2_block, "gpt_neox": _neox_block} | dict.fromkeys(_LLAMA_FAMILIES, _llama_block)
 
 # %% ../../nbs/patching/blocks.ipynb #37e3cd12
 class NoFastPath(BadInput):
@@ -159,8 +197,7 @@ def _staircase_refusal(lm: LM) -> str | None:
         return "it lies on several devices"
     if lm.arch in ("gpt2", "gpt_neox") and getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized"
-    if set(getattr(config, "layer_types", None) or _ATTENTION_KINDS) - set(_ATTENTION_KINDS) or getattr(
-        config, "use_bidirectional_attention", False
-    ):
+    kinds = set(getattr(config, "layer_types", None) or _ATTENTION_KINDS)
+    if kinds - set(_ATTENTION_KINDS) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is of a kind other than causal, full or sliding"
     return None

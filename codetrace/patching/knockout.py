@@ -6,8 +6,9 @@
 __all__ = ['attention_knockout', 'knockout_summary']
 
 # %% ../../nbs/patching/knockout.ipynb #95de49b0
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -62,40 +63,58 @@ def _knockout_logits(
 # %% ../../nbs/patching/knockout.ipynb #79d3f574
 def _named_edges(pair: AlignedPair) -> dict[str, tuple[int, int]]:
     "Edges worth cutting: (reading, read) positions by name."
-    off = pair.roles["position"][pair.roles["name"] == "end other"]
-    at = {name: p for name, p in pair_positions(pair).items() if name.startswith(("rhs", "query", "final"))}
-    if len(off):
-        at["end other"] = int(off.iloc[-1])
-    return {
-        f"{a} → {b}": (at[a], at[b]) for a in ("query", "final") for b in at if a in at and a != b and at[b] < at[a]
-    }
+    positions = {}
+    for name, position in pair_positions(pair).items():
+        if name.startswith(("rhs", "query", "final")):
+            positions[name] = position
+    other_ends = pair.roles["position"][pair.roles["position_name"] == "end other"]
+    if len(other_ends):
+        positions["end other"] = int(other_ends.iloc[-1])
+    edges = {}
+    for reader in ("query", "final"):
+        for name, position in positions.items():
+            if reader in positions and position < positions[reader]:
+                edges[f"{reader} → {name}"] = (positions[reader], position)
+    return edges
 
 # %% ../../nbs/patching/knockout.ipynb #b7125d5a
+def _no_progress(steps, **description):
+    "Steps without a bar."
+    return steps
+
+
+def _answer_scores(
+    log_probs: Float[Tensor, "rows vocab"], plain: Float[Tensor, "vocab"], answer_id: int
+) -> dict[str, np.ndarray]:
+    "Of the right answer under each cut: its probability, whether it is on top, the divergence from the plain run."
+    scores = {
+        "prob": log_probs[:, answer_id].exp(),
+        "correct": (log_probs.argmax(-1) == answer_id).float(),
+        "kl": (plain.exp() * (plain - log_probs)).sum(-1),
+    }
+    return {name: values.double().cpu().numpy() for name, values in scores.items()}
+
+
 def attention_knockout(
     lm: LM,
     cases: Sequence[TraceCase],
     window: int = 6,  # Layers cut at once
-    step: int | None = None,  # From window to window; None: they do not overlap
-    progress=lambda steps, **about: steps,
-) -> pd.DataFrame:  # One row a program, edge and window: `layer` is its first; `prob` of the answer, is it `correct`, `kl` from the plain run
+    step: int | None = None,  # From window to window. None: they do not overlap
+    progress: Callable = _no_progress,
+) -> pd.DataFrame:  # One row a program, `edge` and window (`layer` is its first): `prob, correct, kl`
     "Cut attention edges, a window of layers at a time."
     if window < 1:
         raise BadInput(f"window must be at least 1 layer, not {window!r}")
     tables = []
     for i in progress(range(len(cases)), desc="knockout"):
         pair = align_pair(lm, cases[i].pair, prefix=cases[i].prefix)
-        edges, plain = _named_edges(pair), lm.logits([list(pair.base)])[0].log_softmax(-1)
+        edges = _named_edges(pair)
+        plain = lm.logits([list(pair.base)])[0].log_softmax(-1)
         for first in range(0, lm.n_layers, step or window):
-            log_probs = _knockout_logits(
-                lm, pair.base, list(edges.values()), range(first, min(first + window, lm.n_layers))
-            ).log_softmax(-1)
-            found = {
-                "prob": log_probs[:, pair.answers[0]].exp(),
-                "correct": (log_probs.argmax(-1) == pair.answers[0]).float(),
-            }
-            found["kl"] = (plain.exp() * (plain - log_probs)).sum(-1)
-            columns = {name: values.double().cpu().numpy() for name, values in found.items()}
-            tables.append(pd.DataFrame({"program": i, "name": list(edges), "layer": first} | columns))
+            layers = range(first, min(first + window, lm.n_layers))
+            log_probs = _knockout_logits(lm, pair.base, list(edges.values()), layers).log_softmax(-1)
+            scores = _answer_scores(log_probs, plain, pair.answer_ids[0])
+            tables.append(pd.DataFrame({"program": i, "edge": list(edges), "layer": first} | scores))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/patching/knockout.ipynb #11690d73
@@ -103,13 +122,8 @@ def knockout_summary(
     cut: pd.DataFrame,  # From `attention_knockout`
 ) -> pd.DataFrame:  # One row an edge and window, with Wilson's interval
     "How often the answer survives."
-    order = {name: i for i, name in enumerate(dict.fromkeys(cut.sort_values("name")["name"]))}
-    table = (
-        cut.groupby(["name", "layer"])
-        .agg(n=("program", "nunique"), correct=("correct", "mean"), kl=("kl", "mean"), prob=("prob", "mean"))
-        .reset_index()
-    )
+    groups = cut.groupby(["edge", "layer"])
+    means = groups[["correct", "kl", "prob"]].mean()
+    table = means.assign(n=groups["program"].nunique()).reset_index()
     table["correct_low"], table["correct_high"] = wilson(table["correct"] * table["n"], table["n"])
-    return table.sort_values(["name", "layer"], key=lambda c: c.map(order) if c.name == "name" else c).reset_index(
-        drop=True
-    )
+    return table[["edge", "layer", "n", "correct", "kl", "prob", "correct_low", "correct_high"]]

@@ -15,36 +15,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
-from ..models.lm import LM, SITES
+from ..models.architectures import SITES
+from ..models.lm import LM
 
 # %% ../../nbs/patching/sites.ipynb #f5b28e33
 @dataclass(frozen=True)
 class PatchPair:
-    "Two runs of equal length: the base is patched with states of the donor."
+    "Two runs of equal length: the base is patched with states of the source."
 
     base: tuple[int, ...]  # Token ids
-    donor: tuple[int, ...]  # Token ids
-    positions: tuple[int, ...] | None = None  # Positions to patch; None: all
+    source: tuple[int, ...]  # Token ids
+    positions: tuple[int, ...] | None = None  # Positions to patch. None: all
 
     def __post_init__(self):
-        for name in ("base", "donor"):
+        for name in ("base", "source"):
             object.__setattr__(self, name, tuple(int(t) for t in getattr(self, name)))
-        if len(self.base) != len(self.donor) or not self.base:
+        if len(self.base) != len(self.source) or not self.base:
             raise BadInput(
-                f"base has {len(self.base)} tokens, donor {len(self.donor)}: a pair needs two runs of one length, of at least one token"
+                f"base has {len(self.base)} tokens, source {len(self.source)}: a pair needs two runs of one length, of at least one token"
             )
         positions = range(len(self.base)) if self.positions is None else self.positions
         object.__setattr__(self, "positions", tuple(int(p) for p in positions))
-        wrong = [p for p in self.positions if not 0 <= p < len(self.base)]
-        if wrong:
+        outside = [p for p in self.positions if not 0 <= p < len(self.base)]
+        if outside:
             raise BadInput(
-                f"position {wrong[0]} is outside a pair of {len(self.base)} tokens: positions are 0 to {len(self.base) - 1}"
+                f"position {outside[0]} is outside a pair of {len(self.base)} tokens: positions are 0 to {len(self.base) - 1}"
             )
 
     @property
-    def first(self) -> int:  # The length where nothing differs
+    def first_difference(self) -> int:  # The length where nothing differs
         "The first position whose token differs."
-        return next((p for p, (b, d) in enumerate(zip(self.base, self.donor)) if b != d), len(self.base))
+        differing = (p for p, (b, s) in enumerate(zip(self.base, self.source)) if b != s)
+        return next(differing, len(self.base))
 
 # %% ../../nbs/patching/sites.ipynb #ec1a97f8
 _KEY_VALUE_MODULES = {  # family: the modules behind keys and values, by path from the layer
@@ -72,11 +74,22 @@ def n_site_heads(
     return {"head_out": lm.n_heads, "key": lm.n_kv_heads, "value": lm.n_kv_heads}.get(site, 1)
 
 # %% ../../nbs/patching/sites.ipynb #21e6a75c
-def _site_view(lm: LM, site: str) -> Callable[[Tensor], Float[Tensor, "batch pos head d_head"]]:
+SiteView = Callable[[Tensor], Float[Tensor, "batch pos head d_head"]]
+
+
+def _site_view(lm: LM, site: str) -> SiteView:
     "How to see the tensor of a site's module."
-    heads, part = n_site_heads(lm, site), {"key": 1, "value": 2}.get(site)
-    if part is None:
-        return (lambda x: x.unflatten(-1, (heads, -1))) if site == "head_out" else (lambda x: x.unsqueeze(-2))
+    heads = n_site_heads(lm, site)
+    if site in ("key", "value"):
+        return _key_value_view(lm, site, heads)
+    if site == "head_out":
+        return lambda x: x.unflatten(-1, (heads, -1))
+    return lambda x: x.unsqueeze(-2)
+
+
+def _key_value_view(lm: LM, site: str, heads: int) -> SiteView:
+    "How to see keys or values, which some families keep beside the queries."
+    part = 1 if site == "key" else 2
     if lm.arch == "gpt2":
         return lambda x: x.unflatten(-1, (3, heads, -1))[..., part, :, :]
     if lm.arch == "gpt_neox":
@@ -94,51 +107,40 @@ def _site_module(lm: LM, site: str, layer: int) -> tuple[torch.nn.Module, str]:
     return lm.layers[layer].get_submodule(key if site == "key" else value), "output"
 
 # %% ../../nbs/patching/sites.ipynb #9e45758a
+ViewCallback = Callable[[Float[Tensor, "batch pos head d_head"]], None]
+
+
+def _hook_module(module: torch.nn.Module, side: str, view: SiteView, callback: ViewCallback):
+    "Show a module's input or output to a function; returns the hook's handle."
+
+    def before(_, args, kwargs):
+        callback(view(args[0] if args else kwargs["hidden_states"]))
+
+    def after(_, args, output):
+        callback(view(output[0] if isinstance(output, tuple) else output))
+
+    if side == "output":
+        return module.register_forward_hook(after)
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
 @contextmanager
 def _hook_site(
     lm: LM,
     site: str,
-    see: dict[
-        int, Callable[[Float[Tensor, "batch pos head d_head"]], None]
-    ],  # By layer; each is called with the site's view, and may write into it
+    callbacks: dict[int, ViewCallback],  # By layer. Each is called with the site's view, and may write into it
 ):
     "A block in which functions see, and may change in place, a site of some layers."
-    view, handles = _site_view(lm, site), []
-
-    def hook(module, side, f):
-        def enter(_, args, kwargs):
-            f(view(args[0] if args else kwargs["hidden_states"]))
-
-        def leave(_, args, out):
-            f(view(out[0] if isinstance(out, tuple) else out))
-
-        return (
-            module.register_forward_hook(leave)
-            if side == "output"
-            else module.register_forward_pre_hook(enter, with_kwargs=True)
-        )
-
+    view = _site_view(lm, site)
+    handles = []
     try:
-        for layer, f in see.items():
-            handles.append(hook(*_site_module(lm, site, layer), f))
+        for layer, callback in callbacks.items():
+            module, side = _site_module(lm, site, layer)
+            handles.append(_hook_module(module, side, view, callback))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-# %% ../../nbs/patching/sites.ipynb #ef956d8a
-MetricFunction = Callable[
-    [Float[Tensor, "rows vocab"], int], Float[Tensor, "rows metric"]
-]  # final logits of some cells, and the number of their pair
-GridCell = tuple[int, int, int]  # index of the layer in `layers`, head, index of the position in `pair.positions`
-
-# %% ../../nbs/patching/sites.ipynb #c06414bf
-@dataclass
-class EngineWork:
-    "What an engine has computed."
-
-    layer_tokens: int = 0  # Tokens that went through a layer; not those that stopped at their keys and values
-    cells: int = 0
 
 # %% ../../nbs/patching/sites.ipynb #6e01c392
 def _final_logits(lm: LM, tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
@@ -158,6 +160,25 @@ def _site_states(lm: LM, tokens: Sequence[int], site: str) -> list[Float[Tensor,
         _final_logits(lm, tokens)
     return states
 
+# %% ../../nbs/patching/sites.ipynb #ef956d8a
+MetricFunction = Callable[
+    [Float[Tensor, "rows vocab"], int], Float[Tensor, "rows metric"]
+]  # final logits of some cells, and the number of their pair
+GridCell = tuple[int, int, int]  # index of the layer in `layers`, head, index of the position in `pair.positions`
+
+# %% ../../nbs/patching/sites.ipynb #c06414bf
+@dataclass
+class EngineWork:
+    "What an engine has computed."
+
+    layer_tokens: int = 0  # Tokens that went through a layer, without those that stopped at their keys and values
+    cells: int = 0
+
+    def add(self, layer_tokens: int, cells: int = 0):
+        "Count what has just been computed."
+        self.layer_tokens += layer_tokens
+        self.cells += cells
+
 # %% ../../nbs/patching/sites.ipynb #1871e72c
 @dataclass(frozen=True, eq=False)
 class _SweepRequest:
@@ -167,16 +188,16 @@ class _SweepRequest:
     site: str
     layers: list[int]
     window: int
-    heads: int  # of the site
+    n_heads: int  # of the site
     everything: bool
     work: EngineWork
 
 
-def _cells_to_compute(pair: PatchPair, ask: _SweepRequest) -> Iterator[tuple[GridCell, int, int, int]]:
+def _cells_to_compute(pair: PatchPair, request: _SweepRequest) -> Iterator[tuple[GridCell, int, int, int]]:
     "Each cell that must be computed, and its layer, head and position."
-    first = 0 if ask.everything else pair.first
-    where = [(at, position) for at, position in enumerate(pair.positions) if position >= first]
-    for at, layer in enumerate(ask.layers):
-        for head in range(ask.heads):
-            for column, position in where:
-                yield (at, head, column), layer, head, position
+    first = 0 if request.everything else pair.first_difference
+    columns = [(column, position) for column, position in enumerate(pair.positions) if position >= first]
+    for row, layer in enumerate(request.layers):
+        for head in range(request.n_heads):
+            for column, position in columns:
+                yield (row, head, column), layer, head, position

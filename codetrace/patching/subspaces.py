@@ -16,7 +16,13 @@ from jaxtyping import Float
 
 from ..models.lm import LM, Intervention
 from .alignment import TraceCase
-from .batches import answer_logit_diff, batch_states, program_means_table, tokenize_pair
+from codetrace.patching.batches import (
+    TokenizedProgram,
+    answer_logit_diff,
+    batch_states,
+    program_means_table,
+    tokenize_pair,
+)
 from .sweep import average_by_position, split_halves
 
 # %% ../../nbs/patching/subspaces.ipynb #1522fc96
@@ -25,7 +31,7 @@ def subspace_bases(
     values: np.ndarray,  # The value that each row is about
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "k d_model"]]:  # Orthonormal rows, most important first
-    "Directions to swap along."
+    "Directions to patch along."
     x = states.astype(np.float64)
     means = np.stack([x[values == value].mean(0) for value in np.unique(values)])
     random = np.random.default_rng([seed, 13]).standard_normal((x.shape[1], x.shape[1]))
@@ -42,66 +48,109 @@ def _principal_components(x: Float[np.ndarray, "rows d_model"]) -> Float[np.ndar
     return rows[size > 1e-6 * size[0]] if size[0] else rows[:0]
 
 # %% ../../nbs/patching/subspaces.ipynb #73112ae0
+def _basis_sizes(
+    bases: Mapping[str, Float[np.ndarray, "k d_model"]], components: Sequence[int]
+) -> list[tuple[str, int]]:
+    "Each basis with the numbers of directions to try; all of them where there are fewer."
+    sizes = []
+    for basis, directions in bases.items():
+        fitting = sorted({min(k, len(directions)) for k in components})
+        sizes += [(basis, k) for k in fitting if k]
+    return sizes
+
+
 @torch.no_grad()
 def patch_subspace(
     lm: LM,
     cases: Sequence[TraceCase],
     layer: int,
-    name: str,
+    position_name: str,
     bases: Mapping[str, Float[np.ndarray, "k d_model"]],  # From `subspace_bases`
     components: Sequence[int] = (1, 2, 4, 8, 16, 32),
-) -> pd.DataFrame:  # One row a program, basis and k: `effect, success`; `all` is the whole state
-    "Swap a state's part along the first k directions of each basis."
-    # where there are fewer directions than asked for: all of them
-    fits = lambda n: sorted({min(k, n) for k in components})
-    sets = [(kind, k) for kind, rows in bases.items() for k in fits(len(rows)) if k]
-    projectors = [torch.from_numpy(bases[kind][:k]).to(lm.device).double() for kind, k in sets]
+) -> pd.DataFrame:  # One row a program, basis and k: `effect, success`. Basis `all` is the whole state
+    "Patch a state's part along the first k directions of each basis."
+    sizes = _basis_sizes(bases, components)
+    projectors = [torch.from_numpy(bases[basis][:k]).to(lm.device).double() for basis, k in sizes]
     tables = []
     for i, case in enumerate(cases):
-        base, donor = tokenize_pair(lm, case)
-        old, new = (batch_states(lm, [one], "resid_pre", [name])[0, layer, 0].double() for one in (base, donor))
-        put = torch.stack([old + p.T @ (p @ (new - old)) for p in projectors] + [new])[:, None]
-        batch = lm.tokenize([list(base.tokens)] * len(put))
-        with lm.intervene(Intervention("resid_pre", layer, put, positions=[base.at[name]])):
-            logits = lm.logits(batch)
-        plain = lm.logits(lm.tokenize([list(base.tokens), list(donor.tokens)]))
-        moved = answer_logit_diff(torch.cat([plain, logits]), *([one.answer] * (len(put) + 2) for one in (base, donor)))
-        effect = (moved[2:] - moved[0]) / (moved[1] - moved[0])
-        success = (logits.argmax(-1).cpu() == donor.answer).double()
-        about = pd.DataFrame([*sets, ("all", lm.d_model)], columns=["basis", "k"])
-        found = {"program": i, "name": name, "layer": layer, "effect": effect.numpy(), "success": success.numpy()}
-        tables.append(about.assign(**found))
+        base, source = tokenize_pair(lm, case)
+        logits = _projected_logits(lm, base, source, layer, position_name, projectors)
+        table = pd.DataFrame([*sizes, ("all", lm.d_model)], columns=["basis", "k"])
+        effect = _pair_effects(lm, base, source, logits).numpy()
+        success = (logits.argmax(-1).cpu() == source.answer_id).double().numpy()
+        tables.append(table.assign(program=i, position_name=position_name, layer=layer, effect=effect, success=success))
     return pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/patching/subspaces.ipynb #b7860f86
+def _projected_logits(
+    lm: LM,
+    base: TokenizedProgram,
+    source: TokenizedProgram,
+    layer: int,
+    position_name: str,
+    projectors: Sequence[Float[torch.Tensor, "k d_model"]],
+) -> Float[torch.Tensor, "rows vocab"]:  # One row a projector, and one for the whole state
+    "Logits of the base run with part of one state patched."
+    old, new = (batch_states(lm, [run], "resid_pre", [position_name])[0, layer, 0].double() for run in (base, source))
+    states = [old + p.T @ (p @ (new - old)) for p in projectors] + [new]
+    batch = lm.tokenize([list(base.token_ids)] * len(states))
+    patched = torch.stack(states)[:, None]
+    with lm.intervene(Intervention("resid_pre", layer, patched, positions=[base.positions[position_name]])):
+        return lm.logits(batch)
+
+
+def _pair_effects(
+    lm: LM, base: TokenizedProgram, source: TokenizedProgram, logits: Float[torch.Tensor, "rows vocab"]
+) -> Float[torch.Tensor, "rows"]:
+    "Shares of the whole logit difference between the two plain runs."
+    plain = lm.logits(lm.tokenize([list(base.token_ids), list(source.token_ids)]))
+    rows = torch.cat([plain, logits])
+    n = len(rows)
+    difference = answer_logit_diff(rows, [base.answer_id] * n, [source.answer_id] * n)
+    low, high = difference[:2]
+    return (difference[2:] - low) / (high - low)
 
 # %% ../../nbs/patching/subspaces.ipynb #e7e86485
 def _smallest_sufficient_k(
-    effect: Float[np.ndarray, "*draws k"], enough: Float[np.ndarray, "*draws"], ks: np.ndarray
+    effect: Float[np.ndarray, "*draws k"], enough: Float[np.ndarray, "*draws"] | float, ks: np.ndarray
 ) -> np.ndarray:
     "The first k that is enough; infinite where none is."
-    hit = effect >= enough[..., None]
-    return np.where(hit.any(-1), ks[hit.argmax(-1)], np.inf)
+    sufficient = effect >= np.asarray(enough)[..., None]
+    return np.where(sufficient.any(-1), ks[sufficient.argmax(-1)], np.inf)
 
 
+def _needed_with_interval(
+    effects: pd.DataFrame,  # A row a program, a column a k
+    enough: np.ndarray,  # By program
+    n_resamples: int,
+) -> dict[str, float]:
+    "The smallest k whose mean effect is enough, with a bootstrap interval over programs."
+    programs = np.arange(len(effects))
+    resampled = np.random.default_rng(0).choice(programs, (n_resamples, len(programs)))
+    ks = effects.columns.to_numpy(float)
+    values = effects.to_numpy()
+    k = _smallest_sufficient_k(values.mean(0), enough.mean(), ks)
+    resampled_ks = _smallest_sufficient_k(values[resampled].mean(-2), enough[resampled].mean(-1), ks)
+    low, high = np.quantile(resampled_ks, [0.025, 0.975], method="inverted_cdf")
+    return {"k": float(k), "low": low, "high": high}
+
+# %% ../../nbs/patching/subspaces.ipynb #b928f0d0
 def directions_needed(
     parts: pd.DataFrame,  # From `patch_subspace`
     share: float = 0.9,  # Of what the whole state does
     n_resamples: int = 2000,
-) -> pd.DataFrame:  # One row a name and basis: the smallest k tried that reaches the share, with a bootstrap interval over programs; infinite: none
+) -> (
+    pd.DataFrame
+):  # One row a position, layer and basis: the smallest `k` tried, with interval. Infinite: none is enough
     "How many directions it takes."
     rows = []
-    for (name, layer), own in parts.groupby(["name", "layer"], sort=False):
-        whole = own[own["basis"] == "all"].set_index("program")["effect"]
-        every = np.arange(len(whole))
-        drawn = np.random.default_rng(0).choice(every, (n_resamples, len(every)))
-        for basis, some in own[own["basis"] != "all"].groupby("basis", sort=False):
-            table = some.pivot(index="program", columns="k", values="effect").loc[whole.index]
-            effects, target, ks = table.to_numpy(), share * whole.to_numpy(), table.columns.to_numpy(float)
-            best, draws = (
-                _smallest_sufficient_k(effects[at].mean(-2), target[at].mean(-1), ks) for at in (every, drawn)
-            )
-            low, high = np.quantile(draws, [0.025, 0.975], method="inverted_cdf")
-            found = {"n": len(whole), "share": share, "k": float(best), "low": low, "high": high}
-            rows.append({"name": name, "layer": layer, "basis": basis} | found)
+    for (name, layer), group in parts.groupby(["position_name", "layer"], sort=False):
+        whole = group[group["basis"] == "all"].set_index("program")["effect"]
+        enough = share * whole.to_numpy()
+        for basis, basis_rows in group[group["basis"] != "all"].groupby("basis", sort=False):
+            effects = basis_rows.pivot(index="program", columns="k", values="effect").loc[whole.index]
+            row = {"position_name": name, "layer": layer, "basis": basis, "n": len(whole), "share": share}
+            rows.append(row | _needed_with_interval(effects, enough, n_resamples))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/patching/subspaces.ipynb #8245a616
@@ -109,7 +158,7 @@ def directions_table(
     parts: pd.DataFrame,  # From `patch_subspace`
 ) -> pd.DataFrame:  # One row a name, layer, basis and k: mean effect with interval
     "Effects over programs."
-    return program_means_table(parts, "effect", ("name", "layer", "basis", "k"))
+    return program_means_table(parts, "effect", ("position_name", "layer", "basis", "k"))
 
 # %% ../../nbs/patching/subspaces.ipynb #d691e3b4
 def choose_subspace_cells(
@@ -118,29 +167,38 @@ def choose_subspace_cells(
 ) -> list[tuple[int, str]]:  # Layer and name
     "For each position that carries the value, the last layer with nine tenths of its largest effect, on half of the programs."
     means = average_by_position(split_halves(resid)[0])
-    found = []
-    for name, own in means[means["effect"].notna()].groupby("name", sort=False):
-        if (peak := own["effect"].max()) >= min_effect:
-            found.append((int(own["layer"][own["effect"] >= 0.9 * peak].max()), name))
-    return found
+    cells = []
+    for name, group in means[means["effect"].notna()].groupby("position_name", sort=False):
+        peak = group["effect"].max()
+        if peak >= min_effect:
+            strong_layers = group["layer"][group["effect"] >= 0.9 * peak]
+            cells.append((int(strong_layers.max()), name))
+    return cells
 
 # %% ../../nbs/patching/subspaces.ipynb #0f676524
-def directions_sentence(needed: pd.DataFrame) -> str:
+_BASIS_WORDS = {"values": "between the values' means", "states": "of the states", "random": "random ones"}
+
+
+def _count_in_words(k: float) -> str:
+    return f"{k:.0f}" if np.isfinite(k) else "∞"
+
+
+def _needed_in_words(row: pd.Series) -> str:
+    "A number of directions with its interval."
+    if not np.isfinite(row["k"]):
+        return "more than were tried"
+    return f"{_count_in_words(row['k'])} [{_count_in_words(row['low'])}, {_count_in_words(row['high'])}]"
+
+
+def directions_sentence(
+    needed: pd.DataFrame,  # From `directions_needed`
+) -> str:
     "How many directions."
     if needed.empty:
         return "No position carries the value."
-    number = lambda k: f"{k:.0f}" if np.isfinite(k) else "∞"
-    kinds = {"values": "between the values' means", "states": "of the states", "random": "random ones"}
-    said = []
-    for (name, layer), own in needed.groupby(["name", "layer"], sort=False):
-        rows = [row for _, row in own.set_index("basis").loc[list(kinds)].iterrows()]
-        counts = [
-            number(r["k"]) + f" [{number(r['low'])}, {number(r['high'])}]"
-            if np.isfinite(r["k"])
-            else "more than were tried"
-            for r in rows
-        ]
-        said.append(
-            f"{name} at layer {layer}: " + ", ".join(f"{n} {words}" for n, words in zip(counts, kinds.values()))
-        )
-    return f"Directions for {needed['share'].iloc[0]:.0%} of the whole state's effect: {'; '.join(said)}."
+    places = []
+    for (name, layer), group in needed.groupby(["position_name", "layer"], sort=False):
+        rows = group.set_index("basis")
+        counts = [f"{_needed_in_words(rows.loc[basis])} {words}" for basis, words in _BASIS_WORDS.items()]
+        places.append(f"{name} at layer {layer}: " + ", ".join(counts))
+    return f"Directions for {needed['share'].iloc[0]:.0%} of the whole state's effect: {'; '.join(places)}."

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..models.lm import LM
-from ..models.loading import pattern_tokenizer
+from ..models.word_tokenizers import pattern_tokenizer
 
 # %% ../../nbs/planted/binding.ipynb #3f5d14ed
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class PlantedHead:
 
     layer: int
     head: int
-    reads: str  # The named position it attends to; empty where that has no name
-    at: str  # The named position it writes at
-    carries: str  # `value`; `name`: which way the value must go; `format`: the same in all programs; `decoy`: the value, to where it is not used
+    attends_to: str  # A named position (empty where it has no name)
+    writes_at: str  # A named position
+    carries: (
+        str  # `value`, `name` (which way the value goes), `format` (as in all programs) or `decoy` (an unused value)
+    )
 
 
 BINDING_CIRCUIT: dict[str, PlantedHead] = {
@@ -39,7 +41,8 @@ BINDING_CIRCUIT: dict[str, PlantedHead] = {
     "hop 2": PlantedHead(3, 0, "rhs 2", "query", "value"),
     "read-out": PlantedHead(4, 2, "query", "final", "value"),
 }
-N_LAYERS, N_HEADS = 6, 4
+N_LAYERS = 6
+N_HEADS = 4
 
 # %% ../../nbs/planted/binding.ipynb #b6067ccf
 def circuit_value_heads(
@@ -48,12 +51,12 @@ def circuit_value_heads(
     "The heads that carry the value, where they write it: what patching must find."
     assert depth in (1, 2), "the planted circuit has two hops"
     hops = [part for part in BINDING_CIRCUIT.values() if part.carries == "value"]
-    return {(part.layer, part.head, part.at) for part in hops if depth == 2 or part.at != "rhs 2"}
+    return {(part.layer, part.head, part.writes_at) for part in hops if depth == 2 or part.writes_at != "rhs 2"}
 
 
 def circuit_necessary_heads(
     depth: int,  # Of the program: 1 or 2
-    mean: bool = True,  # They say what they say on average; else nothing
+    mean: bool = True,  # Ablated to their mean output (else to zero)
 ) -> set[tuple[int, int]]:  # Layer and head
     "The heads without which the answer is lost: what ablation must find."
     carried = {"name"} if mean else {"name", "format"}
@@ -72,7 +75,7 @@ def _tokenizer():
 # %% ../../nbs/planted/binding.ipynb #25c0ca73
 _SUBSPACE_WIDTHS = {
     "first": 1,  # 1 at the special token
-    "token": 40,  # One-hot; the special token has none
+    "token": 40,  # One-hot, except for the special token
     "position": 34,  # See below
     "name": 26,  # The variable that a right-hand side belongs to
     "before": 2,  # Is the token before this one `=`? `#`?
@@ -114,7 +117,9 @@ def _position_code(positions: Float[Tensor, "pos"]) -> Float[Tensor, "pos 34"]:
 
 def _shift_rotation(steps: int) -> Float[Tensor, "34 34"]:
     "Turns a code (a row) back by some positions."
-    cos, sin = (steps * _POSITION_FREQUENCIES).cos().diag(), (steps * _POSITION_FREQUENCIES).sin().diag()
+    angles = steps * _POSITION_FREQUENCIES
+    cos = angles.cos().diag()
+    sin = angles.sin().diag()
     return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)]).float()
 
 # %% ../../nbs/planted/binding.ipynb #da6d7d46
@@ -141,13 +146,23 @@ class _HeadWeights:
     o: Float[Tensor, "d_head d_model"]
     bias: Float[Tensor, "d_head"]
 
+# %% ../../nbs/planted/binding.ipynb #bb647a8c
+def _pad_to_d_head(x: Tensor) -> Tensor:
+    "Zeros for the dimensions of a head that are not used."
+    return torch.nn.functional.pad(x, (0, D_HEAD - x.shape[-1]))
+
 
 def _padded_head(q: Tensor, k: Tensor, v: Tensor, o: Tensor, bias: Tensor | None = None) -> _HeadWeights:
-    "A head of fewer dimensions than there are: the rest is zero. Scores are as `q` and `k` say, whatever the model divides by."
-    wide = lambda x: torch.nn.functional.pad(x, (0, D_HEAD - x.shape[-1]))
-    sharp = _ATTENTION_SHARPNESS * math.sqrt(D_HEAD)
+    "A head of fewer dimensions than there are. Scores are as `q` and `k` say, whatever the model divides by."
+    sharpness = _ATTENTION_SHARPNESS * math.sqrt(D_HEAD)
+    if bias is None:
+        bias = torch.zeros(0)
     return _HeadWeights(
-        wide(q) * sharp, wide(k), wide(v), wide(o.T).T, wide(torch.zeros(0) if bias is None else bias) * sharp
+        q=_pad_to_d_head(q) * sharpness,
+        k=_pad_to_d_head(k),
+        v=_pad_to_d_head(v),
+        o=_pad_to_d_head(o.T).T,
+        bias=_pad_to_d_head(bias) * sharpness,
     )
 
 
@@ -158,15 +173,17 @@ def _relative_position_head(steps: int, v: Tensor, o: Tensor) -> _HeadWeights:
 # %% ../../nbs/planted/binding.ipynb #fe255ab7
 def _variable_lookup_head(gate: int, v: Tensor, o: Tensor) -> _HeadWeights:
     "Attends to the right-hand side filed under the own letter, where the gate (0: `=`, 1: `#`) is open."
-    letter, before = _read_subspace("token")[:, :26], _read_subspace("before")
+    letter = _read_subspace("token")[:, :26]
+    before = _read_subspace("before")
     q = torch.cat([letter, torch.zeros(D_MODEL, 1), -2 * before[:, gate, None]], -1)
     k = torch.cat([_read_subspace("name"), before[:, :1], _read_subspace("first")], -1)
     return _padded_head(q, k, v, o, torch.tensor([*[0.0] * 26, 1.0, 3.5]))
 
-
+# %% ../../nbs/planted/binding.ipynb #8e4a16a0
 def _circuit_heads() -> dict[tuple[int, int], _HeadWeights]:
     "The circuit, by layer and head."
-    token, value = _read_subspace("token"), _read_subspace("value")
+    token = _read_subspace("token")
+    value = _read_subspace("value")
     heads = {
         "lhs to rhs": _relative_position_head(2, token[:, :26], _write_subspace("name")),
         "token before": _relative_position_head(1, token[:, [36, 38]], _write_subspace("before")),
@@ -184,9 +201,9 @@ def _random_matrix(rng: torch.Generator, rows: int, columns: int, scale: float) 
 
 def _noise_input_mask() -> Float[Tensor, "d_model 1"]:
     "1 for what noise may read: not the ballast, which would drown the rest."
-    hears = torch.ones(D_MODEL, 1)
-    hears[[*range(D_MODEL)][RESIDUAL_SUBSPACES["ballast"]]] = 0
-    return hears
+    mask = torch.ones(D_MODEL, 1)
+    mask[RESIDUAL_SUBSPACES["ballast"]] = 0
+    return mask
 
 
 def _noise_head(rng: torch.Generator, scale: float) -> _HeadWeights:
@@ -227,20 +244,31 @@ def _set_embeddings(hf: torch.nn.Module, rng: torch.Generator, scale: float):
 # %% ../../nbs/planted/binding.ipynb #e4228614
 @torch.no_grad()
 def load_binding_model(
-    noise: float = 0.25,  # Size of what the other heads and the MLPs write; 0: only the circuit
+    noise: float = 0.25,  # Size of what the other heads and the MLPs write (0: only the circuit)
     seed: int = 0,  # Of the noise
     attn: str = "sdpa",  # Or `eager`
-) -> LM:  # Named `planted`; float32 on a CPU
+) -> LM:  # Named `planted`, in float32 on a CPU
     "The planted model."
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = dict(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_inner=64, n_positions=N_POSITIONS)
-    ends = dict(bos_token_id=VOCABULARY.index("<s>"), eos_token_id=None, tie_word_embeddings=False)
-    config = GPT2Config(vocab_size=len(VOCABULARY), **shape, **ends, attn_implementation=attn)
-    hf, rng, planted = GPT2LMHeadModel(config), torch.Generator().manual_seed(seed), _circuit_heads()
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_embd=D_MODEL,
+        n_layer=N_LAYERS,
+        n_head=N_HEADS,
+        n_inner=64,
+        n_positions=N_POSITIONS,
+        bos_token_id=VOCABULARY.index("<s>"),
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        attn_implementation=attn,
+    )
+    hf = GPT2LMHeadModel(config)
+    rng = torch.Generator().manual_seed(seed)
+    circuit = _circuit_heads()
     for layer, block in enumerate(hf.transformer.h):
-        noisy = [_noise_head(rng, noise) for _ in range(N_HEADS)]
-        _set_attention(block.attn, [planted.get((layer, head), noisy[head]) for head in range(N_HEADS)])
+        noise_heads = [_noise_head(rng, noise) for _ in range(N_HEADS)]
+        _set_attention(block.attn, [circuit.get((layer, head), noise_heads[head]) for head in range(N_HEADS)])
         _set_mlp(block.mlp, rng, noise)
     _set_embeddings(hf, rng, noise)
     return LM("planted", hf.eval().requires_grad_(False), _tokenizer(), revision=f"noise={noise}, seed={seed}")

@@ -25,71 +25,95 @@ class PlantedLatentStudy:
     label: Bool[np.ndarray, "rows"]
     task: np.ndarray
     saes: tuple[SAE, ...]  # By layer
-    rows: tuple[np.ndarray, ...]  # States, by layer
-    layer: int  # Where the latent is planted; -1: nowhere
+    states_by_layer: tuple[np.ndarray, ...]
+    layer: int  # Where the latent is planted (-1: nowhere)
     latent: int
-    area: float  # Its AUROC
+    planted_auroc: float
 
     def states(self, layer: int) -> Float[np.ndarray, "rows d_model"]:
-        return self.rows[layer]
+        return self.states_by_layer[layer]
 
     def sae(self, layer: int) -> SAE:
         return self.saes[layer]
 
 # %% ../../nbs/planted/latents.ipynb #c4248155
+def _orthogonal_sae(layer: int, d_sae: int, rng: np.random.Generator) -> SAE:
+    "An SAE with orthogonal directions: what is put in comes out."
+    directions = torch.from_numpy(np.linalg.qr(rng.normal(size=(d_sae, d_sae)))[0]).float()
+    metadata = {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": "made-up"}
+    b_enc = torch.full((d_sae,), -1e-4)
+    return SAE(directions.T.contiguous(), directions, b_enc, torch.zeros(d_sae), "relu", metadata=metadata)
+
+
+def _active_shares(task: np.ndarray, d_sae: int, rng: np.random.Generator) -> Float[np.ndarray, "rows d_sae"]:
+    "How likely each latent is to be active in each row; tasks differ."
+    return rng.beta(1, 8, d_sae) * np.exp(rng.normal(0, 0.3, (task.max() + 1, d_sae)))[task]
+
+# %% ../../nbs/planted/latents.ipynb #ae3daa3d
 def draw_planted_study(
     tasks: int = 60,
     samples: int = 5,  # A task
     layers: int = 3,
     d_sae: int = 64,
-    area: float = 0.75,  # AUROC of the planted latent; 0.5: nothing is planted
+    planted_auroc: float = 0.75,  # Of the planted latent (0.5: nothing is planted)
     seed: int = 0,
 ) -> PlantedLatentStudy:
-    "Draw a study. Its dictionaries are orthogonal, so that what is put in comes out."
+    "Draw a study in which one latent of one layer goes with right solutions."
     rng = np.random.default_rng(seed)
     task = np.repeat(np.arange(tasks), samples)
     label = rng.random(len(task)) < rng.beta(2, 3, tasks)[task]
-    at, saes, rows = (int(rng.integers(layers)), int(rng.integers(d_sae))) if area != 0.5 else (-1, -1), [], []
+    planted_layer = planted_latent = -1
+    if planted_auroc != 0.5:
+        planted_layer = int(rng.integers(layers))
+        planted_latent = int(rng.integers(d_sae))
+    saes = []
+    states = []
     for layer in range(layers):
-        usual = rng.beta(1, 8, d_sae) * np.exp(rng.normal(0, 0.3, (tasks, d_sae)))[task]  # tasks differ
-        if layer == at[0]:
-            usual[:, at[1]] = np.where(label, area - 0.15, 0.85 - area)
-        amounts = (rng.random(usual.shape) < usual) * rng.gamma(4, 0.25, usual.shape)
-        turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(d_sae, d_sae)))[0]).float()
-        about = {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": "made-up"}
-        saes.append(
-            SAE(turn.T.contiguous(), turn, torch.full((d_sae,), -1e-4), torch.zeros(d_sae), "relu", about=about)
-        )
-        rows.append((torch.from_numpy(amounts).float() @ turn).numpy())
-    return PlantedLatentStudy(label, task, tuple(saes), tuple(rows), *at, area)
+        share = _active_shares(task, d_sae, rng)
+        if layer == planted_layer:
+            share[:, planted_latent] = np.where(label, planted_auroc - 0.15, 0.85 - planted_auroc)
+        amounts = (rng.random(share.shape) < share) * rng.gamma(4, 0.25, share.shape)
+        saes.append(_orthogonal_sae(layer, d_sae, rng))
+        states.append((torch.from_numpy(amounts).float() @ saes[layer].W_dec).numpy())
+    return PlantedLatentStudy(label, task, tuple(saes), tuple(states), planted_layer, planted_latent, planted_auroc)
 
 # %% ../../nbs/planted/latents.ipynb #c22dc41e
+def _draw_rows(study: PlantedLatentStudy, tasks: int, samples: int, seed: int) -> pd.DataFrame:
+    "A table of samples as phase generation would leave it, split by task."
+    rng = np.random.default_rng(seed)
+    names = np.array([f"task {t:02d}" for t in range(tasks)])
+    split_sizes = [tasks // 2, tasks // 10, tasks - tasks // 2 - tasks // 10]
+    split = rng.permutation(np.repeat(list(SPLIT_SHARES), split_sizes))
+    columns = {
+        "task_id": names[study.task],
+        "label": study.label,
+        "split": split[study.task],
+        "temperature": np.tile(np.linspace(0.3, 0.9, samples), tasks),
+        "sample": np.tile(np.arange(samples), tasks),
+        "prompt_tokens": rng.integers(80, 200, tasks)[study.task],
+        "generated_tokens": rng.integers(20, 300, len(study.task)),
+        "mean_logprob": -rng.gamma(2, 0.1, len(study.task)),
+        "difficulty": rng.integers(1, 6, tasks)[study.task],
+    }
+    return pd.DataFrame(columns)
+
+# %% ../../nbs/planted/latents.ipynb #53b395fa
 def draw_planted_activations(
     seed: int = 0,
     tasks: int = 60,
     samples: int = 3,
-    area: float = 0.75,  # AUROC of the planted latent; 0.5: none is
+    planted_auroc: float = 0.75,  # Of the planted latent (0.5: none is)
 ) -> tuple[LabelledActivations, dict]:  # And what is planted: `layer, latent`
     "A made-up study in the form of a run: two positions, the latent at the second one."
-    real, idle = (
-        draw_planted_study(tasks, samples, seed=seed, area=area),
-        draw_planted_study(tasks, samples, area=0.5, seed=seed + 1000),
-    )
-    rng = np.random.default_rng(seed)
-    names = np.array([f"task {t:02d}" for t in range(tasks)])
-    split = rng.permutation(np.repeat(list(SPLIT_SHARES), [tasks // 2, tasks // 10, tasks - tasks // 2 - tasks // 10]))
-    rows = pd.DataFrame({"task_id": names[real.task], "label": real.label, "split": split[real.task], "temperature": np.tile(np.linspace(0.3, 0.9, samples), tasks),
-                         "sample": np.tile(np.arange(samples), tasks), "prompt_tokens": rng.integers(80, 200, tasks)[real.task], "generated_tokens": rng.integers(20, 300, len(real.task)),
-                         "mean_logprob": -rng.gamma(2, 0.1, len(real.task)), "difficulty": rng.integers(1, 6, tasks)[real.task]})  # fmt: skip
-    read = lambda kind, layer: (real if kind == "last_generated" else idle).rows[layer]
-    turns = {layer: (real.saes[layer], idle.saes[layer]) for layer in range(3)}
-    # both positions are written in the first study's directions, so that one dictionary reads them
-    same = lambda kind, layer: (
-        read(kind, layer)
-        if kind == "last_generated"
-        else read(kind, layer) @ turns[layer][1].W_enc.numpy() @ turns[layer][0].W_dec.numpy()
-    )
-    return LabelledActivations(rows, ("last_prompt", "last_generated"), (0, 1, 2), same, real.sae), {
-        "layer": real.layer,
-        "latent": real.latent,
-    }
+    study = draw_planted_study(tasks, samples, seed=seed, planted_auroc=planted_auroc)
+    null_study = draw_planted_study(tasks, samples, planted_auroc=0.5, seed=seed + 1000)
+
+    def read_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+        if kind == "last_generated":
+            return study.states(layer)
+        latents = null_study.states(layer) @ null_study.sae(layer).W_enc.numpy()
+        return latents @ study.sae(layer).W_dec.numpy()
+
+    rows = _draw_rows(study, tasks, samples, seed)
+    activations = LabelledActivations(rows, ("last_prompt", "last_generated"), (0, 1, 2), read_states, study.sae)
+    return activations, {"layer": study.layer, "latent": study.latent}

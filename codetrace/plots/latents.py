@@ -13,33 +13,33 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.stats import format_with_interval
-from .mechanism import panel_grid
-from .style import GREY, figure_style, range_frame
+from .style import GREY, caption_below, figure_style, panel_grid, range_frame
 
 # %% ../../nbs/plots/latents.ipynb #8f4a7a26
+_PREDICTION_STYLES = {"correct": {"marker": "o", "mfc": "k"}, "incorrect": {"marker": "o", "mfc": "w", "ls": "--"}}
+
+
+def _plot_separation_panel(ax, rows: pd.DataFrame):
+    "One position: the best latent of each layer, for each label that it predicts."
+    for predicts, look in _PREDICTION_STYLES.items():
+        best = rows[rows["predicts"] == predicts].sort_values("layer")
+        ax.plot(best["layer"], best["score"], color="k", ms=3, lw=0.8, mew=0.8, **look)
+
+# %% ../../nbs/plots/latents.ipynb #ffa9cbdf
 def plot_separation_by_layer(
     best: pd.DataFrame,  # One row a kind, layer and direction: `kind, layer, predicts, score`
-    luck: dict[str, float],  # By kind: the 95th percentile of the largest by luck
-    said: str = "",  # n and what it is of
+    null_of_maximum: dict[str, float],  # By kind: the 95th percentile of the largest score under the null
+    caption: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
-    kinds, layers = list(dict.fromkeys(best["kind"])), sorted(set(best["layer"]))
-    highest = max(best["score"].max(), *luck.values())
-    with panel_grid(
-        len(kinds),
-        3,
-        2.2,
-        1.6,
-        f"{said} Best latent of a layer,\n● of right and ○ of wrong solutions. Grey: the best of all layers by luck, 95th percentile.".strip(),
-    ) as axes:
-        for ax, kind in zip(axes.flat, kinds):
-            for predicts, look in (
-                ("correct", {"marker": "o", "mfc": "k"}),
-                ("incorrect", {"marker": "o", "mfc": "w", "ls": "--"}),
-            ):
-                own = best[(best["kind"] == kind) & (best["predicts"] == predicts)].sort_values("layer")
-                ax.plot(own["layer"], own["score"], color="k", ms=3, lw=0.8, mew=0.8, **look)
-            ax.axhline(luck[kind], color=GREY, lw=1.2, zorder=0)
+    layers = sorted(set(best["layer"]))
+    panels = list(best.groupby("kind", sort=False))
+    highest = max(best["score"].max(), *null_of_maximum.values())
+    marks = "● of right and ○ of wrong solutions. Grey: 95th percentile of the null of the maximum over all layers."
+    with panel_grid(len(panels), 3, 2.2, 1.6, f"{caption} Best latent of a layer,\n{marks}".strip()) as axes:
+        for ax, (kind, rows) in zip(axes.flat, panels):
+            _plot_separation_panel(ax, rows)
+            ax.axhline(null_of_maximum[kind], color=GREY, lw=1.2, zorder=0)
             ax.set_title(kind.replace("_", " "), pad=3)
             if len(layers) < 9:
                 ax.set_xticks(layers)
@@ -51,33 +51,34 @@ def plot_separation_by_layer(
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/latents.ipynb #783a17cb
+_ROC_STYLES = [
+    {"color": "k", "lw": 1.4},
+    {"color": "k", "lw": 0.9, "ls": "--"},
+    {"color": "k", "lw": 0.9, "ls": ":"},
+    {"color": GREY, "lw": 0.9},
+    {"color": GREY, "lw": 0.9, "ls": "--"},
+]
+
+# %% ../../nbs/plots/latents.ipynb #f8fbd523
 def plot_roc_curves(
-    curves: pd.DataFrame,  # `name, false_alarms, found, low, high`; the first name is the one with a band
-    said: str = "",  # n and what is detected
+    curves: pd.DataFrame,  # `name, false_positive_rate, true_positive_rate, low, high`, first the name that has a band
+    caption: str = "",  # n and what is detected
 ) -> Figure:
     "ROC curves, the first with its band."
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(curves["name"]))
-    looks = [
-        {"color": "k", "lw": 1.4},
-        {"color": "k", "lw": 0.9, "ls": "--"},
-        {"color": "k", "lw": 0.9, "ls": ":"},
-        {"color": GREY, "lw": 0.9},
-        {"color": GREY, "lw": 0.9, "ls": "--"},
-    ]
     with figure_style():
         fig, ax = plt.subplots(figsize=(4.8, 2.6), layout="constrained")
         ax.plot([0, 1], [0, 1], color="0.85", lw=0.6, zorder=0)
-        for i, name in enumerate(names):
-            own = curves[curves["name"] == name]
-            if i == 0:
-                ax.fill_between(own["false_alarms"], own["low"], own["high"], color="0.85", lw=0)
-            ax.plot(own["false_alarms"], own["found"], label=name, **looks[i % len(looks)])
+        first = curves[curves["name"] == curves["name"].iloc[0]]
+        ax.fill_between(first["false_positive_rate"], first["low"], first["high"], color="0.85", lw=0)
+        for number, (name, rows) in enumerate(curves.groupby("name", sort=False)):
+            look = _ROC_STYLES[number % len(_ROC_STYLES)]
+            ax.plot(rows["false_positive_rate"], rows["true_positive_rate"], label=name, **look)
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=2.5)
-        ax.set(xlabel="false alarms", ylabel="found")
+        ax.set(xlabel="false positive rate", ylabel="true positive rate")
         range_frame(ax, (0, 1), (0, 1))
-        fig.supxlabel(f"{said} Band: 95%, bootstrap over tasks.".strip(), x=0.005, ha="left", fontsize=7, color="0.35")
+        caption_below(fig, f"{caption} Band: 95%, bootstrap over tasks.".strip())
         plt.close(fig)
     return fig
 
@@ -89,17 +90,22 @@ def plot_metric_by_group(
     chance: float = 0.5,
 ) -> Figure:
     "A measure by group, a panel a predictor."
-    names, groups = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["group"]))
+    panels = list(table.groupby("name", sort=False))
+    groups = list(dict.fromkeys(table["group"]))
+    positions = range(len(groups))
     counts = table.drop_duplicates("group").set_index("group")["n"]
-    said = f"95% bootstrap intervals over tasks; n = {', '.join(f'{counts[g]} ({g})' for g in groups)}. Grey: chance."
-    with panel_grid(len(names), 5, 1.5, 1.3, said) as axes:
-        for ax, name in zip(axes.flat, names):
-            own = table[table["name"] == name].set_index("group").reindex(groups)
+    caption = (
+        f"95% bootstrap intervals over tasks; n = {', '.join(f'{counts[g]} ({g})' for g in groups)}. Grey: chance."
+    )
+    with panel_grid(len(panels), 5, 1.5, 1.3, caption) as axes:
+        for ax, (name, rows) in zip(axes.flat, panels):
+            rows = rows.set_index("group").reindex(groups)
             ax.axhline(chance, color=GREY, lw=0.8, zorder=0)
-            ax.vlines(range(len(groups)), own["low"], own["high"], color="k", lw=0.8)
-            ax.plot(range(len(groups)), own["value"], "o", color="k", ms=3.5)
+            ax.vlines(positions, rows["low"], rows["high"], color="k", lw=0.8)
+            ax.plot(positions, rows["value"], "o", color="k", ms=3.5)
             ax.set_title(textwrap.fill(name, 20), pad=3, fontsize=8)
-            ax.set_xticks(range(len(groups)), groups, fontsize=7)
+            ax.set_xticks(positions, groups, fontsize=7)
+            ax.set(ylim=(-0.03, 1.03), yticks=[0, 0.5, 1])
             ax.set_xlim(-0.5, len(groups) - 0.5)
         axes[-1, 0].set(xlabel=xlabel, ylabel=ylabel)
     return axes[0, 0].figure
@@ -107,49 +113,53 @@ def plot_metric_by_group(
 # %% ../../nbs/plots/latents.ipynb #4757847a
 def _plot_shaded_code(ax, tokens: list[str], values: list[float], y: float, width: int = 76):
     "One line of code, shaded by activation."
-    strongest, x = max(values) or 1, 0
+    strongest = max(values) or 1
+    column = 0
     for token, value in zip(tokens, values):
-        shown = token.replace("\n", "↵").replace("\t", "→").replace("$", r"\$")
-        if x + len(shown) > width:
+        text = token.replace("\n", "↵").replace("\t", "→").replace("$", r"\$")
+        if column + len(text) > width:
             break
-        ax.text(x / width, y, shown, family="monospace", fontsize=6, va="center", transform=ax.transAxes,
-                bbox={"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6})  # fmt: skip
-        x += len(shown)
+        shade = {"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6}
+        place = {"va": "center", "transform": ax.transAxes}
+        ax.text(column / width, y, text, family="monospace", fontsize=6, bbox=shade, **place)
+        column += len(text)
+
+# %% ../../nbs/plots/latents.ipynb #59c66516
+def _card_lines(card: dict) -> list[str]:
+    "What a card says of its latent in words."
+    density = "" if pd.isna(card["density"]) else f", in text {card['density']:.2%}"
+    auroc = format_with_interval(card["auroc"], card["low"], card["high"])
+    chosen = f"[{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]"
+    return [
+        f"t = {card['t']:.1f}, family-wise p = {card['family_wise_p']:.3f} in its position{density}",
+        f"AUROC {auroc}, as one chosen of many {chosen}",
+        f"cosine {card['cosine_means']:+.2f} to difference of means, {card['cosine_probe']:+.2f} to probe",
+    ]
+
+
+def _plot_activity_bar(ax, y: float, label: str, share: float):
+    "How often the latent is active in solutions of one label."
+    color = "k" if label == "correct" else GREY
+    length = 0.5 * share
+    ax.plot([0.22, 0.22 + length], [y, y], color=color, lw=4, solid_capstyle="butt", transform=ax.transAxes)
+    ax.text(0, y, label, fontsize=7, va="center", transform=ax.transAxes)
+    ax.text(0.24 + length, y, f"{share:.0%}", fontsize=7, va="center", transform=ax.transAxes)
 
 # %% ../../nbs/plots/latents.ipynb #f8fb9429
 def _plot_latent_card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
-    write = lambda y, text, **look: ax.text(0, y, text, transform=ax.transAxes, va="center", **{"fontsize": 7} | look)
-    write(
-        0.95,
-        f"latent {card['latent']}, layer {card['layer']}, {card['kind'].replace('_', ' ')}",
-        fontsize=8,
-        weight="bold",
-    )
-    for y, label in ((0.83, "correct"), (0.75, "incorrect")):
-        ax.plot(
-            [0.22, 0.22 + 0.5 * card[label]],
-            [y, y],
-            color="k" if label == "correct" else GREY,
-            lw=4,
-            solid_capstyle="butt",
-            transform=ax.transAxes,
-        )
-        write(y, label)
-        ax.text(0.24 + 0.5 * card[label], y, f"{card[label]:.0%}", fontsize=7, va="center", transform=ax.transAxes)
-    density = f", in text {card['density']:.2%}" if card["density"] == card["density"] else ""
-    write(0.65, f"t = {card['t']:.1f}, p = {card['luck_p']:.3f} of its position's largest by luck{density}")
-    write(
-        0.56,
-        f"AUROC {format_with_interval(card['auroc'], card['low'], card['high'])}, as one chosen of many [{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]",
-    )
-    write(0.47, f"cosine {card['cosine_means']:+.2f} to difference of means, {card['cosine_probe']:+.2f} to probe")
-    if card["writes"]:
-        write(
-            0.38, "writes " + "  ".join(repr(w)[1:-1] for w in card["writes"][:6]).replace("$", r"\$"), style="italic"
-        )
-    for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["strongest"]):
+    place = {"va": "center", "transform": ax.transAxes}
+    title = f"latent {card['latent']}, layer {card['layer']}, {card['kind'].replace('_', ' ')}"
+    ax.text(0, 0.95, title, fontsize=8, weight="bold", **place)
+    _plot_activity_bar(ax, 0.83, "correct", card["correct"])
+    _plot_activity_bar(ax, 0.75, "incorrect", card["incorrect"])
+    for y, line in zip((0.65, 0.56, 0.47), _card_lines(card)):
+        ax.text(0, y, line, fontsize=7, **place)
+    if card["promoted_tokens"]:
+        tokens = "  ".join(repr(token)[1:-1] for token in card["promoted_tokens"][:6]).replace("$", r"\$")
+        ax.text(0, 0.38, f"promotes {tokens}", fontsize=7, style="italic", **place)
+    for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["top_examples"]):
         _plot_shaded_code(ax, tokens, values, y)
 
 # %% ../../nbs/plots/latents.ipynb #3f726c4a
@@ -175,27 +185,25 @@ def plot_latent_cards(
 # %% ../../nbs/plots/latents.ipynb #030d0d8a
 def plot_predictor_metrics(
     table: pd.DataFrame,  # One row a predictor and measure: `name, measure, value, low, high`
-    chance: dict[str, float],  # By measure: what is had for nothing, drawn in grey
-    said: str = "",
+    chance: dict[str, float],  # By measure: the trivial predictor's, drawn in grey
+    caption: str = "",
 ) -> Figure:
     "Measures with intervals, a panel a measure, a row a predictor."
-    measures, names = list(dict.fromkeys(table["measure"])), list(dict.fromkeys(table["name"]))
-    with panel_grid(
-        len(measures),
-        len(measures),
-        1.35,
-        0.17 * len(names) + 0.2,
-        f"{said} 95% bootstrap intervals over tasks.\nGrey: had for nothing.".strip(),
-    ) as axes:
-        for ax, measure in zip(axes.flat, measures):
-            own = table[table["measure"] == measure].set_index("name").reindex(names)
-            y = np.arange(len(names))
+    names = list(dict.fromkeys(table["name"]))
+    y = np.arange(len(names))
+    panels = list(table.groupby("measure", sort=False))
+    lowest = min(0.0, table["low"].min(), table["value"].min())
+    height = 0.17 * len(names) + 0.2
+    caption = f"{caption} 95% bootstrap intervals over tasks.\nGrey: what a trivial predictor has.".strip()
+    with panel_grid(len(panels), len(panels), 1.35, height, caption) as axes:
+        for ax, (measure, rows) in zip(axes.flat, panels):
+            rows = rows.set_index("name").reindex(names)
             if measure in chance:
                 ax.axvline(chance[measure], color=GREY, lw=0.8, zorder=0)
-            ax.hlines(y, own["low"], own["high"], color="k", lw=0.8)
-            ax.plot(own["value"], y, "o", color="k", ms=3)
+            ax.hlines(y, rows["low"], rows["high"], color="k", lw=0.8)
+            ax.plot(rows["value"], y, "o", color="k", ms=3)
             ax.set_yticks(y, names, fontsize=7)
-            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(lowest - 0.03, 1.03), xticks=[0, 0.5, 1])
             ax.set_title(measure, pad=3)
             ax.spines["left"].set_visible(False)
             ax.tick_params(axis="y", length=0)

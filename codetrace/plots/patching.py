@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import GREY, caption_below, figure_style, range_frame
+from .style import GREY, caption_below, figure_style, panel_grid, range_frame
 
 # %% ../../nbs/plots/patching.ipynb #ea066932
 def _effect_colormap():
@@ -22,7 +22,7 @@ def _effect_colormap():
     return LinearSegmentedColormap.from_list("effect", stops).with_extremes(bad=(0, 0, 0, 0))
 
 
-def _plot_matrix(ax: Axes, values: "np.ndarray", limit: float):
+def _plot_matrix(ax: Axes, values: np.ndarray, limit: float):
     "Draw a [row, layer] matrix of effects."
     ax.patch.set(facecolor="0.96", hatch="//////", edgecolor="0.82", linewidth=0)
     drawn = ax.imshow(values, cmap=_effect_colormap(), vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -35,10 +35,9 @@ def _plot_matrix(ax: Axes, values: "np.ndarray", limit: float):
     return drawn
 
 # %% ../../nbs/plots/patching.ipynb #24183291
-def _plot_matrix_panels(values: dict[str, "np.ndarray"], caption: str, xlabel: str = "layer", label_width: float = 1.6):
+def _plot_matrix_panels(values: dict[str, np.ndarray], caption: str, xlabel: str = "layer", label_width: float = 1.6):
     "A row of grids on one scale; gives figure and axes. `label_width` is in inches."
     import matplotlib.pyplot as plt
-    import numpy as np
 
     rows, columns = next(iter(values.values())).shape
     limit = max((np.nanmax(np.abs(v)) for v in values.values() if not np.isnan(v).all()), default=1) or 1
@@ -76,7 +75,7 @@ _VISIBLE_WHITESPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e
 
 # %% ../../nbs/plots/patching.ipynb #daa6c1c1
 def plot_token_grid(
-    cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, name` and the metrics; NaN is not swept
+    cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, name` and the metrics (NaN: not swept)
     metrics: tuple[str, ...] = ("effect",),  # A panel each, and for each site
 ) -> Figure:
     "Layers by tokens, one program."
@@ -90,8 +89,8 @@ def plot_token_grid(
                 values[title] = rows.pivot(index="position", columns="layer", values=metric).to_numpy(float)
         caption = "One program. Effect: share of the logit difference between the two answers\nthat one patched state brings about. Hatched: not swept."
         fig, axes = _plot_matrix_panels(values, caption, label_width=2.6)
-        shown = [token.translate(_VISIBLE_WHITESPACE) for token in tokens["token"]]
-        axes[0].set_yticks(range(len(tokens)), shown, family="DejaVu Sans Mono", fontsize=7.5)
+        labels = [token.translate(_VISIBLE_WHITESPACE) for token in tokens["token"]]
+        axes[0].set_yticks(range(len(tokens)), labels, family="DejaVu Sans Mono", fontsize=7.5)
         lines = _line_starts(list(tokens["token"]))
         left = -48 - 4.6 * max(len(text) for _, text in lines)
         for row, text in lines:
@@ -103,7 +102,8 @@ def plot_token_grid(
 # %% ../../nbs/plots/patching.ipynb #007bfff4
 def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
     "Index of the first token of each line, and the line."
-    starts, lines = [0], "".join(tokens).split("\n")
+    lines = "".join(tokens).split("\n")
+    starts = [0]
     starts += [i + 1 for i, token in enumerate(tokens[:-1]) if "\n" in token]
     return list(zip(starts, (line.rstrip() for line in lines)))
 
@@ -114,7 +114,8 @@ def plot_position_grid(
 ) -> Figure:
     "Layers by named positions, mean over programs."
     summary = summary[summary["head"].isna()] if "head" in summary else summary
-    names, layers = list(dict.fromkeys(summary["name"])), sorted(summary["layer"].unique())
+    names = list(dict.fromkeys(summary["name"]))
+    layers = sorted(summary["layer"].unique())
     with figure_style():
         values = {}
         for site, rows in summary.groupby("site", sort=False):
@@ -125,7 +126,7 @@ def plot_position_grid(
                     .reindex(index=names, columns=layers)
                     .to_numpy(float)
                 )
-        caption = f"Mean over n = {_n_programs(summary)} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the donor's."
+        caption = f"Mean over n = {_n_programs(summary)} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
         fig, axes = _plot_matrix_panels(values, caption)
         counts = summary.groupby("name")["n"].max()
         axes[0].set_yticks(
@@ -138,48 +139,11 @@ def plot_position_grid(
 # %% ../../nbs/plots/patching.ipynb #3dbc55ed
 _CONTROL_MARKERS = {"random": "x", "unrelated, same answer": "^", "unrelated, base's answer": "v", "no-op": "|"}
 
-# %% ../../nbs/plots/patching.ipynb #9ca743d6
-def plot_metric_by_layer(
-    summary: pd.DataFrame,  # One row a cell: `layer, name, n`, the metric and its interval
-    metric: str = "effect",  # Or `success`
-    controls: pd.DataFrame | None = None,  # The same for control experiments, with `control`
-    columns: int = 4,  # Panels in a row
-) -> Figure:
-    "A metric over layers for each named position, with intervals."
-    import matplotlib.pyplot as plt
-
-    low, high = ("low", "high") if metric == "effect" else (f"{metric}_low", f"{metric}_high")
-    lines = {name: rows.sort_values("layer") for name, rows in summary.groupby("name", sort=False)}
-    wide, last = min(columns, len(lines)), int(summary["layer"].max())
-    rows = -(-len(lines) // wide)
-    with figure_style():
-        size = 1.75 * wide + 0.4, 1.35 * rows + 0.65
-        options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-        fig, axes = plt.subplots(rows, wide, figsize=size, **options)
-        bottom, top = min(0, summary[low].min(), summary[metric].min()), max(1, summary[metric].max())
-        for ax, (name, own) in zip(axes.flat, lines.items()):
-            for other in lines.values():
-                ax.plot(other["layer"], other[metric], color="0.8", lw=0.6, zorder=0)
-            _plot_line_with_band(ax, own, metric, low, high)
-            _plot_control_marks(ax, controls, name, metric)
-            ax.set_title(name + ("" if own["n"].max() == _n_programs(summary) else f" (n = {own['n'].max()})"), pad=3)
-            ax.set(yticks=[0, 0.5, 1], xticks=sorted({0, last // 2, last}))
-            range_frame(ax, (0, last), (bottom, top))
-        for i, ax in enumerate(axes.flat):
-            ax.tick_params(labelbottom=i + wide >= len(lines))
-            if i >= len(lines):
-                ax.axis("off")
-        axes[0, 0].set_ylabel("success rate" if metric == "success" else metric.replace("_", " "))
-        axes[-1, 0].set_xlabel("layer")
-        caption_below(fig, _lines_caption(summary, metric, controls))
-        plt.close(fig)
-    return fig
-
 # %% ../../nbs/plots/patching.ipynb #b34c501b
-def _plot_line_with_band(ax: Axes, own: pd.DataFrame, metric: str, low: str, high: str):
+def _plot_line_with_band(ax: Axes, rows: pd.DataFrame, metric: str, low: str, high: str):
     "One line with its band."
-    ax.fill_between(own["layer"], own[low], own[high], color="0.6", alpha=0.5, lw=0, zorder=1)
-    ax.plot(own["layer"], own[metric], color="k", lw=1.1)
+    ax.fill_between(rows["layer"], rows[low], rows[high], color="0.6", alpha=0.5, lw=0, zorder=1)
+    ax.plot(rows["layer"], rows[metric], color="k", lw=1.1)
 
 
 def _plot_control_marks(ax: Axes, controls, name: str, metric: str):
@@ -188,19 +152,11 @@ def _plot_control_marks(ax: Axes, controls, name: str, metric: str):
         return
     for control, rows in controls[controls["name"] == name].groupby("control", sort=False):
         if control != "no-op":
-            ax.plot(
-                rows["layer"],
-                rows[metric],
-                _CONTROL_MARKERS.get(control, "."),
-                color="k",
-                mfc="w",
-                ms=3.2,
-                mew=0.6,
-                zorder=3,
-            )
+            marker = _CONTROL_MARKERS.get(control, ".")
+            ax.plot(rows["layer"], rows[metric], marker, color="k", mfc="w", ms=3.2, mew=0.6, zorder=3)
 
 # %% ../../nbs/plots/patching.ipynb #cfe4a1eb
-def _lines_caption(summary, metric: str, controls) -> str:
+def _lines_caption(summary: pd.DataFrame, metric: str, controls: pd.DataFrame | None) -> str:
     interval = "95% bootstrap intervals" if metric == "effect" else "95% Wilson intervals"
     caption = f"Mean over n = {_n_programs(summary)} programs, {interval}; grey: the other positions."
     return caption + _controls_caption(controls)
@@ -210,13 +166,50 @@ def _controls_caption(controls: pd.DataFrame | None) -> str:
     "The part of a caption that says what the marks are."
     if controls is None or not len(controls):
         return ""
-    shown = {
-        "random": "× random state of the donor's norm",
-        "unrelated, same answer": "△ state of an unrelated program with the donor's answer",
+    marks = {
+        "random": "× random state of the source's norm",
+        "unrelated, same answer": "△ state of an unrelated program with the source's answer",
         "unrelated, base's answer": "▽ … with the base's answer",
     }
-    kinds = [text for kind, text in shown.items() if kind in set(controls["control"])]
+    kinds = [text for kind, text in marks.items() if kind in set(controls["control"])]
     return f"\nControls (n ≤ {_n_programs(controls)}): " + ", ".join(kinds) + "."
+
+# %% ../../nbs/plots/patching.ipynb #9ca743d6
+def _plot_metric_panel(ax: Axes, summary: pd.DataFrame, name: str, metric: str):
+    "One named position: its line with its band, the other positions in grey."
+    low, high = ("low", "high") if metric == "effect" else (f"{metric}_low", f"{metric}_high")
+    for _, rows in summary.groupby("name", sort=False):
+        ax.plot(rows["layer"], rows[metric], color="0.8", lw=0.6, zorder=0)
+    rows = summary[summary["name"] == name]
+    _plot_line_with_band(ax, rows, metric, low, high)
+    n = rows["n"].max()
+    ax.set_title(name if n == _n_programs(summary) else f"{name} (n = {n})", pad=3)
+    last = int(summary["layer"].max())
+    bottom = min(0, summary[low].min(), summary[metric].min())
+    top = max(1, summary[high].max(), summary[metric].max())
+    margin = 0.04 * (top - bottom)
+    ax.set(yticks=[0, 0.5, 1], ylim=(bottom - margin, top + margin), xticks=sorted({0, last // 2, last}))
+    range_frame(ax, (0, last), (bottom, max(1, summary[metric].max())))
+
+# %% ../../nbs/plots/patching.ipynb #2f71709b
+def plot_metric_by_layer(
+    summary: pd.DataFrame,  # One row a cell: `layer, name, n`, the metric and its interval
+    metric: str = "effect",  # Or `success`
+    controls: pd.DataFrame | None = None,  # The same for control experiments, with `control`
+    columns: int = 4,  # Panels in a row
+) -> Figure:
+    "A metric over layers for each named position, with intervals."
+    names = list(dict.fromkeys(summary["name"]))
+    summary = summary.sort_values("layer")
+    with panel_grid(len(names), columns, 1.7, 1.35, _lines_caption(summary, metric, controls)) as axes:
+        for ax, name in zip(axes.flat, names):
+            _plot_metric_panel(ax, summary, name, metric)
+            _plot_control_marks(ax, controls, name, metric)
+        for number, ax in enumerate(axes.flat):
+            ax.tick_params(labelbottom=number + axes.shape[1] >= len(names))
+        axes[0, 0].set_ylabel("success rate" if metric == "success" else metric.replace("_", " "))
+        axes[-1, 0].set_xlabel("layer")
+    return axes[0, 0].figure
 
 # %% ../../nbs/plots/patching.ipynb #3ed45b8c
 def _plot_strongest_heads(ax: Axes, best: pd.DataFrame, controls: pd.DataFrame | None):
@@ -240,27 +233,29 @@ def _controls_at_head(controls: pd.DataFrame | None, cell: tuple) -> list[tuple[
     "Kind and mean effect of the controls at one head."
     if controls is None or not len(controls):
         return []
-    here = (controls[["layer", "head", "name"]] == list(cell)).all(axis=1) & (controls["control"] != "no-op")
-    return list(zip(controls["control"][here], controls["effect"][here]))
+    controls = controls[(controls[["layer", "head", "name"]] == list(cell)).all(axis=1)]
+    controls = controls[controls["control"] != "no-op"]
+    return list(zip(controls["control"], controls["effect"]))
 
 # %% ../../nbs/plots/patching.ipynb #ef2b80b4
 def plot_head_grid(
     summary: pd.DataFrame,  # One row a cell: `layer, head, name, n, effect, low, high`
     names: int = 3,  # Grids, for the names with the largest effects
     top: int = 10,  # Heads listed
-    ranking: pd.DataFrame | None = None,  # Heads to list, best first; None: chosen from `summary` itself
+    ranking: pd.DataFrame | None = None,  # Heads to list, best first (None: chosen from `summary` itself)
     controls: pd.DataFrame | None = None,  # Control experiments at heads, with `control` and `effect`
 ) -> Figure:
     "Layers by heads, and the strongest heads."
     import matplotlib.pyplot as plt
 
     cells = summary[summary["head"].notna()].assign(size=lambda t: t["effect"].abs())
-    shown = list(cells.groupby("name")["size"].max().sort_values(ascending=False).index[:names])
+    top_names = list(cells.groupby("name")["size"].max().nlargest(names).index)
     best = (cells.sort_values("size", ascending=False) if ranking is None else ranking).head(top)
     with figure_style():
-        size, widths = (1.5 * len(shown) + 3.6, 3.1), [1] * len(shown) + [1.5]
+        size = 1.5 * len(top_names) + 3.6, 3.1
+        widths = [1] * len(top_names) + [1.5]
         fig, axes = plt.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
-        for ax, name in zip(axes, shown):
+        for ax, name in zip(axes, top_names):
             effects = cells[cells["name"] == name].pivot(index="layer", columns="head", values="effect")
             drawn = _plot_matrix(ax, effects.to_numpy(float), cells["size"].max() or 1)
             ax.invert_yaxis()
@@ -273,22 +268,23 @@ def plot_head_grid(
     return fig
 
 # %% ../../nbs/plots/patching.ipynb #a8ae83ad
-def _heads_caption(summary: pd.DataFrame, best: pd.DataFrame, judged: bool, controls) -> str:
-    how = "chosen on the other half of the programs" if judged else "chosen on the same programs"
-    intervals = f"strongest heads: n = {_n_programs(best)}, 95% bootstrap intervals, {how}"
+def _heads_caption(summary: pd.DataFrame, best: pd.DataFrame, chosen_elsewhere: bool, controls) -> str:
+    choice = "chosen on the other half of the programs" if chosen_elsewhere else "chosen on the same programs"
+    intervals = f"strongest heads: n = {_n_programs(best)}, 95% bootstrap intervals, {choice}"
     return f"Mean over n = {_n_programs(summary)} programs; {intervals}." + _controls_caption(controls)
 
 # %% ../../nbs/plots/patching.ipynb #6102373c
 def plot_exact_vs_approximate(
-    cells: "pd.DataFrame",  # One row a cell, with `effect` and the approximation
+    cells: pd.DataFrame,  # One row a cell, with `effect` and the approximation
     approximation: str,  # Its column
-) -> "Figure":
+) -> Figure:
     "Approximate against exact effects."
     import matplotlib.pyplot as plt
 
-    real = cells[cells["effect"].notna() & cells[approximation].notna()]
-    sites = list(real.groupby("site", sort=False))
-    low, high = min(real["effect"].min(), 0), max(real["effect"].max(), 1)
+    cells = cells.dropna(subset=["effect", approximation])
+    sites = list(cells.groupby("site", sort=False))
+    low = min(cells["effect"].min(), 0)
+    high = max(cells["effect"].max(), 1)
     with figure_style():
         fig, axes = plt.subplots(
             1, len(sites), figsize=(2.3 * len(sites) + 0.4, 2.5), squeeze=False, layout="constrained"
@@ -299,6 +295,6 @@ def plot_exact_vs_approximate(
             ax.set(title=site, xlabel="exact effect")
             range_frame(ax, (low, high), (rows[approximation].min(), rows[approximation].max()))
         axes[0, 0].set_ylabel(approximation)
-        caption_below(fig, f"n = {_n_programs(real)} programs, a dot a cell; grey: exact.")
+        caption_below(fig, f"n = {_n_programs(cells)} programs, a dot a cell; grey: exact.")
         plt.close(fig)
     return fig

@@ -10,45 +10,41 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import GREY, SERIES_MARKERS, caption_below, figure_style, range_frame, spread_labels
+from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
 
 # %% ../../nbs/plots/solving.ipynb #af7ae09c
 def _label_levels(ax, table: pd.DataFrame, levels: list[str]) -> None:
     "Levels with their numbers of problems."
-    counted = table.groupby("level", sort=False)["problems"].max()
-    ax.set_xticks(range(len(levels)), [f"{level}\n({counted[level]})" for level in levels])
+    counts = table.groupby("level", sort=False)["problems"].max()
+    ax.set_xticks(range(len(levels)), [f"{level}\n({counts[level]})" for level in levels])
 
 
-def _label_series_ends(ax, table: pd.DataFrame, at: float) -> None:
+def _label_series_ends(ax, table: pd.DataFrame, x: float) -> None:
     "The name of each series beside its last point."
     last = table.dropna(subset="value").groupby("series", sort=False)["value"].last()
     for (name, value), height in zip(last.items(), spread_labels(list(last), 0.055)):
-        ax.annotate(name, (at, value), (at + 0.12, height), va="center", annotation_clip=False, fontsize=8)
+        ax.annotate(name, (x, value), (x + 0.12, height), va="center", annotation_clip=False, fontsize=8)
 
 # %% ../../nbs/plots/solving.ipynb #32366638
 def plot_pass_at_1(
     table: pd.DataFrame,  # One row a series and level: `series, level, problems, value, low, high, baseline`
-    about: str = "",  # What was asked of whom, for the caption
+    caption: str = "",  # Set, number of problems and model
 ) -> Figure:
-    "The share of right answers by level of difficulty, a line a series, beside the baseline."
+    "The share of right solutions by level of difficulty, a line a series, beside the baseline."
     import matplotlib.pyplot as plt
 
-    levels, names = list(dict.fromkeys(table["level"])), list(dict.fromkeys(table["series"]))
+    levels = list(dict.fromkeys(table["level"]))
+    baseline = table.drop_duplicates("level")["baseline"]
+    positions = np.arange(len(levels))
     with figure_style():
         fig, ax = plt.subplots(figsize=(0.8 * len(levels) + 1.6, 2.4), layout="constrained")
-        for n, (_, rows) in enumerate(table.groupby("series", sort=False)):
-            x = rows["level"].map(levels.index) + 0.09 * (n - (len(names) - 1) / 2)
-            ax.vlines(x, rows["low"], rows["high"], color="k", lw=0.8)
-            ax.plot(x, rows["value"], **SERIES_MARKERS[n % len(SERIES_MARKERS)], color="k", lw=0.6, ms=4.5)
-        base = table.drop_duplicates("level")
-        ax.hlines(base["baseline"], np.arange(len(levels)) - 0.3, np.arange(len(levels)) + 0.3, color=GREY, lw=2)
+        plot_series(ax, table, "level", "value")
+        ax.hlines(baseline, positions - 0.42, positions + 0.42, color=GREY, lw=2, zorder=0)
         _label_levels(ax, table, levels)
-        _label_series_ends(ax, table, len(levels) - 0.8)
-        top = max(0.1, float(np.nanmax(table["high"])))
-        ax.set(
-            ylim=(-0.02 * top, 1.05 * top), xlabel="cyclomatic complexity of the reference (problems)", ylabel="pass@1"
-        )
-        range_frame(ax, (0, len(levels) - 1), (0, top))
-        caption_below(fig, f"{about}; bars: 95% intervals; grey: functions that do nothing")
+        _label_series_ends(ax, table, len(levels) - 0.6)
+        ax.set(ylim=(-0.02, 1.03), yticks=[0, 0.5, 1], ylabel="pass@1")
+        ax.set_xlabel("cyclomatic complexity of the reference (problems)")
+        range_frame(ax, (0, len(levels) - 1), (0, 1))
+        caption_below(fig, f"{caption}; bars: 95% intervals; grey: functions that do nothing")
         plt.close(fig)
     return fig

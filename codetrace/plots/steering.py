@@ -14,61 +14,51 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .mechanism import panel_grid
-from .style import GREY, caption_below, figure_style, range_frame, spread_labels
+from .style import GREY, caption_below, figure_style, panel_grid, range_frame, spread_labels
 
 # %% ../../nbs/plots/steering.ipynb #3b6a2a94
-def _scale_ends(values: pd.Series, least: float = 0.1) -> tuple[float, float]:
-    "The ends of a scale that holds 0 and all values."
-    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    return (low, high) if high - low >= least else (low - least / 2, high + least / 2)
-
-
 def plot_dose_response(
-    table: pd.DataFrame,  # One row a direction, measure and strength: `name, measure, alpha, value, low, high`
-    band: pd.DataFrame,  # One row a measure and strength: `measure, alpha, middle, low, high`; may be empty
-    said: str = "",  # n, and what it is of
+    table: pd.DataFrame,  # One row a direction, measure and strength: `name, measure, coefficient, value, low, high`
+    band: pd.DataFrame,  # One row a measure and strength: `measure, coefficient, middle, low, high` (may be empty)
+    caption: str = "",  # n, and what it is of
 ) -> Figure:
     "What each strength does, a row of panels a direction, a column a measure; grey: random pushes as strong."
-    names, measures = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["measure"]))
-    words = (
-        "● with 95% intervals; grey: the extremes and the median of random pushes as strong."
-        if len(band)
-        else "● with 95% intervals."
-    )
-    with panel_grid(len(names) * len(measures), len(measures), 1.9, 1.5, f"{said} {words}".strip()) as axes:
-        for row, name in zip(axes, names):
-            for ax, measure in zip(row, measures):
-                _plot_dose_panel(
-                    ax,
-                    table[(table["name"] == name) & (table["measure"] == measure)],
-                    band[band["measure"] == measure] if len(band) else band,
-                )
+    names = list(dict.fromkeys(table["name"]))
+    measures = list(dict.fromkeys(table["measure"]))
+    null = "; grey: the extremes and the median of random pushes as strong." if len(band) else "."
+    caption = f"{caption} ● with 95% intervals{null}".strip()
+    with panel_grid(len(names) * len(measures), len(measures), 1.9, 1.5, caption) as axes:
+        for axes_of_direction, name in zip(axes, names):
+            for ax, measure in zip(axes_of_direction, measures):
+                rows = table[(table["name"] == name) & (table["measure"] == measure)]
+                null_rows = band[band["measure"] == measure] if len(band) else band
+                _plot_dose_panel(ax, rows, null_rows)
                 ax.set_title(measure if name == names[0] else "", pad=3)
-            row[0].set_ylabel(textwrap.fill(name, 22), fontsize=7)
+            axes_of_direction[0].set_ylabel(textwrap.fill(name, 22), fontsize=7)
         axes[-1, 0].set_xlabel("strength, of the median norm")
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/steering.ipynb #9dee6f85
-def _plot_dose_panel(ax, own: pd.DataFrame, null: pd.DataFrame) -> None:
+def _plot_dose_panel(ax, rows: pd.DataFrame, null: pd.DataFrame) -> None:
     "One direction and measure."
-    own, null = own.sort_values("alpha"), _add_zero_strength(null) if len(null) else null
+    rows = rows.sort_values("coefficient")
     if len(null):
-        ax.fill_between(null["alpha"], null["low"], null["high"], color="0.88", lw=0)
-        ax.plot(null["alpha"], null["middle"], color=GREY, lw=0.8)
+        null = _add_zero_strength(null)
+        ax.fill_between(null["coefficient"], null["low"], null["high"], color="0.88", lw=0)
+        ax.plot(null["coefficient"], null["middle"], color=GREY, lw=0.8)
     ax.axhline(0, color="0.8", lw=0.5, zorder=0)
-    ax.vlines(own["alpha"], own["low"], own["high"], color="k", lw=0.7)
-    line = _add_zero_strength(own[["alpha", "value"]])
-    ax.plot(line["alpha"], line["value"], color="k", lw=0.7)
-    ax.plot(own["alpha"], own["value"], "o", color="k", ms=3)
-    ends = sorted({float(own["alpha"].min()), 0.0, float(own["alpha"].max())})
+    ax.vlines(rows["coefficient"], rows["low"], rows["high"], color="k", lw=0.7)
+    line = _add_zero_strength(rows[["coefficient", "value"]])
+    ax.plot(line["coefficient"], line["value"], color="k", lw=0.7)
+    ax.plot(rows["coefficient"], rows["value"], "o", color="k", ms=3)
+    ends = sorted({float(rows["coefficient"].min()), 0.0, float(rows["coefficient"].max())})
     ax.set_xticks(ends, [_with_minus_signs(f"{x:.2g}") for x in ends])
 
 
 def _add_zero_strength(table: pd.DataFrame) -> pd.DataFrame:
     "Strength 0 changes nothing, whatever is pushed: so all curves pass there."
     still = table.iloc[:1].assign(**{name: 0.0 for name in table.select_dtypes("number")})
-    return pd.concat([table[table["alpha"] != 0], still]).sort_values("alpha")
+    return pd.concat([table[table["coefficient"] != 0], still]).sort_values("coefficient")
 
 
 def _with_minus_signs(text: str) -> str:
@@ -76,120 +66,139 @@ def _with_minus_signs(text: str) -> str:
     return re.sub(r"-(?=[\d.])", "−", text)
 
 # %% ../../nbs/plots/steering.ipynb #aa58f2cb
+def _label_pushes(ax, pushes: pd.DataFrame, x: float, gap: float):
+    "The name of each push on the right, with a thin line to its dot."
+    pushes = pushes.sort_values(["correction", "corruption"], ascending=[True, False])
+    line = {"arrowstyle": "-", "color": "0.8", "lw": 0.4, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+    place = {"fontsize": 7, "va": "center", "annotation_clip": False, "arrowprops": line}
+    for (_, row), height in zip(pushes.iterrows(), spread_labels(pushes["correction"].tolist(), gap)):
+        text = textwrap.fill(_with_minus_signs(row["label"]), 36)
+        ax.annotate(text, (row["corruption"], row["correction"]), (x, height), **place)
+
+
+def _scale_top(values: pd.Series) -> float:
+    return max(0.1, float(values.max())) if len(values) else 0.1
+
+# %% ../../nbs/plots/steering.ipynb #0a0e133e
 def plot_correction_vs_corruption(
     table: pd.DataFrame,  # One row a push: `label` (empty: a random one), `correction, corruption`
-    said: str = "",
+    caption: str = "",
 ) -> Figure:
-    "Share of wrong answers corrected, against share of right answers corrupted."
+    "Share of wrong solutions corrected, against share of right solutions corrupted."
     import matplotlib.pyplot as plt
 
     table = table.dropna(subset=["correction", "corruption"])
+    top_x = _scale_top(table["corruption"])
+    top_y = _scale_top(table["correction"])
+    random_pushes = table[table["label"] == ""].groupby(["corruption", "correction"]).size().reset_index(name="n")
+    pushes = table[table["label"] != ""]
     with figure_style():
         fig, ax = plt.subplots(figsize=(5.6, 3.0), layout="constrained")
-        random, ours = table[table["label"] == ""], table[table["label"] != ""]
-        many = random.groupby(["corruption", "correction"]).size().reset_index(name="n")
-        ax.scatter(many["corruption"], many["correction"], s=7 * many["n"], color="0.75", lw=0, zorder=1)
-        ax.plot(ours["corruption"], ours["correction"], "o", color="k", ms=4, zorder=3)
-        top = [max(0.1, float(table[x].max()) if len(table) else 0.1) for x in ("corruption", "correction")]
-        order = ours.sort_values(["correction", "corruption"], ascending=[True, False])
-        for (_, row), height in zip(order.iterrows(), spread_labels(order["correction"].tolist(), 0.13 * top[1])):
-            ax.annotate(textwrap.fill(_with_minus_signs(row["label"]), 36), (row["corruption"], row["correction"]), (1.06 * top[0], height), fontsize=7, va="center", annotation_clip=False,
-                        arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.4, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)})  # fmt: skip
-        ax.set(
-            xlabel="right answers corrupted",
-            ylabel="wrong answers corrected",
-            xlim=(-0.03 * top[0], 1.05 * top[0]),
-            ylim=(-0.04 * top[1], 1.06 * top[1]),
-        )
-        range_frame(ax, (0, top[0]), (0, top[1]))
-        caption_below(fig, f"{said} Grey: random pushes, as large as there are many.".strip())
+        sizes = 7 * random_pushes["n"]
+        ax.scatter(random_pushes["corruption"], random_pushes["correction"], s=sizes, color="0.75", lw=0, zorder=1)
+        ax.plot(pushes["corruption"], pushes["correction"], "o", color="k", ms=4, zorder=3)
+        _label_pushes(ax, pushes, 1.06 * top_x, 0.13 * top_y)
+        ax.set(xlabel="right solutions corrupted", ylabel="wrong solutions corrected")
+        ax.set(xlim=(-0.03 * top_x, 1.05 * top_x), ylim=(-0.04 * top_y, 1.06 * top_y))
+        range_frame(ax, (0, top_x), (0, top_y))
+        caption_below(fig, f"{caption} Grey: random pushes, as large as there are many.".strip())
         plt.close(fig)
     return fig
 
 # %% ../../nbs/plots/steering.ipynb #c2c46bc6
 _OUTCOME_STYLES = {
-    "helped": {"color": "k", "lw": 1.0},
-    "hurt": {"color": "k", "lw": 1.0, "ls": ":"},
-    "kept": {"color": "0.8", "lw": 0.6},
-    "missed": {"color": "0.8", "lw": 0.6},
+    "corrected": {"color": "k", "lw": 1.0, "zorder": 3},
+    "corrupted": {"color": "k", "lw": 1.0, "ls": ":", "zorder": 3},
+    "kept": {"color": "0.8", "lw": 0.6, "zorder": 2},
+    "missed": {"color": "0.8", "lw": 0.6, "zorder": 2},
 }
+
+
+def _plot_slopes(ax, rows: pd.DataFrame):
+    "One push: a slope a task, moved apart a little."
+    shifts = 0.05 * (np.arange(len(rows)) / max(1, len(rows) - 1) - 0.5)
+    for (_, row), shift in zip(rows.iterrows(), shifts):
+        ends = [row["before"] + shift, row["after"] + shift]
+        ax.plot([0, 1], ends, solid_capstyle="butt", **_OUTCOME_STYLES[row["outcome"]])
+    ax.set_xticks([0, 1], ["as it is", "pushed"])
+    for label, side in zip(ax.get_xticklabels(), ("left", "right")):
+        label.set_ha(side)
+    ax.set(xlim=(-0.08, 1.08), ylim=(-0.06, 1.06), yticks=[0, 0.5, 1])
 
 # %% ../../nbs/plots/steering.ipynb #c61d0b0a
 def plot_slope_graph(
-    table: pd.DataFrame,  # One row a panel and task: `name, task_id, outcome, before, after`; shares of asserts
-    said: str = "",
+    table: pd.DataFrame,  # One row a panel and task: `name, task_id, outcome, before, after` (shares of asserts)
+    caption: str = "",
 ) -> Figure:
     "Each task, unpushed and pushed."
-    names = list(dict.fromkeys(table["name"]))
-    words = "Share of a task's asserts that hold. Black: solved only when pushed; dotted: only unpushed; grey: the others, moved apart a little."
-    with panel_grid(len(names), 4, 1.9, 2.2, f"{said} {words}".strip()) as axes:
-        for ax, name in zip(axes.flat, names):
-            own = table[table["name"] == name].reset_index(drop=True)
-            apart = 0.05 * (np.arange(len(own)) / max(1, len(own) - 1) - 0.5)
-            for (_, row), shift in zip(own.iterrows(), apart):
-                ax.plot(
-                    [0, 1],
-                    np.array([row["before"], row["after"]]) + shift,
-                    solid_capstyle="butt",
-                    **_OUTCOME_STYLES[row["outcome"]],
-                    zorder=2 + (row["outcome"] in ("helped", "hurt")),
-                )
-            count = own["outcome"].value_counts()
-            ax.set_title(
-                f"{textwrap.fill(_with_minus_signs(name), 26)}\n+{count.get('helped', 0)} −{count.get('hurt', 0)} of {len(own)}",
-                pad=3,
-                fontsize=8,
-            )
-            ax.set_xticks([0, 1], ["as it is", "pushed"])
-            for label, side in zip(ax.get_xticklabels(), ("left", "right")):
-                label.set_ha(side)
-            ax.set(xlim=(-0.08, 1.08), ylim=(-0.06, 1.06), yticks=[0, 0.5, 1])
+    panels = list(table.groupby("name", sort=False))
+    lines = "Black: solved only when pushed; dotted: only unpushed; grey: the others, moved apart a little."
+    caption = f"{caption} Share of a task's asserts that hold. {lines}".strip()
+    with panel_grid(len(panels), 4, 1.9, 2.2, caption) as axes:
+        for ax, (name, rows) in zip(axes.flat, panels):
+            _plot_slopes(ax, rows)
+            count = rows["outcome"].value_counts()
+            change = f"+{count.get('corrected', 0)} −{count.get('corrupted', 0)} of {len(rows)}"
+            ax.set_title(f"{textwrap.fill(_with_minus_signs(name), 26)}\n{change}", pad=3, fontsize=8)
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/steering.ipynb #870c4f76
+_STEP_MARKERS = {"grid": {"marker": "o", "mfc": "w", "ms": 3.5, "mew": 0.7}, "refined": {"marker": ".", "ms": 3}}
+
+
+def _plot_search_panel(ax, rows: pd.DataFrame):
+    "One direction: what was tried in each step, and what was chosen."
+    rows = rows.sort_values("coefficient")
+    ax.axhline(0, color="0.8", lw=0.5, zorder=0)
+    ax.plot(rows["coefficient"], rows["value"], color=GREY, lw=0.6)
+    for step, look in _STEP_MARKERS.items():
+        tried = rows[rows["step"] == step]
+        ax.plot(tried["coefficient"], tried["value"], ls="", color="k", **look)
+    chosen = rows[rows["chosen"]]
+    ax.plot(chosen["coefficient"], chosen["value"], "o", color="k", ms=5)
+
+
+def _scale_ends(values: pd.Series, smallest: float = 0.1) -> tuple[float, float]:
+    "The ends of a scale that holds 0 and all values, at least `smallest` apart."
+    low = min(0.0, float(values.min()))
+    high = max(0.0, float(values.max()))
+    return (low, high) if high - low >= smallest else (low - smallest / 2, high + smallest / 2)
+
+# %% ../../nbs/plots/steering.ipynb #98265405
 def plot_strength_search(
-    table: pd.DataFrame,  # One row a direction and strength: `name, alpha, value, step` (`grid` or `refined`), `chosen` (bool)
+    table: pd.DataFrame,  # One row a direction and strength: `name, coefficient, value, step` (`grid` or `refined`), `chosen` (bool)
     ylabel: str,
-    said: str = "",
+    caption: str = "",
     columns: int = 4,
 ) -> Figure:
     "What was tried, and what was chosen."
-    names = list(dict.fromkeys(table["name"]))
+    panels = list(table.groupby("name", sort=False))
     low, high = _scale_ends(table["value"])
-    words = "○ tried on the grid, · in refining, ● chosen."
-    with panel_grid(len(names), columns, 1.7, 1.25, f"{said} {words}".strip()) as axes:
-        for ax, name in zip(axes.flat, names):
-            own = table[table["name"] == name].sort_values("alpha")
-            ax.axhline(0, color="0.8", lw=0.5, zorder=0)
-            ax.plot(own["alpha"], own["value"], color=GREY, lw=0.6)
-            for step, look in (
-                ("grid", {"marker": "o", "mfc": "w", "ms": 3.5, "mew": 0.7}),
-                ("refined", {"marker": ".", "ms": 3}),
-            ):
-                some = own[own["step"] == step]
-                ax.plot(some["alpha"], some["value"], ls="", color="k", **look)
-            best = own[own["chosen"]]
-            ax.plot(best["alpha"], best["value"], "o", color="k", ms=5)
+    margin = 0.08 * (high - low)
+    caption = f"{caption} ○ tried on the grid, · in refining, ● chosen.".strip()
+    with panel_grid(len(panels), columns, 1.7, 1.25, caption) as axes:
+        for ax, (name, rows) in zip(axes.flat, panels):
+            _plot_search_panel(ax, rows)
             ax.set_title(textwrap.fill(name, 24), pad=3, fontsize=7)
-            ax.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+            ax.set_ylim(low - margin, high + margin)
         axes[-1, 0].set(xlabel="strength", ylabel=ylabel)
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/steering.ipynb #a1d14ca0
 def plot_attention_shares(
     table: pd.DataFrame,  # One row a part, layer and head: `part, layer, head, share, pushed`
-    even: dict[str, float],  # By part: the share if all tokens were attended alike
-    said: str = "",
+    uniform: dict[str, float],  # By part: the share if all tokens were attended alike
+    caption: str = "",
 ) -> Figure:
     "Where the last prompt token looks."
-    names, last = list(dict.fromkeys(table["part"])), int(table["layer"].max())
-    words = "Line: mean over heads as it is; dashed: pushed; grey dots: single heads, as it is; thin: all tokens alike."
-    with panel_grid(len(names), 5, 1.6, 1.5, f"{said} {words}".strip()) as axes:
-        for ax, name in zip(axes.flat, names):
-            own = table[table["part"] == name]
-            mean = own.groupby("layer")[["share", "pushed"]].mean()
-            ax.plot(own["layer"], own["share"], ".", color="0.8", ms=2, zorder=0)
-            ax.axhline(even[name], color=GREY, lw=0.5)
+    panels = list(table.groupby("part", sort=False))
+    last = int(table["layer"].max())
+    lines = "Line: mean over heads as it is; dashed: pushed; grey dots: single heads, as it is; thin: all tokens alike."
+    with panel_grid(len(panels), 5, 1.6, 1.5, f"{caption} {lines}".strip()) as axes:
+        for ax, (name, rows) in zip(axes.flat, panels):
+            mean = rows.groupby("layer")[["share", "pushed"]].mean()
+            ax.plot(rows["layer"], rows["share"], ".", color="0.8", ms=2, zorder=0)
+            ax.axhline(uniform[name], color=GREY, lw=0.5)
             ax.plot(mean.index, mean["share"], color="k", lw=1)
             ax.plot(mean.index, mean["pushed"], color="k", lw=1, ls="--")
             ax.set_title(name, pad=3)

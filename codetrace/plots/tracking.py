@@ -10,54 +10,49 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import GREY, SERIES_MARKERS, caption_below, figure_style, range_frame, spread_labels
+from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
 
 # %% ../../nbs/plots/tracking.ipynb #66224b2a
-def _plot_series(ax: Axes, rows: pd.DataFrame, look: dict, shift: float):
-    "One line of accuracies with its intervals."
-    x = rows["at"] + shift
-    ax.vlines(x, rows["low"], rows["high"], color="k", lw=0.8)
-    ax.plot(x, rows["accuracy"], color="k", lw=0.8, ms=4.5, mew=0.8, **look)
-
-
-def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, name: str, many: bool):
+def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str):
     "All lines of one task, over program lengths."
-    lengths = sorted(cells["seq_len"].unique())
-    cells = cells.assign(at=cells["seq_len"].map(lengths.index))
-    floor = cells.groupby("at")["baseline"].max()
-    ax.step([-0.4, *[at + 0.4 for at in floor.index]], [floor.iloc[0], *floor], where="pre", color=GREY, lw=1, zorder=0)
-    for k, (_, rows) in enumerate(cells.groupby("series", sort=True)):
-        _plot_series(ax, rows.sort_values("at"), SERIES_MARKERS[k % len(SERIES_MARKERS)], 0.12 * k if many else 0)
-    ax.set(
-        title=name, ylim=(-0.03, 1.03), xlim=(-0.5, len(lengths) - 0.3), xticks=range(len(lengths)), xticklabels=lengths
-    )
-    ax.set_yticks([0, 0.5, 1])
-    range_frame(ax, (0, len(lengths) - 1), (0, 1))
+    cells = cells.sort_values(["series", "seq_len"])
+    plot_series(ax, cells.sort_values("seq_len", kind="stable"), "seq_len", "accuracy")
+    floor = cells.groupby("seq_len")["baseline"].max()
+    last = len(floor) - 1
+    ax.step([-0.45, *[k + 0.45 for k in range(len(floor))]], [floor.iloc[0], *floor], color=GREY, lw=1, zorder=0)
+    ax.set(title=title, ylim=(-0.03, 1.03), yticks=[0, 0.5, 1], xlabel="", ylabel="")
+    range_frame(ax, (0, last), (0, 1))
+
+
+def _accuracy_caption(table: pd.DataFrame) -> str:
+    counts = sorted({int(n) for n in table["n"]})
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"n = {n} programs a point, 95% Wilson intervals; grey: the best baseline"
 
 # %% ../../nbs/plots/tracking.ipynb #0b286fc7
 def plot_accuracy(
     table: pd.DataFrame,  # One row a cell: `task, depth, seq_len, series, n, accuracy, low, high, baseline`
     columns: int = 3,  # Panels in a row
+    caption: str = "",  # Model and programs, before n
 ) -> Figure:
     "Accuracy with 95% Wilson intervals, by task, depth, length and series, beside the best baseline."
     import matplotlib.pyplot as plt
 
     panels = list(table.groupby(["task", "depth"], sort=False, dropna=False))
-    width, rows = min(columns, len(panels)), -(-len(panels) // columns)
+    wide = min(columns, len(panels))
+    tall = -(-len(panels) // columns)
+    size = 2.1 * wide + 0.9, 1.75 * tall + 0.5
     with figure_style():
-        fig, axes = plt.subplots(
-            rows, width, figsize=(2.1 * width + 0.9, 1.75 * rows + 0.3), sharey=True, squeeze=False
-        )
+        fig, axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False, layout="constrained")
         for ax, ((task, depth), cells) in zip(axes.flat, panels):
-            name = task.replace("_", " ") + ("" if depth != depth else f", depth {int(depth)}")
-            _plot_accuracy_panel(ax, cells, name, table["series"].nunique() > 1)
+            title = task.replace("_", " ") + ("" if pd.isna(depth) else f", depth {int(depth)}")
+            _plot_accuracy_panel(ax, cells, title)
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
-        _label_series(axes.flat[min(width, len(panels)) - 1], panels[min(width, len(panels)) - 1][1])
-        for ax in axes[-1]:
-            ax.set_xlabel("lines in the program")
+        _label_series(axes[0, -1], panels[wide - 1][1])
+        axes[-1, 0].set_xlabel("lines in the program")
         axes[0, 0].set_ylabel("accuracy")
-        fig.tight_layout()
+        caption_below(fig, f"{caption} {_accuracy_caption(table)}".strip())
         plt.close(fig)
     return fig
 
@@ -67,10 +62,24 @@ def _label_series(ax: Axes, cells: pd.DataFrame):
     last = cells[cells["seq_len"] == cells["seq_len"].max()].sort_values("series")
     names = [*last["series"], "best baseline"]
     heights = [*last["accuracy"], last["baseline"].max()]
-    x = cells["seq_len"].nunique() - 0.62
-    for name, height, at in zip(names, heights, spread_labels(heights, 0.12)):
+    x = cells["seq_len"].nunique() - 0.5
+    for name, height, label_height in zip(names, heights, spread_labels(heights, 0.12)):
         color = GREY if name == "best baseline" else "k"
-        ax.annotate(name, (x, height), (x + 0.25, at), fontsize=8, va="center", color=color, annotation_clip=False)
+        place = {"xytext": (x + 0.2, label_height), "va": "center", "annotation_clip": False}
+        ax.annotate(name, (x, height), fontsize=8, color=color, **place)
+
+# %% ../../nbs/plots/tracking.ipynb #dd781aa7
+def _plot_agreement_panel(ax: Axes, rows: pd.DataFrame, names: list[str]):
+    "One series, a row a heuristic."
+    y = rows["heuristic"].map(names.index)
+    ax.hlines(y, rows["low"], rows["high"], color="k", lw=0.8)
+    ax.plot(rows["share"], y, "o", color="k", ms=4.5)
+    ax.plot(rows["chance"], y, "|", color=GREY, ms=9, mew=1.5)
+    ax.set(xlim=(-0.02, 1), xticks=[0, 0.5, 1], ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    range_frame(ax, (0, 1), (0, len(names) - 1))
 
 # %% ../../nbs/plots/tracking.ipynb #05fdbb18
 def plot_heuristic_agreement(
@@ -85,23 +94,22 @@ def plot_heuristic_agreement(
         size = 2.3 * len(groups) + 1, 0.24 * len(names) + 0.75
         fig, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for ax, (series, rows) in zip(axes.flat, groups):
-            y = rows["heuristic"].map(names.index)
-            ax.hlines(y, rows["low"], rows["high"], color="k", lw=0.8)
-            ax.plot(rows["share"], y, "o", color="k", ms=4.5)
-            ax.plot(rows["chance"], y, "|", color=GREY, ms=9, mew=1.5)
-            ax.set(
-                title=f"{series}, n ≤ {int(rows['n'].max())}",
-                xlim=(-0.02, 1),
-                ylim=(len(names) - 0.5, -0.5),
-                xticks=[0, 0.5, 1],
-            )
-            ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-            ax.spines["left"].set_visible(False)
-            ax.tick_params(axis="y", length=0)
-            range_frame(ax, (0, 1), (0, len(names) - 1))
+            _plot_agreement_panel(ax, rows, names)
+            ax.set_title(f"{series}, n ≤ {int(rows['n'].max())}")
         fig.supxlabel("share of wrong answers", fontsize=9)
         plt.close(fig)
     return fig
+
+# %% ../../nbs/plots/tracking.ipynb #37731ce5
+def _plot_distribution_panel(ax: Axes, values: pd.Series):
+    "How many problems have which value, and the median."
+    counts = values.value_counts()
+    low = counts.index.min()
+    high = counts.index.max()
+    ax.vlines(counts.index, 0, counts, color="k", lw=max(0.6, min(3, 60 / high)))
+    ax.plot(values.median(), -0.05 * counts.max(), "^", color="k", ms=4, clip_on=False)
+    ax.set(ylim=(-0.1 * counts.max(), None), yticks=[0, int(counts.max())], xticks=sorted({int(low), int(high)}))
+    range_frame(ax, (low, high), (0, counts.max()))
 
 # %% ../../nbs/plots/tracking.ipynb #bae15d90
 def plot_difficulty(
@@ -118,14 +126,9 @@ def plot_difficulty(
             1, len(names), figsize=(1.55 * len(names) + 0.4, 1.9), squeeze=False, layout="constrained"
         )
         for ax, row in zip(axes.flat, relation.itertuples()):
-            counts = table[row.measure].value_counts()
-            ax.vlines(counts.index, 0, counts, color="k", lw=max(0.6, min(3, 60 / counts.index.max())))
-            ax.plot(table[row.measure].median(), -0.05 * counts.max(), "^", color="k", ms=4, clip_on=False)
-            said = "" if row.measure == names[0] else f"\nρ = {row.rho:.2f} [{row.low:.2f}, {row.high:.2f}]"
-            ax.set_title(row.measure.replace("_", " ") + said, fontsize=8)
-            ax.set(ylim=(-0.1 * counts.max(), None), xticks=sorted({int(counts.index.min()), int(counts.index.max())}))
-            ax.set_yticks([0, int(counts.max())])
-            range_frame(ax, (counts.index.min(), counts.index.max()), (0, counts.max()))
+            _plot_distribution_panel(ax, table[row.measure])
+            correlation = "" if row.measure == names[0] else f"\nρ = {row.rho:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            ax.set_title(row.measure.replace("_", " ") + correlation, fontsize=8)
         axes[0, 0].set_ylabel("problems")
         caption_below(fig, caption)
         plt.close(fig)
@@ -139,23 +142,18 @@ def plot_split_shares(
     "The share of each level of difficulty that each part of a set holds, beside its target."
     import matplotlib.pyplot as plt
 
-    levels, splits = list(dict.fromkeys(table["level"])), list(dict.fromkeys(table["split"]))
+    levels = list(dict.fromkeys(table["level"]))
+    counts = table.groupby("level", sort=False)["n"].sum()
+    targets = table.drop_duplicates("split")
     with figure_style():
-        fig, ax = plt.subplots(figsize=(0.62 * len(levels) + 1.4, 2.1), layout="constrained")
-        for split, rows in table.groupby("split", sort=False):
-            x = rows["level"].map(levels.index) + 0.08 * (splits.index(split) - (len(splits) - 1) / 2)
-            ax.hlines(rows["target"].iloc[0], -0.3, len(levels) - 0.7, color=GREY, lw=0.8)
-            ax.vlines(x, rows["low"], rows["high"], color="k", lw=0.8)
-            ax.plot(
-                x, rows["share"], **SERIES_MARKERS[splits.index(split) % len(SERIES_MARKERS)], color="k", ls="", ms=4.5
-            )
-            ax.annotate(
-                split, (len(levels) - 0.6, rows["target"].iloc[0]), va="center", annotation_clip=False, fontsize=8
-            )
-        counted = table.groupby("level", sort=False)["n"].sum()
-        ax.set_xticks(range(len(levels)), [f"{level}\n({counted[level]})" for level in levels])
-        ax.set(ylim=(0, max(0.7, table["high"].max())), ylabel="share of the problems")
-        range_frame(ax, (0, len(levels) - 1), (0, 0.6))
+        fig, ax = plt.subplots(figsize=(0.62 * len(levels) + 1.4, 2.4), layout="constrained")
+        plot_series(ax, table.assign(series=table["split"]), "level", "share", lines=False)
+        ax.hlines(targets["target"], -0.45, len(levels) - 0.55, color=GREY, lw=0.8, zorder=0)
+        for split, target in zip(targets["split"], targets["target"]):
+            ax.annotate(split, (len(levels) - 0.5, target), va="center", annotation_clip=False, fontsize=8)
+        ax.set_xticks(range(len(levels)), [f"{level}\n({counts[level]})" for level in levels])
+        ax.set(ylim=(-0.02, 1.02), yticks=[0, 0.5, 1], xlabel="", ylabel="share of the problems")
+        range_frame(ax, (0, len(levels) - 1), (0, 1))
         caption_below(fig, caption)
         plt.close(fig)
     return fig

@@ -11,11 +11,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
 from ..core.errors import BadInput
-from ..core.files import read_json, storage_errors, StorageError
-from . import run as runs_run
-from .manifest import read_manifest, RunBusy
-from .phases import phase_name, phase_notebooks, runs_root
+from ..core.files import StorageError, read_json, storage_errors
+from .jobs import SubmittedJob
+from .launch import alive_jobs
+from .manifest import RunBusy, read_manifest
+from .phases import find_phase, is_phase, runs_root
+from .phases import phases as declared_phases
+from .run import acquire_run_lock
 
 # %% ../../nbs/runs/clean.ipynb #5b39f2a6
 _RUN_ID_PATTERN = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{8}")
@@ -27,12 +31,12 @@ class RemovableFolder:
 
     folder: Path
     phase: str
-    status: str  # As in the manifest; `no manifest`; `log` for what processes have said
+    status: str  # As in the manifest, or `no manifest`, or `log` for the output of processes
     bytes: int
     read_by: tuple[str, ...] = ()  # Runs that were made from this one
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         "Is there a result in it?"
         return self.status == "complete"
 
@@ -42,69 +46,79 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 # %% ../../nbs/runs/clean.ipynb #d3dee67c
-def _run_folders(root: Path) -> list[Path]:
-    "Folders of runs: of their own kind, not links, and no reference records."
-    named = lambda p: _RUN_ID_PATTERN.fullmatch(p.name) and not p.parent.name.startswith(".") and p.parent.name != "reference"
-    real = lambda p: p.is_dir() and not p.is_symlink() and not p.parent.is_symlink()
-    return [path for path in sorted(root.glob("*/*")) if named(path) and real(path)]
+def _is_run_folder(path: Path) -> bool:
+    "Is this the folder of a run: with a run's name, no link, and no reference record?"
+    if not _RUN_ID_PATTERN.fullmatch(path.name) or path.parent.name.startswith(".") or path.parent.name == "reference":
+        return False
+    return path.is_dir() and not path.is_symlink() and not path.parent.is_symlink()
 
 
 def _manifest_or_status(folder: Path) -> dict:
+    "The manifest of a run, or one that says what is wrong with it."
     try:
         return read_manifest(folder)
     except StorageError:
-        there = (folder / "run.json").is_file()
-        return {"phase": folder.parent.name, "status": "damaged" if there else "no manifest", "inputs": []}
+        status = "damaged" if (folder / "run.json").is_file() else "no manifest"
+        return {"phase": folder.parent.name, "status": status, "inputs": []}
 
 
-def removable_folders(
-    phases: Sequence[str] = (),  # Only these; none: all
-    incomplete: bool = False,  # Only what has no result
-    root: Path | None = None,  # Default: `runs.runs_root()`
-) -> list[RemovableFolder]:  # Never a reference record, never a run that is being written
-    "What could be removed."
-    root, wanted = Path(root or runs_root()), {phase_name(phase) for phase in phases}
-    known = {folder: _manifest_or_status(folder) for folder in _run_folders(root)}
+def _run_readers(manifests: dict[Path, dict]) -> dict[str, list[str]]:
+    "By run id, the ids of the runs that were made from it."
     readers: dict[str, list[str]] = {}
-    for folder, manifest in known.items():
+    for folder, manifest in manifests.items():
         for read in manifest.get("inputs", []):
             readers.setdefault(read["run_id"], []).append(folder.name)
-    found = [
-        RemovableFolder(folder, folder.parent.name, m["status"], _folder_bytes(folder), tuple(readers.get(folder.name, ())))
-        for folder, m in known.items()
-        if m["status"] not in ("running", "executed")
-    ]
-    found += [RemovableFolder(folder, phase, "log", _folder_bytes(folder)) for folder, phase in _ended_job_logs(root)]
-    if unknown := sorted(wanted - {f.phase for f in found} - set(phase_notebooks())):
-        raise BadInput(f"no phase {unknown[0]!r}, and no runs of it: `codetrace phases` lists the phases")
-    return [f for f in found if f.phase in (wanted or {f.phase}) and not (incomplete and f.whole)]
+    return readers
 
 # %% ../../nbs/runs/clean.ipynb #c3bf7bbc
-def _ended_job_logs(root: Path) -> list[tuple[Path, str]]:
-    "Folders of logs of processes that have ended, with their phases."
-    from codetrace.runs.jobs import SubmittedJob
-    from codetrace.runs.launch import alive_jobs
-
-    found = []
+def _ended_job_logs(root: Path) -> list[RemovableFolder]:
+    "Folders with logs of processes that have all ended."
+    logs = []
     for folder in sorted(root.glob(".jobs/*")):
         path = folder / "jobs.json"
         jobs = [SubmittedJob(**job) for job in read_json(path)] if path.is_file() else []
         if folder.is_dir() and not alive_jobs(jobs):
-            found.append((folder, folder.name.rpartition("-")[0]))
-    return found
+            phase = folder.name.rpartition("-")[0]
+            logs.append(RemovableFolder(folder, phase, "log", _folder_bytes(folder)))
+    return logs
+
+# %% ../../nbs/runs/clean.ipynb #208232b2
+def removable_folders(
+    phases: Sequence[str] = (),  # Only these, or all where there are none
+    incomplete: bool = False,  # Only what has no result
+    root: Path | None = None,  # Default: `runs_root()`
+) -> list[RemovableFolder]:  # Never a reference record, never a run that is being written
+    "List what could be removed."
+    root = Path(root or runs_root())
+    manifests = {path: _manifest_or_status(path) for path in sorted(root.glob("*/*")) if _is_run_folder(path)}
+    readers = _run_readers(manifests)
+    folders = []
+    for path, manifest in manifests.items():
+        if manifest["status"] not in ("running", "executed"):
+            read_by = tuple(readers.get(path.name, ()))
+            folders.append(RemovableFolder(path, path.parent.name, manifest["status"], _folder_bytes(path), read_by))
+    folders += _ended_job_logs(root)
+    wanted_phases = {find_phase(phase).name if is_phase(phase) else phase for phase in phases}
+    unknown = sorted(wanted_phases - {folder.phase for folder in folders} - set(declared_phases()))
+    if unknown:
+        raise BadInput(f"no phase {unknown[0]!r}, and no runs of it: `codetrace phases` lists the phases")
+    if wanted_phases:
+        folders = [folder for folder in folders if folder.phase in wanted_phases]
+    return [folder for folder in folders if not (incomplete and folder.is_complete)]
 
 # %% ../../nbs/runs/clean.ipynb #5522d8f6
 def remove_folder(
-    found: RemovableFolder,
-) -> bool:  # Was it removed? Not, when somebody is writing it
+    removable: RemovableFolder,
+) -> bool:  # False where a process is writing it
     "Remove a folder for good; raises `StorageError` where the disk refuses."
+    folder = removable.folder
     locks = []
     try:
-        for name in (".lock", ".kernel.lock") if found.status != "log" else ():
-            locks.append(runs_run.acquire_run_lock(found.folder, name))
-        with storage_errors(found.folder):
-            (found.folder / "run.json").unlink(missing_ok=True)
-            shutil.rmtree(found.folder)
+        for name in (".lock", ".kernel.lock") if removable.status != "log" else ():
+            locks.append(acquire_run_lock(folder, name))
+        with storage_errors(folder):
+            (folder / "run.json").unlink(missing_ok=True)
+            shutil.rmtree(folder)
     except RunBusy:
         return False
     finally:

@@ -16,101 +16,116 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
 from ..core.errors import BadInput
 from .phases import runs_root
 
 # %% ../../nbs/runs/doctor.ipynb #2868a132
 @dataclass(frozen=True)
 class DiagnosticResult:
-    "One thing that was looked at."
+    "What one diagnostic has shown."
 
-    what: str
-    found: str  # In words and numbers
-    works: bool
-    needed: bool = False  # Does a phase fail without it?
-    remedy: str = ""  # What to do where it does not work
+    name: str
+    detail: str  # In words and numbers
+    passed: bool
+    required: bool = False  # Without it a phase fails
+    remedy: str = ""  # What to do where it did not pass
 
 
-def required_diagnostics_pass(findings: list[DiagnosticResult]) -> bool:
-    "Does everything work that must?"
-    return all(f.works for f in findings if f.needed)
+def required_diagnostics_pass(results: list[DiagnosticResult]) -> bool:
+    "Did everything pass that must?"
+    return all(result.passed for result in results if result.required)
 
 # %% ../../nbs/runs/doctor.ipynb #c674aa94
 def diagnose_packages() -> Iterator[DiagnosticResult]:
     "Python, and the packages that codetrace requires."
     from packaging.requirements import Requirement
 
-    yield DiagnosticResult(
-        "python", platform.python_version(), sys.version_info >= (3, 11), True, "install Python 3.11 or newer"
-    )
-    wrong, count = [], 0
-    for text in metadata.requires("codetrace") or []:
-        one = Requirement(text)
-        if one.marker and not one.marker.evaluate({"extra": ""}):
-            continue
-        count += 1
-        with suppress(metadata.PackageNotFoundError):
-            if one.specifier.contains(metadata.version(one.name), prereleases=True):
-                continue
-            wrong.append(f"{one.name} {metadata.version(one.name)}, wanted {one.specifier}")
-            continue
-        wrong.append(f"{one.name} is missing")
-    said = "; ".join(wrong) or f"{count} packages as required"
-    yield DiagnosticResult("packages", said, not wrong, True, "pip install -c constraints.txt -e .")
+    new_enough = sys.version_info >= (3, 11)
+    yield DiagnosticResult("python", platform.python_version(), new_enough, True, "install Python 3.11 or newer")
+    requirements = [Requirement(text) for text in metadata.requires("codetrace") or []]
+    applicable = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
+    problems = [problem for problem in map(_requirement_problem, applicable) if problem]
+    detail = "; ".join(problems) or f"{len(applicable)} packages as required"
+    yield DiagnosticResult("packages", detail, not problems, True, "pip install -c constraints.txt -e .")
+
+
+def _requirement_problem(requirement) -> str | None:
+    "Why a package does not do; None where it does."
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if requirement.specifier.contains(version, prereleases=True):
+        return None
+    return f"{requirement.name} {version}, wanted {requirement.specifier}"
 
 # %% ../../nbs/runs/doctor.ipynb #8c4f68eb
 BYTES_PER_GB = 1e9
-_LOW_DISK_GB = 10  # GB, below which the disk is said to be nearly full
+_REQUIRED_MEMORY_GB = 2
+_LOW_DISK_GB = 10  # Below it the disk is called nearly full
 
 
 def diagnose_host_memory() -> Iterator[DiagnosticResult]:
     "Processors and host memory, as far as this process may use them."
     import psutil
-
-    from codetrace.models.limits import _free_memory
     import torch
+
+    from codetrace.models.limits import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield DiagnosticResult("processor", f"{cores} cores, {_processor_name()}", True)
-    free, total = _free_memory(torch.device("cpu")) / BYTES_PER_GB, psutil.virtual_memory().total / BYTES_PER_GB
-    yield DiagnosticResult("memory", f"{free:.1f} of {total:.1f} GB free", free > 2, True, "close something: 2 GB are needed")
+    free_gb = free_memory(torch.device("cpu")) / BYTES_PER_GB
+    total_gb = psutil.virtual_memory().total / BYTES_PER_GB
+    remedy = f"close something: {_REQUIRED_MEMORY_GB} GB are needed"
+    detail = f"{free_gb:.1f} of {total_gb:.1f} GB free"
+    yield DiagnosticResult("memory", detail, free_gb > _REQUIRED_MEMORY_GB, True, remedy)
 
 
 def _processor_name() -> str:
     "The processor's name."
     with suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1]
     return platform.processor() or platform.machine()
 
 # %% ../../nbs/runs/doctor.ipynb #e3f942bd
 def diagnose_disk() -> Iterator[DiagnosticResult]:
     "Space where runs and models are kept, and whether it can be written to."
-    from codetrace.models.loading import cache_dir
+    from codetrace.models.cache import cache_dir
 
-    for what, folder in {"runs": runs_root(), "cache": cache_dir()}.items():
-        there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.is_dir())
-        free = shutil.disk_usage(there).free / BYTES_PER_GB
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-            why = "" if free > 1 else ", too little"
-        except OSError as error:
-            why = f", not writable: {error.strerror}"
-        low = ", nearly full" if not why and free < _LOW_DISK_GB else ""
-        remedy = (
-            "free some space, or set CODETRACE_RUNS" if what == "runs" else "free some space, or set XDG_CACHE_HOME"
-        )
-        yield DiagnosticResult(f"disk for {what}", f"{free:.0f} GB free at {there}{why}{low}", not why, True, remedy)
+    yield _diagnose_folder("disk for runs", runs_root(), "free some space, or set CODETRACE_RUNS")
+    yield _diagnose_folder("disk for cache", cache_dir(), "free some space, or set XDG_CACHE_HOME")
+
+# %% ../../nbs/runs/doctor.ipynb #d9f69535
+def _diagnose_folder(name: str, folder: Path, remedy: str) -> DiagnosticResult:
+    "Space at a folder, or at the nearest one above it that is there."
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.is_dir())
+    free_gb = shutil.disk_usage(existing).free / BYTES_PER_GB
+    problem = _write_problem(existing)
+    if not problem and free_gb <= 1:
+        problem = ", too little"
+    warning = ", nearly full" if not problem and free_gb < _LOW_DISK_GB else ""
+    detail = f"{free_gb:.0f} GB free at {existing}{problem}{warning}"
+    return DiagnosticResult(name, detail, not problem, True, remedy)
+
+
+def _write_problem(folder: Path) -> str:
+    "Why no file can be written into a folder; empty where one can."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f", not writable: {error.strerror}"
+    return ""
 
 # %% ../../nbs/runs/doctor.ipynb #6a04a20c
 def matmul_speed(
@@ -119,41 +134,54 @@ def matmul_speed(
     n: int = 1024,  # Rows and columns
     seconds: float = 0.5,  # To spend
 ) -> float:  # Operations a second, of the fastest product
-    "A timed matrix product; raises what the device raises."
+    "Time a matrix product; raises what the device raises."
     import torch
 
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    a @ b
-    wait()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        began = time.perf_counter()
-        c = a @ b
-        wait()
-        best = min(best, time.perf_counter() - began)
+    _timed_product(a, b)  # the first one also loads what the device needs
+    fastest = float("inf")
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or fastest == float("inf"):
+        product, elapsed = _timed_product(a, b)
+        fastest = min(fastest, elapsed)
     exact = (a[0].double() @ b.double()).cpu()
-    if not torch.allclose(c[0].double().cpu(), exact, rtol=0.05, atol=0.05 * n**0.5):
+    if not torch.allclose(product[0].double().cpu(), exact, rtol=0.05, atol=0.05 * n**0.5):
         raise ArithmeticError(f"{device} multiplies matrices wrongly in {dtype}")
-    return 2 * n**3 / best
+    return 2 * n**3 / fastest
+
+# %% ../../nbs/runs/doctor.ipynb #e33868f6
+def _timed_product(a, b) -> tuple:
+    "The product of two matrices, and the seconds it took."
+    import torch
+
+    began = time.perf_counter()
+    product = a @ b
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    return product, time.perf_counter() - began
 
 # %% ../../nbs/runs/doctor.ipynb #ca427eb1
 def diagnose_devices() -> Iterator[DiagnosticResult]:
-    "Each device at work; a GPU that is there and cannot be used is a finding too."
+    "Each device at work; a GPU that is there and cannot be used is reported too."
     import torch
 
-    names = {"cpu": "", **{f"cuda:{i}": _gpu_description(i) for i in range(torch.cuda.device_count())}}
-    for device, about in names.items():
-        try:
-            speeds = {
-                dtype: matmul_speed(device, dtype, 1024 if device == "cpu" else 8192) for dtype in ("float32", "bfloat16")
-            }
-            said = ", ".join(f"{dtype} {speed / 1e9:,.0f} GFLOP/s" for dtype, speed in speeds.items())
-            yield DiagnosticResult(device, about + said, True, device == "cpu")
-        except (RuntimeError, ArithmeticError) as error:
-            yield DiagnosticResult(device, about + str(error).splitlines()[0], False, True, "leave it out with --devices")
+    yield _diagnose_device("cpu", 1024, "")
+    for number in range(torch.cuda.device_count()):
+        yield _diagnose_device(f"cuda:{number}", 8192, _gpu_description(number))
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        yield DiagnosticResult("cuda", "there is a driver, and torch cannot use it", False, False, "install a torch with CUDA")
+        detail = "there is a driver, and torch cannot use it"
+        yield DiagnosticResult("cuda", detail, False, False, "install a torch with CUDA")
+
+
+def _diagnose_device(device: str, n: int, description: str) -> DiagnosticResult:
+    "The speed of one device, on matrices of `n` rows, in both precisions."
+    try:
+        speeds = {dtype: matmul_speed(device, dtype, n) for dtype in ("float32", "bfloat16")}
+    except (RuntimeError, ArithmeticError) as error:
+        message = str(error).splitlines()[0]
+        return DiagnosticResult(device, description + message, False, True, "leave it out with --devices")
+    detail = ", ".join(f"{dtype} {speed / 1e9:,.0f} GFLOP/s" for dtype, speed in speeds.items())
+    return DiagnosticResult(device, description + detail, True, device == "cpu")
 
 
 def _gpu_description(number: int) -> str:
@@ -164,7 +192,8 @@ def _gpu_description(number: int) -> str:
     return f"{torch.cuda.get_device_name(number)}, {free / BYTES_PER_GB:.1f} of {total / BYTES_PER_GB:.1f} GB free, "
 
 # %% ../../nbs/runs/doctor.ipynb #a65e4d92
-DIAGNOSTIC_PROMPT, DIAGNOSTIC_ANSWER = "a = 3\nprint(a)  # prints 3\n\nx = 4\nprint(x)  # prints ", "4"
+DIAGNOSTIC_PROMPT = "a = 3\nprint(a)  # prints 3\n\nx = 4\nprint(x)  # prints "
+DIAGNOSTIC_ANSWER = "4"
 
 
 def diagnose_model(
@@ -172,34 +201,39 @@ def diagnose_model(
 ) -> Iterator[DiagnosticResult]:
     "The model loads, and answers."
     from codetrace import models
-    from codetrace.models.loading import cache_dir
+    from codetrace.models.cache import cache_dir
 
     began = time.monotonic()
     try:
         lm = models.load(name)
-        loaded, said = time.monotonic() - began, lm.generate([DIAGNOSTIC_PROMPT], 1)[0].strip()
-        right = said == DIAGNOSTIC_ANSWER or name.startswith("tiny:")
-        found = f"loaded in {loaded:.1f} s as {str(lm.dtype).removeprefix('torch.')} on {lm.device}, says {said!r}"
-        yield DiagnosticResult(f"model {name}", found, right, True, f"it should say {DIAGNOSTIC_ANSWER!r}: remove {cache_dir()}")
+        seconds = time.monotonic() - began
+        answer = lm.generate([DIAGNOSTIC_PROMPT], 1)[0].strip()
     except BadInput as error:
         yield DiagnosticResult(f"model {name}", " ".join(str(error).split()), False, True, "see the message")
+        return
+    passed = answer == DIAGNOSTIC_ANSWER or name.startswith("tiny:")
+    dtype = str(lm.dtype).removeprefix("torch.")
+    detail = f"loaded in {seconds:.1f} s as {dtype} on {lm.device}, says {answer!r}"
+    remedy = f"it should say {DIAGNOSTIC_ANSWER!r}: remove {cache_dir()}"
+    yield DiagnosticResult(f"model {name}", detail, passed, True, remedy)
 
 # %% ../../nbs/runs/doctor.ipynb #99c67a87
 def diagnose_sandbox() -> Iterator[DiagnosticResult]:
     "The sandbox's tiers; one of them must work."
     from codetrace.sandbox.pool import choose_sandbox_tier, why_tier_unavailable
 
-    means = {1: "bubblewrap, namespaces, seccomp", 2: "Landlock, seccomp"}
-    why = {tier: why_tier_unavailable(tier) for tier in means}
-    for tier, reason in why.items():
-        yield DiagnosticResult(f"sandbox tier {tier}", f"{means[tier]}{': ' + reason if reason else ''}", not reason)
-    works = not all(why.values())
-    said = f"programs are graded in tier {choose_sandbox_tier()}" if works else "no program can be graded"
-    yield DiagnosticResult("sandbox", said, works, True, "install bubblewrap, or a kernel with Landlock")
+    mechanisms = {1: "bubblewrap, namespaces, seccomp", 2: "Landlock, seccomp"}
+    reasons = {tier: why_tier_unavailable(tier) for tier in mechanisms}
+    for tier, reason in reasons.items():
+        detail = mechanisms[tier] + (f": {reason}" if reason else "")
+        yield DiagnosticResult(f"sandbox tier {tier}", detail, not reason)
+    passed = not all(reasons.values())
+    detail = f"programs are graded in tier {choose_sandbox_tier()}" if passed else "no program can be graded"
+    yield DiagnosticResult("sandbox", detail, passed, True, "install bubblewrap, or a kernel with Landlock")
 
-
+# %% ../../nbs/runs/doctor.ipynb #9e3b37f6
 def diagnose_model_hub(
-    patience: float = 4,  # Seconds
+    timeout: float = 4,  # Seconds
 ) -> Iterator[DiagnosticResult]:
     "Does the model hub answer? Only models that are not here yet need it."
     import urllib.request
@@ -209,14 +243,13 @@ def diagnose_model_hub(
         yield DiagnosticResult("hub", "HF_HUB_OFFLINE is set", False, False, "unset it to download models")
         return
     try:
-        asked = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "codetrace"})
-        with urllib.request.urlopen(asked, timeout=patience) as answer:
-            yield DiagnosticResult("hub", f"{address} answers {answer.status}", True)
+        request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "codetrace"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            yield DiagnosticResult("hub", f"{address} answers {response.status}", True)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
-        yield DiagnosticResult(
-            "hub", f"{address} does not answer: {reason}", False, False, "smollm2 and what is cached still work"
-        )
+        detail = f"{address} does not answer: {reason}"
+        yield DiagnosticResult("hub", detail, False, False, "smollm2 and what is cached still work")
 
 # %% ../../nbs/runs/doctor.ipynb #ef587d5d
 def diagnose_slurm() -> Iterator[DiagnosticResult]:
@@ -226,9 +259,9 @@ def diagnose_slurm() -> Iterator[DiagnosticResult]:
     if not shutil.which("sinfo"):
         yield DiagnosticResult("slurm", "none here", False, False, "--cluster slurm needs a login node")
         return
-    answer = subprocess.run(["sinfo", "-h", "-o", "%P %D nodes %a"], capture_output=True, text=True, timeout=20)
-    said = "; ".join((answer.stdout or answer.stderr).strip().splitlines())
-    yield DiagnosticResult("slurm", said, answer.returncode == 0, False, "ask whoever runs the cluster")
+    query = subprocess.run(["sinfo", "-h", "-o", "%P %D nodes %a"], capture_output=True, text=True, timeout=20)
+    detail = "; ".join((query.stdout or query.stderr).strip().splitlines())
+    yield DiagnosticResult("slurm", detail, query.returncode == 0, False, "ask whoever runs the cluster")
 
 # %% ../../nbs/runs/doctor.ipynb #7d990d9a
 DIAGNOSTICS: tuple[Callable[[], Iterator[DiagnosticResult]], ...] = (
@@ -241,17 +274,18 @@ DIAGNOSTICS: tuple[Callable[[], Iterator[DiagnosticResult]], ...] = (
     diagnose_model_hub,
     diagnose_slurm,
 )
+_OPTIONAL_DIAGNOSTICS = (diagnose_model_hub, diagnose_slurm)
 
 
 def diagnose_machine(
-    examinations: tuple[Callable[[], Iterator[DiagnosticResult]], ...] = DIAGNOSTICS,
+    diagnostics: tuple[Callable[[], Iterator[DiagnosticResult]], ...] = DIAGNOSTICS,
 ) -> Iterator[DiagnosticResult]:  # As they come
-    "Look at everything."
-    for one in examinations:
+    "Run all diagnostics."
+    for diagnose in diagnostics:
         try:
-            yield from one()
+            yield from diagnose()
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            yield DiagnosticResult(
-                one.__name__, f"{type(error).__name__}: {said}", False, one not in (diagnose_model_hub, diagnose_slurm), "see the message"
-            )
+            message = (str(error).splitlines() or [""])[0]
+            detail = f"{type(error).__name__}: {message}"
+            required = diagnose not in _OPTIONAL_DIAGNOSTICS
+            yield DiagnosticResult(diagnose.__name__, detail, False, required, "see the message")

@@ -14,12 +14,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-import codetrace
-from ..core.errors import BadInput, look_up_name
-from ..core.files import file_sha256, read_json, StorageError
+
+from ..core.errors import BadInput
+from ..core.files import StorageError, file_sha256, read_json
 from .manifest import RunInterrupted
-from .phases import check_parameters, notebook_parameters, phase_name, phase_notebooks, preset_parameters
-from .run import notebook_code, open_run, Run
+from .parameters import phase_values
+from .phases import find_phase
+from .run import Run, notebook_code, open_run
 from .signals import interrupt_on_stop_signals
 
 # %% ../../nbs/runs/execute.ipynb #7b12602d
@@ -31,7 +32,8 @@ def _draw_progress(path: Path, phase: str, over):
     "Draw what `path` says until the event `over` is set."
     from tqdm import tqdm
 
-    bar, desc = tqdm(disable=True), None
+    bar = tqdm(disable=True)
+    desc = None
     while not over.wait(0.3):
         try:
             state = json.loads(path.read_text())
@@ -48,7 +50,8 @@ def _draw_progress(path: Path, phase: str, over):
 @contextmanager
 def _progress_bar(folder: Path, phase: str, shown: bool):
     "Draw the kernel's progress until the block ends."
-    path, over = folder / "progress.json", threading.Event()
+    path = folder / "progress.json"
+    over = threading.Event()
     path.unlink(missing_ok=True)
     thread = threading.Thread(target=_draw_progress, args=(path, phase, over), daemon=True)
     if shown:
@@ -61,7 +64,7 @@ def _progress_bar(folder: Path, phase: str, shown: bool):
             thread.join()
 
 # %% ../../nbs/runs/execute.ipynb #d7a51b80
-def _run_papermill(notebook: Path, folder: Path, given: dict):
+def _run_papermill(notebook: Path, folder: Path, parameters: dict):
     "Execute `notebook` into `folder`."
     import papermill
     from traitlets.config import Config
@@ -74,7 +77,7 @@ def _run_papermill(notebook: Path, folder: Path, given: dict):
         papermill.execute_notebook(
             notebook,
             folder / "notebook.ipynb",
-            parameters=given,
+            parameters=parameters,
             progress_bar=False,
             kernel_name="python3",
             start_timeout=300,
@@ -100,7 +103,8 @@ def _record_run_error(run: Run, error: BaseException) -> Exception | None:
             f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS"
         )
     if known is None:
-        kind, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        kind = getattr(error, "ename", type(error).__name__)
+        message = getattr(error, "evalue", str(error))
         message = "the kernel died: killed, or out of memory" if "Kernel died" in message else message
         run.fail(kind, message, cell=getattr(error, "exec_count", None))
         known = run.manifest["error"]
@@ -117,14 +121,12 @@ def execute_phase(
     show_progress: bool = True,  # A bar on the terminal
 ) -> dict:  # The manifest of the complete run
     "Run a phase in batch. Raises `BadInput` for the user's mistakes and `RunFailed` for ours."
-    given, phase = preset_parameters(phase) | dict(parameters or {}), phase_name(phase)
-    notebook = look_up_name(phase, phase_notebooks(), "phase")
-    declared = notebook_parameters(notebook)
-    values = check_parameters(given, declared, phase)
-    run = open_run(phase, values, notebook_code(notebook), root=root, launcher="codetrace")
+    declaration = find_phase(phase)
+    values = phase_values(phase, parameters or {})
+    run = open_run(declaration.name, values, notebook_code(declaration.notebook), root=root, launcher="codetrace")
     try:
-        with interrupt_on_stop_signals(), _progress_bar(run.folder, phase, show_progress):
-            _run_papermill(notebook, run.folder, {name: values[name] for name in given})
+        with interrupt_on_stop_signals(), _progress_bar(run.folder, declaration.name, show_progress):
+            _run_papermill(declaration.notebook, run.folder, run.parameters)
         run.manifest |= read_json(run.folder / "run.json")
         if run.manifest["status"] != "executed":
             raise RuntimeError("the notebook ended without run.finish(...)")

@@ -7,24 +7,25 @@ __all__ = ['unsharded_parameters']
 
 # %% ../../nbs/runs/merge.ipynb #f5c6c3cc
 from pathlib import Path
+
 from ..core.errors import BadInput
-from .manifest import all_runs, find_run, NoInputRun
-from .phases import phase_name, phase_notebooks
+from .manifest import NoInputRun, all_runs, find_run, shard_number
+from .phases import find_phase, is_phase
 
 # %% ../../nbs/runs/merge.ipynb #781a1a79
 def unsharded_parameters(
     name: str,  # A phase, or a run that did a shard
-    root: Path | None = None,  # Default: `runs.runs_root()`
+    root: Path | None = None,  # Default: `runs_root()`
 ) -> tuple[str, dict]:  # Phase, and the parameters of the whole
-    "What the newest shards of a phase, or of a given run, are parts of."
-    phase = phase_name(name)
-    if phase in phase_notebooks():
-        found = [m for m in all_runs(root) if m["phase"] == phase and m.get("parameters", {}).get("shard", -1) >= 0]
-        if not found:
+    "The parameters of the whole that the newest shards of a phase, or a given shard, are parts of."
+    if is_phase(name):
+        phase = find_phase(name).name
+        shards = [manifest for manifest in all_runs(root) if manifest["phase"] == phase and shard_number(manifest) >= 0]
+        if not shards:
             raise NoInputRun(f"phase {phase!r} has no shards here: make some with codetrace run {phase} --shards 2")
-        manifest = found[-1]
+        manifest = shards[-1]
     else:
         manifest = find_run(name, root)
-    if manifest.get("parameters", {}).get("shard", -1) < 0:
+    if shard_number(manifest) < 0:
         raise BadInput(f"run {manifest['run_id']} is no shard: name a phase, or the run of a shard")
     return manifest["phase"], manifest["parameters"] | {"shard": -1}

@@ -15,34 +15,33 @@ from contextlib import contextmanager
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 
 
-_REPEAT_AFTER_SECONDS = 3.0  # Seconds
-
-
 def _is_interrupting() -> bool:
-    "Is an interruption on its way already?"
+    "Is a KeyboardInterrupt being handled already?"
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
-
+# %% ../../nbs/runs/signals.ipynb #bb295c2d
 @contextmanager
-def interrupt_on_stop_signals():
-    "Take SIGTERM and SIGUSR2 as Ctrl-C until the block ends; once, so that the end is not disturbed, but not in vain."
+def interrupt_on_stop_signals(
+    repeat_after: float = 3.0,  # Seconds until an interrupt that was lost is raised again
+):
+    "Take SIGTERM and SIGUSR2 as Ctrl-C until the block ends; a second signal does not disturb the handling of the first."
 
     def stop(number, frame):
-        signal.setitimer(signal.ITIMER_REAL, _REPEAT_AFTER_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, repeat_after)
         if not _is_interrupting():
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: signal.signal(name, stop) for name in [*STOP_SIGNALS, signal.SIGALRM]}
+    previous_handlers = {number: signal.signal(number, stop) for number in [*STOP_SIGNALS, signal.SIGALRM]}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # one that came too early is delivered now
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)

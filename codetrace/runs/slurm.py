@@ -8,14 +8,13 @@ __all__ = ['SlurmOptions', 'parse_slurm_minutes', 'submit_to_slurm']
 # %% ../../nbs/runs/slurm.ipynb #6ffbc20a
 import io
 import re
-import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
+
 from ..core.errors import BadInput
-from .jobs import PhaseTask, signal_blocking_python, SubmittedJob
+from .jobs import PhaseTask, SubmittedJob, python_with_stop_signals_blocked
 
 # %% ../../nbs/runs/slurm.ipynb #88dd9c8b
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class SlurmOptions:
     gpus: int | None = None  # GPUs of a job
     memory: float | None = None  # Host memory, in GB
     cpus: int | None = None  # Processor cores
-    minutes: int | None = None  # Until the job is stopped
+    minutes: int | None = None  # Time limit
     parallel: int | None = None  # Jobs of the array that run at the same time
-    more: Mapping[str, str] = field(default_factory=dict)  # Other options of sbatch, such as account
+    sbatch_options: Mapping[str, str] = field(default_factory=dict)  # Further options of sbatch, such as account
 
-
+# %% ../../nbs/runs/slurm.ipynb #38822d6b
 _SLURM_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
 
 
@@ -38,56 +37,61 @@ def parse_slurm_minutes(
     text: str,  # `90`, `4:00:00`, `2-12:00`, `1-0`: minutes, hours:minutes:seconds, days-hours:minutes
 ) -> int:  # Minutes, rounded up
     "A time limit as sbatch reads it."
-    found = _SLURM_TIME.fullmatch(text.strip())
-    days, a, b, c = (int(x) if x else None for x in found.groups()) if found else (None,) * 4
-    if not found:
+    match = _SLURM_TIME.fullmatch(text.strip())
+    if not match:
         raise BadInput(
             f"cannot read the time {text!r}: write minutes (90), hours:minutes:seconds (4:00:00) or days-hours (2-12)"
         )
+    days, first, second, third = (int(digits) if digits else None for digits in match.groups())
     if days is not None:
-        seconds = days * 86400 + a * 3600 + (b or 0) * 60 + (c or 0)
-    elif c is not None:
-        seconds = a * 3600 + b * 60 + c
+        seconds = days * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    elif third is not None:
+        seconds = first * 3600 + second * 60 + third
     else:
-        seconds = a * 60 + (b or 0)
+        seconds = first * 60 + (second or 0)
     return -(-seconds // 60)
 
 # %% ../../nbs/runs/slurm.ipynb #07fe156d
-def _sbatch_parameters(asked: SlurmOptions, name: str, requeue: bool, after: str | None) -> dict:
-    "What submitit is told to tell sbatch."
-    more = {key.replace("_", "-"): value for key, value in asked.more.items()}
-    more |= {"requeue": True} if requeue else {}
-    more |= {"kill-on-invalid-dep": "yes"} if after else {}
-    options = {
-        "job_name": name,
-        "partition": asked.partition,
-        "gpus_per_node": asked.gpus,
-        "mem": None if asked.memory is None else f"{int(asked.memory * 1000)}MB",
-        "cpus_per_task": asked.cpus,
-        "time": asked.minutes,
-        "array_parallelism": asked.parallel,
-        "dependency": after and f"afterok:{after}",
+def _submitit_parameters(options: SlurmOptions, job_name: str, requeue: bool, after: str | None) -> dict:
+    "The options in submitit's names."
+    additional = {name.replace("_", "-"): value for name, value in options.sbatch_options.items()}
+    if requeue:
+        additional["requeue"] = True
+    if after:
+        additional["kill-on-invalid-dep"] = "yes"
+    parameters = {
+        "job_name": job_name,
+        "partition": options.partition,
+        "gpus_per_node": options.gpus,
+        "mem": None if options.memory is None else f"{int(options.memory * 1000)}MB",
+        "cpus_per_task": options.cpus,
+        "time": options.minutes,
+        "array_parallelism": options.parallel,
+        "dependency": f"afterok:{after}" if after else None,
     }
-    given = {key: value for key, value in options.items() if value is not None}
-    return given | {"additional_parameters": more, "stderr_to_stdout": True, "signal_delay_s": 120}
+    chosen = {name: value for name, value in parameters.items() if value is not None}
+    return chosen | {"additional_parameters": additional, "stderr_to_stdout": True, "signal_delay_s": 120}
 
-
+# %% ../../nbs/runs/slurm.ipynb #78eb236d
 def submit_to_slurm(
-    parts: Mapping[int, PhaseTask],  # By shard
-    folder: Path,  # For logs
-    asked: SlurmOptions,
-    after: str | None = None,  # Begin when this job has ended well
+    tasks: Mapping[int, PhaseTask],  # By shard
+    folder: Path,  # Folder for logs
+    options: SlurmOptions,  # Resources of each job
+    after: str | None = None,  # Job that must have ended well before these begin
 ) -> list[SubmittedJob]:
     "Submit a job array; raises `BadInput` with what sbatch says."
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    one = next(iter(parts.values()))
+    task = next(iter(tasks.values()))
     try:
-        executor = SlurmExecutor(folder, python=signal_blocking_python())
-        executor.update_parameters(**_sbatch_parameters(asked, f"codetrace-{one.phase}", one.requeue, after))
+        executor = SlurmExecutor(folder, python=python_with_stop_signals_blocked())
+        executor.update_parameters(**_submitit_parameters(options, f"codetrace-{task.phase}", task.requeue, after))
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it too
-            submitted = [executor.submit(part) for part in parts.values()]
-        return [SubmittedJob(shard, job.job_id, "slurm", str(job.paths.stdout)) for shard, job in zip(parts, submitted)]
+            submitted = [executor.submit(task) for task in tasks.values()]
+        return [
+            SubmittedJob(shard, job.job_id, "slurm", str(job.paths.stdout))
+            for shard, job in zip(tasks, submitted, strict=True)
+        ]
     except (FailedJobError, FailedSubmissionError) as error:
         raise BadInput(f"Slurm takes no job: {str(error).strip().splitlines()[-1]}") from None

@@ -50,7 +50,7 @@ _EXCLUDED_FOLDERS = {
     "__pycache__",
 }
 
-
+# %% ../../nbs/sae/corpus.ipynb #798223a6
 def standard_library_documents() -> list[CorpusDocument]:
     "The modules of this Python's standard library."
     import sysconfig
@@ -77,9 +77,9 @@ def completion_documents(
 ) -> list[CorpusDocument]:  # One a task, so that no task is on both sides
     "A model's own prompts and completions."
     by_task = samples.groupby("task_id", sort=True)
-    return [CorpusDocument(f"task {task}", "\n\n".join(own["prompt"] + own["completion"])) for task, own in by_task]
+    return [CorpusDocument(f"task {task}", "\n\n".join(rows["prompt"] + rows["completion"])) for task, rows in by_task]
 
-
+# %% ../../nbs/sae/corpus.ipynb #29bd03bd
 def hub_documents(
     name: str,  # A hub dataset, `owner/name` or `owner/name:config`
     limit: int = 10_000,  # Documents, taken from the beginning of its training split
@@ -111,40 +111,48 @@ def load_corpus(
         return standard_library_documents()
     if Path(name).is_dir():
         home = Path(name)
-        if found := _read_documents(home, [p.relative_to(home) for p in sorted(home.rglob("*.py"))]):
-            return found
-        raise BadInput(f"the folder {name} holds no *.py file")
+        documents = _read_documents(home, [p.relative_to(home) for p in sorted(home.rglob("*.py"))])
+        if not documents:
+            raise BadInput(f"the folder {name} holds no *.py file")
+        return documents
     if "/" in name and not Path(name).exists():
         return hub_documents(name, limit)
     raise BadInput(f"unknown corpus {name!r}: give stdlib, a folder of Python files, or a hub dataset owner/name")
 
 # %% ../../nbs/sae/corpus.ipynb #6612ed8a
-_OVERSAMPLING = 16  # So many times the tokens that are wanted are looked at: pieces come from many documents, and rarely from the same
+_OVERSAMPLING = 16  # So many times the tokens asked for are cut: pieces come from many documents, rarely from the same
 
 
 def cut_token_sequences(
     lm: LM,
     corpus: Sequence[CorpusDocument],
     length: int = 256,  # Tokens a piece
-    tokens: int | None = None,  # At least so many in all; None: everything there is
+    tokens: int | None = None,  # At least so many in all (None: everything there is)
     seed: int = 0,  # Of the order
 ) -> list[list[int]]:
     "Token ids of a corpus, cut into pieces of equal length."
-    rng, found, enough = np.random.default_rng(seed), [], _OVERSAMPLING * tokens if tokens else np.inf
-    start = lm.tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    start = start if start and start[0] == lm.tokenizer.bos_token_id else []
+    rng = np.random.default_rng(seed)
+    enough = _OVERSAMPLING * tokens if tokens else np.inf
+    start = _start_tokens(lm)
     step = length - len(start)
+    pieces = []
     for i in rng.permutation(len(corpus)):
         ids = np.array(lm.tokenizer(corpus[i].text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
-        found += [ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-        if len(found) * length >= enough:
+        pieces += [ids[first : first + step] for first in range(0, len(ids) - step + 1, step)]
+        if len(pieces) * length >= enough:
             break
-    if tokens and len(found) * length < tokens:
+    if tokens and len(pieces) * length < tokens:
         raise BadInput(
-            f"the corpus has {len(found) * length} tokens in pieces of {length}, {tokens} are wanted; ask for fewer, or give a larger corpus"
+            f"the corpus has {len(pieces) * length} tokens in pieces of {length}, {tokens} are wanted; ask for fewer, or give a larger corpus"
         )
-    order = rng.permutation(len(found))[: -(-tokens // length) if tokens else None]
-    return [start + found[i].tolist() for i in order]
+    order = rng.permutation(len(pieces))[: -(-tokens // length) if tokens else None]
+    return [start + pieces[i].tolist() for i in order]
+
+
+def _start_tokens(lm: LM) -> list[int]:
+    "The token that the model expects at a beginning, if it has one."
+    first_ids = lm.tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    return first_ids if first_ids and first_ids[0] == lm.tokenizer.bos_token_id else []
 
 # %% ../../nbs/sae/corpus.ipynb #1b135f7a
 def typical_norm_mask(
@@ -158,15 +166,17 @@ def typical_norm_mask(
 
 def stream_states(
     lm: LM,
-    cut: Sequence[list[int]],  # Pieces of equal length
+    pieces: Sequence[list[int]],  # Of equal length
     layer: int,
     site: str = "resid_post",
     batch_size: int = 16,  # Pieces in one forward pass
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Iterator[
     Float[Tensor, "rows d_model"]
-]:  # A batch of pieces at a time, in the model's dtype; see `typical_norm_mask` for what is left out
+]:  # A batch of pieces at a time, in the model's dtype, without what `typical_norm_mask` excludes
     "States of a model on a corpus, streamed."
-    for at in progress(range(0, len(cut), batch_size)):
-        x = lm.capture(lm.tokenize(cut[at : at + batch_size]), [(site, layer)])[site, layer]
-        yield (x := x[:, 1:].flatten(0, 1))[typical_norm_mask(x)]
+    for start in progress(range(0, len(pieces), batch_size)):
+        batch = lm.tokenize(pieces[start : start + batch_size])
+        x = lm.capture(batch, [(site, layer)])[site, layer]
+        x = x[:, 1:].flatten(0, 1)
+        yield x[typical_norm_mask(x)]

@@ -7,7 +7,7 @@ __all__ = ['read_task_splits', 'labelled_samples', 'LabelledActivations', 'load_
 
 # %% ../../nbs/sae/dataset.ipynb #2ab61c86
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..core.files import read_json
 from ..models.activations import States
 from .loading import layers_with_saes, load_run_sae
 from .sae import SAE
-from .separation import LatentSearch, family_wise_p, search_latents
+from .separation import LatentSearch, all_latents, family_wise_p, search_latents
 from ..tasks.problem_splits import SPLIT_SHARES
 
 # %% ../../nbs/sae/dataset.ipynb #6a9f119a
@@ -27,20 +27,17 @@ def read_task_splits(
     folder: Path,  # Of a run of phase splits
 ) -> dict[str, str]:  # Task id: its split
     "The split of each task."
-    return {
-        task: split
-        for split, tasks in read_json(Path(folder) / "split_metadata.json")["task_ids"].items()
-        for task in tasks
-    }
+    task_ids = read_json(Path(folder) / "split_metadata.json")["task_ids"]
+    return {task: split for split, tasks in task_ids.items() for task in tasks}
 
-
+# %% ../../nbs/sae/dataset.ipynb #60618f8f
 def labelled_samples(
     samples: pd.DataFrame,  # As phase generation writes them
     splits: Mapping[str, str],  # Task id: its split
-    wanted: Sequence[str],  # Splits
+    names: Sequence[str],  # Splits
 ) -> pd.DataFrame:  # Those rows, with `split`, `label` and `row`, their place among all
     "The samples that count in some splits."
-    for name in wanted:
+    for name in names:
         look_up_name(name, SPLIT_SHARES, "split")
     table = samples.assign(row=np.arange(len(samples)), split=samples["task_id"].map(splits))
     if table["split"].isna().any():
@@ -48,91 +45,99 @@ def labelled_samples(
         raise BadInput(
             f"task {missing!r} is in no split: the splits are of another problem set; run phase 0.1 on this one, or name it with splits=RUN"
         )
-    own = table[table["split"].isin(wanted) & (table["verdict"] != "runner_error")]
-    if own["passed"].nunique() < 2:
-        right = int(own["passed"].sum())
+    rows = table[table["split"].isin(names) & (table["verdict"] != "runner_error")]
+    if rows["passed"].nunique() < 2:
+        right = int(rows["passed"].sum())
         raise BadInput(
-            f"{right} of {len(own)} solutions of the {' and '.join(wanted)} split are correct: both kinds are needed; take more problems, or another model or temperature"
+            f"{right} of {len(rows)} solutions of the {' and '.join(names)} split are correct: both kinds are needed; take more problems, or another model or temperature"
         )
-    return own.assign(label=own["passed"].astype(bool)).reset_index(drop=True)
+    return rows.assign(label=rows["passed"].astype(bool)).reset_index(drop=True)
 
 # %% ../../nbs/sae/dataset.ipynb #61bdbb94
 @dataclass(frozen=True)
 class LabelledActivations:
-    "Samples with their states, and the dictionaries that read them."
+    "Samples with their states, and the SAEs that read them."
 
     rows: pd.DataFrame  # `task_id, label, split, temperature, …`
     kinds: tuple[str, ...]  # Positions
     layers: tuple[int, ...]
-    read: Callable[[str, int], Float[np.ndarray, "rows d_model"]]  # Position and layer: states of these rows, read now
+    states: Callable[[str, int], Float[np.ndarray, "rows d_model"]]  # Of these rows by position and layer, read now
     sae: Callable[[int], SAE]
 
-    def only(self, mask: Bool[np.ndarray, "rows"]) -> "LabelledActivations":
+    def subset(self, mask: Bool[np.ndarray, "rows"]) -> "LabelledActivations":
         "Some of the rows."
         mask = np.asarray(mask)
-        return LabelledActivations(
-            self.rows[mask].reset_index(drop=True),
-            self.kinds,
-            self.layers,
-            lambda kind, layer: self.read(kind, layer)[mask],
-            self.sae,
-        )
+
+        def masked_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+            return self.states(kind, layer)[mask]
+
+        return replace(self, rows=self.rows[mask].reset_index(drop=True), states=masked_states)
 
 # %% ../../nbs/sae/dataset.ipynb #e1afa078
 def load_labelled_activations(
     saved: States,  # Of a run of phase generation
-    dictionaries: Path,  # Folder of a run of phase saes
+    sae_folder: Path,  # Of a run of phase saes
     rows: pd.DataFrame,  # As `labelled_samples` gives them
-    kinds: Sequence[str] = (),  # Positions; empty: all
+    kinds: Sequence[str] = (),  # Positions (empty: all)
 ) -> LabelledActivations:
-    "What a run has to say."
-    layers = sorted(set(saved.layers) & set(layers_with_saes(dictionaries)))
+    "The labelled activations of a run."
+    layers = sorted(set(saved.layers) & set(layers_with_saes(sae_folder)))
     if not layers:
         raise BadInput(
-            f"states were saved for layers {list(saved.layers)}, SAEs exist for {layers_with_saes(dictionaries)}: run phase 1.5 with layers of the first list"
+            f"states were saved for layers {list(saved.layers)}, SAEs exist for {layers_with_saes(sae_folder)}: run phase 1.5 with layers of the first list"
         )
     for kind in kinds:
         look_up_name(kind, saved.kinds, "position")
-    where = rows["row"].to_numpy()
-    return LabelledActivations(
-        rows,
-        tuple(kinds or saved.kinds),
-        tuple(layers),
-        lambda kind, layer: saved.states(kind, layer, rows=where),
-        lambda layer: load_run_sae(dictionaries, layer),
-    )
+    row_numbers = rows["row"].to_numpy()
+
+    def read_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+        return saved.states(kind, layer, rows=row_numbers)
+
+    def read_sae(layer: int) -> SAE:
+        return load_run_sae(sae_folder, layer)
+
+    return LabelledActivations(rows, tuple(kinds or saved.kinds), tuple(layers), read_states, read_sae)
 
 # %% ../../nbs/sae/dataset.ipynb #2b18d4c7
+def _search_position(
+    activations: LabelledActivations,
+    kind: str,
+    layers: Iterable[int],
+    keep: Callable[[int], Bool[np.ndarray, "d_sae"] | None],
+    **options,  # Of `search_active_latents`
+) -> LatentSearch:
+    "Search the states of one position."
+    rows = activations.rows
+
+    def states_of_layer(layer: int) -> Float[np.ndarray, "rows d_model"]:
+        return activations.states(kind, layer)
+
+    return search_latents(states_of_layer, activations.sae, layers, rows["label"], rows["task_id"], keep, **options)
+
+
+def _no_progress(steps: Iterable, desc: str = "") -> Iterable:
+    "Shows nothing."
+    return steps
+
+# %% ../../nbs/sae/dataset.ipynb #8329e1e9
 def search_all_positions(
-    found: LabelledActivations,
-    keep: Callable[[int], Bool[np.ndarray, "d_sae"]] = lambda layer: None,  # Latents that may be found
+    activations: LabelledActivations,
+    keep: Callable[[int], Bool[np.ndarray, "d_sae"] | None] = all_latents,  # Latents that take part
     n_shuffles: int = 1000,
     seed: int = 0,
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Callable[..., Iterable] = _no_progress,
 ) -> tuple[
     pd.DataFrame, dict[str, LatentSearch]
-]:  # All scores, with `kind` and `luck_p_all`, corrected for all positions too; searches by position
-    "Search every position."
-    searches = {
-        kind: search_latents(
-            lambda layer, kind=kind: found.read(kind, layer),
-            found.sae,
-            found.layers,
-            found.rows["label"],
-            found.rows["task_id"],
-            keep,
-            n_shuffles=n_shuffles,
-            seed=seed,
-            progress=lambda x, kind=kind: progress(x, desc=f"search: {kind}"),
-        )
-        for kind in found.kinds
-    }
-    everywhere = np.max([s.null for s in searches.values()], 0)
-    table = pd.concat(
-        [
-            s.table.assign(kind=kind, luck_p_all=family_wise_p(s.table["separation"], everywhere))
-            for kind, s in searches.items()
-        ],
-        ignore_index=True,
-    )
+]:  # Scores with `kind` and `family_wise_p_all_positions`, and searches by position
+    "Search every position; the second p is corrected for all positions too."
+    searches = {}
+    for kind in activations.kinds:
+        layers = progress(activations.layers, desc=f"search: {kind}")
+        searches[kind] = _search_position(activations, kind, layers, keep, n_shuffles=n_shuffles, seed=seed)
+    null = np.max([search.null for search in searches.values()], 0)
+    tables = []
+    for kind, search in searches.items():
+        p = family_wise_p(search.table["separation"], null)
+        tables.append(search.table.assign(kind=kind, family_wise_p_all_positions=p))
+    table = pd.concat(tables, ignore_index=True)
     return table[["kind", *table.columns.drop("kind")]], searches

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ActiveLatents', 'encode_active_latents', 'separation_scores', 'shuffle_strata', 'shuffle_labels', 'null_of_maximum',
-           'family_wise_p', 'LatentSearch', 'search_active_latents', 'search_latents', 'top_latents',
+           'family_wise_p', 'LatentSearch', 'search_active_latents', 'all_latents', 'search_latents', 'top_latents',
            'latent_densities']
 
 # %% ../../nbs/sae/separation.ipynb #5274870b
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,41 +41,46 @@ class ActiveLatents:
 
     def column(self, latent: int) -> Float[np.ndarray, "rows"]:
         "Activations of one latent."
-        out, own = np.zeros(self.rows, np.float32), self.latent == latent
-        out[self.row[own]] = self.value[own]
-        return out
+        entries = self.latent == latent
+        activations = np.zeros(self.rows, np.float32)
+        activations[self.row[entries]] = self.value[entries]
+        return activations
 
 # %% ../../nbs/sae/separation.ipynb #0b805b52
 def encode_active_latents(
     sae: SAE,
     states: Float[np.ndarray, "rows d_model"],
-    keep: Bool[np.ndarray, "d_sae"] | None = None,  # Latents to look at; None: all
+    keep: Bool[np.ndarray, "d_sae"] | None = None,  # Latents to look at (None: all)
     portion: int = 1024,  # Rows encoded at a time
 ) -> ActiveLatents:
     "Encode states, and keep what is active."
-    found = []
-    for at in range(0, len(states), portion):
-        row, latent, value = (part.numpy() for part in sae.active(torch.as_tensor(states[at : at + portion])))
-        wanted = slice(None) if keep is None else keep[latent]
-        found.append(((row + at)[wanted].astype(np.int32), latent[wanted].astype(np.int32), value[wanted]))
-    row, latent, value = (np.concatenate(x) for x in zip(*found)) if found else (np.zeros(0, int),) * 3
-    return ActiveLatents(len(states), row, latent, value, sae.d_sae)
+    rows = [np.zeros(0, np.int32)]
+    latents = [np.zeros(0, np.int32)]
+    values = [np.zeros(0, np.float32)]
+    for start in range(0, len(states), portion):
+        part = torch.as_tensor(states[start : start + portion])
+        row, latent, value = (tensor.numpy() for tensor in sae.encode_sparse(part))
+        kept = slice(None) if keep is None else keep[latent]
+        rows.append((row + start)[kept].astype(np.int32))
+        latents.append(latent[kept].astype(np.int32))
+        values.append(value[kept])
+    return ActiveLatents(len(states), np.concatenate(rows), np.concatenate(latents), np.concatenate(values), sae.d_sae)
 
 # %% ../../nbs/sae/separation.ipynb #533663a5
 def _welch_t_test(n: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Welch's t and its two-sided p, from sums and sums of squares of two groups, [2] and [2, d_sae]."
-    from scipy.special import stdtr
+    from scipy.stats import ttest_ind_from_stats
 
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums / n[:, None]
         variance = np.maximum(squares - n[:, None] * mean**2, 0) / (n[:, None] - 1)
-        each = variance / n[:, None]
-        each[:, each.sum(0) <= 1e-12 * (mean**2).max(0)] = np.nan  # constant but for rounding
-        t = (mean[1] - mean[0]) / np.sqrt(each.sum(0))
-        df = each.sum(0) ** 2 / (each**2 / (n[:, None] - 1)).sum(0)
-        return t, 2 * stdtr(df, -np.abs(t))
+        squared_error = (variance / n[:, None]).sum(0)
+        constant = squared_error <= 1e-12 * (mean**2).max(0)  # but for rounding
+        deviation = np.where(constant, np.nan, np.sqrt(variance))
+        test = ttest_ind_from_stats(mean[1], deviation[1], n[1], mean[0], deviation[0], n[0], equal_var=False)
+    return test.statistic, test.pvalue
 
-
+# %% ../../nbs/sae/separation.ipynb #6a5e7522
 def separation_scores(
     active: ActiveLatents,
     label: ArrayLike,  # [rows]: correct?
@@ -89,38 +94,53 @@ def separation_scores(
         raise BadInput(
             f"{active.rows} rows, {int(n[1])} labelled correct and {int(n[0])} incorrect: a label for each row and both kinds are needed"
         )
-    group, size = label[active.row].astype(int) * active.d_sae + active.latent, 2 * active.d_sae
+    size = 2 * active.d_sae
+    group = label[active.row].astype(int) * active.d_sae + active.latent
     value = active.value.astype(float)
-    count, sums, squares = (np.bincount(group, w, size).reshape(2, -1) for w in (None, value, value**2))
-    fractions, (t, p) = count / n[:, None], _welch_t_test(n, sums, squares)
-    return pd.DataFrame({"latent": np.arange(active.d_sae), "correct": fractions[1], "incorrect": fractions[0], "separation": fractions[1] - fractions[0],
-                         "mean_correct": sums[1] / n[1], "mean_incorrect": sums[0] / n[0], "t": t, "p": p})  # fmt: skip
+    count, sums, squares = (np.bincount(group, weights, size).reshape(2, -1) for weights in (None, value, value**2))
+    fractions = count / n[:, None]
+    t, p = _welch_t_test(n, sums, squares)
+    columns = {
+        "latent": np.arange(active.d_sae),
+        "correct": fractions[1],
+        "incorrect": fractions[0],
+        "separation": fractions[1] - fractions[0],
+        "mean_correct": sums[1] / n[1],
+        "mean_incorrect": sums[0] / n[0],
+        "t": t,
+        "p": p,
+    }
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/sae/separation.ipynb #cbea6a18
 def shuffle_strata(
     task: ArrayLike,  # [rows]
     label: ArrayLike,  # [rows]
-) -> tuple[np.ndarray, str]:  # A stratum for each row; `task` or `all`
-    "Within what labels may change places."
+) -> tuple[np.ndarray, str]:  # A stratum for each row, and its kind: `task` or `all`
+    "The strata within which labels may change places."
     frame = pd.DataFrame({"task": np.asarray(task), "label": np.asarray(label).astype(bool)})
     mixed = frame.groupby("task")["label"].nunique() > 1
-    return (frame["task"].factorize()[0], "task") if mixed.any() else (np.zeros(len(frame), int), "all")
+    if mixed.any():
+        return frame["task"].factorize()[0], "task"
+    return np.zeros(len(frame), int), "all"
 
-
+# %% ../../nbs/sae/separation.ipynb #5ff0cf48
 def shuffle_labels(
     label: ArrayLike,  # [rows]
-    within: ArrayLike,  # [rows]: labels stay within a stratum
+    strata: ArrayLike,  # [rows]: labels stay within a stratum
     n: int = 1000,
     seed: int = 0,
 ) -> Bool[np.ndarray, "shuffles rows"]:
     "Labels in random order within each stratum."
-    label, within = np.asarray(label).astype(bool), np.asarray(within)
-    order, rng = np.argsort(within, kind="stable"), np.random.default_rng(seed)
-    out = np.empty((n, len(label)), bool)
+    label = np.asarray(label).astype(bool)
+    strata = np.asarray(strata)
+    order = np.argsort(strata, kind="stable")
+    rng = np.random.default_rng(seed)
+    shuffled = np.empty((n, len(label)), bool)
     for i in range(n):
-        mixed = np.lexsort((rng.random(len(label)), within))
-        out[i, order] = label[mixed]
-    return out
+        random_order = np.lexsort((rng.random(len(label)), strata))
+        shuffled[i, order] = label[random_order]
+    return shuffled
 
 # %% ../../nbs/sae/separation.ipynb #a327ea02
 def null_of_maximum(
@@ -129,16 +149,17 @@ def null_of_maximum(
     block: int = 512,  # Latents at a time
 ) -> Float[np.ndarray, "shuffles"]:  # The largest separation, either way
     "Under each shuffle of the labels, the best of a layer's latents."
-    right = int(shuffled[0].sum())
-    wrong, matrix = shuffled.shape[1] - right, active.matrix()
-    used = np.flatnonzero(np.diff(matrix.indptr))
-    per_row, columns = 1 / right + 1 / wrong, np.ascontiguousarray(shuffled.T, dtype=np.float32)
+    n_correct = int(shuffled[0].sum())
+    n_incorrect = shuffled.shape[1] - n_correct
+    matrix = active.matrix()
+    used_latents = np.flatnonzero(np.diff(matrix.indptr))
+    labels = np.ascontiguousarray(shuffled.T, dtype=np.float32)
     best = np.zeros(len(shuffled), np.float32)
-    for at in range(0, len(used), block):
-        own = matrix[used[at : at + block]]
-        score = own @ columns  # "latents shuffles"
-        score *= per_row
-        score -= (own.sum(1) / wrong).astype(np.float32)[:, None]
+    for start in range(0, len(used_latents), block):
+        rows = matrix[used_latents[start : start + block]]
+        score = rows @ labels  # "latents shuffles"
+        score *= 1 / n_correct + 1 / n_incorrect
+        score -= (rows.sum(1) / n_incorrect).astype(np.float32)[:, None]
         np.maximum(best, np.maximum(score.max(0), -score.min(0)), out=best)
     return best.astype(float)
 
@@ -147,60 +168,67 @@ def family_wise_p(
     separation: ArrayLike,  # Any shape
     null: Float[np.ndarray, "shuffles"],  # The largest of all latents and layers, under each shuffle
 ) -> Float[np.ndarray, "..."]:
-    "The p of separations, corrected for having looked everywhere."
-    null, size = np.sort(null), np.abs(np.asarray(separation, float)) - 1e-9
+    "The p of separations, corrected for all latents and layers that were searched."
+    null = np.sort(null)
+    size = np.abs(np.asarray(separation, float)) - 1e-9
     return (1 + len(null) - np.searchsorted(null, size, "left")) / (1 + len(null))
 
 # %% ../../nbs/sae/separation.ipynb #fcc60418
 @dataclass(frozen=True)
 class LatentSearch:
-    "What a search over layers found."
+    "The scores of a search over layers, and the null of their maximum."
 
-    table: (
-        pd.DataFrame
-    )  # One row a layer and latent: `layer` and the columns of `separation_scores`, with `family_wise_p` and `q`
+    table: pd.DataFrame  # A row a layer and latent: `layer`, the columns of `separation_scores`, `family_wise_p`, `q`
     null: Float[np.ndarray, "shuffles"]
     within: str  # What labels were shuffled within: `task` or `all`
 
 
 def search_active_latents(
-    active: Callable[[int], ActiveLatents],  # What is active, by layer, asked for one after the other
-    layers: Sequence[int],
+    active: Callable[[int], ActiveLatents],  # What is active, by layer, read when asked for
+    layers: Iterable[int],  # May show its progress
     label: ArrayLike,  # [rows]: correct?
     task: ArrayLike,  # [rows]
     n_shuffles: int = 1000,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> LatentSearch:
-    "Score every latent that is ever active, and what the best would be by luck."
+    "Score every latent that is ever active, and what the best would be if labels meant nothing."
     label = np.asarray(label).astype(bool)
-    within, kind = shuffle_strata(task, label)
-    shuffled, null, tables = shuffle_labels(label, within, n_shuffles, seed), np.zeros(n_shuffles), []
-    for layer in progress(layers):
-        here = active(layer)
-        own = separation_scores(here, label)
-        tables.append(own[own["correct"] + own["incorrect"] > 0].assign(layer=layer))
-        null = np.maximum(null, null_of_maximum(here, shuffled))
+    strata, within = shuffle_strata(task, label)
+    shuffled = shuffle_labels(label, strata, n_shuffles, seed)
+    null = np.zeros(n_shuffles)
+    tables = []
+    for layer in layers:
+        latents = active(layer)
+        scores = separation_scores(latents, label)
+        ever_active = scores["correct"] + scores["incorrect"] > 0
+        tables.append(scores[ever_active].assign(layer=layer))
+        null = np.maximum(null, null_of_maximum(latents, shuffled))
     table = pd.concat(tables, ignore_index=True)
-    table = table.assign(luck_p=family_wise_p(table["separation"], null), q=benjamini_hochberg(table["p"]))
-    return LatentSearch(table[["layer", *table.columns.drop("layer")]], null, kind)
+    table["family_wise_p"] = family_wise_p(table["separation"], null)
+    table["q"] = benjamini_hochberg(table["p"])
+    return LatentSearch(table[["layer", *table.columns.drop("layer")]], null, within)
 
 # %% ../../nbs/sae/separation.ipynb #b5d81025
+def all_latents(layer: int) -> None:
+    "No mask: every latent of a layer takes part."
+    return None
+
+# %% ../../nbs/sae/separation.ipynb #76429d11
 def search_latents(
     states: Callable[[int], Float[np.ndarray, "rows d_model"]],  # By layer, read when asked for
     sae: Callable[[int], SAE],  # By layer
-    layers: Sequence[int],
+    layers: Iterable[int],
     label: ArrayLike,  # [rows]: correct?
     task: ArrayLike,  # [rows]
-    keep: Callable[[int], Bool[np.ndarray, "d_sae"]] = lambda layer: (
-        None
-    ),  # Latents that may be found, by layer; None: all
+    keep: Callable[[int], Bool[np.ndarray, "d_sae"] | None] = all_latents,  # Latents that take part, by layer
     **options,  # Of `search_active_latents`
 ) -> LatentSearch:
     "The same for states that are yet to be encoded."
-    return search_active_latents(
-        lambda layer: encode_active_latents(sae(layer), states(layer), keep(layer)), layers, label, task, **options
-    )
+
+    def encode_layer(layer: int) -> ActiveLatents:
+        return encode_active_latents(sae(layer), states(layer), keep(layer))
+
+    return search_active_latents(encode_layer, layers, label, task, **options)
 
 
 def top_latents(
@@ -211,9 +239,10 @@ def top_latents(
     "The latents that separate best, those of right and those of wrong solutions."
     sides = []
     for predicts, sign in (("correct", 1), ("incorrect", -1)):
-        own = table.assign(predicts=predicts, score=sign * table["separation"], strength=sign * table["t"].fillna(0))
-        own = own.sort_values(["score", "strength"], ascending=False, kind="stable")
-        sides.append((own.groupby("layer").head(n) if per_layer else own.head(n)).drop(columns="strength"))
+        ranked = table.assign(predicts=predicts, score=sign * table["separation"], tie=sign * table["t"].fillna(0))
+        ranked = ranked.sort_values(["score", "tie"], ascending=False, kind="stable")
+        best = ranked.groupby("layer").head(n) if per_layer else ranked.head(n)
+        sides.append(best.drop(columns="tie"))
     return pd.concat(sides, ignore_index=True)
 
 # %% ../../nbs/sae/separation.ipynb #511705b8
@@ -223,9 +252,11 @@ def latent_densities(
     batches: Iterable[torch.Tensor],  # States of ordinary text, "rows d_model"
 ) -> Float[np.ndarray, "d_sae"]:  # The share of tokens in which each latent is active
     "How dense each latent is in ordinary text."
-    count, n = torch.zeros(sae.d_sae, dtype=torch.int64), 0
+    count = torch.zeros(sae.d_sae, dtype=torch.int64)
+    n = 0
     for x in batches:
-        count, n = count + (sae.encode(x.cpu().float()) > 0).sum(0), n + len(x)
+        count += (sae.encode(x.cpu().float()) > 0).sum(0)
+        n += len(x)
     if not n:
         raise BadInput("no text to take densities from: give at least one batch of states")
     return (count / n).numpy()

@@ -14,24 +14,16 @@ import socket
 import sys
 import types
 
-from codetrace.sandbox.isolation import (
-    PR_SET_CHILD_SUBREAPER,
-    PR_SET_DUMPABLE,
-    PR_SET_PDEATHSIG,
-    compile_seccomp_program,
-    enforce_landlock,
-    fork_into_namespaces,
-    install_seccomp,
-    prctl,
-    prepare_namespaced_process,
-    seccomp_program,
-    set_resource_limits,
-)
+from .isolation import fork_into_namespaces, prepare_namespaced_process, set_resource_limits
+from .landlock import enforce_landlock
 from .protocol import from_json, pack_value, receive_frame, send_frame, to_json, unpack_value
+from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
+from .system_calls import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
 # %% ../../nbs/sandbox/candidate.ipynb #995a1805
-def _send_reply(fd: int, call: str, kind: str, text: str):
-    send_frame(fd, to_json([call, kind, text]))
+def _send_reply(fd: int, request_id: str, kind: str, text: str):
+    "One reply, which carries the number of its request."
+    send_frame(fd, to_json([request_id, kind, text]))
 
 
 def _encode_exception(error: BaseException) -> str:
@@ -45,25 +37,25 @@ def _encode_exception(error: BaseException) -> str:
     return to_json([str(type(error).__name__), names, message])
 
 
-def _load_source(space: dict, source: dict) -> tuple[str, str]:
-    "Run the candidate's source; what is to be said about it."
+def _load_source(namespace: dict, source: dict) -> tuple[str, str]:
+    "Run the candidate's source; kind and text of the reply."
     try:
         code = compile(source["code"], "<solution>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return "syntax", _encode_exception(error)
-    exec(code, space)
+    exec(code, namespace)
     if source["setup"]:
-        exec(compile(source["setup"], "<setup>", "exec", dont_inherit=True), space)
-    return "loaded", to_json(callable(space.get(source["entry_point"])))
+        exec(compile(source["setup"], "<setup>", "exec", dont_inherit=True), namespace)
+    return "loaded", to_json(callable(namespace.get(source["entry_point"])))
 
 # %% ../../nbs/sandbox/candidate.ipynb #62582804
-def evaluate_call(space: dict, request: dict) -> tuple[str, str]:
-    "The value of a call."
+def evaluate_call(namespace: dict, request: dict) -> tuple[str, str]:
+    "Evaluate a call; kind and text of the reply."
     if "source" in request:
-        value = eval(compile(request["source"], "<call>", "eval", dont_inherit=True), space)
+        value = eval(compile(request["source"], "<call>", "eval", dont_inherit=True), namespace)
     else:
         args, kwargs = unpack_value(request["arguments"])
-        value = space[request["name"]](*args, **kwargs)
+        value = namespace[request["name"]](*args, **kwargs)
     try:
         return "value", pack_value(value)
     except RecursionError:
@@ -83,19 +75,21 @@ def serve_requests(fd: int, longest: int):
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     sys.modules["__main__"] = types.ModuleType("__main__")
-    space = module.__dict__
-    work = _load_source
+    namespace = module.__dict__
+    handle = _load_source  # the first request only
     while True:
         request = from_json(receive_frame(fd))
         try:
-            kind, text = work(space, request)
+            kind, text = handle(namespace, request)
         except BaseException as error:
-            kind, text = "raised", _encode_exception(error)
+            kind = "raised"
+            text = _encode_exception(error)
         if len(text) > longest:
-            kind, text = "long", ""
+            kind = "long"
+            text = ""
         _flush_output()
         _send_reply(fd, request["id"], kind, text)
-        work = evaluate_call
+        handle = evaluate_call
 
 # %% ../../nbs/sandbox/candidate.ipynb #e48b146e
 MAX_DESCRIPTORS = 256  # no process here ever holds so many descriptors
@@ -103,54 +97,67 @@ PRELOADED_MODULES = (
     "math re collections heapq bisect itertools functools operator string typing copy datetime statistics".split()
 )
 
-
-def _run_candidate(config: dict, channel: int, output: int, fences: dict):
-    "In a fresh child: fence it in, say that it is ready, and serve."
+# %% ../../nbs/sandbox/candidate.ipynb #ef72c3a0
+def _isolate_candidate(config: dict, channel: int, output: int, rulesets: dict):
+    "Connect this process to its channel and its output, and put all limits in force."
     limits = config["limits"]
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    processes = limits["processes"] + (_count_threads(os.getuid()) if config["shared_uid"] else 0)
+    os.dup2(config["null"], 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(channel, 3)
+    if config["tier"] == 1:
+        os.setsid()
+        prctl(PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
+        prepare_namespaced_process(*config["self"], limits["disk"])
+    else:
+        enforce_landlock(rulesets["candidate"])
+    kept_descriptor = config.get("keep", 3)
+    os.closerange(4, kept_descriptor)
+    os.closerange(kept_descriptor + 1, MAX_DESCRIPTORS)
+    os.chdir(config["folder"])
+    set_resource_limits(limits, processes)
+    install_seccomp(config["filter"])
+
+# %% ../../nbs/sandbox/candidate.ipynb #07391edd
+def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
+    "In a fresh child: isolate it, report that it is ready, and serve."
     try:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        processes = limits["processes"] + (_count_threads(os.getuid()) if config["shared_uid"] else 0)
-        os.dup2(config["null"], 0), os.dup2(output, 1), os.dup2(output, 2), os.dup2(channel, 3)
-        if config["tier"] == 1:
-            os.setsid()
-            prctl(PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
-            prepare_namespaced_process(*config["self"], limits["disk"])
-        else:
-            enforce_landlock(fences["candidate"])
-        keep = config.get("keep", 3)
-        os.closerange(4, keep), os.closerange(keep + 1, MAX_DESCRIPTORS)
-        os.chdir(config["folder"])
-        set_resource_limits(limits, processes)
-        install_seccomp(config["filter"])
+        _isolate_candidate(config, channel, output, rulesets)
     except BaseException as error:
         _send_reply(3, "", "setup", f"{type(error).__name__}: {error}")
         os._exit(1)
     try:
         _send_reply(3, "", "ready", "")
         random.seed(0)
-        serve_requests(3, limits["answer"])
+        serve_requests(3, config["limits"]["answer"])
     finally:
         os._exit(0)
 
 # %% ../../nbs/sandbox/candidate.ipynb #c786d56b
-def run_zygote(control: socket.socket, config: dict, fences: dict):
-    "Fork candidates on request, one at a time, until the keeper is gone."
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _warm_up():
+    "Run once what every candidate runs: it is faster in every fork then."
     for name in PRELOADED_MODULES:
         __import__(name)
+    unpack_value(pack_value([evaluate_call({"f": abs}, {"source": "f(-1)"})]))
+    gc.collect()
+    gc.freeze()
+
+# %% ../../nbs/sandbox/candidate.ipynb #05d4b559
+def run_zygote(control: socket.socket, config: dict, rulesets: dict):
+    "Fork candidates on request, one at a time, until the supervisor is gone."
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     config["self"] = os.getuid(), os.getgid()  # a new user namespace does not know them yet
-    config["filter"] = compile_seccomp_program(seccomp_program("candidate", touch=config["tier"] == 1))
-    unpack_value(
-        pack_value([evaluate_call({"f": abs}, {"source": "f(-1)"})])
-    )  # what has run once runs faster in every fork
-    gc.collect(), gc.freeze()
+    config["filter"] = compile_seccomp_program(seccomp_program("candidate", may_touch=config["tier"] == 1))
+    _warm_up()
     start = _start_in_namespaces if config["tier"] == 1 else _start_with_guardian
     while True:
         message, fds, *_ = socket.recv_fds(control, 64, 2)
         if not message:
             os._exit(0)
         try:
-            pid, handle, result = start(config, fences, *fds)
+            pid, handle, status_pipe = start(config, rulesets, *fds)
         except OSError as error:
             control.send(str(error).encode())
             continue
@@ -160,36 +167,46 @@ def run_zygote(control: socket.socket, config: dict, fences: dict):
         socket.send_fds(control, [str(pid).encode()], [handle])
         os.close(handle)
         control.recv(64)
-        control.send(_wait_for_exit(pid, result).encode())
+        control.send(_wait_for_exit(pid, status_pipe).encode())
 
 # %% ../../nbs/sandbox/candidate.ipynb #0436388d
-def _start_in_namespaces(config: dict, fences: dict, channel: int, output: int) -> tuple[int, int, int]:
+def _start_in_namespaces(config: dict, rulesets: dict, channel: int, output: int) -> tuple[int, int, int]:
+    "Start a candidate in tier 1: its process, a handle to kill it by, and no pipe for its status."
     pid, handle = fork_into_namespaces()
     if pid == 0:
-        _run_candidate(config, channel, output, fences)
+        _run_candidate(config, channel, output, rulesets)
     return pid, handle, -1
 
 
-def _wait_for_exit(pid: int, result: int) -> str:
+def _wait_for_exit(pid: int, status_pipe: int) -> str:
     "Wait for a candidate; its exit status, negative for a signal, and the seconds of CPU it used."
-    _, status, used = os.wait4(pid, 0)
-    status = os.waitstatus_to_exitcode(status)
-    if result >= 0:  # a guardian wrote down how its candidate ended
-        written = os.read(result, 64)
-        os.close(result)
+    _, wait_status, usage = os.wait4(pid, 0)
+    status = os.waitstatus_to_exitcode(wait_status)
+    if status_pipe >= 0:  # a guardian wrote down how its candidate ended
+        written = os.read(status_pipe, 64)
+        os.close(status_pipe)
         status = int(written or b"-9")
-    return f"{status} {used.ru_utime + used.ru_stime}"
+    return f"{status} {usage.ru_utime + usage.ru_stime}"
 
 # %% ../../nbs/sandbox/candidate.ipynb #7f6c71a5
-def _start_with_guardian(config: dict, fences: dict, channel: int, output: int) -> tuple[int, int, int]:
+def _start_with_guardian(config: dict, rulesets: dict, channel: int, output: int) -> tuple[int, int, int]:
+    "Start a candidate in tier 2: its guardian's process, a handle to it, and a pipe for the candidate's status."
     reading, writing = os.pipe()
-    ours = os.getpid(), os.getppid()  # the zygote and the keeper
+    masters = (os.getpid(), os.getppid())  # the zygote and the supervisor
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
     pid = os.fork()
     if pid == 0:
         os.close(reading)
         try:
-            _run_guardian(config, fences, channel, output, writing, ours)
+            _restrict_guardian(rulesets["guardian"])
+            child = os.fork()
+            if child == 0:
+                os.close(writing)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD, signal.SIGTERM])
+                _run_candidate(config, channel, output, rulesets)
+            os.close(channel)
+            os.close(output)
+            _run_guardian(child, writing, masters)
         finally:
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD, signal.SIGTERM])
@@ -197,63 +214,63 @@ def _start_with_guardian(config: dict, fences: dict, channel: int, output: int) 
     return pid, os.pidfd_open(pid), reading
 
 # %% ../../nbs/sandbox/candidate.ipynb #2031b228
-def _run_guardian(config: dict, fences: dict, channel: int, output: int, writing: int, ours: tuple[int, int]):
-    "Start a candidate in a fence and clear the fence when it ends. A SIGTERM that others send, a cluster say, is not heeded."
+def _restrict_guardian(ruleset: int):
+    "Adopt orphans, and keep signals inside a Landlock ruleset; ends the process if the kernel lets them out."
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.setsid()
-    enforce_landlock(fences["guardian"])
+    enforce_landlock(ruleset)
     try:
         os.kill(os.getppid(), 0)
-        os._exit(1)  # a fence that lets signals out
+        os._exit(1)
     except PermissionError:
         pass
-    child = os.fork()
-    if child == 0:
-        os.close(writing)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD, signal.SIGTERM])
-        _run_candidate(config, channel, output, fences)
-    os.close(channel), os.close(output)
+
+
+def _run_guardian(child: int, status_pipe: int, masters: tuple[int, int]):
+    "Kill a candidate on a SIGTERM of its masters, and all its descendants when it ends; SIGTERM of others is ignored."
     status = None
     while status is None:
-        told = signal.sigwaitinfo([signal.SIGCHLD, signal.SIGTERM])
-        if told.si_signo == signal.SIGTERM and told.si_pid in ours:
+        received = signal.sigwaitinfo([signal.SIGCHLD, signal.SIGTERM])
+        if received.si_signo == signal.SIGTERM and received.si_pid in masters:
             os.kill(child, signal.SIGKILL)
         status = _reap_children(child)
     _kill_descendants()
-    os.write(writing, str(status).encode())
+    os.write(status_pipe, str(status).encode())
     os._exit(0)
 
 # %% ../../nbs/sandbox/candidate.ipynb #3ef8eb50
 def _count_threads(uid: int) -> int:
     "How many threads a user has."
-    found = 0
+    threads = 0
     for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                about = os.stat(f"/proc/{name}/task")
-                found += about.st_nlink - 2 if about.st_uid in (0, uid) else 0
-            except OSError:
-                pass
-    return found
+        if not name.isdigit():
+            continue
+        try:
+            task_folder = os.stat(f"/proc/{name}/task")
+        except OSError:
+            continue
+        if task_folder.st_uid in (0, uid):
+            threads += task_folder.st_nlink - 2
+    return threads
 
 # %% ../../nbs/sandbox/candidate.ipynb #603ad967
 def _reap_children(child: int) -> int | None:
-    "Reap whatever has ended; how the candidate did, if it was among them."
-    found = None
+    "Reap whatever has ended; the candidate's exit status, if it was among them."
+    exit_status = None
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return found
+            return exit_status
         if pid == 0:
-            return found
+            return exit_status
         if pid == child:
-            found = os.waitstatus_to_exitcode(status)
+            exit_status = os.waitstatus_to_exitcode(status)
 
 
 def _kill_descendants():
-    "Kill and reap everything in the guardian's fence."
+    "Kill and reap everything under the guardian's ruleset."
     while True:
         try:
             os.kill(-1, signal.SIGKILL)

@@ -23,67 +23,82 @@ from codetrace.sandbox.protocol import (
 )
 
 # %% ../../nbs/sandbox/judge.ipynb #134e9402
-def _bound_names(tree: ast.AST, apart: ast.AST | None = None) -> set[str]:
+def _names_bound_by(node: ast.AST) -> set[str]:
+    "Names that one node of a tree binds."
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return {node.id}
+    if isinstance(node, ast.arg):
+        return {node.arg}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.alias):
+        return {(node.asname or node.name).partition(".")[0]}
+    if isinstance(node, ast.ExceptHandler) and node.name:
+        return {node.name}
+    return set()
+
+
+def _bound_names(tree: ast.AST, skipped: ast.AST | None = None) -> set[str]:
     "Names that a tree binds, outside of one of its branches."
-    names, todo = set(), [tree]
-    while todo:
-        node = todo.pop()
-        if node is apart:
-            continue
-        todo += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
+    names = set()
+    unvisited = [tree]
+    while unvisited:
+        node = unvisited.pop()
+        if node is not skipped:
+            unvisited += ast.iter_child_nodes(node)
+            names |= _names_bound_by(node)
     return names
 
 # %% ../../nbs/sandbox/judge.ipynb #6c4d228d
+class _TestRewriter(ast.NodeTransformer):
+    "Send calls of the entry point to the candidate, and count asserts."
+
+    def __init__(self, tree: ast.Module, entry_point: str, bound: frozenset[str]):
+        self.tree = tree
+        self.entry_point = entry_point
+        self.bound = bound
+
+    def visit_Call(self, node):
+        if isinstance(node.func, ast.Name) and node.func.id == self.entry_point:
+            used_names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            if not used_names & (self.bound | _bound_names(self.tree, node)):
+                ask = ast.Name("__ask__", ast.Load())
+                source = ast.Constant(ast.unparse(node))
+                return ast.copy_location(ast.Call(ask, [source], []), node)
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node):
+        if isinstance(node.test, ast.Tuple):
+            raise SyntaxError("asserts a tuple, which is always true")
+        count = ast.Expr(ast.Call(ast.Name("__held__", ast.Load()), [], []))
+        return [self.generic_visit(node), ast.copy_location(count, node)]
+
+# %% ../../nbs/sandbox/judge.ipynb #c4698b15
 def rewrite_test(
     test: str,  # Python with asserts
     entry_point: str,  # The function that the candidate defines
     bound: frozenset[str] = frozenset(),  # Names that earlier tests have bound
 ) -> ast.Module:  # Ready to compile
-    "A test in which calls of the entry point ask the candidate, and asserts count themselves."
+    "A test in which calls of the entry point are sent to the candidate, and asserts are counted."
     tree = ast.parse(test)
-
-    class Rewrite(ast.NodeTransformer):
-        def visit_Call(self, node):
-            if isinstance(node.func, ast.Name) and node.func.id == entry_point:
-                used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                if not used & (bound | _bound_names(tree, node)):
-                    ask, source = ast.Name("__ask__", ast.Load()), ast.Constant(ast.unparse(node))
-                    return ast.copy_location(ast.Call(ask, [source], []), node)
-            return self.generic_visit(node)
-
-        def visit_Assert(self, node):
-            if isinstance(node.test, ast.Tuple):
-                raise SyntaxError("asserts a tuple, which is always true")
-            count = ast.Expr(ast.Call(ast.Name("__held__", ast.Load()), [], []))
-            return [self.generic_visit(node), ast.copy_location(count, node)]
-
-    return ast.fix_missing_locations(Rewrite().visit(tree))
+    return ast.fix_missing_locations(_TestRewriter(tree, entry_point, bound).visit(tree))
 
 # %% ../../nbs/sandbox/judge.ipynb #12a17500
 class ForgedMessage(Exception):
-    "The candidate's process said something that is no answer to what it was asked."
+    "The candidate's process sent something that is no reply to a request."
 
 
-def _rebuild_exception(complaint: str) -> Exception:
+def _rebuild_exception(text: str) -> Exception:
     "What the candidate raised, as the nearest builtin exception."
-    name, kinds, message = from_json(complaint)
-    kinds = [k for k in map(lambda n: getattr(builtins, str(n), None), kinds) if isinstance(k, type)]
-    kind = next((k for k in kinds if issubclass(k, Exception)), Exception)
+    name, kind_names, message = from_json(text)
+    kinds = [getattr(builtins, str(kind_name), None) for kind_name in kind_names]
+    exception_kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception)]
+    kind = exception_kinds[0] if exception_kinds else Exception
     try:
         error = kind(str(message))
     except Exception:
         error = Exception(str(message))
-    error.said_by_candidate = f"{str(name)[:80]}: {str(message)[:300]}"
+    error.candidate_message = f"{str(name)[:80]}: {str(message)[:300]}"
     return error
 
 # %% ../../nbs/sandbox/judge.ipynb #3d8f699e
@@ -91,28 +106,30 @@ class CandidateChannel:
     "The judge's end of a channel."
 
     def __init__(self, fd: int, longest: int):
-        self.fd, self.longest = fd, longest
+        self.fd = fd
+        self.longest = longest  # Bytes of an answer
 
-    def hear(self, call: str) -> tuple[str, str]:
-        "The next message, which must belong to this call."
+    def receive(self, request_id: str) -> tuple[str, str]:
+        "Kind and text of the next message, which must belong to this request."
         try:
-            heard, kind, text = from_json(receive_frame(self.fd, 2 * self.longest + 1024))
+            reply_id, kind, text = from_json(receive_frame(self.fd, 2 * self.longest + 1024))
         except (MessageTooLong, ValueError, TypeError, RecursionError):
             raise ForgedMessage("not a message") from None
-        if heard != call or not isinstance(kind, str) or not isinstance(text, str):
+        if reply_id != request_id or not isinstance(kind, str) or not isinstance(text, str):
             raise ForgedMessage("not an answer to the question")
         return kind, text
 
     def request(self, **request) -> tuple[str, str]:
-        call = os.urandom(16).hex()
+        "Kind and text of the reply to a request."
+        request_id = os.urandom(16).hex()
         try:
-            send_frame(self.fd, to_json(request | {"id": call}))
+            send_frame(self.fd, to_json(request | {"id": request_id}))
         except OSError:
             raise ChannelClosed from None
-        return self.hear(call)
+        return self.receive(request_id)
 
-    def ask(self, **request) -> object:
-        "The value of a call."
+    def evaluate(self, **request) -> object:
+        "The value of a call; raises what the call raised in the candidate."
         kind, text = self.request(**request)
         if kind == "long" or len(text) > self.longest:
             raise MessageTooLong
@@ -122,100 +139,124 @@ class CandidateChannel:
             if kind == "value":
                 return unpack_value(text)
         except (ValueError, TypeError) as error:
-            if not hasattr(error, "said_by_candidate"):
+            if not hasattr(error, "candidate_message"):
                 raise ForgedMessage("not a value") from None
             raise
         raise ForgedMessage("neither a value nor an exception")
 
 # %% ../../nbs/sandbox/judge.ipynb #d53dc233
-def _run_setup_imports(setup: str, space: dict) -> set[str]:
-    "Carry out the imports of a setup among the judge's names; which names they bind."
+def _run_setup_imports(setup: str, namespace: dict) -> set[str]:
+    "Carry out the imports of a setup in the judge's namespace; which names they bind."
     try:
         tree = ast.parse(setup)
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(tree, "<setup>", "exec", dont_inherit=True), space)
+        exec(compile(tree, "<setup>", "exec", dont_inherit=True), namespace)
     except BaseException:
         return set()
     return _bound_names(tree)
 
 
-def _import_named_modules(tree: ast.AST, space: dict) -> dict:
+def _import_named_modules(tree: ast.AST, namespace: dict) -> dict:
     "Modules of the standard library that a test names without importing them."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & sys.stdlib_module_names
-    found = {}
-    for name in sorted(names - set(space)):
+    modules = {}
+    for name in sorted(names - set(namespace)):
         try:
-            found[name] = __import__(name)
+            modules[name] = __import__(name)
         except Exception:
             pass
-    return found
+    return modules
 
 # %% ../../nbs/sandbox/judge.ipynb #64c9d78a
-def _run_test(test: str, entry_point: str, space: dict, bound: set[str]) -> tuple[str, str]:
-    "Run one test."
+def _run_test(test: str, entry_point: str, namespace: dict, bound: set[str]) -> tuple[str, str]:
+    "Run one test; its outcome and a detail."
     try:
         tree = rewrite_test(test, entry_point, frozenset(bound))
         code = compile(tree, "<test>", "exec", dont_inherit=True)
     except BaseException as error:
         return "exception", f"the test cannot be read: {type(error).__name__}: {error}"
-    space |= _import_named_modules(tree, space)
+    namespace |= _import_named_modules(tree, namespace)
     bound |= _bound_names(tree)
-    held = []
-    space["__held__"] = lambda: held.append(1)
+    true_asserts = []
+
+    def count_assert():
+        true_asserts.append(1)
+
+    namespace["__held__"] = count_assert
     try:
-        exec(code, space)
+        exec(code, namespace)
     except (ChannelClosed, MessageTooLong, ForgedMessage):
         raise
     except BaseException as error:
-        if said := getattr(error, "said_by_candidate", None):
-            return ("memory" if isinstance(error, MemoryError) else "exception"), said
-        if isinstance(error, AssertionError):
-            return "failed_assertion", (str(error) or test.strip())[:300]
-        return "exception", f"in the test: {type(error).__name__}: {error}"[:300]
-    return ("passed", "") if held else ("failed_assertion", "the test asserts nothing")
+        return _error_outcome(error, test)
+    return ("passed", "") if true_asserts else ("failed_assertion", "the test asserts nothing")
+
+# %% ../../nbs/sandbox/judge.ipynb #0fc88f92
+def _error_outcome(error: BaseException, test: str) -> tuple[str, str]:
+    "The outcome of a test that ended with an error, of the candidate or of its own."
+    if message := getattr(error, "candidate_message", None):
+        return ("memory" if isinstance(error, MemoryError) else "exception"), message
+    if isinstance(error, AssertionError):
+        return "failed_assertion", (str(error) or test.strip())[:300]
+    return "exception", f"in the test: {type(error).__name__}: {error}"[:300]
 
 # %% ../../nbs/sandbox/judge.ipynb #fcee9611
 _LOADING_VERDICTS = {"syntax": "syntax_error", "raised": "exception", "long": "output_limit"}
 
 
-def _load_candidate(candidate: CandidateChannel, job: dict) -> tuple[str, str]:
+def _load_candidate(channel: CandidateChannel, job: dict) -> tuple[str, str]:
     "Have the candidate run its source: `passed` if it then has the function."
-    first = {"code": job["code"], "setup": job["setup"], "entry_point": job["entry_point"]}
-    kind, text = candidate.hear("")
+    kind, text = channel.receive("")
     if kind != "ready":
         return "runner_error", text
-    kind, text = candidate.request(**first)
+    kind, text = channel.request(code=job["code"], setup=job["setup"], entry_point=job["entry_point"])
     if kind == "loaded":
         return ("passed", "") if text == "true" else ("no_function", f"{job['entry_point']!r} is not defined")
     if kind not in _LOADING_VERDICTS:
         raise ForgedMessage("no word about loading")
     error = _rebuild_exception(text) if text else MemoryError()
-    return "memory" if isinstance(error, MemoryError) else _LOADING_VERDICTS[kind], getattr(
-        error, "said_by_candidate", ""
-    )
+    outcome = "memory" if isinstance(error, MemoryError) else _LOADING_VERDICTS[kind]
+    return outcome, getattr(error, "candidate_message", "")
+
+# %% ../../nbs/sandbox/judge.ipynb #cc80078a
+def _test_namespace(channel: CandidateChannel, entry_point: str) -> dict:
+    "The globals of the tests: the entry point, and the function that has the source of a call evaluated."
+
+    def ask(source: str) -> object:
+        return channel.evaluate(source=source)
+
+    def call_entry_point(*args, **kwargs) -> object:
+        return channel.evaluate(name=entry_point, arguments=pack_value((args, kwargs)))
+
+    namespace = {"__name__": "tests", "__ask__": ask}
+    namespace[entry_point] = call_entry_point
+    return namespace
 
 # %% ../../nbs/sandbox/judge.ipynb #699b8757
-def run_judge(job: dict, channel: int, report: int, longest: int):
+def run_judge(
+    job: dict,
+    channel_fd: int,  # To the candidate
+    report_fd: int,  # To the supervisor
+    longest: int,  # Bytes of an answer
+):
     "Load a job's source and run its tests; each outcome is reported as a line of JSON."
-    candidate = CandidateChannel(channel, longest)
+    channel = CandidateChannel(channel_fd, longest)
 
-    def say(word: str, detail: str = ""):
-        os.write(report, (to_json([word, str(detail)[:300]]) + "\n").encode())
+    def report(outcome: str, detail: str = ""):
+        os.write(report_fd, (to_json([outcome, str(detail)[:300]]) + "\n").encode())
 
-    name = job["entry_point"]
-    space = {"__name__": "tests", "__ask__": lambda source: candidate.ask(source=source)}
-    space[name] = lambda *args, **kwargs: candidate.ask(name=name, arguments=pack_value((args, kwargs)))
+    namespace = _test_namespace(channel, job["entry_point"])
     try:
-        word, detail = _load_candidate(candidate, job)
-        say(word, detail)
-        if word == "passed":
-            bound = _run_setup_imports(job["setup"], space)
+        outcome, detail = _load_candidate(channel, job)
+        report(outcome, detail)
+        if outcome == "passed":
+            bound = _run_setup_imports(job["setup"], namespace)
             for test in job["tests"]:
-                say(*_run_test(test, name, space, bound))
+                report(*_run_test(test, job["entry_point"], namespace, bound))
     except ChannelClosed:
-        say("gone")
+        report("gone")
     except MessageTooLong:
-        say("output_limit", "the answer is too long")
+        report("output_limit", "the answer is too long")
     except ForgedMessage as error:
-        say("sandbox_violation", str(error))
-    say("done")
+        report("sandbox_violation", str(error))
+    report("done")

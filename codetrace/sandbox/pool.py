@@ -27,9 +27,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import BadInput
-from . import candidate, isolation, judge, protocol, supervisor
-from .isolation import SYSCALL_COLUMN, landlock_abi
+from . import candidate, isolation, judge, landlock, protocol, seccomp, supervisor, system_calls
+from .landlock import landlock_abi
 from .protocol import ChannelClosed, receive_frame, send_frame
+from .system_calls import SYSCALL_COLUMN
 
 # %% ../../nbs/sandbox/pool.ipynb #ba1e8dc0
 sandbox_logger = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class GradingJob:
 
 @dataclass(frozen=True)
 class Verdict:
-    "What became of a job."
+    "The result of a job."
 
     verdict: str  # One of `VERDICTS`
-    per_test: tuple[str | None, ...]  # The same for each test; None where it was not run
+    per_test: tuple[str | None, ...]  # The same for each test, or None where it was not run
     detail: str  # Why, for people
     seconds: float  # Wall time
 
@@ -61,7 +62,7 @@ class SandboxLimits:
     "What a candidate may use; sizes in bytes, times in seconds."
 
     wall: float = 10.0  # From loading to the last test
-    patience: float = 4.0  # How many times `wall`, at most, for who was ready to run and was not let; 1: none
+    patience: float = 4.0  # Times `wall`, at most, for a process that was ready to run but got no processor
     cpu: float = 10.0  # Processor time, of each process
     memory: int = 512 << 20  # Address space, of each process
     processes: int = 32  # Processes and threads at a time
@@ -98,16 +99,11 @@ class ReadablePaths:
     packages: tuple[str, ...]  # What is to be seen nevertheless
 
 # %% ../../nbs/sandbox/pool.ipynb #93d7f999
-@cache
-def find_readable_paths() -> ReadablePaths:
-    "What this interpreter needs of this machine."
-    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    stdlib, libdir = sysconfig.get_path("stdlib"), sysconfig.get_config_var("LIBDIR") or "/usr/lib"
-    numpy = find_spec("numpy")
-    home = Path(numpy.origin).parents[1] if numpy and numpy.origin else None
-    libraries = [
+def _shared_libraries(python: str, stdlib: str) -> list[str]:
+    "Folders and files with the interpreter, its libraries and the standard library, none inside another."
+    candidates = [
         python,
-        libdir,
+        sysconfig.get_config_var("LIBDIR") or "/usr/lib",
         stdlib,
         "/lib",
         "/lib64",
@@ -116,22 +112,46 @@ def find_readable_paths() -> ReadablePaths:
         "/etc/ld.so.cache",
         "/usr/share/zoneinfo",
     ]
-    libraries = [
-        p for p in dict.fromkeys(libraries) if os.path.exists(p) and not any(p.startswith(q + "/") for q in libraries)
-    ]
-    others = [p for top in libraries for kind in ("site", "dist") for p in Path(top).glob(f"python*/{kind}-packages")]
-    others += Path(stdlib).glob("*-packages")
+    folders = tuple(path + "/" for path in candidates)
+    return [path for path in dict.fromkeys(candidates) if os.path.exists(path) and not path.startswith(folders)]
+
+
+def _third_party_folders(libraries: list[str], stdlib: str) -> list[Path]:
+    "Folders with installed packages among the libraries."
+    patterns = ("python*/site-packages", "python*/dist-packages")
+    folders = [path for library in libraries for pattern in patterns for path in Path(library).glob(pattern)]
+    return folders + list(Path(stdlib).glob("*-packages"))
+
+# %% ../../nbs/sandbox/pool.ipynb #d885d4fc
+def _numpy_folders() -> list[str]:
+    "Where numpy is installed, with its libraries; nothing where it is not."
+    numpy = find_spec("numpy")
+    if not numpy or not numpy.origin:
+        return []
+    home = Path(numpy.origin).parents[1]
+    return [str(home / name) for name in ("numpy", "numpy.libs") if (home / name).exists()]
+
+# %% ../../nbs/sandbox/pool.ipynb #b17a8896
+@cache
+def find_readable_paths() -> ReadablePaths:
+    "What this interpreter needs of this machine."
+    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    stdlib = sysconfig.get_path("stdlib")
+    extensions = sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload"
+    libraries = _shared_libraries(python, stdlib)
+    hidden = {os.path.realpath(path) for path in _third_party_folders(libraries, stdlib)}
     return ReadablePaths(
-        python,
-        sys.base_prefix,
-        (stdlib, sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload"),
-        tuple(libraries),
-        tuple(sorted({os.path.realpath(path) for path in others})),
-        tuple(str(home / name) for name in ("numpy", "numpy.libs") if (home / name).exists()) if home else (),
+        python=python,
+        prefix=sys.base_prefix,
+        path=(stdlib, extensions),
+        libraries=tuple(libraries),
+        hidden=tuple(sorted(hidden)),
+        packages=tuple(_numpy_folders()),
     )
 
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
-_SANDBOX_FILES = [module.__file__ for module in (protocol, isolation, candidate, judge, supervisor)]
+_SANDBOX_MODULES = (protocol, system_calls, seccomp, landlock, isolation, candidate, judge, supervisor)
+_SANDBOX_FILES = [module.__file__ for module in _SANDBOX_MODULES]
 _BOOT_CODE = (
     "import sys, types; package = types.ModuleType('codetrace.sandbox'); package.__path__ = [sys.argv[1]]; "
     "sys.modules |= {'codetrace': types.ModuleType('codetrace'), 'codetrace.sandbox': package}; "
@@ -142,60 +162,81 @@ _PYTHON_OPTIONS = ["-s", "-S", "-P", "-B", "-c", _BOOT_CODE]  # not -I: it would
 
 def _candidate_environment(folder: str) -> dict[str, str]:
     "All that a candidate finds in its environment."
-    quiet = {"LANG": "C.UTF-8", "TZ": "UTC", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}
+    general = {"LANG": "C.UTF-8", "TZ": "UTC", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}
     threads = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return quiet | threads | {"HOME": folder, "TMPDIR": folder}
+    return general | threads | {"HOME": folder, "TMPDIR": folder}
 
 # %% ../../nbs/sandbox/pool.ipynb #be7a87d2
 def _tier1_path(path: str) -> str:
     "Where a path of this machine appears in tier 1."
-    seen = find_readable_paths()
-    if path in seen.packages:
+    visible = find_readable_paths()
+    if path in visible.packages:
         return f"/packages/{os.path.basename(path)}"
-    own = path.startswith(seen.prefix + "/") and not seen.prefix.startswith("/usr")
-    return "/python" + path[len(seen.prefix) :] if own else path
+    is_system_python = visible.prefix.startswith("/usr")
+    if path.startswith(visible.prefix + "/") and not is_system_python:
+        return "/python" + path[len(visible.prefix) :]
+    return path
 
+# %% ../../nbs/sandbox/pool.ipynb #64b57621
+def _folder_options() -> list[str]:
+    "Options of bubblewrap for the folders above everything that is mounted; they would else be open to the starter alone."
+    visible = find_readable_paths()
+    mounted = [_tier1_path(path) for path in (*visible.libraries, *visible.packages)]
+    mounted += ["/codetrace/supervisor.py", "/dev/null"]
+    parents = {str(parent) for path in mounted for parent in Path(path).parents}
+    options = []
+    for folder in sorted(parents - {"/", *mounted}):
+        options += ["--perms", "0755", "--dir", folder]
+    return options
 
+# %% ../../nbs/sandbox/pool.ipynb #30e8c022
+def _mount_options() -> list[str]:
+    "Options of bubblewrap for what a candidate can read."
+    visible = find_readable_paths()
+    options = []
+    for path in visible.libraries:
+        if os.path.islink(path):
+            options += ["--symlink", os.readlink(path), path]
+        else:
+            options += ["--ro-bind", path, _tier1_path(path)]
+    for path in visible.hidden:
+        options += ["--tmpfs", _tier1_path(path), "--remount-ro", _tier1_path(path)]
+    for path in visible.packages:
+        options += ["--ro-bind", path, _tier1_path(path)]
+    for name in ("null", "zero", "random", "urandom"):
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    options += ["--proc", "/proc", "--dir", "/tmp", "--symlink", "/tmp", "/dev/shm"]
+    for path in _SANDBOX_FILES:
+        options += ["--ro-bind", path, f"/codetrace/{os.path.basename(path)}"]
+    return options
+
+# %% ../../nbs/sandbox/pool.ipynb #49c80ebe
 def _bubblewrap_command() -> list[str]:
     "The command that starts a worker in tier 1."
-    seen = find_readable_paths()
-    words = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    words += ["--die-with-parent", "--new-session", "--clearenv"] + ([] if os.getuid() == 0 else ["--unshare-user"])
-    for name, value in (_candidate_environment("/tmp") | {"LD_LIBRARY_PATH": "/python/lib"}).items():
-        words += ["--setenv", name, value]
-    inside = [_tier1_path(path) for path in (*seen.libraries, *seen.packages)] + [
-        "/codetrace/supervisor.py",
-        "/dev/null",
-    ]
-    for folder in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/", *inside}):
-        words += ["--perms", "0755", "--dir", folder]  # else open to the starter alone
-    for path in seen.libraries:
-        words += (
-            ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, _tier1_path(path)]
-        )
-    for path in seen.hidden:
-        words += ["--tmpfs", _tier1_path(path), "--remount-ro", _tier1_path(path)]
-    for path in seen.packages:
-        words += ["--ro-bind", path, _tier1_path(path)]
-    for name in ("null", "zero", "random", "urandom"):
-        words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    words += ["--proc", "/proc", "--dir", "/tmp", "--symlink", "/tmp", "/dev/shm"]
-    for path in _SANDBOX_FILES:
-        words += ["--ro-bind", path, f"/codetrace/{os.path.basename(path)}"]
-    return [*words, "--remount-ro", "/", "--chdir", "/", "--", _tier1_path(seen.python), *_PYTHON_OPTIONS, "/codetrace"]
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    command += ["--die-with-parent", "--new-session", "--clearenv"]
+    if os.getuid() != 0:
+        command.append("--unshare-user")
+    environment = _candidate_environment("/tmp") | {"LD_LIBRARY_PATH": "/python/lib"}
+    for name, value in environment.items():
+        command += ["--setenv", name, value]
+    command += _folder_options() + _mount_options()
+    python = _tier1_path(find_readable_paths().python)
+    return [*command, "--remount-ro", "/", "--chdir", "/", "--", python, *_PYTHON_OPTIONS, "/codetrace"]
 
 # %% ../../nbs/sandbox/pool.ipynb #c41a448d
 def _landlock_readable_paths() -> list[str]:
-    "The same view as single grants, since Landlock can only add."
-    seen = find_readable_paths()
-    found, todo = set(seen.packages), [os.path.realpath(path) for path in seen.libraries]
-    while todo:
-        path = todo.pop()
-        if not any(hidden == path or hidden.startswith(path + "/") for hidden in seen.hidden):
-            found.add(path)
-        elif path not in seen.hidden:
-            todo += [entry.path for entry in os.scandir(path) if not entry.is_symlink()]
-    return sorted(found)
+    "The same view as in tier 1, as single grants."
+    visible = find_readable_paths()
+    granted = set(visible.packages)
+    unvisited = [os.path.realpath(path) for path in visible.libraries]
+    while unvisited:
+        path = unvisited.pop()
+        if not any(hidden == path or hidden.startswith(path + "/") for hidden in visible.hidden):
+            granted.add(path)
+        elif path not in visible.hidden:
+            unvisited += [entry.path for entry in os.scandir(path) if not entry.is_symlink()]
+    return sorted(granted)
 
 # %% ../../nbs/sandbox/pool.ipynb #83207866
 class WorkerLost(Exception):
@@ -211,16 +252,23 @@ def _unused_uid() -> int:
     taken = {process.info["uids"].real for process in psutil.process_iter(["uids"]) if process.info["uids"]}
     return random.SystemRandom().choice([uid for uid in range(61184, 65520) if uid not in taken])
 
-
+# %% ../../nbs/sandbox/pool.ipynb #5ac48dd2
 def _worker_configuration(tier: int, limits: SandboxLimits, folder: str) -> dict:
-    "What a worker is told in the first frame."
-    seen, root = find_readable_paths(), os.getuid() == 0
-    about = {"tier": tier, "limits": asdict(limits), "folder": folder, "prefix": seen.prefix}
-    about |= {"uid": _unused_uid() if root else None, "shared_uid": tier == 2 and not root}
+    "What a worker needs to know, for its first frame."
+    visible = find_readable_paths()
+    is_root = os.getuid() == 0
+    config = {
+        "tier": tier,
+        "limits": asdict(limits),
+        "folder": folder,
+        "prefix": visible.prefix,
+        "uid": _unused_uid() if is_root else None,
+        "shared_uid": tier == 2 and not is_root,
+    }
     if tier == 1:
-        return about | {"path": [*map(_tier1_path, seen.path), "/packages"]}
-    path = [*seen.path, *sorted({os.path.dirname(package) for package in seen.packages})]
-    return about | {"path": path, "readable": _landlock_readable_paths(), "listable": path}
+        return config | {"path": [*map(_tier1_path, visible.path), "/packages"]}
+    path = [*visible.path, *sorted({os.path.dirname(package) for package in visible.packages})]
+    return config | {"path": path, "readable": _landlock_readable_paths(), "listable": path}
 
 # %% ../../nbs/sandbox/pool.ipynb #5a120008
 def _send_message(worker: "SandboxWorker", message: dict):
@@ -232,7 +280,7 @@ def _send_message(worker: "SandboxWorker", message: dict):
 
 
 def _receive_message(worker: "SandboxWorker", seconds: float) -> str:
-    "Receive one, and wait no longer than so."
+    "Receive one frame within so many seconds."
     pipe = worker.process.stdout.fileno()
     if not select.select([pipe], [], [], seconds)[0]:
         raise WorkerLost(f"no answer within {seconds:.0f} s")
@@ -241,7 +289,7 @@ def _receive_message(worker: "SandboxWorker", seconds: float) -> str:
     except ChannelClosed:
         raise WorkerLost(_exit_reason(worker)) from None
 
-
+# %% ../../nbs/sandbox/pool.ipynb #487c561f
 def _exit_reason(worker: "SandboxWorker") -> str:
     "Why a worker ended."
     _wait_or_kill(worker.process)
@@ -263,21 +311,11 @@ class SandboxWorker:
     "One sandbox, and a pipe into it."
 
     def __init__(self, tier: int, limits: SandboxLimits):
-        self.tier, self.limits = tier, limits
+        self.tier = tier
+        self.limits = limits
         self.folder = "/tmp" if tier == 1 else tempfile.mkdtemp(prefix="codetrace-sandbox-")
         self.errors = tempfile.TemporaryFile()
-        command = (
-            _bubblewrap_command()
-            if tier == 1
-            else [find_readable_paths().python, *_PYTHON_OPTIONS, os.path.dirname(supervisor.__file__)]
-        )
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        apart = {
-            "env": _candidate_environment(self.folder),
-            "cwd": "/",
-            "start_new_session": True,
-        }  # Ctrl-C is for who asked
-        self.process = subprocess.Popen(command, bufsize=0, **apart, **pipes)
+        self.process = _start_worker_process(tier, self.folder, self.errors)
         try:
             _send_message(self, _worker_configuration(tier, limits, self.folder))
             if _receive_message(self, 60) != "ready":
@@ -288,11 +326,10 @@ class SandboxWorker:
 
     def grade(self, job: GradingJob) -> Verdict:
         "Judge one job."
-        _send_message(
-            self, {"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)}
-        )
-        said = json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
-        return Verdict(said["verdict"], tuple(said["per_test"]), said["detail"], said["seconds"])
+        message = {"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)}
+        _send_message(self, message)
+        answer = json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
+        return Verdict(answer["verdict"], tuple(answer["per_test"]), answer["detail"], answer["seconds"])
 
     def close(self):
         "End the worker, and with it everything in it."
@@ -303,64 +340,88 @@ class SandboxWorker:
         if self.tier == 2:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+# %% ../../nbs/sandbox/pool.ipynb #e3dd694e
+def _start_worker_process(tier: int, folder: str, errors) -> subprocess.Popen:
+    "Start the supervisor of a worker in its sandbox."
+    if tier == 1:
+        command = _bubblewrap_command()
+    else:
+        command = [find_readable_paths().python, *_PYTHON_OPTIONS, os.path.dirname(supervisor.__file__)]
+    return subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=_candidate_environment(folder),
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is for the process that started it
+    )
+
 # %% ../../nbs/sandbox/pool.ipynb #debb7417
 class NoSandbox(BadInput):
     "This machine can run no candidate."
 
 
+_SPYING_SOLUTION = """import os
+def f(): return os.listdir(os.sep + 'home') and open('/etc/passwd').read()"""
 _SELF_TEST_JOBS = [
     ("passed", GradingJob("def f(x): return x + 1", "f", ("assert f(1) == 2",))),
     ("failed_assertion", GradingJob("def f(x): return x", "f", ("assert f(1) == 2",))),
-    (
-        "exception",
-        GradingJob(
-            "import os\ndef f(): return os.listdir(os.sep + 'home') and open('/etc/passwd').read()",
-            "f",
-            ("assert f()",),
-        ),
-    ),
+    ("exception", GradingJob(_SPYING_SOLUTION, "f", ("assert f()",))),
 ]
 
 # %% ../../nbs/sandbox/pool.ipynb #4b5b61ed
-@cache
-def why_tier_unavailable(tier: int) -> str | None:
-    "Why this machine does not offer a tier; None when it does."
+def _missing_requirement(tier: int) -> str | None:
+    "What a tier needs and this machine does not have."
     if SYSCALL_COLUMN is None or sys.platform != "linux":
-        return f"codetrace knows the system calls of Linux on x86-64 and aarch64, and this is {sys.platform} on {os.uname().machine}"
+        machine = f"{sys.platform} on {os.uname().machine}"
+        return f"codetrace knows the system calls of Linux on x86-64 and aarch64, and this is {machine}"
     if tier == 1 and not shutil.which("bwrap"):
         return "bubblewrap is not installed; on Debian or Ubuntu: apt-get install bubblewrap"
     if tier == 2 and landlock_abi() < 6:
-        return f"Landlock has ABI {landlock_abi()} here, and 6 is needed: Linux 6.12 or newer, started with landlock among its lsm="
+        abi = landlock_abi()
+        return (
+            f"Landlock has ABI {abi} here, and 6 is needed: Linux 6.12 or newer, started with landlock among its lsm="
+        )
+    return None
+
+# %% ../../nbs/sandbox/pool.ipynb #c84f4db7
+@cache
+def why_tier_unavailable(
+    tier: int,  # 1 or 2
+) -> str | None:  # None where it works
+    "Why this machine does not offer a tier; each tier is tried once."
+    if missing := _missing_requirement(tier):
+        return missing
     try:
         worker = SandboxWorker(tier, SandboxLimits())
     except (WorkerLost, OSError) as error:
         return str(error)
     try:
-        said = [(wanted, worker.grade(job)) for wanted, job in _SELF_TEST_JOBS]
+        verdicts = [worker.grade(job) for _, job in _SELF_TEST_JOBS]
     except WorkerLost as error:
         return str(error)
     finally:
         worker.close()
-    return next(
-        (
-            f"a trial gave {got.verdict} instead of {wanted}: {got.detail}"
-            for wanted, got in said
-            if got.verdict != wanted
-        ),
-        None,
-    )
+    for (expected, _), verdict in zip(_SELF_TEST_JOBS, verdicts, strict=True):
+        if verdict.verdict != expected:
+            return f"a trial gave {verdict.verdict} instead of {expected}: {verdict.detail}"
+    return None
 
 # %% ../../nbs/sandbox/pool.ipynb #56f1ed4e
-def choose_sandbox_tier(tier: int | None = None) -> int:
-    "The tier asked for, or the better one that works; `NoSandbox` if there is none."
-    for candidate in (1, 2) if tier is None else (tier,):
-        if why_tier_unavailable(candidate) is None:
-            if tier is None and candidate == 2:
-                sandbox_logger.warning(
-                    "grading in tier 2 (Landlock); tier 1 does not work here: %s", why_tier_unavailable(1)
-                )
-            return candidate
-    reasons = "; ".join(f"tier {t}: {why_tier_unavailable(t)}" for t in ((1, 2) if tier is None else (tier,)))
+def choose_sandbox_tier(
+    tier: int | None = None,  # 1 or 2, or None for the better one that works
+) -> int:
+    "A tier that works; raises `NoSandbox` if there is none."
+    tiers = (1, 2) if tier is None else (tier,)
+    for number in tiers:
+        if why_tier_unavailable(number) is None:
+            if tier is None and number == 2:
+                reason = why_tier_unavailable(1)
+                sandbox_logger.warning("grading in tier 2 (Landlock); tier 1 does not work here: %s", reason)
+            return number
+    reasons = "; ".join(f"tier {number}: {why_tier_unavailable(number)}" for number in tiers)
     raise NoSandbox(f"this machine cannot run code that nobody has read ({reasons}); codetrace doctor says more")
 
 # %% ../../nbs/sandbox/pool.ipynb #6414466f
@@ -369,11 +430,13 @@ class SandboxPool:
 
     def __init__(
         self,
-        workers: int | None = None,  # How many; as many as there are processors if None
+        workers: int | None = None,  # Number of them, or None for as many as there are processors
         limits: SandboxLimits = SandboxLimits(),  # For each candidate
-        tier: int | None = None,  # 1 or 2; the better one that works if None
+        tier: int | None = None,  # 1 or 2, or None for the better one that works
     ):
-        self.tier, self.limits, self.restarts = choose_sandbox_tier(tier), limits, 0
+        self.tier = choose_sandbox_tier(tier)
+        self.limits = limits
+        self.restarts = 0  # Workers that were lost and replaced
         self.count = workers or len(os.sched_getaffinity(0))
         self.idle: queue.SimpleQueue[SandboxWorker] = queue.SimpleQueue()
         self.threads = ThreadPoolExecutor(self.count, thread_name_prefix="codetrace-sandbox")
@@ -396,38 +459,40 @@ class SandboxPool:
 
     def grade(self, jobs: Iterable[GradingJob]) -> Iterator[Verdict]:
         "Verdicts in the order of the jobs; only a few jobs are taken ahead, so a stream may be long."
-        ahead: deque = deque()
+        submitted: deque = deque()
         for job in jobs:
-            ahead.append(self.submit(job))
-            if len(ahead) > 4 * self.count:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            submitted.append(self.submit(job))
+            if len(submitted) > 4 * self.count:
+                yield submitted.popleft().result()
+        while submitted:
+            yield submitted.popleft().result()
 
 # %% ../../nbs/sandbox/pool.ipynb #5a12000b
 def _grade_with_worker(pool: SandboxPool, job: GradingJob) -> Verdict:
     "Judge a job with an idle worker; if that is lost, with a new one."
-    worker, lost = pool.idle.get(), ""
+    worker = pool.idle.get()
+    reason = ""
     try:
         for _ in range(2):
             try:
                 return worker.grade(job)
             except WorkerLost as error:
-                lost, pool.restarts = str(error), pool.restarts + 1
-                sandbox_logger.warning("a sandbox worker was lost and is replaced: %s", lost)
+                reason = str(error)
+                pool.restarts += 1
+                sandbox_logger.warning("a sandbox worker was lost and is replaced: %s", reason)
                 worker.process.kill()
                 worker.close()
                 worker = SandboxWorker(pool.tier, pool.limits)
-        return Verdict("runner_error", (None,) * len(job.tests), lost, 0.0)
+        return Verdict("runner_error", (None,) * len(job.tests), reason, 0.0)
     finally:
         pool.idle.put(worker)
 
 # %% ../../nbs/sandbox/pool.ipynb #479f77db
 def grade(
     jobs: Iterable[GradingJob],  # What is to be judged
-    workers: int | None = None,  # How many at a time; as many as there are processors if None
+    workers: int | None = None,  # Number at a time, or None for as many as there are processors
     limits: SandboxLimits = SandboxLimits(),  # For each candidate
-    tier: int | None = None,  # 1 or 2; the better one that works if None
+    tier: int | None = None,  # 1 or 2, or None for the better one that works
 ) -> list[Verdict]:  # In the order of the jobs
     "Judge programs that nobody has read."
     with SandboxPool(workers, limits, tier) as pool:

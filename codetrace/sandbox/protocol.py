@@ -11,15 +11,16 @@ import json
 import os
 import struct
 from collections import deque
+from collections.abc import Callable
 
 # %% ../../nbs/sandbox/protocol.ipynb #7cffc98a
 def _to_tagged(value: object) -> object:
     "JSON for a value, tagged; an object of no known type becomes its type's name and its truth."
     if value is None or value is True or value is False:
         return value
-    for kind, pack in _TAGGERS:
+    for kind, tagger in _TAGGERS:
         if isinstance(value, kind):
-            return pack(value)
+            return tagger(value)
     module = type(value).__module__.partition(".")[0]
     if module == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _to_tagged(value.item())
@@ -32,7 +33,7 @@ def _to_tagged(value: object) -> object:
         return ["iterator", *map(_to_tagged, value)]
     return ["object", str(name), bool(value)]
 
-
+# %% ../../nbs/sandbox/protocol.ipynb #44769825
 def _tag_integer(value: int) -> object:
     value = int.__add__(value, 0)
     return value if -(1 << 63) < value < 1 << 63 else ["int", hex(value)]
@@ -41,24 +42,62 @@ def _tag_integer(value: int) -> object:
 def _tag_float(value: float) -> list:
     return ["float", float.hex(value)]
 
+
+def _tag_dict(value: dict) -> list:
+    "Keys and values in turn."
+    packed = ["dict"]
+    for key, item in dict.items(value):
+        packed.append(_to_tagged(key))
+        packed.append(_to_tagged(item))
+    return packed
+
+
+def _tag_string(value: str) -> str:
+    return str.__str__(value)
+
+# %% ../../nbs/sandbox/protocol.ipynb #c40f8f17
+def _tag_bytes(value: bytes) -> list:
+    return ["bytes", bytes.hex(value)]
+
+
+def _tag_bytearray(value: bytearray) -> list:
+    return ["bytearray", bytearray.hex(value)]
+
+
+def _tag_complex(value: complex) -> list:
+    return ["complex", float.hex(value.real), float.hex(value.imag)]
+
+
+def _tag_range(value: range) -> list:
+    return ["range", *map(_tag_integer, (value.start, value.stop, value.step))]
+
+
+def _sequence_tagger(tag: str, iterate: Callable) -> Callable:
+    "A tagger of values whose items stand behind a tag, read by a method of the base class."
+
+    def pack(value: object) -> list:
+        return [tag, *map(_to_tagged, iterate(value))]
+
+    return pack
+
 # %% ../../nbs/sandbox/protocol.ipynb #1c393cfe
 _TAGGERS = [
-    (str, lambda v: str.__str__(v)),
+    (str, _tag_string),
     (int, _tag_integer),
     (float, _tag_float),
-    (list, lambda v: ["list", *map(_to_tagged, list.__iter__(v))]),
-    (tuple, lambda v: ["tuple", *map(_to_tagged, tuple.__iter__(v))]),
-    (dict, lambda v: ["dict", *(_to_tagged(x) for pair in dict.items(v) for x in pair)]),
-    (set, lambda v: ["set", *map(_to_tagged, set.__iter__(v))]),
-    (frozenset, lambda v: ["frozenset", *map(_to_tagged, frozenset.__iter__(v))]),
-    (bytes, lambda v: ["bytes", bytes.hex(v)]),
-    (bytearray, lambda v: ["bytearray", bytearray.hex(v)]),
-    (complex, lambda v: ["complex", float.hex(v.real), float.hex(v.imag)]),
-    (range, lambda v: ["range", *map(_tag_integer, (v.start, v.stop, v.step))]),
-    (type({}.keys()), lambda v: ["set", *map(_to_tagged, v)]),
-    (type({}.items()), lambda v: ["items", *map(_to_tagged, v)]),
-    (type({}.values()), lambda v: ["values", *map(_to_tagged, v)]),
-    (deque, lambda v: ["deque", *map(_to_tagged, v)]),
+    (list, _sequence_tagger("list", list.__iter__)),
+    (tuple, _sequence_tagger("tuple", tuple.__iter__)),
+    (dict, _tag_dict),
+    (set, _sequence_tagger("set", set.__iter__)),
+    (frozenset, _sequence_tagger("frozenset", frozenset.__iter__)),
+    (bytes, _tag_bytes),
+    (bytearray, _tag_bytearray),
+    (complex, _tag_complex),
+    (range, _tag_range),
+    (type({}.keys()), _sequence_tagger("set", iter)),
+    (type({}.items()), _sequence_tagger("items", iter)),
+    (type({}.values()), _sequence_tagger("values", iter)),
+    (deque, _sequence_tagger("deque", iter)),
 ]
 
 # %% ../../nbs/sandbox/protocol.ipynb #9641e501
@@ -66,12 +105,13 @@ class UnknownValue:
     "An answer of a type that cannot be rebuilt; it equals nothing."
 
     def __init__(self, kind: str, truth: bool):
-        self.kind, self.truth = kind, truth
+        self.kind = kind
+        self.truth = truth
 
-    def __eq__(self, other):
+    def __eq__(self, _):
         return False
 
-    def __ne__(self, other):
+    def __ne__(self, _):
         return True
 
     __hash__ = object.__hash__
@@ -109,25 +149,53 @@ def _build_integer(data: object) -> int:
         raise TypeError("not an integer")
     return value
 
+# %% ../../nbs/sandbox/protocol.ipynb #a644f492
+def _build_hex_integer(text: str) -> int:
+    return int(text, 16)
+
+
+def _build_complex(real: str, imaginary: str) -> complex:
+    return complex(float.fromhex(real), float.fromhex(imaginary))
+
+
+def _build_range(*bounds: object) -> range:
+    return range(*map(_build_integer, bounds))
+
+
+def _build_unknown(name: object, truth: object) -> UnknownValue:
+    return UnknownValue(str(name)[:80], truth is True)
+
+
+def _build_dict(flat: list) -> dict:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _build_items(pairs: list) -> object:
+    return dict(pairs).items()
+
+
+def _build_values(values: list) -> object:
+    return dict(enumerate(values)).values()
+
 # %% ../../nbs/sandbox/protocol.ipynb #be1e7a12
 _SCALAR_TAGS = {"int", "float", "bytes", "bytearray", "complex", "range", "decimal", "fraction", "object"}
 _BUILDERS = {
-    "int": lambda text: int(text, 16),
+    "int": _build_hex_integer,
     "float": float.fromhex,
-    "complex": lambda real, imag: complex(float.fromhex(real), float.fromhex(imag)),
+    "complex": _build_complex,
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
-    "range": lambda *ends: range(*map(_build_integer, ends)),
+    "range": _build_range,
     "decimal": _build_decimal,
     "fraction": _build_fraction,
-    "object": lambda name, truth: UnknownValue(str(name)[:80], truth is True),
+    "object": _build_unknown,
     "list": list,
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
-    "dict": lambda flat: dict(zip(flat[::2], flat[1::2], strict=True)),
-    "items": lambda pairs: dict(pairs).items(),
-    "values": lambda values: dict(enumerate(values)).values(),
+    "dict": _build_dict,
+    "items": _build_items,
+    "values": _build_values,
     "deque": deque,
     "iterator": iter,
 }

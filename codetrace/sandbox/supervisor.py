@@ -14,57 +14,56 @@ import socket
 import sys
 import time
 from ast import unparse
+from dataclasses import dataclass, field
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
-from codetrace.sandbox.isolation import (
-    PR_SET_DUMPABLE,
-    PR_SET_NO_NEW_PRIVS,
-    PR_SET_PDEATHSIG,
-    compile_seccomp_program,
-    enforce_landlock,
-    install_seccomp,
-    landlock_rulesets,
-    prctl,
-    seccomp_program,
-    set_resource_limits,
-)
+from .isolation import set_resource_limits
 from .judge import rewrite_test, run_judge
+from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
+from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
+from .system_calls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 # %% ../../nbs/sandbox/supervisor.ipynb #884be588
 class Supervisor:
-    "One worker's only process that lives from job to job, beside the zygote."
+    "The process of a worker that lives from job to job, beside the zygote."
 
-    def __init__(self, config: dict, fences: dict):
-        self.config, self.limits, self.fences = config, config["limits"], fences
+    def __init__(self, config: dict, rulesets: dict):
+        self.config = config
+        self.limits = config["limits"]
+        self.rulesets = rulesets  # Of Landlock, or none in tier 1
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.zygote = os.fork()
         if self.zygote == 0:
             self.control.close()
-            os.dup2(config["null"], 0), os.dup2(config["null"], 1)
-            run_zygote(theirs, config, fences)
+            os.dup2(config["null"], 0)
+            os.dup2(config["null"], 1)
+            run_zygote(theirs, config, rulesets)
         theirs.close()
-        unparse(rewrite_test("assert f(1) == 2", "f"))
+        unparse(rewrite_test("assert f(1) == 2", "f"))  # what has run once runs faster in every fork
         for name in PRELOADED_MODULES:
             __import__(name)
-        gc.collect(), gc.freeze()
-        self.filter = compile_seccomp_program(seccomp_program("judge", touch=False))
+        gc.collect()
+        gc.freeze()
+        self.filter = compile_seccomp_program(seccomp_program("judge", may_touch=False))
 
 # %% ../../nbs/sandbox/supervisor.ipynb #5a120005
-def start_candidate(keeper: Supervisor) -> tuple[int, int, int, int]:
+def start_candidate(supervisor: Supervisor) -> tuple[int, int, int, int]:
     "Our end of a candidate's channel, its output, a handle to kill it by, its process."
     ours, theirs = socket.socketpair()
     output, writing = os.pipe()
-    socket.send_fds(keeper.control, [b"start"], [theirs.fileno(), writing])
-    theirs.close(), os.close(writing)
-    message, fds, *_ = socket.recv_fds(keeper.control, 400, 1)
+    socket.send_fds(supervisor.control, [b"start"], [theirs.fileno(), writing])
+    theirs.close()
+    os.close(writing)
+    message, fds, *_ = socket.recv_fds(supervisor.control, 400, 1)
     if not fds:
-        ours.close(), os.close(output)
+        ours.close()
+        os.close(output)
         raise OSError((message or b"the zygote is gone").decode())
     return ours.detach(), output, fds[0], int(message)
 
 # %% ../../nbs/sandbox/supervisor.ipynb #5a120006
-def start_judge(keeper: Supervisor, job: dict, channel: int) -> tuple[int, int]:
+def start_judge(supervisor: Supervisor, job: dict, channel: int) -> tuple[int, int]:
     "A judge's process and its report."
     reading, report = os.pipe()
     pid = os.fork()
@@ -74,14 +73,15 @@ def start_judge(keeper: Supervisor, job: dict, channel: int) -> tuple[int, int]:
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for fd in range(3):
-            os.dup2(keeper.config["null"], fd)
-        os.dup2(channel, 3), os.dup2(report, 4)
-        if keeper.fences:
-            enforce_landlock(keeper.fences["judge"])
+            os.dup2(supervisor.config["null"], fd)
+        os.dup2(channel, 3)
+        os.dup2(report, 4)
+        if supervisor.rulesets:
+            enforce_landlock(supervisor.rulesets["judge"])
         os.closerange(5, MAX_DESCRIPTORS)
-        set_resource_limits(keeper.limits | {"file_size": 1 << 20}, 1 << 20)
-        install_seccomp(keeper.filter)
-        run_judge(job, 3, 4, keeper.limits["answer"])
+        set_resource_limits(supervisor.limits | {"file_size": 1 << 20}, 1 << 20)
+        install_seccomp(supervisor.filter)
+        run_judge(job, 3, 4, supervisor.limits["answer"])
     finally:
         os._exit(0)
 
@@ -100,41 +100,75 @@ def _missing_cpu_seconds(pid: int, seconds: float, tier: int) -> float:
     return max(0.0, 0.95 * seconds - used) if fields[0] in "RD" else 0.0
 
 # %% ../../nbs/sandbox/supervisor.ipynb #154a7479
-def _watch_job(config: dict, report: int, output: int, pids: tuple[int, int]) -> tuple[bytes, str | None]:
-    "What the judge reported, and why the wait ended."
-    limits, quota, began = config["limits"], config["tier"] == 2, time.monotonic()
-    wall, deadline = limits["wall"], began + limits["wall"]
-    said, printed, reason, open_ends = b"", 0, None, {report, output}
-    while report in open_ends and reason is None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            candidate, judge = pids
-            lacking = max(_missing_cpu_seconds(candidate, wall, config["tier"]), _missing_cpu_seconds(judge, wall, 1))
-            deadline = min(time.monotonic() + lacking, began + limits["patience"] * wall)
-            if (left := deadline - time.monotonic()) <= 0.01:
-                return said, "timeout"
-        for fd in select.select(open_ends, [], [], min(left, 0.05) if quota else left)[0]:
-            data = os.read(fd, 1 << 16)
-            open_ends -= set() if data else {fd}
-            if fd == report:
-                said += data
-            else:
-                printed += len(data)
-        if quota and _disk_used(config["folder"]) > limits["disk"]:
+@dataclass
+class _WatchedJob:
+    "What the supervisor knows of a running job."
+
+    config: dict
+    report: int  # File descriptors
+    output: int
+    pids: tuple[int, int]  # Candidate, judge
+    began: float = field(default_factory=time.monotonic)
+    deadline: float = 0.0
+    report_bytes: bytes = b""  # What the judge has reported
+    printed: int = 0  # Bytes of the candidate's output
+
+# %% ../../nbs/sandbox/supervisor.ipynb #b978c360
+def _extend_deadline(job: _WatchedJob) -> float:
+    "At the end of the time: add what the two processes have not had; seconds that are left."
+    limits = job.config["limits"]
+    candidate, judge = job.pids
+    missing = max(
+        _missing_cpu_seconds(candidate, limits["wall"], job.config["tier"]),
+        _missing_cpu_seconds(judge, limits["wall"], 1),
+    )
+    job.deadline = min(time.monotonic() + missing, job.began + limits["patience"] * limits["wall"])
+    return job.deadline - time.monotonic()
+
+
+def _read_available(job: _WatchedJob, open_fds: set[int], timeout: float) -> set[int]:
+    "Read what report and output hold; the descriptors that have reached their end."
+    ended = set()
+    for fd in select.select(open_fds, [], [], timeout)[0]:
+        data = os.read(fd, 1 << 16)
+        if not data:
+            ended.add(fd)
+        if fd == job.report:
+            job.report_bytes += data
+        else:
+            job.printed += len(data)
+    return ended
+
+# %% ../../nbs/sandbox/supervisor.ipynb #3bb06ea8
+def _watch_job(job: _WatchedJob) -> str | None:
+    "Read the judge's report; why the wait ended."
+    limits = job.config["limits"]
+    watches_disk = job.config["tier"] == 2
+    job.deadline = job.began + limits["wall"]
+    open_fds = {job.report, job.output}
+    reason = None
+    while job.report in open_fds and reason is None:
+        seconds_left = job.deadline - time.monotonic()
+        if seconds_left <= 0:
+            seconds_left = _extend_deadline(job)
+            if seconds_left <= 0.01:
+                return "timeout"
+        open_fds -= _read_available(job, open_fds, min(seconds_left, 0.05) if watches_disk else seconds_left)
+        if watches_disk and _disk_used(job.config["folder"]) > limits["disk"]:
             reason = "crashed"
-        if report not in open_ends and output in open_ends:
-            printed += _drain_pipe(output, limits["output"])
-        if printed > limits["output"]:
+        if job.report not in open_fds and job.output in open_fds:
+            job.printed += _drain_pipe(job.output, limits["output"])
+        if job.printed > limits["output"]:
             reason = "output_limit"
-    return said, reason
+    return reason
 
 # %% ../../nbs/sandbox/supervisor.ipynb #e4bef852
-def _drain_pipe(fd: int, most: int) -> int:
-    "How many bytes wait in a pipe."
+def _drain_pipe(fd: int, limit: int) -> int:
+    "How many bytes wait in a pipe, counted until there are more than `limit`."
     os.set_blocking(fd, False)
     total = 0
     try:
-        while total <= most and (data := os.read(fd, 1 << 16)):
+        while total <= limit and (data := os.read(fd, 1 << 16)):
             total += len(data)
     except BlockingIOError:
         pass
@@ -143,13 +177,15 @@ def _drain_pipe(fd: int, most: int) -> int:
 # %% ../../nbs/sandbox/supervisor.ipynb #edb1bf94
 def _disk_used(folder: str) -> int:
     "Bytes under a folder; what cannot be looked at counts nothing."
-    total, todo = 0, [folder]
-    while todo:
+    total = 0
+    unvisited = [folder]
+    while unvisited:
         try:
-            with os.scandir(todo.pop()) as entries:
+            with os.scandir(unvisited.pop()) as entries:
                 for entry in entries:
                     total += entry.stat(follow_symlinks=False).st_size
-                    todo += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+                    if entry.is_dir(follow_symlinks=False):
+                        unvisited.append(entry.path)
         except OSError:
             pass
     return total
@@ -172,8 +208,8 @@ def _exit_verdict(status: int, cpu: float, limits: dict) -> tuple[str, str]:
         return "sandbox_violation", "the process made a forbidden system call"
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu >= limits["cpu"] / 2):
         return "timeout", "out of processor time"
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return "crashed", f"the process {how}"
+    ending = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return "crashed", f"the process {ending}"
 
 
 _STOP_DETAILS = {
@@ -183,87 +219,121 @@ _STOP_DETAILS = {
 }
 
 # %% ../../nbs/sandbox/supervisor.ipynb #aeff953d
-def _parse_outcomes(said: bytes, n: int) -> list[list[str]]:
-    "The judge's lines, as far as they are what a judge of so many tests says."
+_OUTCOME_WORDS = (
+    "passed failed_assertion exception syntax_error memory output_limit sandbox_violation no_function runner_error "
+    "gone done"
+).split()
+
+
+def _parse_outcomes(report: bytes, num_tests: int) -> list[list[str]]:
+    "The lines of a report, as far as they are what a judge of so many tests writes."
     outcomes = []
-    for line in said.split(b"\n")[: n + 2]:
+    for line in report.split(b"\n")[: num_tests + 2]:
         try:
-            word, detail = from_json(line.decode())
+            outcome, detail = from_json(line.decode())
         except (ValueError, TypeError, RecursionError):
             break
-        if not (isinstance(word, str) and isinstance(detail, str) and (word in _OUTCOME_WORDS)):
+        if not (isinstance(outcome, str) and isinstance(detail, str) and outcome in _OUTCOME_WORDS):
             break
-        outcomes.append([word, detail])
-        if word in ("gone", "done"):
+        outcomes.append([outcome, detail])
+        if outcome in ("gone", "done"):
             break
     return outcomes
 
+# %% ../../nbs/sandbox/supervisor.ipynb #e55ce7af
+def _settled_outcomes(
+    num_tests: int, outcomes: list, stop_reason: str | None, exit_verdict: tuple[str, str], judge_status: int
+) -> list:
+    "Outcomes of loading and of the tests that were run; the last one says how things ended."
+    is_done = outcomes[-1:] == [["done", ""]]
+    if is_done:
+        outcomes = outcomes[:-1]
+    if outcomes and outcomes[-1][0] == "gone":
+        return [*outcomes[:-1], exit_verdict]
+    if stop_reason is not None:
+        return [*outcomes[:num_tests], (stop_reason, _STOP_DETAILS[stop_reason])]
+    all_passed = all(outcome == "passed" for outcome, _ in outcomes)
+    if not is_done or (len(outcomes) <= num_tests and all_passed):
+        return [*outcomes[:num_tests], ("crashed", f"the judge ended with status {judge_status}")]
+    return outcomes
 
-_OUTCOME_WORDS = "passed failed_assertion exception syntax_error memory output_limit sandbox_violation no_function runner_error gone done".split()
+
+def _combine_verdict(
+    num_tests: int, outcomes: list, stop_reason: str | None, exit_verdict: tuple[str, str], judge_status: int
+) -> dict:
+    "Put together what the judge reported, loading first, and how things ended."
+    outcomes = _settled_outcomes(num_tests, outcomes, stop_reason, exit_verdict, judge_status)[: num_tests + 1]
+    per_test = [outcome for outcome, _ in outcomes[1:]] + [None] * (num_tests + 1 - len(outcomes))
+    failed = [index for index, (outcome, _) in enumerate(outcomes) if outcome != "passed"]
+    if not failed and len(outcomes) == num_tests + 1:
+        return {"verdict": "passed", "per_test": per_test, "detail": ""}
+    first = failed[0]
+    verdict, detail = outcomes[first]
+    return {"verdict": verdict, "per_test": per_test, "detail": f"test {first}: {detail}" if first else detail}
 
 # %% ../../nbs/sandbox/supervisor.ipynb #cf0921d4
-def supervise_job(keeper: Supervisor, job: dict) -> dict:
+def supervise_job(supervisor: Supervisor, job: dict) -> dict:
     "One job's verdict."
-    config, limits, began = keeper.config, keeper.limits, time.monotonic()
-    channel, output, handle, candidate = start_candidate(keeper)
-    pid, report = start_judge(keeper, job, channel)
+    began = time.monotonic()
+    config = supervisor.config
+    channel, output, handle, candidate = start_candidate(supervisor)
+    judge, report = start_judge(supervisor, job, channel)
     os.close(channel)
-    said, reason = _watch_job(config, report, output, (candidate, pid))
-    outcomes = _parse_outcomes(said, len(job["tests"]))
+    watched = _WatchedJob(config, report, output, (candidate, judge))
+    stop_reason = _watch_job(watched)
+    outcomes = _parse_outcomes(watched.report_bytes, len(job["tests"]))
     if outcomes and outcomes[-1][0] == "gone":  # let it end by itself, to see how
         select.select([handle], [], [], 1.0)
-    os.kill(pid, signal.SIGKILL)
-    judged = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.pidfd_send_signal(handle, signal.SIGKILL if config["tier"] == 1 else signal.SIGTERM)
-    keeper.control.send(b"end")
-    status, cpu = keeper.control.recv(64).decode().split()
+    judge_status = _end_judge(judge)
+    status, cpu_seconds = _end_candidate(supervisor, handle)
     for fd in (report, output, handle):
         os.close(fd)
     if config["tier"] == 2:
         _empty_folder(config["folder"])
-    death = _exit_verdict(int(status), float(cpu), limits)
-    return _combine_verdict(job, outcomes, reason, death, judged) | {"seconds": time.monotonic() - began}
+    exit_verdict = _exit_verdict(status, cpu_seconds, supervisor.limits)
+    verdict = _combine_verdict(len(job["tests"]), outcomes, stop_reason, exit_verdict, judge_status)
+    return verdict | {"seconds": time.monotonic() - began}
 
-# %% ../../nbs/sandbox/supervisor.ipynb #e55ce7af
-def _combine_verdict(job: dict, outcomes: list, reason: str | None, death: tuple[str, str], judged: int) -> dict:
-    "Put together what the judge reported, loading first, and how things ended."
-    n, done = len(job["tests"]), outcomes[-1:] == [["done", ""]]
-    outcomes = outcomes[:-1] if done else outcomes
-    if outcomes and outcomes[-1][0] == "gone":
-        outcomes = [*outcomes[:-1], death]
-    elif reason is not None:
-        outcomes = [*outcomes[:n], (reason, _STOP_DETAILS[reason])]
-    elif not done or (len(outcomes) <= n and all(word == "passed" for word, _ in outcomes)):
-        outcomes = [*outcomes[:n], ("crashed", f"the judge ended with status {judged}")]
-    outcomes = outcomes[: n + 1]
-    wrong = next((i for i, (word, _) in enumerate(outcomes) if word != "passed"), None)
-    per_test = [word for word, _ in outcomes[1:]] + [None] * (n + 1 - len(outcomes))
-    if wrong is None and len(outcomes) == n + 1:
-        return {"verdict": "passed", "per_test": per_test, "detail": ""}
-    word, detail = outcomes[wrong]
-    return {"verdict": word, "per_test": per_test, "detail": f"test {wrong}: {detail}" if wrong else detail}
+# %% ../../nbs/sandbox/supervisor.ipynb #dbf26bb9
+def _end_judge(pid: int) -> int:
+    "Kill a judge; its exit status."
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _end_candidate(supervisor: Supervisor, handle: int) -> tuple[int, float]:
+    "Have a candidate killed, in tier 2 by its guardian; its exit status and the seconds of CPU it used."
+    number = signal.SIGKILL if supervisor.config["tier"] == 1 else signal.SIGTERM
+    signal.pidfd_send_signal(handle, number)
+    supervisor.control.send(b"end")
+    status, cpu_seconds = supervisor.control.recv(64).decode().split()
+    return int(status), float(cpu_seconds)
 
 # %% ../../nbs/sandbox/supervisor.ipynb #a3e787df
 def _drop_privileges(config: dict) -> dict[str, int]:
-    "Give up privileges; in tier 2, make the fences first."
+    "Give up privileges; in tier 2, make the Landlock rulesets first, which are returned."
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    fences = landlock_rulesets(config["readable"], config["listable"], config["folder"]) if config["tier"] == 2 else {}
-    if config["uid"] is not None:
+    rulesets = {}
+    if config["tier"] == 2:
+        rulesets = landlock_rulesets(config["readable"], config["listable"], config["folder"])
+    uid = config["uid"]
+    if uid is not None:
         if config["tier"] == 2:
-            os.chown(config["folder"], config["uid"], config["uid"])
+            os.chown(config["folder"], uid, uid)
             config["keep"] = os.open(config["prefix"], os.O_PATH)
             sys.path[:] = [_path_through_descriptor(path, config["prefix"], config["keep"]) for path in sys.path]
         os.setgroups([])
-        os.setresgid(*[config["uid"]] * 3)
-        os.setresuid(*[config["uid"]] * 3)
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)
-    return fences
+    return rulesets
 
 
 def _path_through_descriptor(path: str, prefix: str, handle: int) -> str:
-    inside = path == prefix or path.startswith(prefix + "/")
-    return f"/proc/self/fd/{handle}{path[len(prefix) :]}" if inside else path
+    "A path under the prefix, as it is reached through an open directory."
+    is_inside = path == prefix or path.startswith(prefix + "/")
+    return f"/proc/self/fd/{handle}{path[len(prefix) :]}" if is_inside else path
 
 # %% ../../nbs/sandbox/supervisor.ipynb #e6aaca41
 def run_supervisor():
@@ -271,26 +341,28 @@ def run_supervisor():
     config = from_json(receive_frame(0))
     for name in [name for name in sys.modules if name.startswith("codetrace")]:
         del sys.modules[name]  # a candidate that imports codetrace finds none
-    sys.argv, sys.path[:] = [""], config["path"]
+    sys.argv = [""]
+    sys.path[:] = config["path"]
     os.closerange(3, MAX_DESCRIPTORS)
     config["null"] = os.open("/dev/null", os.O_RDWR)  # 3, which is free to be taken by a channel once it is copied
-    fences = _drop_privileges(config)
-    keeper = Supervisor(config, fences)
+    rulesets = _drop_privileges(config)
+    supervisor = Supervisor(config, rulesets)
     send_frame(1, "ready")
     while True:
         try:
             job = from_json(receive_frame(0))
         except ChannelClosed:
-            keeper.control.close()
-            os.waitpid(keeper.zygote, 0)
+            supervisor.control.close()
+            os.waitpid(supervisor.zygote, 0)
             os._exit(0)
         try:
-            verdict = supervise_job(keeper, job)
+            verdict = supervise_job(supervisor, job)
         except OSError as error:
-            verdict = {
-                "verdict": "runner_error",
-                "per_test": [None] * len(job["tests"]),
-                "detail": str(error),
-                "seconds": 0.0,
-            }
+            verdict = _runner_error(job, error)
         send_frame(1, to_json(verdict))
+
+# %% ../../nbs/sandbox/supervisor.ipynb #ba39c855
+def _runner_error(job: dict, error: OSError) -> dict:
+    "The verdict where the sandbox itself has failed."
+    per_test = [None] * len(job["tests"])
+    return {"verdict": "runner_error", "per_test": per_test, "detail": str(error), "seconds": 0.0}

@@ -24,16 +24,16 @@ from ..sae.sae import SAE
 from ..sae.separation import encode_active_latents
 
 # %% ../../nbs/steering/directions.ipynb #a6fb904d
-DIRECTION_KINDS: dict[str, str] = {  # kind: what it would explain
-    "latent": "a decoder row of the dictionary",
-    "difference of means": "the mean right state less the mean wrong one: no dictionary needed",
+DIRECTION_KINDS: dict[str, str] = {  # Kind: what it is, and what it would explain
+    "latent": "a decoder row of the SAE",
+    "difference of means": "the mean right state less the mean wrong one: no SAE needed",
     "probe": "the weights of a logistic probe: what reads best",
     "random latent": "a latent of the same density, taken at random: any latent does it",
     "gaussian": "a random direction: any push does it",
     "wrong layer": "the same direction after another layer: the place does not matter",
 }
 
-
+# %% ../../nbs/steering/directions.ipynb #52b051ef
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A unit vector of the residual stream after a layer."
@@ -42,8 +42,8 @@ class Direction:
     kind: str  # A key of `DIRECTION_KINDS`
     layer: int  # From 0
     vector: Float[Tensor, "d_model"]  # float32, of length 1
-    largest: float = float("nan")  # For a latent: how far its largest activation moves the stream
-    about: dict = field(default_factory=dict)
+    max_activation_norm: float = float("nan")  # Of a latent: length of what its largest activation adds
+    metadata: dict = field(default_factory=dict)  # Where it comes from
 
     def __post_init__(self):
         look_up_name(self.kind, DIRECTION_KINDS, "kind of direction")
@@ -59,29 +59,34 @@ def latent_direction(
     layer: int,  # After which the SAE reads
     states: Float[np.ndarray, "rows d_model"] | None = None,  # Where its largest activation is looked for
     kind: str = "latent",
-    **about,
+    **metadata,
 ) -> Direction:
     "The decoder row of a latent."
     if not 0 <= latent < sae.d_sae:
         raise BadInput(f"unknown latent {latent!r}: {sae} has latents 0 to {sae.d_sae - 1}")
-    row, largest = sae.W_dec[latent].float(), float("nan")
+    row = sae.W_dec[latent].float()
+    max_activation_norm = float("nan")
     if states is not None and len(states):
-        largest = float(encode_active_latents(sae, states).column(latent).max()) * float(row.norm())
-    return Direction(f"{kind} {latent}", kind, layer, row, largest, {"latent": int(latent)} | about)
+        max_activation = float(encode_active_latents(sae, states).column(latent).max())
+        max_activation_norm = max_activation * float(row.norm())
+    return Direction(f"{kind} {latent}", kind, layer, row, max_activation_norm, {"latent": int(latent)} | metadata)
 
-
+# %% ../../nbs/steering/directions.ipynb #9f74ccfc
 def linear_probe_directions(
     states: Float[np.ndarray, "rows d_model"],
     label: Sequence[bool],  # Of each row: correct?
     task: Sequence,  # Of each row
     layer: int,
-    **about,
+    **metadata,
 ) -> list[Direction]:  # Toward correct
-    "What separates the states of right and wrong answers without a dictionary."
-    probe = logistic_probe(states, label, task, (1e-3,))
-    found = {"difference of means": difference_of_means(states, label), "probe": probe}
+    "The directions that separate the states of right and wrong answers without an SAE."
+    vectors = {
+        "difference of means": difference_of_means(states, label).direction,
+        "probe": logistic_probe(states, label, task, (1e-3,)).direction,
+    }
     return [
-        Direction(kind, kind, layer, torch.as_tensor(fit.direction), about=dict(about)) for kind, fit in found.items()
+        Direction(kind, kind, layer, torch.as_tensor(vector), metadata=dict(metadata))
+        for kind, vector in vectors.items()
     ]
 
 # %% ../../nbs/steering/directions.ipynb #6e255421
@@ -111,7 +116,7 @@ def gaussian_directions(
     rows = torch.randn(n, d_model, generator=random)
     return [Direction(f"gaussian {i}", "gaussian", layer, row) for i, row in enumerate(rows)]
 
-
+# %% ../../nbs/steering/directions.ipynb #61e2ed46
 def wrong_layer_control(
     direction: Direction,
     layer: int,  # Where it does not belong
@@ -128,14 +133,15 @@ def median_norms(
     texts: Sequence[str] | Sequence[Sequence[int]],  # Prompts, say
     progress: Callable[..., Iterable] = lambda x, **_: x,
 ) -> Float[np.ndarray, "layer"]:
-    "The usual length of the residual stream after each layer."
-    sites, found = [("resid_post", layer) for layer in range(lm.n_layers)], []
-    for row in progress(lm.ids(texts), desc="norms"):
-        seen = lm.capture(lm.tokenize([row]), sites)
-        found.append(torch.stack([seen[site][0, 1:].float().norm(dim=-1).cpu() for site in sites]))
-    if not found or not sum(x.shape[1] for x in found):
-        raise BadInput(f"{len(found)} texts have no second token: norms are taken from it on; give longer texts")
-    return torch.cat(found, 1).median(1).values.double().numpy()
+    "The median length of the residual stream after each layer."
+    sites = [("resid_post", layer) for layer in range(lm.n_layers)]
+    norms = []
+    for token_ids in progress(lm.ids(texts), desc="norms"):
+        states = lm.capture(lm.tokenize([token_ids]), sites)
+        norms.append(torch.stack([states[site][0, 1:].float().norm(dim=-1).cpu() for site in sites]))
+    if not norms or not sum(x.shape[1] for x in norms):
+        raise BadInput(f"{len(norms)} texts have no second token: norms are taken from it on; give longer texts")
+    return torch.cat(norms, 1).median(1).values.double().numpy()
 
 # %% ../../nbs/steering/directions.ipynb #d385172c
 @dataclass(frozen=True, eq=False)
@@ -166,19 +172,19 @@ def latent_gate(
 # %% ../../nbs/steering/directions.ipynb #5b4256c4
 @dataclass(frozen=True, eq=False)
 class Push:
-    "So much of a direction, at some of the tokens."
+    "A direction with a coefficient, added at some of the tokens."
 
     direction: Direction
-    alpha: float  # Of the median norm
-    coefficient: float  # What is added is this times the unit vector
+    coefficient: float  # In median norms
+    added_norm: float  # What is added is this times the unit vector
     where: str = "generated"  # One of `EDIT_PLACES`
     gate: Gate | None = None  # None: always open
 
     def __post_init__(self):
         look_up_name(self.where, EDIT_PLACES, "place of a push")
-        if not np.isfinite(self.coefficient):
+        if not np.isfinite(self.added_norm):
             raise BadInput(
-                f"{self.direction.name}: coefficient {self.coefficient} is not finite; check alpha {self.alpha}"
+                f"{self.direction.name}: added_norm {self.added_norm} is not finite; check coefficient {self.coefficient}"
             )
         if self.gate is not None and self.gate.layer > self.direction.layer:
             raise BadInput(
@@ -186,79 +192,99 @@ class Push:
             )
 
     @property
-    def multiple(self) -> float:
+    def activation_multiple(self) -> float:
         "Of what the latent's largest activation does; NaN for what is no latent."
-        return self.coefficient / self.direction.largest
+        return self.added_norm / self.direction.max_activation_norm
 
 # %% ../../nbs/steering/directions.ipynb #03391ce4
 def make_push(
     direction: Direction,
-    alpha: float,
+    coefficient: float,
     norms: Float[np.ndarray, "layer"],  # Median norms, by layer
     where: str = "generated",
     gate: Gate | None = None,
 ) -> Push:
-    "A push whose strength is a fraction of the median norm."
+    "A push whose coefficient is in median norms."
     if not 0 <= direction.layer < len(norms):
         raise BadInput(
             f"{direction.name} is of layer {direction.layer}, and the model has layers 0 to {len(norms) - 1}"
         )
-    return Push(direction, float(alpha), float(alpha * norms[direction.layer]), where, gate)
+    return Push(direction, float(coefficient), float(coefficient * norms[direction.layer]), where, gate)
 
 # %% ../../nbs/steering/directions.ipynb #a05fb138
 class _GateReader:
     "An edit that changes nothing: reads the gates of a pass."
 
-    def __init__(self, gates: dict[int, Gate], number: Callable[[Request], int], n: int, d_model: int):
-        self.number, self.open = number, None
-        self.weight, self.offset = torch.zeros(n, d_model), torch.full((n,), float("inf"))
+    def __init__(self, gates: dict[int, Gate], push_number: Callable[[Request], int], n_pushes: int, d_model: int):
+        self.push_number = push_number
+        self.open = None  # [rows] of the last pass
+        self.weight = torch.zeros(n_pushes, d_model)
+        self.offset = torch.full((n_pushes,), float("inf"))
         for i, gate in gates.items():
-            self.weight[i], self.offset[i] = gate.weight, gate.bias - gate.threshold
+            self.weight[i] = gate.weight
+            self.offset[i] = gate.bias - gate.threshold
 
     def __call__(self, x: Float[Tensor, "rows d_model"], requests: Sequence[Request]) -> Tensor:
-        at = torch.tensor([self.number(request) for request in requests])
+        numbers = torch.tensor([self.push_number(request) for request in requests]).to(x.device)
         if self.weight.device != x.device:
-            self.weight, self.offset = self.weight.to(x.device), self.offset.to(x.device)
-        at = at.to(x.device)
-        self.open = (x.float() * self.weight[at]).sum(-1) + self.offset[at] > 0
+            self.weight = self.weight.to(x.device)
+            self.offset = self.offset.to(x.device)
+        self.open = (x.float() * self.weight[numbers]).sum(-1) + self.offset[numbers] > 0
         return x
 
-
+# %% ../../nbs/steering/directions.ipynb #3f6bb9e7
 class _PushAdder:
     "An edit that gives each row its own vector, where its gate is open."
 
     def __init__(
-        self, pushes: dict[int, Push], number: Callable[[Request], int], n: int, readers: Sequence[_GateReader]
+        self,
+        pushes: dict[int, Push],
+        push_number: Callable[[Request], int],
+        n_pushes: int,
+        readers: Sequence[_GateReader],
     ):
-        self.number, self.readers = number, readers
-        first = next(iter(pushes.values())).direction.vector
-        self.vectors = torch.zeros(n, len(first))
-        for i, one in pushes.items():
-            self.vectors[i] = one.coefficient * one.direction.vector
+        self.push_number = push_number
+        self.readers = readers
+        d_model = len(next(iter(pushes.values())).direction.vector)
+        self.vectors = torch.zeros(n_pushes, d_model)
+        for i, push in pushes.items():
+            self.vectors[i] = push.added_norm * push.direction.vector
 
     def __call__(self, x: Float[Tensor, "rows d_model"], requests: Sequence[Request]) -> Tensor:
-        at = torch.tensor([self.number(request) for request in requests])
+        numbers = torch.tensor([self.push_number(request) for request in requests])
         if self.vectors.device != x.device:
             self.vectors = self.vectors.to(x.device)
-        added = self.vectors[at.to(x.device)]
+        added = self.vectors[numbers.to(x.device)]
         for reader in self.readers:
             added = added * reader.open[:, None].to(added)
         return (x.float() + added).to(x.dtype)
 
 # %% ../../nbs/steering/directions.ipynb #838f8567
+def _last_of_key(request: Request) -> int:
+    "The number of a push is the last part of a request's key."
+    return request.key[-1]
+
+
 def push_edits(
-    pushes: Sequence[Push | None],  # By number; None: nothing is done
-    number: Callable[[Request], int] = lambda request: request.key[-1],  # Which of them a request gets
+    pushes: Sequence[Push | None],  # By number (None: nothing is done)
+    push_number: Callable[[Request], int] = _last_of_key,  # Which of them a request gets
 ) -> list[ResidualEdit]:  # For `Decoder`
-    "All pushes as edits, one for each layer and place."
-    n, edits, readers = len(pushes), [], {}
-    gated = {i: p for i, p in enumerate(pushes) if p is not None and p.gate is not None}
-    for key in sorted({(p.gate.layer, p.where) for p in gated.values()}):
-        own = {i: p.gate for i, p in gated.items() if (p.gate.layer, p.where) == key}
-        readers[key] = _GateReader(own, number, n, len(next(iter(own.values())).weight))
-        edits.append(ResidualEdit(key[0], readers[key], key[1]))
-    for layer, where in sorted({(p.direction.layer, p.where) for p in pushes if p is not None}):
-        own = {i: p for i, p in enumerate(pushes) if p is not None and (p.direction.layer, p.where) == (layer, where)}
-        looks = {(p.gate.layer, where) for p in own.values() if p.gate is not None}
-        edits.append(ResidualEdit(layer, _PushAdder(own, number, n, [readers[key] for key in sorted(looks)]), where))
+    "All pushes as edits, one for each layer and place; gates are read before anything is added."
+    by_number = {i: push for i, push in enumerate(pushes) if push is not None}
+    readers = {}
+    edits = []
+    gates = {}
+    for i, push in by_number.items():
+        if push.gate is not None:
+            gates.setdefault((push.gate.layer, push.where), {})[i] = push.gate
+    for (layer, where), gates_there in sorted(gates.items(), key=lambda item: item[0]):
+        d_model = len(next(iter(gates_there.values())).weight)
+        reader = _GateReader(gates_there, push_number, len(pushes), d_model)
+        readers[layer, where] = reader
+        edits.append(ResidualEdit(layer, reader, where))
+    for layer, where in sorted({(push.direction.layer, push.where) for push in by_number.values()}):
+        pushes_there = {i: p for i, p in by_number.items() if (p.direction.layer, p.where) == (layer, where)}
+        gate_layers = sorted({push.gate.layer for push in pushes_there.values() if push.gate is not None})
+        readers_there = [readers[gate_layer, where] for gate_layer in gate_layers]
+        edits.append(ResidualEdit(layer, _PushAdder(pushes_there, push_number, len(pushes), readers_there), where))
     return edits

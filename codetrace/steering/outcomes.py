@@ -28,21 +28,21 @@ from ..sandbox.pool import VERDICTS
 def pair_with_baseline(
     table: pd.DataFrame,  # One row a setting and task: `setting, task_id, passed, verdict`
     baseline: int | str = 0,  # The setting in which nothing was done
-) -> pd.DataFrame:  # The same rows, with `base_passed, base_verdict`; without those the grader failed on
+) -> pd.DataFrame:  # The same rows with `base_passed, base_verdict`, less those the grader failed on
     "Each answer beside the baseline's to the same task."
     base = table[table["setting"] == baseline]
     if base.empty or base["task_id"].duplicated().any():
         raise BadInput(
             f"the baseline, setting {baseline!r}, has {len(base)} answers to {base['task_id'].nunique()} tasks: one each is needed"
         )
-    own = base.set_index("task_id")[["passed", "verdict"]].add_prefix("base_")
-    both = table.join(own, on="task_id")
-    if (lonely := both["base_passed"].isna()).any():
-        raise BadInput(
-            f"task {both.loc[lonely, 'task_id'].iloc[0]!r} has no answer at baseline: the settings must be tried on the same tasks"
-        )
-    sound = (both["verdict"] != "runner_error") & (both["base_verdict"] != "runner_error")
-    return both[sound].astype({"passed": bool, "base_passed": bool}).reset_index(drop=True)
+    base_columns = base.set_index("task_id")[["passed", "verdict"]].add_prefix("base_")
+    pairs = table.join(base_columns, on="task_id")
+    unpaired = pairs["base_passed"].isna()
+    if unpaired.any():
+        task = pairs.loc[unpaired, "task_id"].iloc[0]
+        raise BadInput(f"task {task!r} has no answer at baseline: the settings must be tried on the same tasks")
+    graded = (pairs["verdict"] != "runner_error") & (pairs["base_verdict"] != "runner_error")
+    return pairs[graded].astype({"passed": bool, "base_passed": bool}).reset_index(drop=True)
 
 # %% ../../nbs/steering/outcomes.ipynb #530894f3
 def net_change_interval(
@@ -50,35 +50,49 @@ def net_change_interval(
     corrupted: int,
     n: int,  # Tasks
     level: float = 0.95,
-) -> tuple[float, float, float]:  # Value, low and high end; NaN for no tasks
+) -> tuple[float, float, float]:  # Value, low and high end (NaN for no tasks)
     "The net change as a share of all tasks."
     from scipy.special import ndtri
 
     if not n:
         return (np.nan,) * 3
-    b, c, m = corrected + 1, corrupted + 1, n + 2
+    b = corrected + 1
+    c = corrupted + 1
+    m = n + 2
     middle = (b - c) / m
     half = ndtri((1 + level) / 2) * np.sqrt(((b + c) / m - middle**2) / m)
     return (corrected - corrupted) / n, float(max(-1, middle - half)), float(min(1, middle + half))
 
+# %% ../../nbs/steering/outcomes.ipynb #1af5e4e1
+def _share_with_interval(count: int, total: int) -> tuple[float, float, float]:
+    "A share and Wilson's interval; the share is NaN for no tasks."
+    low, high = wilson(count, total)
+    return count / total if total else np.nan, float(low), float(high)
 
+# %% ../../nbs/steering/outcomes.ipynb #97e0d692
 def steering_rates(
     pairs: pd.DataFrame,  # Of one setting, from `pair_with_baseline`
 ) -> dict:  # Counts, the rates with their intervals (`x, x_low, x_high`), and `p`
-    "What a push did to the tasks."
-    base, now = pairs["base_passed"].to_numpy(bool), pairs["passed"].to_numpy(bool)
-    n, right, wrong = len(pairs), int(base.sum()), int((~base).sum())
-    corrected, corrupted = int((~base & now).sum()), int((base & ~now).sum())
-    share = lambda k, of: (k / of if of else np.nan, *map(float, wilson(k, of)))
-    found = {
-        "correction": share(corrected, wrong),
-        "corruption": share(corrupted, right),
-        "net": net_change_interval(corrected, corrupted, n),
-        "pass@1": share(int(now.sum()), n),
+    "Corrections and corruptions of one setting."
+    base = pairs["base_passed"].to_numpy(bool)
+    passed = pairs["passed"].to_numpy(bool)
+    counts = {
+        "n": len(pairs),
+        "right": int(base.sum()),
+        "wrong": int((~base).sum()),
+        "corrected": int((~base & passed).sum()),
+        "corrupted": int((base & ~passed).sum()),
     }
-    flat = {name + end: x for name, values in found.items() for end, x in zip(("", "_low", "_high"), values)}
-    counts = {"n": n, "right": right, "wrong": wrong, "corrected": corrected, "corrupted": corrupted}
-    return counts | flat | {"p": mcnemar_exact(corrected, corrupted)}
+    rates = {
+        "correction": _share_with_interval(counts["corrected"], counts["wrong"]),
+        "corruption": _share_with_interval(counts["corrupted"], counts["right"]),
+        "net": net_change_interval(counts["corrected"], counts["corrupted"], counts["n"]),
+        "pass@1": _share_with_interval(int(passed.sum()), counts["n"]),
+    }
+    columns = {}
+    for name, (value, low, high) in rates.items():
+        columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return counts | columns | {"p": mcnemar_exact(counts["corrected"], counts["corrupted"])}
 
 # %% ../../nbs/steering/outcomes.ipynb #b110b82d
 def steering_effects(
@@ -86,28 +100,27 @@ def steering_effects(
     by: Sequence[str] = ("setting",),
 ) -> pd.DataFrame:  # One row a setting, as `steering_rates` gives it
     "The rates of every setting."
-    rows = [dict(zip(by, key)) | steering_rates(own) for key, own in pairs.groupby(list(by), sort=False, dropna=False)]
-    return pd.DataFrame(rows)
+    groups = pairs.groupby(list(by), sort=False, dropna=False)
+    return pd.DataFrame([dict(zip(by, key)) | steering_rates(group) for key, group in groups])
 
 # %% ../../nbs/steering/outcomes.ipynb #84bb722c
 def task_outcomes(
     pairs: pd.DataFrame,  # From `pair_with_baseline`
     setting: int | str,
     null: Iterable[int | str] = (),  # Settings of random pushes as strong
-) -> pd.DataFrame:  # One row a task: `task_id, base_verdict, verdict, outcome, by_chance`: the share of random pushes that changed it too
-    "Who is helped, and who is hurt."
-    own = pairs[pairs["setting"] == setting].set_index("task_id")
-    outcome = np.select(
-        [~own["base_passed"] & own["passed"], own["base_passed"] & ~own["passed"], own["passed"]],
-        ["helped", "hurt", "kept"],
-        "missed",
-    )
-    others = pairs[pairs["setting"].isin(list(null))]
-    changed = (others["passed"] != others["base_passed"]).groupby(others["task_id"]).mean()
-    found = own[["base_verdict", "verdict"]].assign(outcome=outcome, by_chance=changed.reindex(own.index))
-    return found.reset_index()
+) -> pd.DataFrame:  # One row a task: `task_id, base_verdict, verdict, outcome, null_change_rate` (of random pushes)
+    "Each task's outcome: `corrected`, `corrupted`, `kept` or `missed`."
+    steered = pairs[pairs["setting"] == setting].set_index("task_id")
+    corrected = ~steered["base_passed"] & steered["passed"]
+    corrupted = steered["base_passed"] & ~steered["passed"]
+    outcome = np.select([corrected, corrupted, steered["passed"]], ["corrected", "corrupted", "kept"], "missed")
+    random_pushes = pairs[pairs["setting"].isin(list(null))]
+    changed = random_pushes["passed"] != random_pushes["base_passed"]
+    null_change_rate = changed.groupby(random_pushes["task_id"]).mean().reindex(steered.index)
+    outcomes = steered[["base_verdict", "verdict"]].assign(outcome=outcome, null_change_rate=null_change_rate)
+    return outcomes.reset_index()
 
-
+# %% ../../nbs/steering/outcomes.ipynb #b887ffcd
 def verdict_transitions(
     pairs: pd.DataFrame,  # Of one setting
 ) -> pd.DataFrame:  # Verdicts unpushed by verdicts pushed: how many tasks
@@ -132,9 +145,10 @@ def parses_as_python(code: str) -> bool:
 def repetition_rate(
     tokens: Sequence[int],
     k: int = 4,
-) -> float:  # 0: every sequence of `k` tokens is there once; NaN where there is none
+) -> float:  # 0: every sequence of `k` tokens is there once (NaN where there is none)
     "The share of sequences of tokens that were there before."
-    grams = list(zip(*(list(tokens)[i:] for i in range(k))))
+    tokens = list(tokens)
+    grams = [tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else float("nan")
 
 # %% ../../nbs/steering/outcomes.ipynb #3d4c7a18
@@ -145,43 +159,61 @@ def mean_answer_logprobs(
     answers: Sequence[Sequence[int]],  # Tokens
     batch_size: int = 8,
     progress: Callable[..., Iterable] = lambda x, **_: x,
-) -> Float[np.ndarray, "rows"]:  # Mean nats a token; NaN for empty answers
+) -> Float[np.ndarray, "rows"]:  # Mean nats a token (NaN for empty answers)
     "How likely answers are to the model as it is; a prompt is read once for all its answers."
-    couples = [(tuple(p), tuple(a)) for p, a in zip(prompts, answers)]
-    of, value = {}, {}
-    for p, a in sorted({c for c in couples if c[1]}, key=lambda c: (c[0], len(c[1]))):
-        of.setdefault(p, []).append(a)
-    for p in progress(of, desc="perplexity"):
-        read = _prompt_cache(lm, p)
-        for at in range(0, len(of[p]), batch_size):
-            part = of[p][at : at + batch_size]
-            value |= {(p, a): x for a, x in zip(part, _mean_logprobs(lm, *read, part))}
-    return np.array([value.get(couple, np.nan) for couple in couples])
+    pairs = [(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers)]
+    answers_by_prompt = {}
+    for prompt, answer in sorted({pair for pair in pairs if pair[1]}, key=lambda pair: (pair[0], len(pair[1]))):
+        answers_by_prompt.setdefault(prompt, []).append(answer)
+    logprobs = {}
+    for prompt in progress(answers_by_prompt, desc="perplexity"):
+        cache, last_state = _prompt_cache(lm, prompt)
+        unique_answers = answers_by_prompt[prompt]
+        for start in range(0, len(unique_answers), batch_size):
+            batch = unique_answers[start : start + batch_size]
+            for answer, logprob in zip(batch, _mean_logprobs(lm, cache, last_state, batch)):
+                logprobs[prompt, answer] = logprob
+    return np.array([logprobs.get(pair, np.nan) for pair in pairs])
 
-
+# %% ../../nbs/steering/outcomes.ipynb #82919faf
 def _prompt_cache(lm: LM, prompt: Sequence[int]):
     "The keys and values of a prompt, and its last state."
     from transformers import DynamicCache
 
-    cache, ids = DynamicCache(), torch.tensor([list(prompt)], device=lm.device)
+    cache = DynamicCache()
+    ids = torch.tensor([list(prompt)], device=lm.device)
     hidden = lm._hidden({"input_ids": ids}, past_key_values=cache, use_cache=True).last_hidden_state
     return cache, hidden[:, -1:]
 
 
-def _mean_logprobs(lm: LM, cache, last: Float[Tensor, "1 1 d_model"], answers: Sequence[Sequence[int]]) -> list[float]:
+def _mean_logprobs(
+    lm: LM, cache, last_state: Float[Tensor, "1 1 d_model"], answers: Sequence[Sequence[int]]
+) -> list[float]:
     "Of answers that follow the same prompt; what pads the shorter ones comes after them, where nothing sees it."
-    n, width = len(answers), max(map(len, answers))
-    ids = torch.tensor([[*a, *[0] * (width - len(a))] for a in answers], device=lm.device)
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(n)
-    hidden = lm._hidden({"input_ids": ids}, past_key_values=own, use_cache=True).last_hidden_state
-    hidden = torch.cat([last.expand(n, 1, -1), hidden[:, :-1]], 1)  # what each token is foretold from
-    real = torch.arange(width, device=lm.device) < torch.tensor([[len(a)] for a in answers], device=lm.device)
+    lengths = [len(answer) for answer in answers]
+    width = max(lengths)
+    ids = torch.tensor([[*answer, *[0] * (width - len(answer))] for answer in answers], device=lm.device)
+    batch_cache = copy.deepcopy(cache)
+    batch_cache.batch_repeat_interleave(len(answers))
+    hidden = lm._hidden({"input_ids": ids}, past_key_values=batch_cache, use_cache=True).last_hidden_state
+    hidden = torch.cat(
+        [last_state.expand(len(answers), 1, -1), hidden[:, :-1]], 1
+    )  # each token's state is the one before
+    real = torch.arange(width, device=lm.device) < torch.tensor(lengths, device=lm.device)[:, None]
     logits = lm.unembed(hidden[real])
-    chosen = logits.gather(-1, ids[real][:, None].to(logits.device))[:, 0] - logits.logsumexp(-1)
-    return [float(x.mean()) for x in chosen.split([len(a) for a in answers])]
+    token_logits = logits.gather(-1, ids[real][:, None].to(logits.device))[:, 0]
+    logprobs = token_logits - logits.logsumexp(-1)
+    return [float(part.mean()) for part in logprobs.split(lengths)]
 
 # %% ../../nbs/steering/outcomes.ipynb #4074095a
+def _mean_with_interval(values: np.ndarray, n_resamples: int) -> tuple[float, float, float]:
+    "Mean and bootstrap interval; NaN for nothing."
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    low, high = bootstrap_interval(values, n_resamples=n_resamples)
+    return values.mean(), low, high
+
+# %% ../../nbs/steering/outcomes.ipynb #cdc8438a
 COHERENCE_MEASURES = ("parses", "repetition", "generated_tokens", "perplexity")
 
 
@@ -192,17 +224,17 @@ def coherence_table(
 ) -> pd.DataFrame:  # One row a setting and measure: `measure, n, value, low, high`
     "Each measure's mean (for perplexity, the geometric one) with its bootstrap interval over tasks."
     rows = []
-    for key, own in table.groupby(list(by), sort=False, dropna=False):
+    for key, group in table.groupby(list(by), sort=False, dropna=False):
         for measure in COHERENCE_MEASURES:
-            x = own[measure].to_numpy(float)
-            x = x[np.isfinite(x)]
-            forth, back = (np.log, np.exp) if measure == "perplexity" else ((lambda v: v),) * 2
-            low, high = bootstrap_interval(forth(x), n_resamples=n_resamples) if len(x) else (np.nan,) * 2
-            value = float(back(forth(x).mean())) if len(x) else np.nan
-            rows.append(
-                dict(zip(by, key))
-                | {"measure": measure, "n": len(x), "value": value, "low": float(back(low)), "high": float(back(high))}
-            )
+            values = group[measure].to_numpy(float)
+            values = values[np.isfinite(values)]
+            if measure == "perplexity":
+                interval = np.exp(_mean_with_interval(np.log(values), n_resamples))
+            else:
+                interval = _mean_with_interval(values, n_resamples)
+            value, low, high = map(float, interval)
+            columns = {"measure": measure, "n": len(values), "value": value, "low": low, "high": high}
+            rows.append(dict(zip(by, key)) | columns)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/steering/outcomes.ipynb #ca7ad560
@@ -213,37 +245,61 @@ def empirical_p(
     "The share of random pushes that do at least as much."
     null = np.asarray(null, float)
     null = null[np.isfinite(null)]
-    return float((1 + (null >= value - 1e-12).sum()) / (1 + len(null))) if len(null) and np.isfinite(value) else np.nan
+    if not len(null) or not np.isfinite(value):
+        return np.nan
+    return float((1 + (null >= value - 1e-12).sum()) / (1 + len(null)))
 
 
 def null_band(
-    found: pd.DataFrame,  # One row a random direction and strength: `kind, alpha` and the measure
+    effects: pd.DataFrame,  # One row a random direction and coefficient: `kind, coefficient` and the measure
     measure: str = "net",
-) -> pd.DataFrame:  # One row a strength: `alpha, n, middle, low, high`; low and high are the extremes
-    "What random pushes do at each strength."
-    by = found.dropna(subset=measure).groupby("alpha")[measure]
-    return by.agg(n="size", middle="median", low="min", high="max").reset_index()
+) -> pd.DataFrame:  # One row a coefficient: `coefficient, n, middle, low, high`, where low and high are the extremes
+    "What random pushes do at each coefficient."
+    values = effects.dropna(subset=measure).groupby("coefficient")[measure]
+    return values.agg(n="size", middle="median", low="min", high="max").reset_index()
 
 # %% ../../nbs/steering/outcomes.ipynb #bdce2475
+def _null_clause(net: float, null: Sequence[float], random: str, significant: bool) -> str:
+    "What random pushes did beside a net change."
+    if net < 0:
+        p = empirical_p(-net, [-x for x in null])
+    else:
+        p = empirical_p(net, null)
+    clause = (
+        f"; {len(null)} {random} give {min(null):+.2f} to {max(null):+.2f}, "
+        f"and (1 + those that do as much)/(1 + all) is {p:.2f}"
+    )
+    smallest_possible = 1.001 / (1 + len(null))
+    if significant and p > max(0.1, smallest_possible):
+        clause += ", so it is no more than any direction does"
+    return clause
+
+
+def _effect_verb(net: float, significant: bool) -> str:
+    if not significant or net == 0:
+        return "does not measurably change"
+    return "raises" if net > 0 else "lowers"
+
+# %% ../../nbs/steering/outcomes.ipynb #b862dd70
 def steering_sentence(
     row: pd.Series | dict,  # From `steering_effects`
-    what: str,  # What was done
+    push: str,  # Name of what was done
     null: Sequence[float] = (),  # Net changes of random directions treated alike
     random: str = "random pushes as strong",  # What those are called
 ) -> str:
-    "What a push did, in words made from the numbers."
+    "The effect of a push, in words made from the numbers."
     row = dict(row)
-    sure = row["p"] < 0.05
-    said = (
-        "raises" if sure and row["net"] > 0 else "lowers" if sure and row["net"] < 0 else "does not measurably change"
+    significant = row["p"] < 0.05
+    rates = {
+        name: format_with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+        for name in ("correction", "corruption", "net")
+    }
+    sentence = (
+        f"{push} {_effect_verb(row['net'], significant)} the number of solved tasks: "
+        f"{int(row['corrected'])} of {int(row['wrong'])} wrong ones corrected ({rates['correction']}), "
+        f"{int(row['corrupted'])} of {int(row['right'])} right ones corrupted ({rates['corruption']}), "
+        f"net {rates['net']}, p = {row['p']:.2g}"
     )
-    part = lambda name: format_with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
-    text = f"{what} {said} the number of solved tasks: {int(row['corrected'])} of {int(row['wrong'])} wrong ones corrected ({part('correction')}), {int(row['corrupted'])} of {int(row['right'])} right ones corrupted ({part('corruption')}), net {part('net')}, p = {row['p']:.2g}"
     if len(null):
-        worse = row["net"] < 0
-        share = empirical_p(-row["net"], [-x for x in null]) if worse else empirical_p(row["net"], null)
-        text += f"; {len(null)} {random} give {min(null):+.2f} to {max(null):+.2f}, and (1 + those that do as much)/(1 + all) is {share:.2f}"
-        text += (
-            ", so it is no more than any direction does" if share > max(0.1, 1.001 / (1 + len(null))) and sure else ""
-        )
-    return text + "."
+        sentence += _null_clause(row["net"], null, random, significant)
+    return sentence + "."

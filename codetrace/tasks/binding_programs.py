@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VARIABLE_LETTERS', 'DIGITS', 'HELD_OUT_PAIRS', 'BINDING_SPLITS', 'BindingPrograms', 'split_hash',
-           'draw_binding_programs', 'BindingTokenTable']
+           'BindingProgramOptions', 'draw_binding_programs', 'BindingTokenTable']
 
 # %% ../../nbs/tasks/binding_programs.ipynb #632a64e6
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import patch
@@ -19,63 +19,87 @@ from ..core.errors import BadInput, look_up_name
 from .programs import QUERY_STYLES, Program, as_program
 
 # %% ../../nbs/tasks/binding_programs.ipynb #6e67fd2a
-VARIABLE_LETTERS, DIGITS = string.ascii_lowercase, string.digits
+VARIABLE_LETTERS = string.ascii_lowercase
+DIGITS = string.digits
 
 # %% ../../nbs/tasks/binding_programs.ipynb #aee59b08
 @dataclass(frozen=True, eq=False)
 class BindingPrograms:
-    "Many programs of equal length, and the lines whose variables they ask for."
+    "Many programs of equal length, and the lines whose variables they query."
 
-    letter: Int[np.ndarray, "program line"]  # Index into LETTERS
-    source: Int[np.ndarray, "program line"]  # Line that is read; -1: the line is a constant
-    digit: Int[np.ndarray, "program line"]  # Of a constant; -1 for a reference
+    letter: Int[np.ndarray, "program line"]  # Index into `VARIABLE_LETTERS`
+    source: Int[np.ndarray, "program line"]  # Line that is read (-1: the line is a constant)
+    digit: Int[np.ndarray, "program line"]  # Of a constant (-1: the line is a reference)
     depth: Int[np.ndarray, "program line"]  # 1 for a constant
     value: Int[np.ndarray, "program line"]  # What the variable holds
-    asked: Int[np.ndarray, "program query"]  # Lines
+    query_lines: Int[np.ndarray, "program query"]  # Lines
 
     def __len__(self) -> int:
         return len(self.letter)
 
-    def take(self, which) -> "BindingPrograms":
-        "Some of the programs."
-        return BindingPrograms(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+    @property
+    def n_lines(self) -> int:
+        "Assignments in each program."
+        return self.letter.shape[1]
 
-    def of_asked(self, what: str) -> Int[np.ndarray, "program query"]:
-        "Depth, value or letter of what is asked for."
-        return np.take_along_axis(getattr(self, what), self.asked, 1)
+    def take(self, rows) -> "BindingPrograms":
+        "Some of the programs."
+        return BindingPrograms(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def of_queries(
+        self,
+        field: str,  # `depth`, `value` or `letter`
+    ) -> Int[np.ndarray, "program query"]:
+        "A field of the queried lines."
+        return np.take_along_axis(getattr(self, field), self.query_lines, 1)
 
 # %% ../../nbs/tasks/binding_programs.ipynb #7fabaacb
+def _draw_sources(
+    depth: Int[np.ndarray, "program line"], rng: np.random.Generator, max_depth: int, p_constant: float = 0.3
+) -> tuple[Bool[np.ndarray, "program"], Int[np.ndarray, "program"]]:
+    "For the next line of each program: is it a constant, and which earlier line does it read if not."
+    n, n_earlier = depth.shape
+    if n_earlier == 0:
+        rng.random(n)
+        return np.ones(n, bool), np.zeros(n, int)
+    weight = np.where(depth < max_depth, depth**3, 0).cumsum(1)
+    total = weight[:, -1]
+    constant = (total == 0) | (rng.random(n) < p_constant)
+    read = (weight > (rng.random(n) * total)[:, None]).argmax(1)
+    return constant, read
+
+
 def _draw_assignments(
     n: int,
     lines: int,
     rng: np.random.Generator,
     max_depth: int,
     digits: Float[np.ndarray, "letter digit"],  # Probabilities
-    p_constant: float = 0.3,
 ) -> BindingPrograms:
-    "Programs as they come, asking for nothing yet."
+    "Programs without queries."
     rows = np.arange(n)
     letter = np.argsort(rng.random((n, 26)), 1)[:, :lines]
-    source, digit = np.full((n, lines), -1), np.full((n, lines), -1)
-    depth, value = np.zeros((n, lines), int), np.zeros((n, lines), int)
+    source = np.full((n, lines), -1)
+    digit = np.full((n, lines), -1)
+    depth = np.zeros((n, lines), int)
+    value = np.zeros((n, lines), int)
     for line in range(lines):
-        weight = np.where(depth[:, :line] < max_depth, depth[:, :line] ** 3, 0).cumsum(1)
-        total = weight[:, -1] if line else np.zeros(n)
-        constant = (total == 0) | (rng.random(n) < p_constant)
-        read = (weight > (rng.random(n) * total)[:, None]).argmax(1) if line else rows * 0
-        drawn = (digits[letter[:, line]].cumsum(1) > rng.random(n)[:, None]).argmax(1)
-        source[:, line], digit[:, line] = np.where(constant, -1, read), np.where(constant, drawn, -1)
+        constant, read = _draw_sources(depth[:, :line], rng, max_depth)
+        drawn_digit = (digits[letter[:, line]].cumsum(1) > rng.random(n)[:, None]).argmax(1)
+        source[:, line] = np.where(constant, -1, read)
+        digit[:, line] = np.where(constant, drawn_digit, -1)
         depth[:, line] = np.where(constant, 1, depth[rows, read] + 1)
-        value[:, line] = np.where(constant, drawn, value[rows, read])
+        value[:, line] = np.where(constant, drawn_digit, value[rows, read])
     return BindingPrograms(letter, source, digit, depth, value, np.zeros((n, 0), int))
 
 # %% ../../nbs/tasks/binding_programs.ipynb #5aaf6474
 HELD_OUT_PAIRS: Bool[np.ndarray, "letter digit"] = np.zeros((26, 10), bool)
 HELD_OUT_PAIRS.flat[np.random.default_rng(2505_20896).permutation(260)[:26]] = True
+BINDING_SPLITS = ("train", "test", "pairs")  # "pairs": held-out programs whose answer comes from a held-out pair
 
 
 def split_hash(bindings: BindingPrograms) -> Int[np.ndarray, "program"]:
-    "A number from 0 to 9 that depends on every line, the same whatever is asked; programs with 0 are held out."
+    "A number from 0 to 9 that depends on every line, the same whatever is queried; programs with 0 are held out."
     read = np.take_along_axis(bindings.letter, bindings.source.clip(0), 1)
     line = bindings.letter * 64 + np.where(bindings.source < 0, bindings.digit, 10 + read)
     mixed = np.zeros(len(line), np.uint64)
@@ -91,118 +115,157 @@ def _digit_probabilities(split: str) -> Float[np.ndarray, "letter digit"]:
     return allowed / allowed.sum(1, keepdims=True)
 
 # %% ../../nbs/tasks/binding_programs.ipynb #eac0d2bc
-BINDING_SPLITS = ("train", "test", "pairs")  # "pairs": held-out programs whose answer comes from a held-out pair
+@dataclass(frozen=True)
+class BindingProgramOptions:
+    "Which programs to draw."
+
+    lines: int = 16  # Assignments in each, 2 to 26
+    depth: int | None = None  # Of the queries (None: all depths as evenly as the programs allow)
+    max_depth: int = 4  # No chain grows longer
+    queries: int = 1  # Variables that each program queries
+    split: str = "test"  # One of `BINDING_SPLITS`
+
+    def __post_init__(self):
+        look_up_name(self.split, BINDING_SPLITS, "split")
+        lines_fit = 2 <= self.lines <= 26
+        depth_fits = 1 <= (self.depth or 1) <= min(self.max_depth, self.lines - 1)
+        if not lines_fit or not depth_fits or not 1 <= self.queries <= self.lines:
+            raise BadInput(
+                f"no programs of {self.lines} lines with {self.queries} queries at depth {self.depth}: "
+                "give 2 to 26 lines, more than the depth"
+            )
+
+# %% ../../nbs/tasks/binding_programs.ipynb #3847375a
+def _root_lines(bindings: BindingPrograms) -> Int[np.ndarray, "program line"]:
+    "The line of the constant that each line's value comes from."
+    root = np.broadcast_to(np.arange(bindings.n_lines), bindings.letter.shape)
+    for _ in range(bindings.n_lines):
+        source = np.take_along_axis(bindings.source, root, 1)
+        root = np.where(source < 0, root, source)
+    return root
+
+
+def _lines_to_query(drawn: BindingPrograms, options: BindingProgramOptions) -> Bool[np.ndarray, "program line"]:
+    "The lines that a query of this depth and split may ask for."
+    fits = np.ones_like(drawn.depth, bool) if options.depth is None else drawn.depth == options.depth
+    if options.split == "pairs":
+        root_letter = np.take_along_axis(drawn.letter, _root_lines(drawn), 1)
+        fits &= HELD_OUT_PAIRS[root_letter, drawn.value]
+    return fits
+
+
+def _draw_queries(drawn: BindingPrograms, rng: np.random.Generator, options: BindingProgramOptions) -> BindingPrograms:
+    "The programs of the split that have enough lines to query, with their queries."
+    fits = _lines_to_query(drawn, options)
+    same_depth = (drawn.depth[:, :, None] == drawn.depth[:, None]).sum(1)
+    log_uniform = np.log(rng.random(drawn.depth.shape))
+    score = np.where(fits, log_uniform * same_depth, -np.inf)  # the largest: with odds 1 / same_depth
+    query_lines = np.argsort(-score, 1)[:, : options.queries]
+    has_distractor = (drawn.depth == 1).sum(1) > 1
+    in_split = (split_hash(drawn) == 0) == (options.split != "train")
+    enough = (fits.sum(1) >= options.queries) & has_distractor & in_split
+    return replace(drawn, query_lines=query_lines).take(enough)
+
+# %% ../../nbs/tasks/binding_programs.ipynb #5fdbe1b0
+def _join_programs(batches: list[BindingPrograms], n: int) -> BindingPrograms:
+    "The first `n` programs of several batches."
+    fields = []
+    for name in BindingPrograms.__dataclass_fields__:
+        fields.append(np.concatenate([getattr(batch, name) for batch in batches])[:n])
+    return BindingPrograms(*fields)
 
 
 def draw_binding_programs(
     n: int,  # Programs
     rng: np.random.Generator,
-    lines: int = 16,  # Assignments in each, 2 to 26
-    depth: int | None = None,  # Of what is asked; None: all depths as evenly as the programs allow
-    max_depth: int = 4,  # No chain grows longer
-    queries: int = 1,  # Variables that each program asks for
-    split: str = "test",  # One of SPLITS
+    options: BindingProgramOptions = BindingProgramOptions(),
 ) -> BindingPrograms:
     "Draw programs; raises `BadInput` where there are none."
-    look_up_name(split, BINDING_SPLITS, "split")
-    if not 2 <= lines <= 26 or not 1 <= (depth or 1) <= min(max_depth, lines - 1) or not 1 <= queries <= lines:
-        raise BadInput(
-            f"no programs of {lines} lines with {queries} queries at depth {depth}: give 2 to 26 lines, more than the depth"
-        )
-    kept, found = [], 0
+    digits = _digit_probabilities(options.split)
+    batches: list[BindingPrograms] = []
     for _ in range(2000):
-        drawn = _draw_queries(
-            _draw_assignments(max(256, 4 * n), lines, rng, max_depth, _digit_probabilities(split)),
-            rng,
-            depth,
-            queries,
-            split,
-        )
-        kept, found = [*kept, drawn], found + len(drawn)
-        if found >= n:
-            joined = (
-                np.concatenate([getattr(b, name) for b in kept])[:n] for name in BindingPrograms.__dataclass_fields__
-            )
-            return BindingPrograms(*joined)
+        drawn = _draw_assignments(max(256, 4 * n), options.lines, rng, options.max_depth, digits)
+        batches.append(_draw_queries(drawn, rng, options))
+        if sum(map(len, batches)) >= n:
+            return _join_programs(batches, n)
     raise BadInput(
-        f"no {n} programs of {lines} lines found with {queries} queries at depth {depth}: ask for fewer queries or less depth"
+        f"no {n} programs of {options.lines} lines found with {options.queries} queries at depth {options.depth}: "
+        "ask for fewer queries or less depth"
     )
-
-# %% ../../nbs/tasks/binding_programs.ipynb #3847375a
-def _draw_queries(
-    drawn: BindingPrograms, rng: np.random.Generator, depth: int | None, queries: int, split: str
-) -> BindingPrograms:
-    "The programs of a split that can be asked so much, with their queries."
-    counts = (drawn.depth[:, :, None] == drawn.depth[:, None]).sum(1)
-    fits = np.ones_like(drawn.depth, bool) if depth is None else drawn.depth == depth
-    if split == "pairs":
-        root = _root_lines(drawn)
-        fits &= HELD_OUT_PAIRS[np.take_along_axis(drawn.letter, root, 1), drawn.value]
-    score = np.where(fits, np.log(rng.random(drawn.depth.shape)) * counts, -np.inf)  # the largest: with odds 1 / counts
-    asked = np.argsort(-score, 1)[:, :queries]
-    enough = (
-        (fits.sum(1) >= queries) & ((drawn.depth == 1).sum(1) > 1) & ((split_hash(drawn) == 0) == (split != "train"))
-    )
-    return BindingPrograms(drawn.letter, drawn.source, drawn.digit, drawn.depth, drawn.value, asked).take(enough)
-
-
-def _root_lines(bindings: BindingPrograms) -> Int[np.ndarray, "program line"]:
-    "The line of the constant that each line's value comes from."
-    root, at = np.broadcast_to(np.arange(bindings.letter.shape[1]), bindings.letter.shape), bindings.source
-    for _ in range(bindings.letter.shape[1]):
-        root = np.where(np.take_along_axis(at, root, 1) < 0, root, np.take_along_axis(at, root, 1))
-    return root
 
 # %% ../../nbs/tasks/binding_programs.ipynb #f4485313
 @patch
 def program(self: BindingPrograms, row: int, query: int = 0) -> Program:
     "One program with one of its queries, checked by running it."
-    letter, source, digit = self.letter[row], self.source[row], self.digit[row]
-    rhs = [DIGITS[d] if s < 0 else VARIABLE_LETTERS[letter[s]] for s, d in zip(source, digit)]
-    code = "\n".join(f"{VARIABLE_LETTERS[v]} = {r}" for v, r in zip(letter, rhs))
-    at = self.asked[row, query]
-    query_line = QUERY_STYLES["hash"].format(VARIABLE_LETTERS[letter[at]])
-    return as_program((f"{code}\n{query_line}", DIGITS[self.value[row, at]]), "variable_binding")
+    lines = []
+    for letter, source, digit in zip(self.letter[row], self.source[row], self.digit[row]):
+        value = DIGITS[digit] if source < 0 else VARIABLE_LETTERS[self.letter[row, source]]
+        lines.append(f"{VARIABLE_LETTERS[letter]} = {value}")
+    line = self.query_lines[row, query]
+    lines.append(QUERY_STYLES["hash"].format(VARIABLE_LETTERS[self.letter[row, line]]))
+    return as_program(("\n".join(lines), DIGITS[self.value[row, line]]), "variable_binding")
 
 # %% ../../nbs/tasks/binding_programs.ipynb #cd53028a
+def _line_text(variable: str, value: str) -> str:
+    return f"{variable} = {value}\n"
+
+
+def _query_text(variable: str, _) -> str:
+    return QUERY_STYLES["hash"].format(variable)
+
+
+def _answer_text(_, digit: str) -> str:
+    return digit
+
+
 class BindingTokenTable:
     "The tokens of every line and query that can occur, for one tokenizer."
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.before = self._ids("")
-        self.constants = self._table(lambda v, d: f"{v} = {d}\n", DIGITS)
-        self.references = self._table(lambda v, w: f"{v} = {w}\n", VARIABLE_LETTERS)
-        self.queries = self._table(lambda v, _: QUERY_STYLES["hash"].format(v), "a")[:, 0]
-        self.answers = self._table(lambda _, d: d, DIGITS)[0, :, 0]
-        program = draw_binding_programs(1, np.random.default_rng(0), lines=20, max_depth=6).program(0)
-        ids = self._ids(program.code + program.answer)
-        if list(self.text(program)) != ids:
-            raise BadInput(
-                f"{type(tokenizer).__name__} cuts a program otherwise than its lines: the task cannot be packed for it"
-            )
+        self.prefix = self._ids("")  # tokens that begin every text
+        self.constants = self._table(_line_text, DIGITS)
+        self.references = self._table(_line_text, VARIABLE_LETTERS)
+        self.queries = self._table(_query_text, "a")[:, 0]
+        self.answers = self._table(_answer_text, DIGITS)[0, :, 0]
+        self._check_packing()
 
     def _ids(self, text: str | list[str]) -> list:
         return self.tokenizer(text)["input_ids"]
 
     def _table(self, write: Callable[[str, str], str], seconds: str) -> Int[np.ndarray, "letter second token"]:
         "Tokens of a piece of text for every letter and second character."
-        texts = [write(v, w) for v in VARIABLE_LETTERS for w in seconds]
-        rows = [ids[len(self.before) :] for ids in self._ids(texts)]
+        texts = [write(letter, second) for letter in VARIABLE_LETTERS for second in seconds]
+        rows = [ids[len(self.prefix) :] for ids in self._ids(texts)]
         if len(set(map(len, rows))) > 1:
             raise BadInput(
-                f"this tokenizer cuts lines such as {texts[0]!r} into different numbers of tokens: the task cannot be packed for it"
+                f"this tokenizer cuts lines such as {texts[0]!r} into different numbers of tokens: "
+                "the task cannot be packed for it"
             )
         return np.array(rows).reshape(len(VARIABLE_LETTERS), len(seconds), -1)
 
 # %% ../../nbs/tasks/binding_programs.ipynb #423013d7
 @patch
-def text(self: BindingTokenTable, program: Program) -> Iterator[int]:
+def program_ids(self: BindingTokenTable, program: Program) -> Iterator[int]:
     "The tokens of a program and its answer, by the tables."
-    yield from self.before
+    yield from self.prefix
     for line in program.source.split("\n"):
-        v, _, w = line.partition(" = ")
-        table, second = (self.constants, DIGITS) if w in DIGITS else (self.references, VARIABLE_LETTERS)
-        yield from table[VARIABLE_LETTERS.index(v), second.index(w)]
+        variable, _, value = line.partition(" = ")
+        row = VARIABLE_LETTERS.index(variable)
+        if value in DIGITS:
+            yield from self.constants[row, DIGITS.index(value)]
+        else:
+            yield from self.references[row, VARIABLE_LETTERS.index(value)]
     yield from self.queries[VARIABLE_LETTERS.index(program.query)]
     yield self.answers[DIGITS.index(program.answer)]
+
+
+@patch
+def _check_packing(self: BindingTokenTable) -> None:
+    "Raise `BadInput` where the tokens of a program are not those of its lines."
+    options = BindingProgramOptions(lines=20, max_depth=6)
+    program = draw_binding_programs(1, np.random.default_rng(0), options).program(0)
+    if list(self.program_ids(program)) != self._ids(program.code + program.answer):
+        raise BadInput(
+            f"{type(self.tokenizer).__name__} cuts a program otherwise than its lines: the task cannot be packed for it"
+        )

@@ -7,13 +7,13 @@ __all__ = ['ADAPTED_PROJECTIONS', 'PERPLEXITY_MODULES', 'REHEARSAL_MODULES', 'MA
            'PackedPrograms', 'pack_programs', 'answer_logits', 'predict_digits', 'prediction_table',
            'binding_accuracy_table', 'add_lora_adapter', 'character_tokenizer', 'make_untrained_transformer',
            'python_source_tokens', 'nats_per_token', 'forgetting_ratio', 'BindingTrainingPlan', 'save_weights',
-           'train_binding_model']
+           'BindingTrainingOptions', 'train_binding_model']
 
 # %% ../../nbs/tasks/binding_training.ipynb #6a03a9f9
 import shutil
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from io import BytesIO
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,10 +31,11 @@ from ..core.files import atomic_write
 from ..core.records import Records
 from ..core.stats import bootstrap_interval, wilson
 from ..models.lm import LM
-from ..models.loading import pattern_tokenizer
+from ..models.word_tokenizers import pattern_tokenizer
 from codetrace.tasks.binding_programs import (
     DIGITS,
     VARIABLE_LETTERS,
+    BindingProgramOptions,
     BindingPrograms,
     BindingTokenTable,
     draw_binding_programs,
@@ -47,133 +49,156 @@ class PackedPrograms:
 
     input_ids: Int[Tensor, "program pos"]
     position_ids: Int[Tensor, "program pos"]
-    segment: Int[Tensor, "program pos"]  # 0: the program; 1, 2, …: its queries; -1: padding
+    segment: Int[Tensor, "program pos"]  # 0: the program, 1, 2, …: its queries, -1: padding
     answers: Int[Tensor, "program query"]  # Token ids
-    ask: Int[Tensor, "program query"]  # Where each answer is predicted
+    answer_positions: Int[Tensor, "program query"]  # Where each answer is predicted
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "program 1 pos pos"]:
-        "What each token sees, to be added to the attention scores."
-        own, other = self.segment[:, :, None], self.segment[:, None]
+        "What each token attends to, to be added to the attention scores."
+        query_segment = self.segment[:, :, None]
+        key_segment = self.segment[:, None]
         n = self.segment.shape[1]
-        past = torch.ones(n, n, dtype=torch.bool, device=own.device).tril()
-        seen = past & ((own == other) | ((other == 0) & (own > 0)))
-        return torch.zeros(seen.shape, dtype=dtype, device=own.device).masked_fill(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+        past = torch.ones(n, n, dtype=torch.bool, device=self.segment.device).tril()
+        visible = past & ((query_segment == key_segment) | ((key_segment == 0) & (query_segment > 0)))
+        mask = torch.zeros(visible.shape, dtype=dtype, device=self.segment.device)
+        return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 # %% ../../nbs/tasks/binding_training.ipynb #6b24c0f3
-def _program_tokens(alphabet: BindingTokenTable, bindings: BindingPrograms) -> list[list[int]]:
+def _program_tokens(table: BindingTokenTable, bindings: BindingPrograms) -> list[list[int]]:
     "The tokens of each program, without queries."
-    read = np.take_along_axis(bindings.letter, bindings.source.clip(0), 1)
-    tables = alphabet.constants[bindings.letter, bindings.digit], alphabet.references[bindings.letter, read]
-    constant = bindings.source < 0
-    return [
-        [*alphabet.before, *(int(t) for is_c, c, r in zip(*row) for t in (c if is_c else r))]
-        for row in zip(constant, *tables)
-    ]
+    rows = []
+    for letters, sources, digits in zip(bindings.letter, bindings.source, bindings.digit):
+        ids = list(table.prefix)
+        for letter, source, digit in zip(letters, sources, digits):
+            line_ids = table.constants[letter, digit] if source < 0 else table.references[letter, letters[source]]
+            ids += line_ids.tolist()
+        rows.append(ids)
+    return rows
 
 
-def pack_programs(alphabet: BindingTokenTable, bindings: BindingPrograms, device="cpu") -> PackedPrograms:
+def pack_programs(table: BindingTokenTable, bindings: BindingPrograms, device="cpu") -> PackedPrograms:
     "Programs and their queries as tokens."
-    lines, queries = _program_tokens(alphabet, bindings), alphabet.queries[bindings.of_asked("letter")]
-    k, w = queries.shape[1:]
-    width = max(map(len, lines)) + k * w
-    ids, place = np.zeros((len(lines), width), int), np.zeros((len(lines), width), int)
-    segment, ends = np.full((len(lines), width), -1), np.array([len(line) for line in lines])
-    for row, (line, asked) in enumerate(zip(lines, queries)):
-        n = len(line)
-        ids[row, :n], place[row, :n], segment[row, :n] = line, range(n), 0
-        ids[row, n : n + k * w], place[row, n : n + k * w] = asked.ravel(), np.tile(np.arange(n, n + w), k)
-        segment[row, n : n + k * w] = np.repeat(np.arange(1, k + 1), w)
-    ask = ends[:, None] + w * np.arange(1, k + 1) - 1
-    answers = alphabet.answers[bindings.of_asked("value")]
-    return PackedPrograms(*(torch.from_numpy(x).to(device) for x in (ids, place, segment, answers, ask)))
+    programs = _program_tokens(table, bindings)
+    queries = table.queries[bindings.of_queries("letter")]
+    n_queries, query_length = queries.shape[1:]
+    shape = (len(programs), max(map(len, programs)) + n_queries * query_length)
+    input_ids = np.zeros(shape, int)
+    position_ids = np.zeros(shape, int)
+    segment = np.full(shape, -1)
+    for row, ids in enumerate(programs):
+        start = len(ids)
+        end = start + n_queries * query_length
+        input_ids[row, :end] = [*ids, *queries[row].ravel()]
+        position_ids[row, :start] = range(start)
+        position_ids[row, start:end] = np.tile(np.arange(start, start + query_length), n_queries)
+        segment[row, :start] = 0
+        segment[row, start:end] = np.repeat(np.arange(1, n_queries + 1), query_length)
+    program_ends = np.array(list(map(len, programs)))[:, None]
+    answer_positions = program_ends + query_length * np.arange(1, n_queries + 1) - 1
+    answers = table.answers[bindings.of_queries("value")]
+    arrays = (input_ids, position_ids, segment, answers, answer_positions)
+    return PackedPrograms(*(torch.from_numpy(array).to(device) for array in arrays))
 
 # %% ../../nbs/tasks/binding_training.ipynb #3c9a7185
 def answer_logits(lm: LM, packed: PackedPrograms) -> Float[Tensor, "program query vocab"]:
-    "What a model says to each query, in float32."
+    "A model's logits for each answer, in float32."
     hidden = lm.hf.base_model(
         input_ids=packed.input_ids,
         attention_mask=packed.mask(lm.dtype),
         position_ids=packed.position_ids,
         use_cache=False,
     ).last_hidden_state
-    return lm.unembed(hidden[torch.arange(len(hidden), device=hidden.device)[:, None], packed.ask])
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return lm.unembed(hidden[rows, packed.answer_positions])
+
+# %% ../../nbs/tasks/binding_training.ipynb #5eb0b16a
+def _without_progress(steps: Iterable, **_) -> Iterable:
+    "The steps as they are."
+    return steps
 
 # %% ../../nbs/tasks/binding_training.ipynb #6b796053
 @torch.no_grad()
 def predict_digits(
     lm: LM,
     bindings: BindingPrograms,
-    alphabet: BindingTokenTable | None = None,
-    rows: int = 32,  # Programs at a time
-    progress=lambda steps, **about: steps,
-) -> Int[np.ndarray, "program query"]:  # The digit on top; -1 where it is no digit
+    table: BindingTokenTable | None = None,  # Of the model's tokenizer (None: made here)
+    batch_size: int = 32,  # Programs at a time
+    progress: Callable[..., Iterable] = _without_progress,
+) -> Int[np.ndarray, "program query"]:  # The digit on top, -1 where it is no digit
     "A model's answers."
-    alphabet = alphabet or BindingTokenTable(lm.tokenizer)
-    digit_of = {int(token): digit for digit, token in enumerate(alphabet.answers)}
-    found = []
-    for start in progress(range(0, len(bindings), rows), desc="asking"):
-        packed = pack_programs(alphabet, bindings.take(slice(start, start + rows)), lm.device)
-        found.append(answer_logits(lm, packed).argmax(-1).cpu())
-    return np.vectorize(lambda token: digit_of.get(token, -1))(torch.cat(found).numpy())
+    table = table or BindingTokenTable(lm.tokenizer)
+    token_ids = []
+    for start in progress(range(0, len(bindings), batch_size), desc="answering"):
+        packed = pack_programs(table, bindings.take(slice(start, start + batch_size)), lm.device)
+        token_ids.append(answer_logits(lm, packed).argmax(-1).cpu().numpy())
+    matches = np.concatenate(token_ids)[:, :, None] == table.answers
+    return np.where(matches.any(-1), matches.argmax(-1), -1)
 
 # %% ../../nbs/tasks/binding_training.ipynb #7bb37cc0
-def _shallow_answers(bindings: BindingPrograms) -> dict[str, Int[np.ndarray, "program"]]:
-    "What shallow rules answer; -1 where they have no answer."
-    digit, rows = bindings.digit, np.arange(len(bindings))
-    last = digit.shape[1] - 1 - (digit >= 0)[:, ::-1].argmax(1)
+def _heuristic_digits(bindings: BindingPrograms) -> dict[str, Int[np.ndarray, "program"]]:
+    "What the `HEURISTICS` answer, -1 where they have no answer."
+    digit = bindings.digit
+    rows = np.arange(len(bindings))
+    last_constant = bindings.n_lines - 1 - (digit >= 0)[:, ::-1].argmax(1)
     counts = (digit[:, :, None] == np.arange(10)).sum(1)
-    second, first = np.sort(counts, 1)[:, -2:].T
-    commonest = np.where(first > second, counts.argmax(1), -1)
-    return dict(zip(HEURISTICS, (digit[:, 0], digit[:, -1], digit[rows, last], commonest)))
+    second_count, first_count = np.sort(counts, 1)[:, -2:].T
+    commonest = np.where(first_count > second_count, counts.argmax(1), -1)
+    return dict(zip(HEURISTICS, (digit[:, 0], digit[:, -1], digit[rows, last_constant], commonest)))
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #d16e3b68
 def prediction_table(
     bindings: BindingPrograms,
-    said: Int[np.ndarray, "program query"],  # From `predict_digits`
-) -> pd.DataFrame:  # One row a query: `lines, depth, answer, said, correct`, whether it named a value of the program (`seen`), and the shallow rules' answers
-    "Answers beside the truth, and beside what shallow rules would say."
-    queries = said.shape[1]
-    seen = ((bindings.digit[:, None] == said[:, :, None]) & (said >= 0)[:, :, None]).any(-1)
-    columns = {"lines": bindings.letter.shape[1], "depth": bindings.of_asked("depth").ravel()}
-    columns |= {"answer": bindings.of_asked("value").ravel(), "said": said.ravel(), "seen": seen.ravel()}
-    table = pd.DataFrame(
-        columns | {rule: np.repeat(told, queries) for rule, told in _shallow_answers(bindings).items()}
-    )
-    return table.assign(correct=table["answer"] == table["said"])
+    predicted: Int[np.ndarray, "program query"],  # From `predict_digits`
+) -> pd.DataFrame:  # One row a query: `lines, depth, answer, predicted, correct, seen` and the heuristics' answers
+    "Predictions beside the true answers and the heuristics'; `seen`: the prediction is a constant of the program."
+    is_constant = (bindings.digit[:, None] == predicted[:, :, None]).any(-1) & (predicted >= 0)
+    columns = {
+        "lines": bindings.n_lines,
+        "depth": bindings.of_queries("depth").ravel(),
+        "answer": bindings.of_queries("value").ravel(),
+        "predicted": predicted.ravel(),
+        "seen": is_constant.ravel(),
+    }
+    for heuristic, digits in _heuristic_digits(bindings).items():
+        columns[heuristic] = np.repeat(digits, predicted.shape[1])
+    table = pd.DataFrame(columns)
+    return table.assign(correct=table["answer"] == table["predicted"])
 
 # %% ../../nbs/tasks/binding_training.ipynb #bac12bfd
 def binding_accuracy_table(
-    table: pd.DataFrame,  # From `prediction_table`
+    predictions: pd.DataFrame,  # From `prediction_table`
     by: Sequence[str] = ("depth",),
-) -> pd.DataFrame:  # `n, accuracy, low, high`, the share of answers that are values of the program (`seen`), and agreement with each shallow rule
-    "Accuracy with Wilson's interval."
+) -> pd.DataFrame:  # `n, accuracy, low, high, seen`, and the share of agreement with each heuristic
+    "Accuracy with Wilson's interval, by some columns."
     rows = []
-    for key, group in table.groupby(list(by)):
+    for key, group in predictions.groupby(list(by)):
         low, high = wilson(int(group["correct"].sum()), len(group))
-        about = dict(zip(by, key)) | {"n": len(group), "accuracy": group["correct"].mean(), "low": low, "high": high}
-        rows.append(
-            about
-            | {"seen": group["seen"].mean()}
-            | {rule: ((group["said"] == group[rule]) & (group["said"] >= 0)).mean() for rule in HEURISTICS}
-        )
+        row = dict(zip(by, key)) | {"n": len(group), "accuracy": group["correct"].mean(), "low": low, "high": high}
+        row["seen"] = group["seen"].mean()
+        for heuristic in HEURISTICS:
+            agrees = (group["predicted"] == group[heuristic]) & (group["predicted"] >= 0)
+            row[heuristic] = agrees.mean()
+        rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tasks/binding_training.ipynb #1c81ecd9
 ADAPTED_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def _check_projections(lm: LM) -> None:
+    "Raise `BadInput` where the model has other projections."
+    suffixes = {path.rpartition(".")[2] for path, _ in lm.hf.named_modules()}
+    missing = [name for name in ADAPTED_PROJECTIONS if name not in suffixes]
+    if missing:
+        raise BadInput(f"{lm.name} has no {missing[0]}: adapters are made for Llama, Qwen and Gemma models")
+
+
 def add_lora_adapter(lm: LM, rank: int, seed: int = 0) -> LM:
-    "Put an untrained low-rank adapter into a model, and let nothing else learn."
+    "Put an untrained low-rank adapter into a model, and freeze everything else."
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(seed)
-    missing = [
-        name for name in ADAPTED_PROJECTIONS if not any(path.endswith(name) for path, _ in lm.hf.named_modules())
-    ]
-    if missing:
-        raise BadInput(f"{lm.name} has no {missing[0]}: adapters are made for Llama, Qwen and Gemma models")
+    _check_projections(lm)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED_PROJECTIONS, lora_dropout=0.0)
     lm.hf.requires_grad_(False)
     inject_adapter_in_model(config, lm.hf)
@@ -189,7 +214,7 @@ def character_tokenizer():
     characters = ["<pad>", *VARIABLE_LETTERS, *DIGITS, *" =\n#:"]
     return pattern_tokenizer(characters, r"[\s\S]", pad_token="<pad>", unk_token="<pad>")
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #e2f83dbd
 def make_untrained_transformer(
     n_layers: int, n_heads: int, d_model: int, seed: int = 0, rope_base: float = 10_000
 ) -> LM:
@@ -202,8 +227,18 @@ def make_untrained_transformer(
             f"d_model={d_model} does not divide into {n_heads} heads of even width: give a multiple of {2 * n_heads}"
         )
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=d_model, intermediate_size=8 * d_model // 3, num_hidden_layers=n_layers,
-                         num_attention_heads=n_heads, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": rope_base}, pad_token_id=0, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=d_model,
+        intermediate_size=8 * d_model // 3,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_base},
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     hf = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     return LM("scratch", hf, tokenizer, revision=f"seed={seed}")
 
@@ -217,7 +252,7 @@ REHEARSAL_MODULES = (  # To rehearse
     "tokenize trace traceback uuid warnings weakref zipfile"
 ).split()
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #65edfccf
 def python_source_tokens(
     lm: LM,
     n_stretches: int,
@@ -225,37 +260,46 @@ def python_source_tokens(
     modules: Sequence[str] = PERPLEXITY_MODULES,
 ) -> list[list[int]]:  # Token ids
     "Stretches of the standard library's modules, in turn, from their beginnings on."
-    home = Path(sysconfig.get_path("stdlib"))
-    texts = [(home / f"{name}.py").read_text(encoding="utf-8") for name in modules]
-    each = -(-n_stretches // len(texts))
-    ids = [lm.tokenizer(text[: 12 * each * n_tokens])["input_ids"] for text in texts]
-    return [
-        row[k * n_tokens : (k + 1) * n_tokens] for k in range(each) for row in ids if len(row) >= (k + 1) * n_tokens
-    ][:n_stretches]
+    library = Path(sysconfig.get_path("stdlib"))
+    stretches_each = -(-n_stretches // len(modules))
+    module_ids = []
+    for name in modules:
+        text = (library / f"{name}.py").read_text(encoding="utf-8")
+        module_ids.append(lm.tokenizer(text[: 12 * stretches_each * n_tokens])["input_ids"])
+    stretches = []
+    for start in range(0, stretches_each * n_tokens, n_tokens):
+        end = start + n_tokens
+        stretches += [ids[start:end] for ids in module_ids if len(ids) >= end]
+    return stretches[:n_stretches]
 
 
 @torch.no_grad()
 def nats_per_token(lm: LM, stretches: Sequence[Sequence[int]]) -> Float[np.ndarray, "stretch"]:
     "Mean negative log-likelihood of each stretch's tokens after its first."
-    found = []
+    losses = []
     for ids in stretches:
         tokens = torch.tensor([ids], device=lm.device)
-        log_probs = lm.unembed(
-            lm.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
-        ).log_softmax(-1)
-        found.append(-float(log_probs.gather(1, tokens[0, 1:, None]).mean()))
-    return np.array(found)
+        hidden = lm.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
+        log_probs = lm.unembed(hidden).log_softmax(-1)
+        losses.append(-float(log_probs.gather(1, tokens[0, 1:, None]).mean()))
+    return np.array(losses)
 
 # %% ../../nbs/tasks/binding_training.ipynb #6e885047
 def forgetting_ratio(
     taught: Float[np.ndarray, "stretch"],  # From `nats_per_token`
     untaught: Float[np.ndarray, "stretch"],  # Of the same stretches
 ) -> dict[str, float]:
-    "Perplexity of both, and how many times as large it has become, with its interval over stretches."
-    low, high = bootstrap_interval(taught - untaught)
-    ratio = {"ratio": np.exp((taught - untaught).mean()), "ratio_low": np.exp(low), "ratio_high": np.exp(high)}
-    both = {"taught": np.exp(taught.mean()), "untaught": np.exp(untaught.mean()), "stretches": len(taught)}
-    return {name: float(value) for name, value in (both | ratio).items()}
+    "Perplexity after and before training, and their ratio with its interval over stretches."
+    difference = taught - untaught
+    low, high = bootstrap_interval(difference)
+    return {
+        "taught": float(np.exp(taught.mean())),
+        "untaught": float(np.exp(untaught.mean())),
+        "stretches": float(len(taught)),
+        "ratio": float(np.exp(difference.mean())),
+        "ratio_low": float(np.exp(low)),
+        "ratio_high": float(np.exp(high)),
+    }
 
 # %% ../../nbs/tasks/binding_training.ipynb #dfb4e384
 MASTERY_STEPS = 50  # Steps over which answers are counted before programs grow
@@ -273,9 +317,7 @@ class BindingTrainingPlan:
     learning_rate: float  # At its highest
     warmup: int = 10  # Steps
     curriculum: float = 0.0  # Share of the steps over which programs grow to their full length
-    mastery: float = (
-        0.0  # Share of right answers at which programs grow; 0: they grow with the steps, as `curriculum` says
-    )
+    mastery: float = 0.0  # Share of correct answers at which programs grow (0: with the steps, by `curriculum`)
     rehearsed: int = 0  # Stretches of Python source a step
     seed: int = 0
 
@@ -291,53 +333,71 @@ class BindingTrainingPlan:
         if not 0 <= self.mastery < 1:
             raise BadInput(f"mastery={self.mastery}: give a share below 1, such as 0.95; 0 leaves it out")
 
-    @property
-    def levels(self) -> list[tuple[int, int]]:
-        "Most lines and deepest reference, from the easiest on; depth grows twice as fast as length."
-        (low, high), top = self.lines, max(1, self.lines[1] - self.lines[0])
-        return [
-            (low + k, min(self.max_depth, 1 + round(2 * (self.max_depth - 1) * k / top))) for k in range(high - low + 1)
-        ]
+# %% ../../nbs/tasks/binding_training.ipynb #d204ce5b
+@patch(as_prop=True)
+def levels(self: BindingTrainingPlan) -> list[tuple[int, int]]:
+    "Most lines and deepest reference, from the easiest on; depth grows twice as fast as length."
+    low, high = self.lines
+    span = max(1, high - low)
+    levels = []
+    for level in range(high - low + 1):
+        depth = 1 + round(2 * (self.max_depth - 1) * level / span)
+        levels.append((low + level, min(self.max_depth, depth)))
+    return levels
 
-    def next_level(
-        self,
-        level: int,
-        right: Sequence[float],  # Shares of right answers, a step each, since the level began
-    ) -> int:
-        "The level of the next step."
-        mastered = self.mastery and len(right) >= MASTERY_STEPS and np.mean(right[-MASTERY_STEPS:]) >= self.mastery
-        return min(level + 1, len(self.levels) - 1) if mastered else level
 
-    def rate(self, step: int) -> float:
-        "Learning rate: linear up, then a half cosine down to nothing."
-        up = min(1.0, (step + 1) / self.warmup)
-        return float(self.learning_rate * up * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
+@patch
+def next_level(
+    self: BindingTrainingPlan,
+    level: int,
+    accuracies: Sequence[float],  # Shares of correct answers, a step each, since the level began
+) -> int:
+    "The level of the next step."
+    if not self.mastery or len(accuracies) < MASTERY_STEPS or np.mean(accuracies[-MASTERY_STEPS:]) < self.mastery:
+        return level
+    return min(level + 1, len(self.levels) - 1)
 
-    def batch(self, step: int, level: int = 0) -> BindingPrograms:
-        "The programs of a step."
-        rng, (low, high) = np.random.default_rng([self.seed, step]), self.lines
+# %% ../../nbs/tasks/binding_training.ipynb #9acaf55a
+@patch
+def rate(self: BindingTrainingPlan, step: int) -> float:
+    "Learning rate: linear up, then a half cosine down to nothing."
+    warmup = min(1.0, (step + 1) / self.warmup)
+    return float(self.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
+
+
+@patch
+def batch(self: BindingTrainingPlan, step: int, level: int = 0) -> BindingPrograms:
+    "The programs of a step."
+    rng = np.random.default_rng([self.seed, step])
+    low, high = self.lines
+    if self.mastery:
+        most_lines, max_depth = self.levels[level]
+    else:
         grown = min(1.0, (step + 1) / max(1.0, self.curriculum * self.steps))
-        most, deepest = self.levels[level] if self.mastery else (round(low + (high - low) * grown), self.max_depth)
-        lines = int(rng.integers(low, most + 1))
-        depth = min(deepest, lines - 1)
-        return draw_binding_programs(
-            self.programs, rng, lines, max_depth=depth, queries=min(self.queries, lines), split="train"
-        )
+        most_lines = round(low + (high - low) * grown)
+        max_depth = self.max_depth
+    lines = int(rng.integers(low, most_lines + 1))
+    queries = min(self.queries, lines)
+    options = BindingProgramOptions(lines, max_depth=min(max_depth, lines - 1), queries=queries, split="train")
+    return draw_binding_programs(self.programs, rng, options)
 
-    def text(self, step: int, stretches: Int[Tensor, "stretch pos"] | None) -> Int[Tensor, "some pos"] | None:
-        "The stretches of a step."
-        if stretches is None or not self.rehearsed:
-            return None
-        return stretches[
-            np.random.default_rng([self.seed, step, 1]).choice(len(stretches), self.rehearsed, replace=False)
-        ]
+
+@patch
+def text(
+    self: BindingTrainingPlan, step: int, stretches: Int[Tensor, "stretch pos"] | None
+) -> Int[Tensor, "rehearsed pos"] | None:
+    "The stretches that a step rehearses."
+    if stretches is None or not self.rehearsed:
+        return None
+    rng = np.random.default_rng([self.seed, step, 1])
+    return stretches[rng.choice(len(stretches), self.rehearsed, replace=False)]
 
 # %% ../../nbs/tasks/binding_training.ipynb #bc62ffeb
 REHEARSAL_WEIGHT = 0.5  # Weight of the text's loss beside the answers'
 
 
 def _trainable_parameters(lm: LM) -> dict[str, torch.nn.Parameter]:
-    "What learns, by name."
+    "The parameters that learn, by name."
     return {name: p for name, p in lm.hf.named_parameters() if p.requires_grad}
 
 
@@ -346,32 +406,40 @@ def _text_loss(lm: LM, stretches: Int[Tensor, "stretch pos"]) -> Float[Tensor, "
     hidden = lm.hf.base_model(input_ids=stretches[:, :-1], use_cache=False).last_hidden_state
     return torch.nn.functional.cross_entropy(lm.unembed(hidden.flatten(0, 1)), stretches[:, 1:].flatten())
 
+# %% ../../nbs/tasks/binding_training.ipynb #5a291ecc
+@dataclass(frozen=True)
+class _StepLosses:
+    "What one step of gradient descent measured before it."
+
+    answers: float
+    text: float  # NaN where nothing is rehearsed
+    accuracy: float
+
 
 def _gradient_step(
     lm: LM, packed: PackedPrograms, text: Tensor | None, optimizer: torch.optim.Optimizer, rate: float
-) -> tuple[float, float, float]:
-    "One step of gradient descent; gives the losses of answers and text, NaN where there is none, and the share of right answers."
+) -> _StepLosses:
+    "One step of gradient descent."
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
     logits = answer_logits(lm, packed)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), packed.answers.flatten())
     loss.backward()
-    read = torch.tensor(torch.nan) if text is None else _text_loss(lm, text)
+    text_loss = torch.tensor(torch.nan) if text is None else _text_loss(lm, text)
     if text is not None:
-        (REHEARSAL_WEIGHT * read).backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        (REHEARSAL_WEIGHT * text_loss).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return float(loss.detach()), float(read.detach()), float((logits.argmax(-1) == packed.answers).float().mean())
+    accuracy = (logits.argmax(-1) == packed.answers).float().mean()
+    return _StepLosses(float(loss.detach()), float(text_loss.detach()), float(accuracy))
 
 # %% ../../nbs/tasks/binding_training.ipynb #6798724e
 def _save_checkpoint(folder: Path, lm: LM, optimizer: torch.optim.Optimizer, step: int):
+    weights = {name: parameter.detach() for name, parameter in _trainable_parameters(lm).items()}
+    state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict()}
     buffer = BytesIO()
-    state = {
-        "step": step,
-        "weights": {k: p.detach() for k, p in _trainable_parameters(lm).items()},
-        "optimizer": optimizer.state_dict(),
-    }
     torch.save(state, buffer)
     atomic_write(folder / "checkpoint.pt", buffer.getvalue())
 
@@ -389,7 +457,7 @@ def _load_checkpoint(folder: Path, lm: LM, optimizer: torch.optim.Optimizer) -> 
 
 # %% ../../nbs/tasks/binding_training.ipynb #1f9d6582
 def save_weights(lm: LM, folder: Path):
-    "What was learnt, as a folder that `load` reads: an adapter in half precision, or a whole model."
+    "Write what was learnt as a folder that `load` reads: an adapter in half precision, or a whole model."
     work = folder.with_name(f".{folder.name}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -407,7 +475,8 @@ def _save_adapter(lm: LM, folder: Path):
     from safetensors.torch import save_file
 
     config = lm.hf.peft_config["default"]
-    config.base_model_name_or_path, config.inference_mode = lm.name, True
+    config.base_model_name_or_path = lm.name
+    config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set's order differs from run to run
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(lm.hf, save_embedding_layers=False)
@@ -417,76 +486,115 @@ def _save_adapter(lm: LM, folder: Path):
     )
 
 # %% ../../nbs/tasks/binding_training.ipynb #8803a1b9
-def _record_evaluation(
-    lm: LM, judged: Sequence[BindingPrograms], alphabet: BindingTokenTable, scores: Records, step: int
-):
+@dataclass(frozen=True)
+class BindingTrainingOptions:
+    "What a training run evaluates, keeps and rehearses."
+
+    evaluation_steps: Sequence[int] = ()  # Numbers of steps after which to evaluate, and to keep the weights
+    evaluation_programs: Sequence[BindingPrograms] = ()
+    checkpoint_every: int = 10  # Steps
+    stretches: Int[Tensor, "stretch pos"] | None = None  # Text to rehearse
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    "A model, its optimizer and what they are trained on."
+
+    lm: LM
+    plan: BindingTrainingPlan
+    options: BindingTrainingOptions
+    table: BindingTokenTable
+    optimizer: torch.optim.Optimizer
+
+    def do_step(self, step: int, level: int) -> dict:
+        "Do a step, from 0; gives its row of the table of losses."
+        started = time.monotonic()
+        bindings = self.plan.batch(step, level)
+        rate = self.plan.rate(step)
+        packed = pack_programs(self.table, bindings, self.lm.device)
+        text = self.plan.text(step, self.options.stretches)
+        losses = _gradient_step(self.lm, packed, text, self.optimizer, rate)
+        return {
+            "step": step + 1,
+            "loss": losses.answers,
+            "text_loss": losses.text,
+            "right": losses.accuracy,
+            "rate": rate,
+            "level": level,
+            "lines": bindings.n_lines,
+            "queries": bindings.query_lines.size,
+            "seconds": time.monotonic() - started,
+        }
+
+# %% ../../nbs/tasks/binding_training.ipynb #eb6b218e
+@patch
+def record_evaluation(self: _Trainer, scores: Records, step: int) -> None:
     "Add the evaluation after a step to the table, if it is not there yet."
-    if not judged or step in {row[0] for row in scores.done()}:
+    if not self.options.evaluation_programs or step in {key[0] for key in scores.done()}:
         return
-    was = lm.hf.training
-    lm.hf.eval()
-    table = pd.concat([prediction_table(bindings, predict_digits(lm, bindings, alphabet)) for bindings in judged])
-    lm.hf.train(was)
-    scores.append(binding_accuracy_table(table, ("lines", "depth")).assign(step=step).to_dict("records"))
+    was_training = self.lm.hf.training
+    self.lm.hf.eval()
+    tables = []
+    for bindings in self.options.evaluation_programs:
+        tables.append(prediction_table(bindings, predict_digits(self.lm, bindings, self.table)))
+    self.lm.hf.train(was_training)
+    accuracy = binding_accuracy_table(pd.concat(tables), ("lines", "depth"))
+    scores.append(accuracy.assign(step=step).to_dict("records"))
 
 
-def _train_step(
-    lm: LM,
-    alphabet: BindingTokenTable,
-    plan: BindingTrainingPlan,
-    step: int,
-    level: int,
-    stretches: Tensor | None,
-    optimizer: torch.optim.Optimizer,
-) -> dict:
-    "Do a step; gives its row of the table of losses."
-    began, bindings, rate = time.monotonic(), plan.batch(step, level), plan.rate(step)
-    packed, text = pack_programs(alphabet, bindings, lm.device), plan.text(step, stretches)
-    loss, text_loss, right = _gradient_step(lm, packed, text, optimizer, rate)
-    about = {"step": step + 1, "loss": loss, "text_loss": text_loss, "right": right, "rate": rate, "level": level}
-    about |= {"lines": bindings.letter.shape[1], "queries": bindings.asked.size}
-    return about | {"seconds": time.monotonic() - began}
+@dataclass(frozen=True)
+class _LevelProgress:
+    "The level of the next step, and the shares of correct answers since the level began."
+
+    level: int = 0
+    accuracies: tuple[float, ...] = ()
 
 
-def _advance_level(plan: BindingTrainingPlan, at: tuple[int, list[float]], row: dict) -> tuple[int, list[float]]:
-    "The level, and the shares of right answers since it began, after one more step."
-    level, right = at[0], [*at[1][1 - MASTERY_STEPS :], row["right"]]
-    following = plan.next_level(level, right)
-    return following, right if following == level else []
+def _advance_level(plan: BindingTrainingPlan, progress: _LevelProgress, row: dict) -> _LevelProgress:
+    "The level after one more step, `row` of the table of losses."
+    accuracies = (*progress.accuracies[1 - MASTERY_STEPS :], row["right"])
+    following = plan.next_level(progress.level, accuracies)
+    return _LevelProgress(following, accuracies if following == progress.level else ())
+
+# %% ../../nbs/tasks/binding_training.ipynb #fbedc3a7
+def _train_steps(
+    trainer: _Trainer, steps: Iterable[int], folder: Path, losses: Records, scores: Records, level: _LevelProgress
+) -> None:
+    "Do the steps, counted from 1; evaluate and write checkpoints in between."
+    last_step = trainer.plan.steps
+    rows: list[dict] = []
+    for step in steps:
+        rows.append(trainer.do_step(step - 1, level.level))
+        level = _advance_level(trainer.plan, level, rows[-1])
+        if step in trainer.options.evaluation_steps or step == last_step:
+            save_weights(trainer.lm, folder / "weights" / f"step-{step:06d}")
+            trainer.record_evaluation(scores, step)
+        if step % trainer.options.checkpoint_every == 0 or step == last_step:
+            losses.append([row for row in rows if (row["step"],) not in losses.done()])
+            losses.flush()
+            scores.flush()
+            _save_checkpoint(folder, trainer.lm, trainer.optimizer, step)
+            rows = []
 
 # %% ../../nbs/tasks/binding_training.ipynb #d5cd99e0
 def train_binding_model(
-    lm: LM,  # With something in it that learns
+    lm: LM,  # With parameters that learn
     plan: BindingTrainingPlan,
     folder: Path,  # Checkpoint, losses and weights go here
-    evaluations: Sequence[int] = (),  # Numbers of steps after which to evaluate, and to keep the weights
-    judged: Sequence[BindingPrograms] = (),  # On what to evaluate
-    checkpoint_every: int = 10,
-    stretches: Int[Tensor, "stretch pos"] | None = None,  # Text to rehearse
-    progress=lambda steps, **about: steps,
-) -> tuple[
-    pd.DataFrame, pd.DataFrame
-]:  # Losses by step; `binding_accuracy_table` evaluations by step, length and depth
-    "Train to the end of the plan, from wherever an earlier attempt stopped."
-    alphabet, last = BindingTokenTable(lm.tokenizer), plan.steps
-    optimizer = torch.optim.AdamW(
-        _trainable_parameters(lm).values(), lr=plan.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
-    )
-    done, fresh = _load_checkpoint(folder, lm, optimizer), []
+    options: BindingTrainingOptions = BindingTrainingOptions(),
+    progress: Callable[..., Iterable] = _without_progress,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # Losses by step; accuracies by step, length and depth
+    "Train to the end of the plan, from wherever an earlier run stopped."
+    parameters = _trainable_parameters(lm).values()
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+    trainer = _Trainer(lm, plan, options, BindingTokenTable(lm.tokenizer), optimizer)
+    steps_done = _load_checkpoint(folder, lm, optimizer)
     losses = Records(folder / "training", key=("step",))
     with losses, Records(folder / "evaluation", key=("step", "lines", "depth")) as scores:
-        at = reduce(partial(_advance_level, plan), losses.table().to_dict("records")[:done], (0, []))
-        if done == 0 and 0 in evaluations:
-            _record_evaluation(lm, judged, alphabet, scores, 0)
-        for step in progress(range(done + 1, last + 1), desc="training"):
-            fresh.append(_train_step(lm, alphabet, plan, step - 1, at[0], stretches, optimizer))
-            at = _advance_level(plan, at, fresh[-1])
-            if step in evaluations or step == last:
-                save_weights(lm, folder / "weights" / f"step-{step:06d}")
-                _record_evaluation(lm, judged, alphabet, scores, step)
-            if step % checkpoint_every == 0 or step == last:
-                losses.append([row for row in fresh if (row["step"],) not in losses.done()])
-                losses.flush(), scores.flush()
-                _save_checkpoint(folder, lm, optimizer, step)
-                fresh = []
-        return losses.table(), scores.table() if judged else pd.DataFrame()
+        if steps_done == 0 and 0 in options.evaluation_steps:
+            trainer.record_evaluation(scores, 0)
+        earlier_rows = losses.table().to_dict("records")[:steps_done]
+        level = reduce(partial(_advance_level, plan), earlier_rows, _LevelProgress())
+        remaining_steps = progress(range(steps_done + 1, plan.steps + 1), desc="training")
+        _train_steps(trainer, remaining_steps, folder, losses, scores, level)
+        return losses.table(), scores.table() if options.evaluation_programs else pd.DataFrame()

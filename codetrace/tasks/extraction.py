@@ -8,8 +8,10 @@ __all__ = ['extract_code', 'is_answer_complete']
 # %% ../../nbs/tasks/extraction.ipynb #a7e3c892
 import ast
 import re
+import symtable
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from .problem_prompts import Prompt
 from .problems import BadProblem, bound_names, normalise_text, parse_python
@@ -22,25 +24,37 @@ def _defines_name(text: str, name: str) -> bool:
     return bool(re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name} *=(?!=)", text, re.M))
 
 
+def _defines_any_function(text: str) -> bool:
+    return bool(re.search(r"^def ", text, re.M))
+
+
+def _code_blocks(text: str, fences: list[re.Match]) -> list[tuple[str, bool]]:
+    "The fenced blocks of an answer, and whether a fence closes each."
+    ends = [*(fence.start() for fence in fences[1:]), len(text)]
+    blocks = []
+    for opening, end in list(zip(fences, ends))[::2]:  # every second fence closes a block
+        block = text[opening.end() : end]
+        indented = opening.group()[0].isspace()  # a fence in a list
+        blocks.append((textwrap.dedent(block) if indented else block, end < len(text)))
+    return blocks
+
+
 def _select_code_block(
     text: str,  # An answer
     entry_point: str,
     fenced: bool,  # Does it begin as code?
 ) -> tuple[str, bool]:  # The piece that counts, and whether a fence closes it
-    "What stands before the first fence, if that is code; else the first block that defines the function, or any."
-    marks = list(_FENCE_PATTERN.finditer(text))
-    before = text[: marks[0].start()] if marks else text
-    if not marks or fenced or _defines_name(before, entry_point):
-        return before, bool(marks)
-    ends = [*(m.start() for m in marks[1:]), len(text)]
-    plain = lambda m, block: textwrap.dedent(block) if m.group()[0].isspace() else block  # a fence in a list
-    blocks = [
-        (plain(m, text[m.end() : end]), end < len(text)) for m, end in list(zip(marks, ends))[::2]
-    ]  # the others close
-    best = [b for b in blocks if _defines_name(b[0], entry_point)] or [
-        b for b in blocks if re.search(r"^def ", b[0], re.M)
-    ]
-    return (best or blocks)[0]
+    "What stands before the first fence, if that is code, else the first block that defines the function, or any."
+    fences = list(_FENCE_PATTERN.finditer(text))
+    before = text[: fences[0].start()] if fences else text
+    if not fences or fenced or _defines_name(before, entry_point):
+        return before, bool(fences)
+    blocks = _code_blocks(text, fences)
+    for is_wanted in (partial(_defines_name, name=entry_point), _defines_any_function):
+        for block, closed in blocks:
+            if is_wanted(block):
+                return block, closed
+    return blocks[0]
 
 # %% ../../nbs/tasks/extraction.ipynb #8a4c3a0d
 _CONTINUATION_PATTERN = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
@@ -59,26 +73,36 @@ def _try_parse(text: str) -> list[ast.stmt] | None:
         return None
 
 
+def _is_blank_or_comment(line: str) -> bool:
+    return bool(re.match(r"\s*(#|$)", line))
+
+# %% ../../nbs/tasks/extraction.ipynb #ccb727e5
+def _shortest_statement(lines: list[str], starts: list[int], index: int) -> tuple[int, list[ast.stmt] | None]:
+    "Where the statement that begins at `starts[index]` ends (an index into `starts`), and its parsed body or None."
+    first = lines[starts[index]]
+    may_continue = _CODE_PATTERN.match(first) or _OPENING_PATTERN.search(first)
+    last_index = len(starts) if may_continue else index + 2
+    for end in range(index + 1, last_index):
+        body = _try_parse("\n".join(lines[starts[index] : starts[end]]))
+        if body is not None:
+            return end, body
+    return index + 1, None
+
+
 def _split_statements(
     text: str,
-) -> Iterator[
-    tuple[str, list[ast.stmt] | None, bool]
-]:  # Text, its statements or None, and whether its first line is at an end
+) -> Iterator[tuple[str, list[ast.stmt] | None, bool]]:  # Text, statements or None, and whether its first line is ended
     "Cut text into top-level statements and what is none."
     lines = text.split("\n")
     starts = [i for i, line in enumerate(lines) if not _CONTINUATION_PATTERN.match(line)] + [len(lines)]
-    lead = 0 if all(re.match(r"\s*(#|$)", line) for line in lines[: starts[0]]) else starts[0]
-    at = 0  # comments and blank lines go with the statement that follows
-    while at < len(starts) - 1:
-        first = lines[starts[at]]
-        furthest = len(starts) if _CODE_PATTERN.match(first) or _OPENING_PATTERN.search(first) else at + 2
-        for to in range(at + 1, furthest):
-            if (body := _try_parse("\n".join(lines[starts[at] : starts[to]]))) is not None:
-                break
-        else:
-            to, body = at + 1, None
-        yield "\n".join(lines[lead : starts[to]]), body, starts[at] + 1 < len(lines)
-        at, lead = to, starts[to]
+    only_comments_first = all(map(_is_blank_or_comment, lines[: starts[0]]))
+    piece_start = 0 if only_comments_first else starts[0]  # comments and blank lines go with what follows
+    index = 0
+    while index < len(starts) - 1:
+        end, body = _shortest_statement(lines, starts, index)
+        yield "\n".join(lines[piece_start : starts[end]]), body, starts[index] + 1 < len(lines)
+        index = end
+        piece_start = starts[end]
 
 # %% ../../nbs/tasks/extraction.ipynb #f26f9e88
 def _allowed_after_function(node: ast.stmt) -> bool:
@@ -94,72 +118,95 @@ def _allowed_before_function(node: ast.stmt) -> bool:
         return isinstance(call, ast.Call) and getattr(call.func, "id", "") != "print"
     return not isinstance(node, ast.Assert)
 
+# %% ../../nbs/tasks/extraction.ipynb #40341fa8
+Piece = tuple[str, list[ast.stmt]]  # Text and its statements (none where it does not parse)
 
-def _select_statements(text: str, entry_point: str) -> tuple[list[tuple[str, list[ast.stmt]]], bool]:
+
+def _binds(body: list[ast.stmt], name: str) -> bool:
+    return any(name in bound_names(node) for node in body)
+
+
+def _has_bare_expression(body: list[ast.stmt]) -> bool:
+    return any(isinstance(node, ast.Expr) for node in body)
+
+
+def _select_statements(text: str, entry_point: str) -> tuple[list[Piece], bool]:
     "The pieces that count, and whether what follows them was seen to be something else."
-    kept, found = [], False
-    for piece, body, whole in _split_statements(text):
-        code = bool(_CODE_PATTERN.match(piece.lstrip("\n")))
-        if found and (not all(map(_allowed_after_function, body)) if body is not None else True):
-            return kept, whole and (body is not None or not code)
-        if body is None and code:  # broken: it stays
-            kept.append((piece, []))
-        elif body is not None and (found or all(map(_allowed_before_function, body))):
-            kept.append((piece, body))
-            found = found or any(entry_point in bound_names(node) for node in body)
-    calls = () if found else ast.Expr  # without the function, nothing is worth running
-    return [(piece, body) for piece, body in kept if not any(isinstance(n, calls) for n in body)], False
+    selected: list[Piece] = []
+    defined = False
+    for piece, body, ended in _split_statements(text):
+        looks_like_code = bool(_CODE_PATTERN.match(piece.lstrip("\n")))
+        if defined and (body is None or not all(map(_allowed_after_function, body))):
+            return selected, ended and (body is not None or not looks_like_code)
+        if body is None:
+            if looks_like_code:  # broken code stays
+                selected.append((piece, []))
+        elif defined or all(map(_allowed_before_function, body)):
+            selected.append((piece, body))
+            defined = defined or _binds(body, entry_point)
+    if not defined:  # without the function, no expression is worth running
+        selected = [(piece, body) for piece, body in selected if not _has_bare_expression(body)]
+    return selected, False
 
 # %% ../../nbs/tasks/extraction.ipynb #3ce4bcb3
-def _globals_read(code: str) -> set[str]:
-    "Names that functions look up outside themselves."
-    import symtable
-
-    def inner(table: symtable.SymbolTable) -> set[str]:
-        own = {s.get_name() for s in table.get_symbols() if s.is_global()} if table.get_type() == "function" else set()
-        return own.union(*map(inner, table.get_children()))
-
-    return inner(symtable.symtable(code, "answer", "exec"))
+def _globals_of_table(table: symtable.SymbolTable) -> set[str]:
+    "Names that a scope and the scopes inside it look up at module level."
+    names: set[str] = set()
+    if table.get_type() == "function":
+        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return names.union(*map(_globals_of_table, table.get_children()))
 
 
-def _drop_unused_assignments(kept: list[tuple[str, list[ast.stmt]]], entry_point: str) -> list[str]:
+def _is_assignment(body: list[ast.stmt]) -> bool:
+    return bool(body) and all(isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) for node in body)
+
+
+def _drop_unused_assignments(selected: list[Piece], entry_point: str) -> list[str]:
     "Leave out assignments after the function that no function reads."
-    after, pieces = False, []
-    text = "\n".join(piece for piece, body in kept if body)
+    code = "\n".join(piece for piece, body in selected if body)
     try:
-        read = _globals_read(text) | {entry_point}
+        names_read = _globals_of_table(symtable.symtable(code, "answer", "exec")) | {entry_point}
     except SyntaxError:  # a `return` outside a function parses, and does not compile: the answer stays as it is
-        return [piece for piece, _ in kept]
-    for piece, body in kept:
-        assigns = bool(body) and all(isinstance(n, ast.Assign | ast.AnnAssign | ast.AugAssign) for n in body)
-        if not (after and assigns and not set().union(*map(bound_names, body)) & read):
+        return [piece for piece, _ in selected]
+    defined = False
+    pieces = []
+    for piece, body in selected:
+        unused = _is_assignment(body) and not set().union(*map(bound_names, body)) & names_read
+        if not (defined and unused):
             pieces.append(piece)
-        after = after or any(entry_point in bound_names(node) for node in body)
+        defined = defined or _binds(body, entry_point)
     return pieces
 
 # %% ../../nbs/tasks/extraction.ipynb #c80fef14
+def _cut_at_stop(text: str, stop_sequences: Sequence[str]) -> tuple[str, bool]:
+    "The text before the first stop sequence, and whether there was one."
+    stopped = False
+    for stop in stop_sequences:
+        text, separator, _ = text.partition(stop)
+        stopped = stopped or bool(separator)
+    return text, stopped
+
+
 def _extract_answer(completion: str, prompt: Prompt, entry_point: str) -> tuple[str, bool]:
-    "The code of an answer, and whether anything written after it could still change it."
-    text, stopped = normalise_text(completion), False
-    for stop in prompt.stop:
-        text, found, _ = text.partition(stop)
-        stopped = stopped or bool(found)
+    "The code of an answer, and whether it is certain that nothing written after it could change it."
+    text, stopped = _cut_at_stop(normalise_text(completion), prompt.stop)
     text, closed = _select_code_block(text, entry_point, prompt.fenced)
     defined = _defines_name(text, entry_point)
     if prompt.prefix:  # an answer that states the whole function needs only what stands before it
         head = re.split(rf"^(?:async )?def {entry_point}\b", prompt.prefix, maxsplit=1, flags=re.M)[0]
         text = (head if defined else prompt.prefix) + text
-    kept, ended = _select_statements(text, entry_point)
-    code = "\n".join(_drop_unused_assignments(kept, entry_point)).lstrip("\n")
-    code = re.sub(r"(\n(#.*)?)+\Z", "", code)  # comments on what is not there any more
-    return code + "\n" if code else "", stopped or ended or (closed and (prompt.fenced or defined))
+    selected, ended = _select_statements(text, entry_point)
+    code = "\n".join(_drop_unused_assignments(selected, entry_point)).lstrip("\n")
+    code = re.sub(r"(\n(#.*)?)+\Z", "", code)  # comments on code that was left out
+    complete = stopped or ended or (closed and (prompt.fenced or defined))
+    return code + "\n" if code else "", complete
 
 # %% ../../nbs/tasks/extraction.ipynb #bc60ab9b
 def extract_code(
     completion: str,  # What the model wrote
     prompt: Prompt,  # What it read
-    entry_point: str,  # The function asked for
-) -> str:  # The code to judge; empty where there is none
+    entry_point: str,  # The function to define
+) -> str:  # The code to grade, empty where there is none
     "The answer in a completion."
     return _extract_answer(completion, prompt, entry_point)[0]
 
@@ -167,7 +214,7 @@ def extract_code(
 def is_answer_complete(
     completion: str,  # What the model has written so far
     prompt: Prompt,  # What it read
-    entry_point: str,  # The function asked for
+    entry_point: str,  # The function to define
 ) -> bool:
     "Is the answer complete, whatever may follow?"
     return _extract_answer(completion, prompt, entry_point)[1]

@@ -10,7 +10,9 @@ __all__ = ['GENERATORS', 'NoSuchProgram', 'make_variable_binding_program', 'make
 # %% ../../nbs/tasks/generators.ipynb #70c2fc47
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import index
+from dataclasses import dataclass
+from functools import partial
+from operator import index, is_
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from .programs import QUERY_STYLES, Program, as_program, build_checked_program
 
 # %% ../../nbs/tasks/generators.ipynb #3f94a119
 def _choose_uniformly(rng: np.random.Generator, items: Sequence):
-    "One of `items`, each as likely."
+    "An element of `items`, each as likely."
     return items[int(rng.integers(len(items)))]
 
 
@@ -27,6 +29,11 @@ def _choose_by_depth(rng: np.random.Generator, depths: Mapping, power: int = 3):
     "A key, with probability proportional to its depth cubed."
     total = np.cumsum([depth**power for depth in depths.values()])
     return list(depths)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
+
+
+def _draw_digit(rng: np.random.Generator) -> int:
+    "0 to 9."
+    return int(rng.integers(10))
 
 
 def _draw_letters(rng: np.random.Generator, n: int) -> list[str]:
@@ -39,14 +46,15 @@ def _draw_assignments(
     rng: np.random.Generator,
     p_constant: float,  # Probability of a new root
     max_depth: int,  # No chain grows longer
-    at_least: int,  # Depth that must be reached; 0 leaves all to chance
-) -> tuple[dict[str, str], dict[str, int]]:  # Right-hand side by variable; depth by variable
+    required_depth: int,  # Depth that must be reached, 0 leaves all to chance
+) -> tuple[dict[str, str], dict[str, int]]:  # Right-hand side by variable, depth by variable
     "One random program of digits and references."
-    sources, depths = {}, {}
+    sources: dict[str, str] = {}
+    depths: dict[str, int] = {}
     for line, name in enumerate(_draw_letters(rng, seq_len)):
         deepest = max(depths.values(), default=0)
         growing = {v: d for v, d in depths.items() if d < max_depth}
-        if at_least - deepest == seq_len - line:  # every line that is left is needed
+        if required_depth - deepest == seq_len - line:  # every line that is left is needed
             growing = {v: d for v, d in growing.items() if d == deepest}
             constant = not growing
         else:
@@ -84,38 +92,44 @@ def _finish_program(
     task: str, lines: Iterable[str], query: str, answer: object, query_style: str, **metadata
 ) -> Program:
     "Add the query line and check the whole."
-    asked = look_up_name(query_style, QUERY_STYLES, "query style").format(query)
-    return build_checked_program("\n".join([*lines, asked]), answer, task, metadata | {"query_style": query_style})
+    query_line = look_up_name(query_style, QUERY_STYLES, "query style").format(query)
+    return build_checked_program("\n".join([*lines, query_line]), answer, task, metadata | {"query_style": query_style})
 
 # %% ../../nbs/tasks/generators.ipynb #50f233ba
+def _draw_binding_lines(
+    seq_len: int, rng: np.random.Generator, p_constant: float, depth: int, max_depth: int
+) -> tuple[dict[str, str], list[str]]:  # Right-hand side by variable, and the variables of the depth
+    "Assignments with a variable of `depth` and, where a line is left for it, a second chain."
+    for attempt in range(1000):
+        required_depth = depth if attempt >= 64 else 0
+        sources, depths = _draw_assignments(seq_len, rng, p_constant, max(max_depth, depth), required_depth)
+        candidates = [variable for variable, d in depths.items() if d == depth]
+        n_chains = list(depths.values()).count(1)
+        if candidates and n_chains >= min(2, 1 + seq_len - depth):
+            return sources, candidates
+    raise NoSuchProgram(f"variable_binding: no distractor chain in 1000 programs: raise p_constant, now {p_constant}")
+
+# %% ../../nbs/tasks/generators.ipynb #35922be5
 def make_variable_binding_program(
     seq_len: int,  # Number of assignments, 1 to 26
     rng: np.random.Generator,
     *,
-    depth: int | None = None,  # Referential depth of the query; None: each from 1 to `max_depth` as likely
-    max_depth: int = 4,  # Longest chain, the distractors' included; a larger `depth` raises it
+    depth: int | None = None,  # Referential depth of the query (None: each from 1 to `max_depth` as likely)
+    max_depth: int = 4,  # Longest chain, the distractors' included (a larger `depth` raises it)
     p_constant: float = 0.3,  # How often a line starts a new chain
     query_style: str = "hash",  # A key of `QUERY_STYLES`
 ) -> Program:
     "Assignments of digits and earlier variables, and a query at the end of a chain; the other chains distract."
     seq_len = _check_length("variable_binding", seq_len, 26)
     _check_depth(seq_len, depth, max_depth)
-    wanted = depth or int(rng.integers(1, min(max_depth, seq_len) + 1))
-    for attempt in range(1000):
-        forced = wanted if attempt >= 64 else 0
-        sources, depths = _draw_assignments(seq_len, rng, p_constant, max(max_depth, wanted), at_least=forced)
-        candidates = [v for v, d in depths.items() if d == wanted]
-        n_chains = list(depths.values()).count(1)
-        if candidates and n_chains >= min(2, 1 + seq_len - wanted):
-            break
-    else:
-        raise NoSuchProgram(
-            f"variable_binding: no distractor chain in 1000 programs: raise p_constant, now {p_constant}"
-        )
-    answer = query = _choose_uniformly(rng, candidates)
+    query_depth = depth or int(rng.integers(1, min(max_depth, seq_len) + 1))
+    sources, candidates = _draw_binding_lines(seq_len, rng, p_constant, query_depth, max_depth)
+    query = _choose_uniformly(rng, candidates)
+    answer = query
     while answer in sources:
         answer = sources[answer]
-    lines = [f"{v} = {source}" for v, source in sources.items()]
+    lines = [f"{variable} = {source}" for variable, source in sources.items()]
+    n_chains = sum(source not in sources for source in sources.values())
     return _finish_program("variable_binding", lines, query, answer, query_style, seq_len=seq_len, n_chains=n_chains)
 
 # %% ../../nbs/tasks/generators.ipynb #3ddd626c
@@ -128,7 +142,8 @@ def make_range_program(
     "A loop that adds the same digit in every turn; depth is 1 for the start and 1 a turn."
     seq_len = _check_length("range", seq_len, 99)
     x, i = _draw_letters(rng, 2)
-    start, step = int(rng.integers(10)), int(rng.integers(1, 10))
+    start = _draw_digit(rng)
+    step = int(rng.integers(1, 10))
     lines = [f"{x} = {start}", f"for {i} in range({seq_len}):", f"    {x} += {step}"]
     return _finish_program("range", lines, x, start + seq_len * step, query_style, seq_len=seq_len)
 
@@ -142,7 +157,7 @@ def make_variable_increments(
     "One variable, updated line by line; depth is 1 for the start and 1 an update."
     seq_len = _check_length("variable_increments", seq_len, 99)
     (x,) = _draw_letters(rng, 1)
-    value = int(rng.integers(10))
+    value = _draw_digit(rng)
     lines = [f"{x} = {value}"]
     for _ in range(seq_len):
         amount = int(rng.integers(1, 10))
@@ -152,29 +167,44 @@ def make_variable_increments(
     return _finish_program("variable_increments", lines, x, value, query_style, seq_len=seq_len)
 
 # %% ../../nbs/tasks/generators.ipynb #1df8aa1f
+@dataclass(frozen=True)
+class _ExpressionKind:
+    "How the values of an expression program are drawn."
+
+    task: str
+    constant: Callable  # rng -> value
+    expression: Callable  # (rng, values by name, depths by name) -> text, value, names read
+    may_be_answer: Callable  # value -> bool
+
+
+def _draw_expressions(kind: _ExpressionKind, seq_len: int, rng: np.random.Generator) -> tuple[list[str], dict, dict]:
+    "Lines, and value and depth of each variable."
+    lines: list[str] = []
+    values: dict = {}
+    depths: dict[str, int] = {}
+    for name in _draw_letters(rng, seq_len):
+        if not values or rng.random() < 0.3:
+            value = kind.constant(rng)
+            text = str(value)
+            read = []
+        else:
+            text, value, read = kind.expression(rng, values, depths)
+        values[name] = value
+        depths[name] = 1 + max((depths[variable] for variable in read), default=0)
+        lines.append(f"{name} = {text}")
+    return lines, values, depths
+
+# %% ../../nbs/tasks/generators.ipynb #20610783
 def _make_expression_program(
-    task: str,
-    seq_len: int,
-    rng: np.random.Generator,
-    constant: Callable,  # rng -> value
-    expression: Callable,  # (rng, values by name, depths by name) -> text, value, names read
-    wanted: Callable,  # value -> may it be the answer?
-    query_style: str,
+    kind: _ExpressionKind, seq_len: int, rng: np.random.Generator, query_style: str
 ) -> Program:
-    "Straight-line code of expressions; a query whose value is `wanted`."
+    "Straight-line code of expressions, and a query whose value may be the answer."
     while True:
-        values, depths, lines = {}, {}, []
-        for name in _draw_letters(rng, seq_len):
-            if not values or rng.random() < 0.3:
-                value, read = constant(rng), []
-                text = str(value)
-            else:
-                text, value, read = expression(rng, values, depths)
-            values[name], depths[name] = value, 1 + max((depths[r] for r in read), default=0)
-            lines.append(f"{name} = {text}")
-        if candidates := {v: d for v, d in depths.items() if wanted(values[v])}:
+        lines, values, depths = _draw_expressions(kind, seq_len, rng)
+        candidates = {name: depth for name, depth in depths.items() if kind.may_be_answer(values[name])}
+        if candidates:
             query = _choose_by_depth(rng, candidates)
-            return _finish_program(task, lines, query, values[query], query_style, seq_len=seq_len)
+            return _finish_program(kind.task, lines, query, values[query], query_style, seq_len=seq_len)
 
 # %% ../../nbs/tasks/generators.ipynb #9cb9af16
 def _draw_operands(rng: np.random.Generator, depths: Mapping, p_variable: float, constant: Callable) -> tuple[str, str]:
@@ -184,19 +214,31 @@ def _draw_operands(rng: np.random.Generator, depths: Mapping, p_variable: float,
     return left, _choose_uniformly(rng, others) if others and rng.random() < p_variable else str(constant(rng))
 
 
+def _draw_positive_digit(rng: np.random.Generator) -> int:
+    "1 to 9."
+    return int(rng.integers(1, 10))
+
+
 def _draw_integer_expression(rng: np.random.Generator, values: Mapping, depths: Mapping) -> tuple[str, int, list[str]]:
     "Text, value and variables of a sum, difference or product between 0 and 99."
     while True:
-        (left, right), sign = (
-            _draw_operands(rng, depths, 0.5, lambda rng: rng.integers(1, 10)),
-            _choose_uniformly(rng, "+-*"),
-        )
-        a, b = values[left], values[right] if right in values else int(right)
+        left, right = _draw_operands(rng, depths, 0.5, _draw_positive_digit)
+        sign = _choose_uniformly(rng, "+-*")
+        a = values[left]
+        b = values[right] if right in values else int(right)
         value = {"+": a + b, "-": a - b, "*": a * b}[sign]
         if 0 <= value <= 99:
             return f"{left} {sign} {right}", value, [v for v in (left, right) if v in values]
 
 # %% ../../nbs/tasks/generators.ipynb #385bcda2
+def _is_any_value(value) -> bool:
+    "Every value may be the answer."
+    return True
+
+
+_INTEGER_EXPRESSIONS = _ExpressionKind("integer", _draw_digit, _draw_integer_expression, _is_any_value)
+
+
 def make_integer_program(
     seq_len: int,  # Number of assignments, 1 to 26
     rng: np.random.Generator,
@@ -205,10 +247,7 @@ def make_integer_program(
 ) -> Program:
     "Sums, differences and products of earlier variables and digits, all between 0 and 99."
     seq_len = _check_length("integer", seq_len, 26)
-    digit = lambda rng: int(rng.integers(10))
-    return _make_expression_program(
-        "integer", seq_len, rng, digit, _draw_integer_expression, lambda value: True, query_style
-    )
+    return _make_expression_program(_INTEGER_EXPRESSIONS, seq_len, rng, query_style)
 
 # %% ../../nbs/tasks/generators.ipynb #49e41a7f
 def _draw_boolean(rng: np.random.Generator) -> bool:
@@ -218,11 +257,14 @@ def _draw_boolean(rng: np.random.Generator) -> bool:
 
 def _draw_boolean_expression(rng: np.random.Generator, values: Mapping, depths: Mapping) -> tuple[str, bool, list[str]]:
     "Text, value and variables of an `and`, `or` or `not`."
-    (left, right), word = _draw_operands(rng, depths, 0.7, _draw_boolean), _choose_uniformly(rng, ["and", "or", "not"])
-    if word == "not":
+    left, right = _draw_operands(rng, depths, 0.7, _draw_boolean)
+    operator = _choose_uniformly(rng, ["and", "or", "not"])
+    if operator == "not":
         return f"not {left}", not values[left], [left]
-    a, b = values[left], values[right] if right in values else right == "True"
-    return f"{left} {word} {right}", (a and b) if word == "and" else (a or b), [v for v in (left, right) if v in values]
+    a = values[left]
+    b = values[right] if right in values else right == "True"
+    value = (a and b) if operator == "and" else (a or b)
+    return f"{left} {operator} {right}", value, [v for v in (left, right) if v in values]
 
 # %% ../../nbs/tasks/generators.ipynb #23c07882
 def make_boolean_program(
@@ -234,32 +276,38 @@ def make_boolean_program(
     "`and`, `or` and `not` of earlier variables and constants; True and False are equally often the answer."
     seq_len = _check_length("boolean", seq_len, 26)
     target = _draw_boolean(rng)
-    return _make_expression_program(
-        "boolean", seq_len, rng, _draw_boolean, _draw_boolean_expression, lambda value: value is target, query_style
-    )
+    kind = _ExpressionKind("boolean", _draw_boolean, _draw_boolean_expression, partial(is_, target))
+    return _make_expression_program(kind, seq_len, rng, query_style)
 
 # %% ../../nbs/tasks/generators.ipynb #60a3479f
+def _draw_branch_source(
+    rng: np.random.Generator,
+    values: Mapping[str, int],  # Earlier variables
+) -> tuple[str, int, str | None]:  # Text, value, and the variable it is copied from
+    "A digit, or an earlier variable."
+    if values and rng.random() < 0.5:
+        copied = _choose_uniformly(rng, list(values))
+        return copied, values[copied], copied
+    digit = _draw_digit(rng)
+    return str(digit), digit, None
+
+# %% ../../nbs/tasks/generators.ipynb #ec5ad82c
 def _draw_try_block(
     rng: np.random.Generator,
     name: str,  # Variable that every branch assigns
     values: Mapping[str, int],  # Earlier variables
-) -> tuple[list[str], int, str | None]:  # Lines; value of `name` after them; the variable it was copied from
+) -> tuple[list[str], int, str | None]:  # Lines, value of `name` after them, and the variable it was copied from
     "One `try` statement."
-
-    def source() -> tuple[str, int, str | None]:
-        if values and rng.random() < 0.5:
-            copied = _choose_uniformly(rng, list(values))
-            return copied, values[copied], copied
-        return str(digit := int(rng.integers(10))), digit, None
-
-    raises, shape = rng.random() < 0.5, _choose_uniformly(rng, ["", "", "else", "else", "finally"])
+    raises = rng.random() < 0.5
+    clause = _choose_uniformly(rng, ["", "", "else", "else", "finally"])
     quotient, divisor = (int(n) for n in rng.integers(1, 10, size=2))
-    tried = f"{divisor} // 0" if raises else f"{quotient * divisor} // {divisor}"
-    caught, last = source(), source()
-    lines = ["try:", f"    {name} = {tried}", "except ZeroDivisionError:", f"    {name} = {caught[0]}"]
-    if shape:
-        lines += [f"{shape}:", f"    {name} = {last[0]}"]
-    if shape == "finally" or (shape == "else" and not raises):
+    division = f"{divisor} // 0" if raises else f"{quotient * divisor} // {divisor}"
+    caught = _draw_branch_source(rng, values)
+    last = _draw_branch_source(rng, values)
+    lines = ["try:", f"    {name} = {division}", "except ZeroDivisionError:", f"    {name} = {caught[0]}"]
+    if clause:
+        lines += [f"{clause}:", f"    {name} = {last[0]}"]
+    if clause == "finally" or (clause == "else" and not raises):
         return lines, *last[1:]
     return (lines, *caught[1:]) if raises else (lines, quotient, None)
 
@@ -272,16 +320,32 @@ def make_exception_program(
 ) -> Program:
     "Each `try` statement assigns one variable; which branch ran decides its digit."
     seq_len = _check_length("exception", seq_len, 26)
-    values, depths, lines = {}, {}, []
+    lines: list[str] = []
+    values: dict[str, int] = {}
+    depths: dict[str, int] = {}
     for name in _draw_letters(rng, seq_len):
         block, value, copied = _draw_try_block(rng, name, values)
-        values[name], depths[name] = value, 1 + depths.get(copied, 0)
+        values[name] = value
+        depths[name] = 1 + depths.get(copied, 0)
         lines += block
     query = _choose_by_depth(rng, depths)
     return _finish_program("exception", lines, query, values[query], query_style, seq_len=seq_len)
 
 # %% ../../nbs/tasks/generators.ipynb #d3c2fb47
 _ENTITY_NAMES = "apple ball bell book coin cup drum fan hat key lamp map pen ring shoe watch".split()
+
+
+def _draw_moves(rng: np.random.Generator, contents: dict, depths: dict[str, int], n_moves: int) -> list[str]:
+    "Moves between boxes as lines of code; `contents` and `depths` by box are updated."
+    lines = []
+    for _ in range(n_moves):
+        source = _choose_uniformly(rng, list(depths))
+        target = _choose_uniformly(rng, [box for box in contents if box not in depths])
+        lines.append(f"{target}, {source} = {source}, None")
+        contents[target] = contents[source]
+        contents[source] = None
+        depths[target] = depths.pop(source) + 1
+    return lines
 
 # %% ../../nbs/tasks/generators.ipynb #0334d9ae
 def make_entity_program(
@@ -300,21 +364,15 @@ def make_entity_program(
         )
     boxes = [f"box_{letter}" for letter in string.ascii_lowercase[:n_boxes]]
     things = [_ENTITY_NAMES[i] for i in rng.permutation(len(_ENTITY_NAMES))[:n_things]]
-    holds = dict.fromkeys(boxes) | {boxes[b]: thing for b, thing in zip(rng.permutation(n_boxes).tolist(), things)}
-    lines = [f'{box} = "{thing}"' if thing else f"{box} = None" for box, thing in holds.items()]
-    depths = {box: 1 for box, thing in holds.items() if thing}
-    for _ in range(seq_len):
-        old, new = (
-            _choose_uniformly(rng, list(depths)),
-            _choose_uniformly(rng, [box for box in boxes if box not in depths]),
-        )
-        lines.append(f"{new}, {old} = {old}, None")
-        holds[new], holds[old] = holds[old], None
-        depths[new] = depths.pop(old) + 1
+    contents = dict.fromkeys(boxes)
+    for box_index, thing in zip(rng.permutation(n_boxes).tolist(), things):
+        contents[boxes[box_index]] = thing
+    lines = [f'{box} = "{thing}"' if thing else f"{box} = None" for box, thing in contents.items()]
+    depths = {box: 1 for box, thing in contents.items() if thing}
+    lines += _draw_moves(rng, contents, depths, seq_len)
     query = _choose_by_depth(rng, depths)
-    return _finish_program(
-        "entity", lines, query, holds[query], query_style, seq_len=seq_len, n_boxes=n_boxes, n_things=n_things
-    )
+    metadata = {"seq_len": seq_len, "n_boxes": n_boxes, "n_things": n_things}
+    return _finish_program("entity", lines, query, contents[query], query_style, **metadata)
 
 # %% ../../nbs/tasks/generators.ipynb #ae45962d
 GENERATORS: dict[str, Callable[..., Program]] = {
@@ -328,11 +386,16 @@ GENERATORS: dict[str, Callable[..., Program]] = {
 }
 
 # %% ../../nbs/tasks/generators.ipynb #7238f894
+def _any_program(program: Program) -> bool:
+    "The filter that lets everything pass."
+    return True
+
+
 def draw_program(
     generator: Callable,  # One of `GENERATORS`' or the user's own
     seq_len: int,
     rng: np.random.Generator,
-    where: Callable[[Program], bool] = lambda program: True,  # Filter
+    where: Callable[[Program], bool] = _any_program,  # Filter
     *,
     tries: int = 1000,
     **options,  # For the generator

@@ -12,24 +12,28 @@ from .counterfactuals import constants_by_line, program_constants
 from .programs import Program
 
 # %% ../../nbs/tasks/heuristics.ipynb #67c7ff7d
+HEURISTICS = ("first_line", "last_line", "last_number", "most_frequent")
+
+
 def shallow_heuristics(
     program: Program,
-) -> dict[str, str | None]:  # Answer by heuristic; None where it has none
-    "What `first_line`, `last_line`, `last_number` and `most_frequent` would answer."
-    found, last_line = constants_by_line(program), program.source.count("\n")
-    ranked = Counter(text for _, text in found).most_common(2)
+) -> dict[str, str | None]:  # Answer by heuristic, None where it has none
+    "What each of the `HEURISTICS` would answer."
+    constants = constants_by_line(program)
+    last_line = program.source.count("\n")
+    ranked = Counter(text for _, text in constants).most_common(2)
     tied = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
     return {
-        "first_line": next((text for line, text in found if line == 0), None),
-        "last_line": next((text for line, text in reversed(found) if line == last_line), None),
-        "last_number": found[-1][1] if found else None,
+        "first_line": next((text for line, text in constants if line == 0), None),
+        "last_line": next((text for line, text in reversed(constants) if line == last_line), None),
+        "last_number": constants[-1][1] if constants else None,
         "most_frequent": ranked[0][0] if ranked and not tied else None,
     }
 
 # %% ../../nbs/tasks/heuristics.ipynb #027193b9
 def answer_line(
     program: Program,
-) -> int | None:  # Counted from 1; None where the answer has to be computed
+) -> int | None:  # Counted from 1, None where the answer has to be computed
     "The first line on which the answer stands as a constant."
     return next((line + 1 for line, text in constants_by_line(program) if text == program.answer), None)
 
@@ -46,6 +50,3 @@ def resists_shallow_heuristics(
 ) -> bool:
     "The paper's filter for causal analysis: the answer is unique and does not stand on line 1 or 2."
     return (answer_line(program) or 3) > 2 and answer_is_unique(program)
-
-# %% ../../nbs/tasks/heuristics.ipynb #59f8af64
-HEURISTICS = ("first_line", "last_line", "last_number", "most_frequent")

@@ -22,7 +22,7 @@ class Prompt:
     prefix: str = ""  # Code that the answer continues: it belongs to the solution
     fenced: bool = False  # Does the answer begin as code, so that a fence ends it?
 
-
+# %% ../../nbs/tasks/problem_prompts.ipynb #a4ba64e4
 def _joined_tests(problem: Problem) -> str:
     return "\n".join(problem.tests)
 
@@ -35,7 +35,7 @@ def _code_prefix(problem: Problem) -> str:
     "The description, where it is the beginning of the code."
     return problem.text if problem.reference.startswith(problem.text) else ""
 
-
+# %% ../../nbs/tasks/problem_prompts.ipynb #8ae9136a
 def _completion_prompt(problem: Problem, tokenizer=None) -> Prompt:
     if not _code_prefix(problem):
         raise BadInput(
@@ -68,6 +68,8 @@ _MBPP_EXAMPLES = [  # MBPP tasks 2, 3, 4 (CC BY 4.0), to the letter
         "import heapq as hq\ndef heap_queue_largest(nums,n):\n  largest_nums = hq.nlargest(n, nums)\n  return largest_nums",
     ),
 ]
+
+# %% ../../nbs/tasks/problem_prompts.ipynb #30f27d48
 _TASK_TEMPLATE = (
     "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
 )
@@ -121,5 +123,5 @@ def render_problem_prompt(
     style: str = "pva",  # A key of `PROMPT_STYLES`
     tokenizer=None,  # For the chat styles: the model's
 ) -> Prompt:
-    "A problem, as it is put to a model."
+    "Write a problem as a prompt."
     return look_up_name(style, PROMPT_STYLES, "prompt style")(problem, tokenizer)

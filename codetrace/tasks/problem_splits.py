@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from ..core.errors import BadInput, look_up_name
+from ..core.files import write_parquet
 from ..core.stats import wilson
 from .difficulty import DIFFICULTY_MEASURES, measure_difficulty
 from .near_duplicates import find_near_duplicates, near_duplicate_groups
@@ -115,7 +116,7 @@ def write_splits(
     paths = []
     for part in SPLIT_SHARES:
         paths.append(Path(folder) / f"{part}_{name}.parquet")
-        table[table["split"] == part].to_parquet(paths[-1], index=False)
+        write_parquet(table[table["split"] == part], paths[-1])
     return paths
 
 # %% ../../nbs/tasks/problem_splits.ipynb #994ae29c

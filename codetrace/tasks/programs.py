@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 
 from fastcore.basics import patch
 
@@ -27,17 +28,17 @@ class ChainLink:
 
     line: int  # Index into `Program.lines`, from 0
     variable: str  # What it assigns
-    depth: int  # 1 where only constants are read; else one more than the deepest line it reads
+    depth: int  # 1 where only constants are read, else one more than the deepest line it reads
     lhs: Span  # The variable's characters
     rhs: Span  # The right-hand side's characters
 
 # %% ../../nbs/tasks/programs.ipynb #77afa722
 @dataclass(frozen=True, repr=False)
 class Program:
-    "Code whose last line asks for a variable, with the true answer and the lines it depends on."
+    "Code whose last line queries a variable, with the true answer and the lines it depends on."
 
     code: str  # Everything the model reads, the query line included
-    query: str  # The variable asked for
+    query: str  # The variable that is queried
     answer: str  # What `str` of that variable is after the run
     chain: tuple[ChainLink, ...]  # From the root constant's line to the line that last wrote the query
     lhs: tuple[Span, ...]  # Left-hand side of each assignment, in the order of the text
@@ -67,7 +68,7 @@ def source(self: Program) -> str:
 
 @patch(as_prop=True)
 def seq_len(self: Program) -> int:
-    "The length asked for; a program from elsewhere counts its lines."
+    "The length that was requested from the generator; a program without one counts its lines."
     return self.metadata.get("seq_len", len(self.lines) - 1)
 
 # %% ../../nbs/tasks/programs.ipynb #181c157e
@@ -92,21 +93,25 @@ def __repr__(self: Program) -> str:
 # %% ../../nbs/tasks/programs.ipynb #69b7326b
 @patch
 def _repr_html_(self: Program) -> str:
-    on = {link.line for link in self.chain} | {len(self.lines) - 1}
-    grey = '<span style="color:#999">{}</span>'
-    rows = [html.escape(text) if i in on else grey.format(html.escape(text)) for i, text in enumerate(self.lines)]
+    highlighted_lines = {link.line for link in self.chain} | {len(self.lines) - 1}
+    rows = []
+    for index, text in enumerate(self.lines):
+        escaped = html.escape(text)
+        rows.append(escaped if index in highlighted_lines else f'<span style="color:#999">{escaped}</span>')
     return "<pre>" + "\n".join(rows) + f"<b>{html.escape(self.answer)}</b></pre>"
 
 # %% ../../nbs/tasks/programs.ipynb #d5560f42
-_ALLOWED_BUILTINS = {
-    f.__name__: f
-    for f in (
-        *(abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, max, min, range, reversed),
-        *(round, set, sorted, str, sum, tuple, zip),
-        *(Exception, ArithmeticError, AttributeError, IndexError, KeyError, LookupError, NameError, RuntimeError),
-        *(StopIteration, TypeError, ValueError, ZeroDivisionError),
-    )
-} | {"print": lambda *args, **kwargs: None}
+def _ignore_print(*args, **kwargs) -> None:
+    "What `print` does in a program that is run for its variables."
+
+
+_ALLOWED_FUNCTIONS = (
+    *(abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, max, min, range, reversed),
+    *(round, set, sorted, str, sum, tuple, zip),
+    *(Exception, ArithmeticError, AttributeError, IndexError, KeyError, LookupError, NameError, RuntimeError),
+    *(StopIteration, TypeError, ValueError, ZeroDivisionError),
+)
+_ALLOWED_BUILTINS = {function.__name__: function for function in _ALLOWED_FUNCTIONS} | {"print": _ignore_print}
 _INSTRUCTION_BUDGET = 100_000  # bytecode instructions a program may execute
 
 
@@ -114,16 +119,14 @@ class _InstructionBudgetExceeded(BaseException):
     "Not an `Exception`, so that no program catches it by mistake."
 
 # %% ../../nbs/tasks/programs.ipynb #9a45415d
-def _run_code(
-    code: str,  # A Python program
-) -> tuple[dict, list[int]]:  # Its variables at the end; the lines (from 0) that ran to their end, in order
-    "Run `code` within the budget and watch which lines run."
-    compiled, executed, budget = compile(code, "<program>", "exec"), [], iter(range(_INSTRUCTION_BUDGET))
+def _line_watcher(compiled: CodeType, executed: list[int]) -> Callable:
+    "A trace function that appends each line of `compiled` that ran to its end, and stops at the instruction budget."
+    remaining = iter(range(_INSTRUCTION_BUDGET))
 
     def watch(frame, event, arg):
         frame.f_trace_opcodes = True  # `while True: pass` never starts another line
         inside = frame.f_code is compiled
-        if event == "opcode" and next(budget, None) is None:
+        if event == "opcode" and next(remaining, None) is None:
             raise _InstructionBudgetExceeded
         elif event == "line" and inside:
             executed.append(frame.f_lineno - 1)
@@ -131,13 +134,24 @@ def _run_code(
             executed.pop()  # the line raised: it assigned nothing
         return watch
 
-    variables, before = {"__builtins__": _ALLOWED_BUILTINS}, sys.gettrace()
-    sys.settrace(watch)
+    return watch
+
+# %% ../../nbs/tasks/programs.ipynb #7eb1cac0
+def _run_code(
+    code: str,  # A Python program
+) -> tuple[dict, list[int]]:  # Its variables at the end, and the lines (from 0) that ran to their end, in order
+    "Run `code` within the budget and record which lines run."
+    compiled = compile(code, "<program>", "exec")
+    executed: list[int] = []
+    variables = {"__builtins__": _ALLOWED_BUILTINS}
+    previous_trace = sys.gettrace()
+    sys.settrace(_line_watcher(compiled, executed))
     try:
         exec(compiled, variables)
     finally:
-        sys.settrace(before)
-    return {name: value for name, value in variables.items() if name != "__builtins__"}, executed
+        sys.settrace(previous_trace)
+    del variables["__builtins__"]
+    return variables, executed
 
 # %% ../../nbs/tasks/programs.ipynb #f3a1ac84
 @dataclass(frozen=True)
@@ -171,31 +185,38 @@ def _target_value_pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast
 
 # %% ../../nbs/tasks/programs.ipynb #30190e65
 def _span_finder(code: str) -> Callable[[ast.AST], Span]:
-    "Where a node of the syntax tree stands; ast counts bytes of UTF-8, spans count characters."
-    lines, starts = code.split("\n"), [0]
+    "A function from a node of the syntax tree to its span; ast counts bytes of UTF-8, spans count characters."
+    lines = code.split("\n")
+    line_starts = [0]
     for line in lines:
-        starts.append(starts[-1] + len(line) + 1)
+        line_starts.append(line_starts[-1] + len(line) + 1)
 
-    def at(row: int, column: int) -> int:
-        return starts[row - 1] + len(lines[row - 1].encode()[:column].decode())
+    def offset(row: int, column: int) -> int:
+        return line_starts[row - 1] + len(lines[row - 1].encode()[:column].decode())
 
-    return lambda node: (at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
+    def span(node: ast.AST) -> Span:
+        return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
+
+    return span
 
 
 def _make_assignment(span_of: Callable, target: ast.expr, value: ast.expr, *also_read: ast.expr) -> _Assignment:
     "One target and its value."
-    base, read = target, [value, *also_read]
+    base = target
+    read = [value, *also_read]
     while isinstance(base, (ast.Subscript, ast.Attribute, ast.Starred)):  # x[0] = 1 changes x and keeps the rest
-        base, read = base.value, [value, *also_read, target]
-    names = frozenset(n.id for e in read for n in ast.walk(e) if isinstance(n, ast.Name))
-    return _Assignment(target.lineno - 1, ast.unparse(base), names, span_of(target), span_of(value))
+        base = base.value
+        read = [value, *also_read, target]
+    names = {node.id for expression in read for node in ast.walk(expression) if isinstance(node, ast.Name)}
+    return _Assignment(target.lineno - 1, ast.unparse(base), frozenset(names), span_of(target), span_of(value))
 
 # %% ../../nbs/tasks/programs.ipynb #ea185ac9
 def _find_assignments(
     code: str,  # A Python program
 ) -> list[list[_Assignment]]:  # One list a statement that assigns, in the order of the text
-    "Who assigns what from what, with the characters of both sides."
-    found, span_of = [], _span_finder(code)
+    "Every assignment: variable, variables read, and the characters of both sides."
+    statements = []
+    span_of = _span_finder(code)
     for node in _statements(ast.parse(code).body):
         match node:
             case ast.Assign(targets=targets, value=value):
@@ -208,41 +229,67 @@ def _find_assignments(
                 pairs = list(_target_value_pairs(target, value))
             case _:
                 continue
-        found.append([_make_assignment(span_of, *pair) for pair in pairs])
-    return found
+        statements.append([_make_assignment(span_of, *pair) for pair in pairs])
+    return statements
 
 # %% ../../nbs/tasks/programs.ipynb #9fb712fa
+@dataclass(frozen=True)
+class _Write:
+    "An assignment when it ran."
+
+    assignment: _Assignment
+    depth: int
+    sources: tuple[int, ...]  # Indices of the writes that it read
+
+
+def _replay_writes(
+    assignments: list[list[_Assignment]],  # From `_find_assignments`
+    executed: Iterable[int],  # Lines that ran, in order, from `_run_code`
+) -> tuple[list[_Write], dict[str, int]]:  # All writes in order, and the last write of each variable
+    "Walk forwards over the lines that ran and note which write each variable holds."
+    statements_by_line: dict[int, list[list[_Assignment]]] = {}
+    for statement in assignments:
+        statements_by_line.setdefault(statement[0].line, []).append(statement)
+    writes: list[_Write] = []
+    last_write: dict[str, int] = {}
+    for line in executed:
+        for statement in statements_by_line.get(line, []):
+            new_writes = {}
+            for assignment in statement:
+                sources = tuple(last_write[name] for name in assignment.reads if name in last_write)
+                depth = 1 + max((writes[source].depth for source in sources), default=0)
+                new_writes[assignment.variable] = len(writes)
+                writes.append(_Write(assignment, depth, sources))
+            last_write |= new_writes
+    return writes, last_write
+
+# %% ../../nbs/tasks/programs.ipynb #9c34226f
 def _find_chain_links(
     assignments: list[list[_Assignment]],  # From `_find_assignments`
     executed: Iterable[int],  # Lines that ran, in order, from `_run_code`
-    query: str,  # Variable asked for
-) -> tuple[ChainLink, ...]:  # In the order of the lines; empty if nothing assigned the query
+    query: str,  # Variable that is queried
+) -> tuple[ChainLink, ...]:  # In the order of the lines, empty if nothing assigned the query
     "The writes that made the value of `query`."
-    by_line, writes, holds = {}, [], {}  # a write: (assignment, depth, writes it read)
-    for statement in assignments:
-        by_line.setdefault(statement[0].line, []).append(statement)
-    for line in executed:
-        for statement in by_line.get(line, []):
-            new = {}
-            for a in statement:
-                read = [holds[name] for name in a.reads if name in holds]
-                new[a.variable] = len(writes)
-                writes.append((a, 1 + max((writes[r][1] for r in read), default=0), read))
-            holds |= new
-    links, todo, seen = {}, [holds[query]] if query in holds else [], set()
-    while todo:
-        if (w := todo.pop()) not in seen:
-            seen.add(w)
-            a, depth, read = writes[w]
-            if a.lhs not in links or links[a.lhs].depth < depth:
-                links[a.lhs] = ChainLink(a.line, a.variable, depth, a.lhs, a.rhs)
-            todo += read
-    return tuple(links[at] for at in sorted(links))
+    writes, last_write = _replay_writes(assignments, executed)
+    pending = [last_write[query]] if query in last_write else []
+    seen: set[int] = set()
+    links: dict[Span, ChainLink] = {}
+    while pending:
+        index = pending.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        write = writes[index]
+        a = write.assignment
+        if a.lhs not in links or links[a.lhs].depth < write.depth:
+            links[a.lhs] = ChainLink(a.line, a.variable, write.depth, a.lhs, a.rhs)
+        pending += write.sources
+    return tuple(links[lhs] for lhs in sorted(links))
 
 # %% ../../nbs/tasks/programs.ipynb #a08c54b8
 def find_binding_chain(
     code: str,  # A Python program
-    query: str,  # Variable asked for
+    query: str,  # Variable that is queried
 ) -> tuple[ChainLink, ...]:  # From the root upward
     "Follow `query` back to the constants that give it its value."
     assignments = _find_assignments(code)
@@ -259,12 +306,13 @@ _QUERY_PATTERN = re.compile(r"(?:#\s*(?P<hash>[^\W\d]\w*)\s*:|print\(\s*(?P<prin
 
 
 def _find_query(code: str) -> tuple[str, Span]:
-    "The variable that the last line asks for, and where it stands."
+    "The variable that the last line queries, and its span."
     start = code.rfind("\n") + 1
-    if not (found := _QUERY_PATTERN.fullmatch(code, start)):
+    match = _QUERY_PATTERN.fullmatch(code, start)
+    if not match:
         expected = "end the program with '#x:' or 'print(x)  # prints '"
         raise BadInput(f"the last line {code[start:]!r} asks for no variable: {expected}")
-    return found[found.lastgroup], found.span(found.lastgroup)
+    return match[match.lastgroup], match.span(match.lastgroup)
 
 # %% ../../nbs/tasks/programs.ipynb #9a76f3f4
 class ContradictoryProgram(BadInput):

@@ -7,6 +7,7 @@ __all__ = ['Solver', 'find_robust_programs']
 
 # %% ../../nbs/tasks/robust_programs.ipynb #10bc0432
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from .programs import Program
 Solver = Callable[[Sequence[Program]], Sequence[bool]]  # Which of the programs does a model answer correctly?
 
 # %% ../../nbs/tasks/robust_programs.ipynb #198154a3
+def _solved_by_all(
+    candidates: list[tuple[int, Program]], solvers: Iterable[Solver]
+) -> list[tuple[int, Program]]:
+    "The candidates that every solver answers correctly."
+    for solve in solvers:
+        verdicts = solve([program for _, program in candidates]) if candidates else []
+        assert len(verdicts) == len(candidates), f"a solver gave {len(verdicts)} verdicts on {len(candidates)} programs"
+        candidates = [candidate for candidate, correct in zip(candidates, verdicts) if correct]
+    return candidates
+
+
 def find_robust_programs(
     generator: Callable,  # One of `GENERATORS`' or the user's own
     seq_len: int,
@@ -25,13 +37,10 @@ def find_robust_programs(
     *,
     batch_size: int = 32,  # Programs given to a solver at once
     **options,  # For the generator
-) -> Iterator[tuple[int, Program]]:  # Seed and program; `next` gives the first
+) -> Iterator[tuple[int, Program]]:  # Seed and program, so that `next` gives the first
     "Search for the RNG seeds whose program every solver answers correctly."
-    solvers, seeds = list(solvers), iter(seeds)
-    while batch := list(zip(range(batch_size), seeds)):
-        left = [(seed, draw_program(generator, seq_len, np.random.default_rng(seed), **options)) for _, seed in batch]
-        for solve in solvers:
-            right = solve([program for _, program in left]) if left else []
-            assert len(right) == len(left), f"a solver gave {len(right)} verdicts on {len(left)} programs"
-            left = [kept for kept, ok in zip(left, right) if ok]
-        yield from left
+    solvers = list(solvers)
+    remaining_seeds = iter(seeds)
+    while batch := list(islice(remaining_seeds, batch_size)):
+        programs = [draw_program(generator, seq_len, np.random.default_rng(seed), **options) for seed in batch]
+        yield from _solved_by_all(list(zip(batch, programs)), solvers)

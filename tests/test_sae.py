@@ -1,4 +1,4 @@
-"""The dictionary against sae-lens: each reads what the other wrote, and both say the same."""
+"""SAEs against sae-lens: each reads what the other wrote, and both say the same."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def test_codetrace_reads_what_sae_lens_writes(tmp_path, kind):
     ours = load_sae_folder(tmp_path / "b")
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
     assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-5)
-    assert ours.check("resid_post", 3, "gpt2") is ours
+    assert ours.check_site("resid_post", 3, "gpt2") is ours
 
 
 def test_a_trained_topk_of_sae_lens_is_folded(tmp_path):
@@ -96,11 +96,13 @@ def test_the_auxiliary_loss_revives_latents():
     states = amounts @ basis + 0.02 * torch.randn(6000, 32, generator=random)
     dead = {}
     for aux in (0.0, 1 / 8):
-        recipe = SAETrainingConfig(d_sae=256, k=3, passes=6, batch=256, lr=3e-3, aux=aux, k_aux=64, dead_after=2000)
-        learner = SAETrainer(recipe, states, torch.float32)
+        config = SAETrainingConfig(
+            d_sae=256, k=3, passes=6, batch=256, lr=3e-3, aux_weight=aux, k_aux=64, dead_after=2000
+        )
+        trainer = SAETrainer(config, states, torch.float32)
         with torch.no_grad():
-            learner.weights["b_enc"][:200] = -2  # not among the largest, but positive now and then
+            trainer.weights["b_enc"][:200] = -2  # not among the largest, but positive now and then
         for i in range(120):
-            learner.step(states[(i * 256) % 5600 : (i * 256) % 5600 + 256], 0.5)
-        dead[aux] = int((learner.sae().encode(states[:2000]) > 0).any(0).logical_not().sum())
+            trainer.step(states[(i * 256) % 5600 : (i * 256) % 5600 + 256], 0.5)
+        dead[aux] = int((trainer.to_sae().encode(states[:2000]) > 0).any(0).logical_not().sum())
     assert dead[1 / 8] < 0.7 * dead[0.0], dead
