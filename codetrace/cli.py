@@ -205,8 +205,8 @@ def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress:
     shards = placement.shards
     if not isinstance(where, SlurmOptions):
         where = parse_devices(where)
-        shards = shards or len(where)
-    sharded = ShardedRun(phase, values, shards or 1, where, placement.requeue)
+        shards = len(where) if shards is None else shards
+    sharded = ShardedRun(phase, values, 1 if shards is None else shards, where, placement.requeue)
     if not placement.detach:
         _print_run(sharded.run(show_progress))
         return

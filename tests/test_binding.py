@@ -14,8 +14,8 @@ from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.stats import wilson
 from codetrace.models.loading import _adapters_by_step
-from codetrace.patching.cases import draw_cases
-from codetrace.patching.sweep import average_by_position, run_sweep
+from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
+from codetrace.patching.sweep import SweepOptions, average_by_position, run_sweep
 from codetrace.phases.binding import binding_trace_reference_runs
 from codetrace.runs.manifest import reference_runs
 from codetrace.tasks import binding_training
@@ -202,7 +202,10 @@ def test_programs_grow_when_they_are_mastered():
 @pytest.mark.parametrize("mastery", [0.0, 0.9])
 def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, mastery):
     "Killed between two checkpoints: the lost steps are repeated, no row is doubled."
-    growing = lambda plan, level, right: min(level + (len(right) >= 2), len(plan.levels) - 1)  # mastered in two steps
+
+    def growing(plan, level, accuracies):  # mastered in two steps
+        return min(level + (len(accuracies) >= 2), len(plan.levels) - 1)
+
     monkeypatch.setattr(BindingTrainingPlan, "next_level", growing if mastery else BindingTrainingPlan.next_level)
 
     class Killed(BaseException):
@@ -283,10 +286,16 @@ def test_it_is_traced_to_the_sites_of_the_reference_record(change):
     "On other programs: in every layer the same position on top, but for the layers around the handover."
     record = binding_trace_reference_runs()[change]
     then = pd.DataFrame(read_json(Path(record["folder"]) / "patch_results.json")["cells"])
+    then = then.rename(columns={"name": "position_name"})  # as older records call it
     lm = models.load("binding", dtype="float32")
-    cases, _ = draw_cases(lm, 6, (8,), (2,), num_shots=0, query_style="hash", seed=5, change=change)
+    cases, _ = draw_cases(
+        lm, 6, ProgramShapes((8,), (2,), query_style="hash"), CaseOptions(num_shots=0, seed=5, change=change)
+    )
     assert len(cases) == 6
-    now = average_by_position(run_sweep(lm, [case.pair for case in cases], positions=record["parameters"]["positions"]))
-    top = [table.loc[table.groupby("layer")["effect"].idxmax()].set_index("layer")["name"] for table in (then, now)]
+    now = average_by_position(run_sweep(lm, cases, SweepOptions(positions=record["parameters"]["positions"])))
+    top = [
+        table.loc[table.groupby("layer")["effect"].idxmax()].set_index("layer")["position_name"]
+        for table in (then, now)
+    ]
     assert (top[0] == top[1]).sum() >= lm.n_layers - 2
     assert now.groupby("layer")["effect"].max().min() > 0.3  # the top is no noise

@@ -21,9 +21,11 @@ from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256
 from codetrace.core.records import read_records
-from codetrace.models import decoding, slot_cache
-from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit, random_stream
-from codetrace.models.lm import Intervention
+from codetrace.models import slot_cache
+from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit
+from codetrace.models.interventions import Intervention
+from codetrace.models.sampling import random_stream, sample_tokens
+from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.phases.generation import read_samples
 from codetrace.runs.execute import execute_phase
@@ -142,7 +144,7 @@ def test_a_stream_depends_on_its_key_alone(tiny):
 def test_sampling_follows_the_distribution(tiny):
     lm = tiny("qwen2")
     row = lm.ids("print(")[0]
-    drawn = [decoding._sample_tokens(lm.logits([row]), [2.0], [u])[0][0] for u in random_stream("x", 300)]
+    drawn = [sample_tokens(lm.logits([row]), [2.0], [u])[0][0] for u in random_stream("x", 300)]
     p = (lm.logits([row])[0] / 2.0).softmax(-1)
     top = int(p.argmax())
     assert abs(np.mean([t == top for t in drawn]) - float(p[top])) < 4 * float((p[top] * (1 - p[top]) / 300).sqrt())
@@ -156,13 +158,19 @@ def test_moving_answers_between_blocks_changes_no_bit(tiny):
     moved = []
     with pytest.MonkeyPatch.context() as patch:
         tidy = Decoder._tidy
-        patch.setattr(
-            slot_cache._SlotCache,
-            "swap",
-            lambda self, a, b, swap=slot_cache._SlotCache.swap: (moved.append((a, b)), swap(self, a, b)),
-        )
+        swap = SlotCache.swap
         step = Decoder._step
-        patch.setattr(Decoder, "_step", lambda self, watch: (tidy(self), step(self, watch)))
+
+        def noted_swap(self, a, b):
+            moved.append((a, b))
+            swap(self, a, b)
+
+        def tidied_step(self, hooks):
+            tidy(self)
+            step(self, hooks)
+
+        patch.setattr(SlotCache, "swap", noted_swap)
+        patch.setattr(Decoder, "_step", tidied_step)
         tidied = decoded(lm, asked, 6, slots=16, layers=None)
     assert moved
     for i, c in still.items():
@@ -245,15 +253,17 @@ def test_memory_that_runs_out_halves_the_slots(tiny):
     lm = tiny("llama")
     asked = [Request(row, key=i) for i, row in enumerate(lm.ids(TEXTS * 4))]
     wanted = decoded(lm, asked, 8, slots=8)
-    decoder, failed, after = Decoder(lm, asked, 8, slots=16), [], []
+    decoder = Decoder(lm, asked, 8, slots=16)
+    failed = []
+    after = []
     step = Decoder._step
 
-    def full(self, watch):
-        after.append(self.slots.n)
-        if self.slots.n > 8 and self.steps == 3:
-            failed.append(self.slots.n)
+    def full(self, hooks):
+        after.append(self.cache.n)
+        if self.cache.n > 8 and self.step_count == 3:
+            failed.append(self.cache.n)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(self, watch)
+        return step(self, hooks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "_step", full)
@@ -289,8 +299,11 @@ class Judge:
     def __init__(self, workers):
         pass
 
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *_: None
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
 
     def submit(self, job) -> Future:
         verdict = Future()
@@ -331,17 +344,28 @@ def whole(tiny, items, tmp_path_factory):
 def test_answers_are_graded_in_the_sandbox(tiny, tmp_path, monkeypatch):
     "A model that knows the solutions."
     some = load_problems("basics", 3)
-    known = {p.task_id: p.reference for p in some}
-    text = lambda self, answer: (
-        "\n" + known[answer.request.key[1]] if answer.request.key[1] != some[2].task_id else "pass"
-    )
-    monkeypatch.setattr(Decoder, "_text", text)
+    completions = {p.task_id: "\n" + p.reference for p in some} | {some[2].task_id: "pass"}
+
+    def completion_text(self, answer):
+        return completions[answer.request.key[1]]
+
+    monkeypatch.setattr(Decoder, "_text", completion_text)
     options = SamplingOptions(max_new_tokens=3, layers=[0], workers=1)
     generate_samples(tiny("llama"), plan_samples(some), tmp_path, options)
     table = finish_samples(tmp_path, plan_samples(some)).set_index("task_id")
     assert [table["verdict"][p.task_id] for p in some] == ["passed", "passed", "no_function"]
     assert table["passed"].tolist() == (table["verdict"] == "passed").tolist()
     assert set(table["per_test"][some[0].task_id]) == {"passed"}
+
+
+def note_total(totals: list):
+    "A progress function that notes how many answers are left to write."
+
+    def progress(steps, total=None, **_):
+        totals.append(total)
+        return steps
+
+    return progress
 
 
 class Stop(BaseException):
@@ -390,7 +414,7 @@ def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whol
     table = read_records(tmp_path / "samples")
     assert len(table) == 77 - 3 and (table["verdict"] == "runner_error").sum() == 1
     begun = []
-    count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
+    count = note_total(begun)
     written(tiny("llama"), items, tmp_path, count)
     assert begun == [120 - 74]
     table = read_records(tmp_path / "samples")
@@ -468,7 +492,7 @@ def test_damaged_states_are_written_again_and_only_they(judge, tiny, items, whol
     victim = next((tmp_path / "activations" / "parts").glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-9] + b"\x01" * 9)
     begun = []
-    count = lambda steps, total=None, **_: (begun.append(total), steps)[1]
+    count = note_total(begun)
     assert written(tiny("llama"), items, tmp_path, count) == whole[1]
     assert victim.name in caplog.text and begun[0] in (5 + 50, 5 + 15)
 
@@ -589,8 +613,9 @@ def killed_after(lm, items, folder: Path, answers: int, seconds: float) -> int:
     [pytest.param(3, 0.0, marks=pytest.mark.slow), (50, 0.02), pytest.param(99, 0.1, marks=pytest.mark.slow)],
 )
 def test_kill_9(judge, tiny, items, whole, tmp_path, answers, seconds):
-    seen, left = killed_after(tiny("llama"), items, tmp_path, answers, seconds), []
-    count = lambda steps, total=None, **_: (left.append(total), steps)[1]
+    seen = killed_after(tiny("llama"), items, tmp_path, answers, seconds)
+    left = []
+    count = note_total(left)
     assert written(tiny("llama"), items, tmp_path, count) == whole[1]
     assert seen - (len(items) - left[0]) <= 50, "more than 50 finished answers were written again"
 

@@ -54,6 +54,11 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
     run.finish("made up")
 
 
+def inputs_of(manifest: dict) -> dict[str, str]:
+    "Ids of the runs that a run read, by the parameter that names them."
+    return {record["parameter"]: record["run_id"] for record in manifest["inputs"]}
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     "All that comes before phase 2."
@@ -114,7 +119,7 @@ def test_phase_2_finds_the_planted_latent(study, found):
         "correct",
     )
     assert first["family_wise_p"] <= 0.05 and len(first["promoted_tokens"]) == 8 and first["top_examples"]
-    assert {"splits", "saes"} <= two["built_on"].keys() and "beyond luck" in two["headline"]
+    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "beyond luck" in two["headline"]
     assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
         "outputs"
     ].keys()
@@ -129,8 +134,8 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
     assert row["low"] <= 0.8 <= row["high"] and row["low"] > 0.55
     assert table["name"].nunique() == 14 and table["measure"].nunique() == 7
     assert (
-        three["built_on"].keys() == {"splits", "saes", "latents", "temperatures"}
-        and three["built_on"]["latents"] == found[0]["run_id"]
+        inputs_of(three).keys() == {"input", "splits", "dictionaries", "latents", "temperatures"}
+        and inputs_of(three)["latents"] == found[0]["run_id"]
     )
     assert {
         "choice.json",

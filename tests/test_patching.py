@@ -5,7 +5,7 @@ import torch
 
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
-from codetrace.models.lm import Intervention
+from codetrace.models.interventions import Intervention
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.patching import blocks, staircase
 from codetrace.patching.blocks import NoFastPath
@@ -143,7 +143,9 @@ def test_pairs_of_many_lengths_with_their_own_positions(llama):
 
 
 def test_the_measure_is_told_the_pair(llama):
-    tell = lambda x, i: torch.full((len(x), 1), float(i))
+    def tell(x, i):
+        return torch.full((len(x), 1), float(i))
+
     for engine in ENGINES:
         out = patch_all(
             llama, [pair_of(llama), pair_of(llama, "{}", "x", "y")], "mlp_out", tell, PatchOptions(engine=engine)

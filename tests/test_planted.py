@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from codetrace.patching.batches import draw_reference_programs
-from codetrace.patching.cases import draw_cases
+from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
 from codetrace.patching.engine import PatchOptions, patch_all
-from codetrace.patching.heads import ablate_each_head, head_means, patch_heads
+from codetrace.patching.head_ablation import ablate_each_head, head_means
+from codetrace.patching.heads import patch_heads
 from codetrace.patching.sites import PatchPair
-from codetrace.patching.sweep import run_sweep
+from codetrace.patching.sweep import SweepOptions, run_sweep
 from codetrace.planted.binding import VOCABULARY, circuit_necessary_heads, circuit_value_heads, load_binding_model
 from codetrace.tasks.counterfactuals import make_counterfactual_pair
 from codetrace.tasks.generators import make_variable_binding_program
@@ -58,7 +59,7 @@ def test_noise_is_noise(lm):
 
 
 def cases_of(lm, depth: int, n: int = 10, seq_len: int = 6):
-    return draw_cases(lm, n, (seq_len,), (depth,), num_shots=0, query_style="hash")[0]
+    return draw_cases(lm, n, ProgramShapes((seq_len,), (depth,), query_style="hash"), CaseOptions(num_shots=0))[0]
 
 
 STAY = {  # where the value is before each layer, in a program of depth 2
@@ -67,19 +68,19 @@ STAY = {  # where the value is before each layer, in a program of depth 2
 
 
 def test_the_sweep_finds_the_way_of_the_value(lm):
-    cells = run_sweep(lm, [case.pair for case in cases_of(lm, 2)], ["resid_pre"], "all")
-    means = cells.groupby(["layer", "name"])["effect"].mean()
+    cells = run_sweep(lm, cases_of(lm, 2), SweepOptions(sites=["resid_pre"], positions="all"))
+    means = cells.groupby(["layer", "position_name"])["effect"].mean()
     for (layer, name), effect in means.items():
         assert effect == pytest.approx(float(STAY[layer] == name), abs=0.05), (layer, name)
-    assert cells["effect"][(cells["name"] == "") | (cells["name"] == "end other")].abs().max() < 0.05
+    assert cells["effect"][(cells["position_name"] == "") | (cells["position_name"] == "end other")].abs().max() < 0.05
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("seed", [0, 4])
 def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
     lm = load_binding_model(seed=seed)
-    cells = run_sweep(lm, [case.pair for case in cases_of(lm, depth)], ["head_out"], "all")
-    means = cells.groupby(["layer", "head", "name"])["effect"].mean()
+    cells = run_sweep(lm, cases_of(lm, depth), SweepOptions(sites=["head_out"], positions="all"))
+    means = cells.groupby(["layer", "head", "position_name"])["effect"].mean()
     found = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
     assert found == circuit_value_heads(depth)
     assert means[[key for key in means.index if key not in circuit_value_heads(depth)]].abs().max() < 0.02
@@ -89,7 +90,10 @@ def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
 def test_the_naive_engine_agrees(lm):
     one, other = cases_of(lm, 2, 1, 5)[0].pair
     base, source = lm.ids([one.code, other.code])
-    last = lambda logits, i: logits
+
+    def last(logits, i):
+        return logits
+
     for site in ("resid_pre", "head_out", "mlp_out"):
         fast, slow = (
             patch_all(lm, [PatchPair(base, source)], site, last, PatchOptions(engine=e))[0]
@@ -100,7 +104,7 @@ def test_the_naive_engine_agrees(lm):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
-    many = draw_reference_programs(lm, 80, (6,), (depth,))
+    many = draw_reference_programs(lm, 80, ProgramShapes((6,), (depth,), "hash"))
     means = head_means(lm, many[40:])
     rows = [ablate_each_head(lm, many[:40], means, layer) for layer in range(lm.n_layers)]
     right = {at: own["correct"].mean() for t in rows for at, own in t.groupby(["layer", "head"])}

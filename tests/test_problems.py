@@ -288,8 +288,12 @@ def test_basics_are_all_different():
 @needs_mbpp
 def test_basics_are_not_from_mbpp():
     theirs = load_problems(str(MBPP))
-    plain = lambda text: re.sub(r"\s", "", text)
-    asserts, code = {plain(t) for p in theirs for t in p.tests}, {plain(p.reference) for p in theirs}
+
+    def plain(text: str) -> str:
+        return re.sub(r"\s", "", text)
+
+    asserts = {plain(test) for p in theirs for test in p.tests}
+    code = {plain(p.reference) for p in theirs}
     texts = [words(p.text) for p in theirs]
     for p in load_problems():
         assert not asserts & {plain(t) for t in p.tests} and plain(p.reference) not in code, p.task_id

@@ -10,7 +10,8 @@ import torch
 
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
-from codetrace.models.lm import LM, Intervention
+from codetrace.models.interventions import Intervention
+from codetrace.models.lm import LM
 from codetrace.models.smollm2 import smollm2_folder
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.patching import cases as patching_cases
@@ -33,11 +34,11 @@ from codetrace.patching.cases import (
     ProgramShapes,
     draw_cases,
     exclusion_counts,
-    select_pairs,
+    exclusion_reasons,
 )
-from codetrace.patching.controls import patch_states, run_controls
+from codetrace.patching.controls import ControlOptions, patch_states, run_controls
 from codetrace.patching.sites import _site_states, patch_sites
-from codetrace.patching.sweep import average_by_position, peak_effects, run_sweep, strongest_heads
+from codetrace.patching.sweep import SweepOptions, average_by_position, peak_effects, run_sweep, strongest_heads
 from codetrace.phases import tracing
 from codetrace.phases.tracing import (
     PROGRAMS_PER_SWEEP,
@@ -71,6 +72,10 @@ def pair_of(lm, depth=2, seq_len=4, style="print", seed=0):
     return make_counterfactual_pair(program, rng, lm.tokenizer)
 
 
+def as_cases(pairs, prefix=""):
+    return [TraceCase(*pair, prefix) for pair in pairs]
+
+
 @pytest.fixture(scope="session")
 def pairs(llama):
     return [pair_of(llama, depth, seed=seed) for seed, depth in enumerate((1, 2, 2))]
@@ -99,7 +104,7 @@ def bpe(lm, regex: bool, joined=()):
 def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
     lm, (program, _) = bpe(llama, regex), pair_of(llama, depth, 5, style)
     for prompt in (program.code, PREFIX + program.code):
-        table = token_roles(lm, program, prompt).set_index("name")
+        table = token_roles(lm, program, prompt).set_index("position_name")
         for link in program.chain:
             assert table["token"][f"rhs {link.depth}"].strip() == program.text(link.rhs)
             assert table["token"][f"lhs {link.depth}"].strip() == program.text(link.lhs)
@@ -118,7 +123,10 @@ def test_a_special_token_at_the_start_shifts_positions_only(llama):
     bos = lm.tokenizer.convert_ids_to_tokens(1)
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
     table, plain = token_roles(lm, program), token_roles(llama, program)
-    assert list(table["name"][1:]) == list(plain["name"]) and list(table["line"]) == [-1, *plain["line"]]
+    assert list(table["position_name"][1:]) == list(plain["position_name"]) and list(table["line"]) == [
+        -1,
+        *plain["line"],
+    ]
 
 
 @pytest.mark.parametrize(("joined", "role"), [(["(w"], "query"), (["= 2"], "rhs 1"), (["2\nj"], "rhs 1")])
@@ -133,14 +141,20 @@ def test_other_generators_have_roles(llama):
     for name, make in GENERATORS.items():
         program = make(3, rng)
         table = token_roles(llama, program)
-        assert {"rhs 1", "query", "final"} <= set(table["name"]) or program.query_span[1] == len(program.code), name
+        assert {"rhs 1", "query", "final"} <= set(table["position_name"]) or program.query_span[1] == len(
+            program.code
+        ), name
 
 
 def test_a_prompt_that_asks_in_words_has_no_query_token(llama):
     program, _ = pair_of(llama)
     table = token_roles(llama, program, f"What is {program.query}?\n\n{program.source}\n\nAnswer:")
-    assert "query" not in set(table["name"]) and table["name"].iloc[-1] == "final" and table["line"].iloc[-1] == -1
-    assert (table["name"] == "rhs 1").sum() == 1
+    assert (
+        "query" not in set(table["position_name"])
+        and table["position_name"].iloc[-1] == "final"
+        and table["line"].iloc[-1] == -1
+    )
+    assert (table["position_name"] == "rhs 1").sum() == 1
 
 
 # --- pairs that do not line up
@@ -148,7 +162,10 @@ def test_a_prompt_that_asks_in_words_has_no_query_token(llama):
 
 def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
     assert issubclass(CannotTrace, BadInput)
-    made = lambda code: as_program((code, code.split("\n")[0][-1]))
+
+    def made(code):
+        return as_program((code, code.split("\n")[0][-1]))
+
     program, other = made("a = 1\nb = 2\nc = a\n#c:"), made("a = 1\nb = 2\n#a:")
     moved = as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
     long = [as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
@@ -159,7 +176,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
         (long, CannotTrace, "is 2 tokens"),
     ]:
         with pytest.raises(error, match=says):
-            run_sweep(llama, [tuple(bad)], positions="final")
+            run_sweep(llama, as_cases([tuple(bad)]), SweepOptions(positions="final"))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +190,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
 )
 def test_unknown_names_are_named(llama, pairs, options, says):
     with pytest.raises(UnknownName, match=says):
-        run_sweep(llama, pairs[:1], **options)
+        run_sweep(llama, as_cases(pairs[:1]), SweepOptions(**options))
 
 
 # --- the sweep
@@ -187,7 +204,7 @@ def by_hand(lm, pair, prefix, site, layer, position, head=None):
     with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
         logits = lm.logits([list(aligned.base)])[0]
     plain = lm.logits([list(aligned.base)])[0].log_softmax(-1)
-    own, wanted = aligned.answers
+    own, wanted = aligned.answer_ids
     log_probs = logits.log_softmax(-1)
     kl = float((plain.exp() * (plain - log_probs)).sum())
     return float(logits[wanted] - logits[own]), float(logits.argmax() == wanted), float(log_probs[wanted].exp()), kl
@@ -198,8 +215,8 @@ def test_a_sweep_is_the_experiment_done_by_hand(arch):
     lm = models.load(f"tiny:{arch}", attn="eager")
     pair = pair_of(lm)
     for site in ("resid_pre", "mlp_out", "head_out"):
-        cells = run_sweep(lm, [pair], [site], positions="named", prefix=PREFIX)
-        live = cells[cells["name"].isin(["rhs 1", "rhs 2", "query"])].sample(4, random_state=0)
+        cells = run_sweep(lm, as_cases([pair], PREFIX), SweepOptions(sites=[site], positions="named"))
+        live = cells[cells["position_name"].isin(["rhs 1", "rhs 2", "query"])].sample(4, random_state=0)
         for cell in live.itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
             expected = by_hand(lm, pair, PREFIX, site, cell.layer, cell.position, head)
@@ -207,24 +224,26 @@ def test_a_sweep_is_the_experiment_done_by_hand(arch):
 
 
 def test_planted_truths(llama, pairs):
-    cells = run_sweep(llama, pairs, ["resid_pre", "resid_post"], positions="all", prefix=PREFIX)
+    cells = run_sweep(llama, as_cases(pairs, PREFIX), SweepOptions(sites=["resid_pre", "resid_post"], positions="all"))
     pre, post = (cells[cells["site"] == site] for site in ("resid_pre", "resid_post"))
     last = llama.n_layers - 1
     # the embedding of the changed token is the whole difference, the last state of the last token is the whole answer
-    assert pre[(pre["layer"] == 0) & (pre["name"] == "rhs 1")]["effect"].tolist() == pytest.approx([1] * 3, abs=1e-4)
-    assert post[(post["layer"] == last) & (post["name"] == "final")]["effect"].tolist() == pytest.approx(
+    assert pre[(pre["layer"] == 0) & (pre["position_name"] == "rhs 1")]["effect"].tolist() == pytest.approx(
+        [1] * 3, abs=1e-4
+    )
+    assert post[(post["layer"] == last) & (post["position_name"] == "final")]["effect"].tolist() == pytest.approx(
         [1] * 3, abs=1e-4
     )
     # other tokens' embeddings are the same in both runs; other tokens' last states reach no logit
     silent = [
-        pre[(pre["layer"] == 0) & (pre["name"] != "rhs 1")],
-        post[(post["layer"] == last) & (post["name"] != "final")],
+        pre[(pre["layer"] == 0) & (pre["position_name"] != "rhs 1")],
+        post[(post["layer"] == last) & (post["position_name"] != "final")],
     ]
     for rows in silent:
         assert rows["effect"].abs().max() < 1e-4 and rows["kl"].abs().max() < 1e-5
     # before the root nothing differs, exactly
     for program, rows in cells.groupby("program"):
-        root = rows["position"][rows["name"] == "rhs 1"].iloc[0]
+        root = rows["position"][rows["position_name"] == "rhs 1"].iloc[0]
         assert (rows[rows["position"] < root]["effect"] == 0).all(), program
     # one layer's output is the next one's input
     shifted = post[post["layer"] < last].assign(layer=lambda t: t["layer"] + 1)[
@@ -235,22 +254,36 @@ def test_planted_truths(llama, pairs):
 
 
 def test_directions_are_each_others_mirror(llama, pairs):
-    there = run_sweep(llama, pairs, positions="named", direction="noise")
-    back = run_sweep(llama, [pair[::-1] for pair in pairs], positions="named", direction="denoise")
+    there = run_sweep(llama, as_cases(pairs), SweepOptions(positions="named", direction="noise"))
+    back = run_sweep(
+        llama, as_cases([pair[::-1] for pair in pairs]), SweepOptions(positions="named", direction="denoise")
+    )
     pd.testing.assert_frame_equal(there, back)
 
 
 def test_unswept_is_nan_never_zero(llama, pairs):
-    cells = run_sweep(llama, pairs, positions=["query", "final"])
-    asked = cells["name"].isin(["query", "final"])
+    cells = run_sweep(llama, as_cases(pairs), SweepOptions(positions=["query", "final"]))
+    asked = cells["position_name"].isin(["query", "final"])
     assert cells[~asked][list(PATCH_METRICS)].isna().all(axis=None) and cells[asked][list(PATCH_METRICS)].notna().all(
         axis=None
     )
-    assert list(cells.columns) == ["program", "site", "layer", "head", "position", "token", "name", *PATCH_METRICS]
+    assert list(cells.columns) == [
+        "program",
+        "site",
+        "layer",
+        "head",
+        "position",
+        "token",
+        "position_name",
+        *PATCH_METRICS,
+    ]
 
 
 def test_engines_agree(llama, pairs):
-    fast, slow = (run_sweep(llama, pairs, positions="named", prefix=PREFIX, engine=e) for e in ("staircase", "naive"))
+    fast, slow = (
+        run_sweep(llama, as_cases(pairs, PREFIX), SweepOptions(positions="named", engine=e))
+        for e in ("staircase", "naive")
+    )
     assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) < 1e-4
     assert fast["success"].equals(slow["success"])
 
@@ -283,21 +316,23 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
     cases = [TraceCase(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
     heads = [(site, layer, 1, name) for site in ("head_out", "key") for layer in (0, 2) for name in ("rhs 2", "final")]
     table, some = (
-        pd.DataFrame(heads, columns=["site", "layer", "head", "name"]),
+        pd.DataFrame(heads, columns=["site", "layer", "head", "position_name"]),
         ["resid_pre", "mlp_out", "head_out", "key"],
     )
-    found = run_controls(lm, cases, some, [1], "noise", heads=table)
+    found = run_controls(lm, cases, ControlOptions(sites=some, layers=[1], direction="noise", heads=table))
     silent, noise = (found[found["control"] == kind] for kind in ("no-op", "random"))
     assert len(silent) == len(noise) and list(dict.fromkeys(silent["site"])) == some
     assert (silent["effect"] == 0).all() and (silent["kl"] == 0).all()
-    assert (noise[(noise["name"] == "final") & (noise["layer"] < 2)]["kl"] > 0).all()
+    assert (noise[(noise["position_name"] == "final") & (noise["layer"] < 2)]["kl"] > 0).all()
 
 
 def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pairs):
     "A source's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
-    cells = run_sweep(llama, pairs[1:2], ["head_out", "key", "value"], positions=["rhs 1", "query"])
+    cells = run_sweep(
+        llama, as_cases(pairs[1:2]), SweepOptions(sites=["head_out", "key", "value"], positions=["rhs 1", "query"])
+    )
     aligned = align_pair(llama, pairs[1])
-    own, wanted = aligned.answers
+    own, wanted = aligned.answer_ids
     for site, rows in cells[cells["kl"].notna() & (cells["layer"] == 1)].groupby("site"):
         states = _site_states(llama, aligned.source, site)[1]
         places = [(1, int(r.head), int(r.position)) for r in rows.itertuples()]
@@ -319,7 +354,9 @@ def test_random_controls_have_the_donors_norm(llama, pairs):
 
 
 def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
-    make = lambda name, root: as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
+    def make(name, root):
+        return as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
+
     aligned = [
         align_pair(llama, (make(name, root), make(name, other))) for name, root, other in [("a", 3, 7), ("c", 7, 5)]
     ]
@@ -335,11 +372,11 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
     lm, step = models.load(f"tiny:{arch}"), 2e-3
     pair = pair_of(lm)
     aligned = align_pair(lm, pair, prefix=PREFIX)
-    own, wanted = aligned.answers
+    own, wanted = aligned.answer_ids
     plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.source)]))
     full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
     for site in ("resid_pre", "attn_out", "head_out"):
-        table = attribution_patching(lm, [pair], [site], prefix=PREFIX)
+        table = attribution_patching(lm, as_cases([pair], PREFIX), [site])
         for cell in table[table["attribution"].abs() > 1e-3].sample(3, random_state=0).itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
             base, source = (
@@ -452,7 +489,10 @@ def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_p
     merged = trace_cases(llama, ten_cases, as_run(tmp_path / "merged", parts), options=options)
     pd.testing.assert_frame_equal(merged.cells, whole.cells, check_exact=True)
     pd.testing.assert_frame_equal(merged.controls, whole.controls, check_exact=True)
-    files = lambda name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
+
+    def files(name):
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
+
     assert files("merged") == files("whole") and files("whole")
     for name in ("intervention_results.json", "patch_results.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -480,8 +520,10 @@ def test_the_json_holds_the_cells(llama, tmp_path):
     one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
     heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
     assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
-    assert [one["names"][one["positions"].index(p)] for p in one["swept"]] == ["query", "final"]
-    cells = found.cells[(found.cells["program"] == 1) & (found.cells["name"] == "query") & (found.cells["layer"] == 2)]
+    assert [one["position_names"][one["positions"].index(p)] for p in one["swept"]] == ["query", "final"]
+    cells = found.cells[
+        (found.cells["program"] == 1) & (found.cells["position_name"] == "query") & (found.cells["layer"] == 2)
+    ]
     assert vector[2][0] == pytest.approx(cells[cells["site"] == "resid_pre"]["effect"].item(), abs=1e-5)
     assert heads[2][3][0] == pytest.approx(cells[cells["head"] == 3]["effect"].item(), abs=1e-5)
     assert json.loads((tmp_path / "patch_results.json").read_text())["programs"]["traced"] == 2
@@ -490,30 +532,33 @@ def test_the_json_holds_the_cells(llama, tmp_path):
 def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
     cases = [TraceCase(*pair_of(llama, seed=seed, depth=1, seq_len=5)) for seed in range(6)]
     known = {case.program.code for case in cases[:3]} | {case.counterfactual.code for case in cases[1:]}
-    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked])
-    kept, table = select_pairs(llama, [case.pair for case in cases], shallow=True)
+    monkeypatch.setattr(
+        patching_cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked]
+    )
+    reasons = exclusion_reasons(llama, cases, shallow=True)
+    kept = [i for i, reason in enumerate(reasons) if not reason]
     assert kept == [1, 2]
-    assert list(table["why"]) == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
-    strict, table = select_pairs(llama, [case.pair for case in cases])
-    assert strict == [
+    assert reasons == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
+    reasons = exclusion_reasons(llama, cases)
+    assert [i for i, reason in enumerate(reasons) if not reason] == [
         i
         for i in kept
         if resists_shallow_heuristics(cases[i].program) and resists_shallow_heuristics(cases[i].counterfactual)
     ]
-    assert exclusion_counts(table["why"])["programs"].sum() == 6
+    assert exclusion_counts(reasons)["programs"].sum() == 6
 
 
 def test_programs_drawn_do_not_depend_on_how_many_are_wanted(llama, monkeypatch):
     monkeypatch.setattr(
         patching_cases, "_answers_correctly", lambda lm, asked: [len(program.query) == 1 for _, program in asked]
     )
-    few, many = (draw_cases(llama, n, [5], [1, 2], num_shots=1)[0] for n in (2, 8))
+    few, many = (draw_cases(llama, n, ProgramShapes([5], [1, 2]), CaseOptions(num_shots=1))[0] for n in (2, 8))
     assert [case.program for case in few] == [many[0].program, many[4].program]
     assert all(case.prefix and resists_shallow_heuristics(case.program) for case in many)
 
 
 def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
-    cases, why = draw_cases(llama, 1, [3], [1])
+    cases, why = draw_cases(llama, 1, ProgramShapes([3], [1]))
     assert cases == [] and len(why) == CANDIDATES_PER_PROGRAM
     with pytest.raises(CannotTrace, match="answers none of 40 programs"):
         trace_cases(llama, cases, start(tmp_path), why)
@@ -521,7 +566,7 @@ def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
 
 def test_peaks_are_not_judged_where_they_were_chosen():
     rng, chosen, judged = np.random.default_rng(0), [], []
-    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "name": "query"} | dict.fromkeys(
+    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "position_name": "query"} | dict.fromkeys(
         PATCH_METRICS, 0.0
     )
     for _ in range(6):
@@ -529,8 +574,8 @@ def test_peaks_are_not_judged_where_they_were_chosen():
             [about | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
         )
         peak = peak_effects(noise).iloc[0]
-        chosen.append(abs(peak["chosen_at"]))
-        judged.append(np.sign(peak["chosen_at"]) * peak["effect"])
+        chosen.append(abs(peak["effect_when_chosen"]))
+        judged.append(np.sign(peak["effect_when_chosen"]) * peak["effect"])
         assert peak["n"] == 20
     assert np.mean(chosen) > 0.45 and abs(np.mean(judged)) < 0.25
     assert (average_by_position(noise)["q"] > 0.05).all()
@@ -592,11 +637,11 @@ def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, t
     assert set(found.controls[found.controls["head"].isna()]["program"]) == set(range(8))
     for site, rows in heads.groupby("site"):
         chosen = strongest_heads(found.cells[found.cells["site"] == site])
-        assert len(chosen) == 10 and len(rows[["layer", "head", "name"]].drop_duplicates()) <= 10
+        assert len(chosen) == 10 and len(rows[["layer", "head", "position_name"]].drop_duplicates()) <= 10
         assert rows["control"].nunique() >= 3 and (rows[rows["control"] == "no-op"]["effect"] == 0).all()
     table = control_effects_table(found).set_index(["site", "control"])
     real = found.cells.merge(
-        heads[heads["site"] == "value"][["program", "site", "layer", "head", "name"]].drop_duplicates()
+        heads[heads["site"] == "value"][["program", "site", "layer", "head", "position_name"]].drop_duplicates()
     )
     assert table.loc[("value", "the counterfactual itself"), "mean effect"] == pytest.approx(real["effect"].mean())
     assert table.loc[("head_out", "no-op"), "largest cell"] == 0
@@ -612,7 +657,14 @@ def test_smollm2_engines_decide_alike(direction):
     lm, rng = models.load("smollm2", dtype="float32", attn="eager"), np.random.default_rng(0)
     program = make_variable_binding_program(3, rng, depth=2, query_style="print")
     pair = make_counterfactual_pair(program, rng, lm.tokenizer)
-    sweep = lambda site, engine: run_sweep(lm, [pair], site, ["rhs 2", "final"], direction, engine)
+
+    def sweep(site, engine):
+        return run_sweep(
+            lm,
+            as_cases([pair]),
+            SweepOptions(sites=site, positions=["rhs 2", "final"], direction=direction, engine=engine),
+        )
+
     for site in ("resid_pre", "attn_out"):
         fast = sweep(site, "staircase")
         for engine in ("naive", "nnsight", "transformer_lens"):
@@ -628,22 +680,26 @@ def test_a_reference_can_be_what_is_patched(direction):
     program = as_program(("k = 4\nm = 7\nx = k\nb = x\n#b:", 4))
     pair = make_redirected_pair(program, np.random.default_rng(0), lm.tokenizer)
     case = TraceCase(*pair)
-    assert case.origin == "rhs 2"
-    cells = run_sweep(lm, [pair], direction=direction).set_index(["name", "layer"])["effect"]
+    assert case.changed_position == "rhs 2"
+    cells = run_sweep(lm, as_cases([pair]), SweepOptions(direction=direction)).set_index(["position_name", "layer"])[
+        "effect"
+    ]
     assert cells["rhs 2", 0] == pytest.approx(1, abs=1e-4)
     assert cells["rhs 1", 0] == 0 and cells["rhs 1b", 0] == 0
-    assert {"lhs 1b", "end 1b", "rhs 3"} <= set(cells.index.get_level_values("name"))
+    assert {"lhs 1b", "end 1b", "rhs 3"} <= set(cells.index.get_level_values("position_name"))
 
 
 def test_reference_cases_are_drawn_and_unknown_changes_named():
     from codetrace.planted.binding import load_binding_model
 
     lm = load_binding_model()
-    cases, _ = draw_cases(lm, 4, (6,), (2,), num_shots=0, query_style="hash", change="reference")
-    assert len(cases) == 4 and {case.origin for case in cases} == {"rhs 2"}
+    cases, _ = draw_cases(
+        lm, 4, ProgramShapes((6,), (2,), query_style="hash"), CaseOptions(num_shots=0, change="reference")
+    )
+    assert len(cases) == 4 and {case.changed_position for case in cases} == {"rhs 2"}
     assert all(case.program.chain[0] != case.counterfactual.chain[0] for case in cases)
     with pytest.raises(BadInput, match="value"):
-        draw_cases(lm, 1, (6,), (2,), change="valeu")
+        draw_cases(lm, 1, ProgramShapes((6,), (2,)), CaseOptions(change="valeu"))
     with pytest.raises(BadInput, match="no reference to change"):
         ProgramSelection(shapes=ProgramShapes(depths=[1, 2]), options=CaseOptions(change="reference"))
 
@@ -656,5 +712,5 @@ def test_given_programs_are_changed_as_asked(tmp_path):
     row = {"code": program.code, "answer": "4", "task": "variable_binding", "index": 0, "prompt": program.code}
     for change, origin in (("value", "rhs 1"), ("reference", "rhs 2")):
         selection = ProgramSelection(shapes=ProgramShapes(depths=[2]), options=CaseOptions(change=change))
-        assert tracing._as_case(program, lm, selection).origin == origin
-        assert tracing._case_from_record(row, lm, 0, change).origin == origin
+        assert tracing._as_case(program, lm, selection).changed_position == origin
+        assert tracing._case_from_record(row, lm, 0, change).changed_position == origin

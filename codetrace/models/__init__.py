@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_HOMES = {"load": "loading", "available_models": "loading", "LM": "lm", "Intervention": "lm"}
+_HOMES = {"load": "loading", "available_models": "loading", "LM": "lm", "Intervention": "interventions"}
 __all__ = list(_HOMES)
 
 

@@ -43,30 +43,37 @@ def write_tensors(
     path: str | Path,  # A safetensors file
     tensors: Mapping[str, tuple[str, Sequence[int]]],  # Name: dtype such as `float32`, and shape
     values: Iterable,  # The tensors in that order, made one by one
-    about: Mapping[str, str] | None = None,  # Kept in the header
+    metadata: Mapping[str, str] | None = None,  # Kept in the header
 ) -> Path:
-    "Write a safetensors file, one tensor in memory at a time; whole or not at all."
-    header, at, path = {"__metadata__": dict(about or {})}, 0, Path(path)
-    for name, (dtype, shape) in tensors.items():
-        size = int(np.prod(shape)) * getattr(torch, dtype).itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(map(int, shape)), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    "Write a safetensors file, one tensor in memory at a time, whole or not at all."
+    path = Path(path)
+    header = _encode_header(tensors, metadata or {})
     temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for (name, (dtype, shape)), value in zip(tensors.items(), values, strict=True):
-                assert (str(value.dtype), tuple(value.shape)) == (f"torch.{dtype}", tuple(shape)), (
-                    f"{name} is {value.dtype} {value.shape}"
-                )
+                is_as_declared = (str(value.dtype), tuple(value.shape)) == (f"torch.{dtype}", tuple(shape))
+                assert is_as_declared, f"{name} is {value.dtype} {value.shape}"
                 file.write(_tensor_bytes(value))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     return path
+
+# %% ../../nbs/models/activations.ipynb #0d67997f
+def _encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    "The header of a safetensors file, with its length before it."
+    header = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + int(np.prod(shape)) * getattr(torch, dtype).itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(map(int, shape)), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 # %% ../../nbs/models/activations.ipynb #61e52ebb
 _PART_PATTERN = re.compile(r"part-([0-9a-f]{16})\.safetensors")
@@ -83,9 +90,9 @@ def _read_header(path: Path) -> dict:
         return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
-def _torch_dtype(about: dict) -> str:
+def _torch_dtype(entry: dict) -> str:
     "The dtype of a tensor in a header, as torch calls it."
-    return next(name for name, short in _DTYPES.items() if short == about["dtype"])
+    return next(name for name, short in _DTYPES.items() if short == entry["dtype"])
 
 # %% ../../nbs/models/activations.ipynb #de5e5904
 class StateParts:
@@ -95,18 +102,15 @@ class StateParts:
         self,
         folder: str | Path,  # Made if need be
     ):
-        self.folder, self.parts, self.damaged = Path(folder), {}, []
+        self.folder = Path(folder)
+        self.parts: dict[Path, list[tuple]] = {}  # The keys of each part's rows
+        self.damaged: list[str] = []  # Names of parts that were moved aside
         with storage_errors(self.folder):
             shutil.rmtree(self.folder / ".parts", ignore_errors=True)
             for stray in [*self._home.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
                 stray.unlink()
             for path in sorted(p for p in self._home.glob("part-*") if _PART_PATTERN.fullmatch(p.name)):
-                if file_sha256(path)[:16] == _PART_PATTERN.fullmatch(path.name)[1]:
-                    self.parts[path] = [tuple(key) for key in json.loads(_read_header(path)["__metadata__"]["keys"])]
-                else:
-                    _log.warning("%s is damaged; its rows have to be computed again", path)
-                    self.damaged.append(path.name)
-                    os.replace(path, path.with_name(f"{path.name}.damaged"))
+                self._open_part(path)
 
     @property
     def _home(self) -> Path:
@@ -116,12 +120,29 @@ class StateParts:
         "Keys of all rows that are there."
         return {key for keys in self.parts.values() for key in keys}
 
-    def only(self, known: set[tuple]) -> None:
-        "Forget parts with rows that the records do not know: the writer died between the two."
-        for path in [path for path, keys in self.parts.items() if not known.issuperset(keys)]:
-            with storage_errors(path):
-                path.unlink()
-            del self.parts[path]
+# %% ../../nbs/models/activations.ipynb #14b21d70
+@patch
+def _open_part(self: StateParts, path: Path) -> None:
+    "Take in a part, or move it aside where its content does not fit its name."
+    if file_sha256(path)[:16] == _PART_PATTERN.fullmatch(path.name)[1]:
+        self.parts[path] = [tuple(key) for key in json.loads(_read_header(path)["__metadata__"]["keys"])]
+    else:
+        _log.warning("%s is damaged; its rows have to be computed again", path)
+        self.damaged.append(path.name)
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+
+# %% ../../nbs/models/activations.ipynb #43fe5cbf
+@patch
+def only(
+    self: StateParts,
+    keys: set[tuple],  # Of the rows that the records hold
+) -> None:
+    "Forget parts with rows that the records do not hold: the writer died between the two."
+    unknown = [path for path, part_keys in self.parts.items() if not keys.issuperset(part_keys)]
+    for path in unknown:
+        with storage_errors(path):
+            path.unlink()
+        del self.parts[path]
 
 # %% ../../nbs/models/activations.ipynb #de2d5c17
 @patch
@@ -174,10 +195,11 @@ def _gather_layer(sources: Sequence[_RowSource], layer: int, n: int) -> Tensor:
     return out
 
 
-def _row_places(given: Sequence[tuple], order: dict[tuple, int]) -> tuple[np.ndarray, np.ndarray]:
-    "Which of the given rows are wanted, and where they go."
-    pairs = [(i, order[key]) for i, key in enumerate(given) if key in order]
-    return tuple(np.array(side, int) for side in zip(*pairs)) if pairs else (np.zeros(0, int), np.zeros(0, int))
+def _row_places(keys: Sequence[tuple], order: dict[tuple, int]) -> tuple[np.ndarray, np.ndarray]:
+    "Which of the rows with these keys are wanted, and where they go."
+    rows = [i for i, key in enumerate(keys) if key in order]
+    places = [order[keys[i]] for i in rows]
+    return np.array(rows, int), np.array(places, int)
 
 # %% ../../nbs/models/activations.ipynb #645eef15
 def _layers_in_header(header: dict, prefix: str = "") -> list[int]:
@@ -186,61 +208,82 @@ def _layers_in_header(header: dict, prefix: str = "") -> list[int]:
     return sorted(int(name.removeprefix(start)) for name in header if name.startswith(start))
 
 
-def _write_kind(path: Path, sources: Sequence[_RowSource], n: int, about: dict) -> Path:
+def _declare_tensors(source: _RowSource, n: int) -> dict[int, tuple[str, tuple[int, int]]]:
+    "By layer: dtype and shape of a tensor with `n` rows, otherwise as in a source."
+    header = _read_header(source.path)
+    declared = {}
+    for layer in _layers_in_header(header, source.prefix):
+        entry = header[source.prefix + _tensor_name(layer)]
+        declared[layer] = (_torch_dtype(entry), (n, entry["shape"][1]))
+    return declared
+
+
+def _write_kind(path: Path, sources: Sequence[_RowSource], n: int, metadata: dict) -> Path:
     "The file of one kind."
-    header, prefix = _read_header(sources[0].path), sources[0].prefix
-    like = {layer: header[prefix + _tensor_name(layer)] for layer in _layers_in_header(header, prefix)}
-    shapes = {_tensor_name(layer): (_torch_dtype(one), (n, one["shape"][1])) for layer, one in like.items()}
-    return write_tensors(path, shapes, (_gather_layer(sources, layer, n) for layer in like), about)
+    declared = _declare_tensors(sources[0], n)
+    shapes = {_tensor_name(layer): shape for layer, shape in declared.items()}
+    return write_tensors(path, shapes, (_gather_layer(sources, layer, n) for layer in declared), metadata)
 
 # %% ../../nbs/models/activations.ipynb #b3ec99a7
-def _token_offsets(sources: Sequence[_RowSource], n: int) -> tuple[np.ndarray, list[tuple[int, _RowSource, int, int]]]:
-    "Offsets of all rows, and for each row its source and where it lies there."
+def _token_offsets(sources: Sequence[_RowSource], n: int) -> tuple[np.ndarray, list[tuple[Path, int, int]]]:
+    "Offsets of all rows, and for each row its file, with start and end there."
     from safetensors import safe_open
 
-    found = {}
+    spans = {}
     for source in sources:
         with safe_open(source.path, "np") as file:
             offsets = file.get_tensor("tokens.offsets" if source.prefix else "offsets")
-        for row, to in zip(source.rows, source.to):
-            found[int(to)] = (source, int(offsets[row]), int(offsets[row + 1]))
-    lengths = [found[i][2] - found[i][1] for i in range(n)]
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), [(i, *found[i]) for i in range(n)]
+        for row, target in zip(source.rows, source.to):
+            spans[int(target)] = (source.path, int(offsets[row]), int(offsets[row + 1]))
+    ordered = [spans[i] for i in range(n)]
+    lengths = [end - start for _, start, end in ordered]
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ordered
 
 
-def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, about: dict) -> Path:
-    "The file of states for every token."
+def _gather_tokens(sources: Sequence[_RowSource], layer: int, spans: Sequence[tuple[Path, int, int]]) -> Tensor:
+    "One layer of all tokens."
     from safetensors import safe_open
 
-    header, prefix = _read_header(sources[0].path), sources[0].prefix
-    offsets, rows = _token_offsets(sources, n)
-    like = {layer: header[prefix + _tensor_name(layer)] for layer in _layers_in_header(header, prefix)}
-    shapes = {_tensor_name(layer): (_torch_dtype(one), (offsets[-1], one["shape"][1])) for layer, one in like.items()}
+    tensors = {}
+    for source in sources:
+        with safe_open(source.path, "pt") as file:
+            tensors[source.path] = file.get_tensor(source.prefix + _tensor_name(layer))
+    return torch.cat([tensors[path][start:end] for path, start, end in spans])
 
-    def values() -> Iterator:
-        for layer in like:
-            held = {}
-            for source in sources:
-                with safe_open(source.path, "pt") as file:
-                    held[source.path] = file.get_tensor(source.prefix + _tensor_name(layer))
-            yield torch.cat([held[source.path][a:b] for _, source, a, b in rows])
+# %% ../../nbs/models/activations.ipynb #6d6b2f62
+def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, metadata: dict) -> Path:
+    "The file of states for every token."
+    offsets, spans = _token_offsets(sources, n)
+    declared = _declare_tensors(sources[0], int(offsets[-1]))
+    shapes = {_tensor_name(layer): shape for layer, shape in declared.items()}
+
+    def values() -> Iterator[Tensor]:
+        for layer in declared:
+            yield _gather_tokens(sources, layer, spans)
         yield torch.from_numpy(offsets)
 
-    return write_tensors(path, shapes | {"offsets": ("int64", (n + 1,))}, values(), about)
+    return write_tensors(path, shapes | {"offsets": ("int64", (n + 1,))}, values(), metadata)
 
 # %% ../../nbs/models/activations.ipynb #183ce632
-def _write_kinds(folder: Path, sources_of, kinds: Iterable[str], n: int, order: Sequence[tuple]) -> list[Path]:
-    about = {"rows": str(n), "keys_sha256": hashlib.sha256(json.dumps(list(order)).encode()).hexdigest(), "format": "1"}
-    write = lambda kind: _write_token_states if kind == "tokens" else _write_kind
-    return [write(kind)(folder / f"{kind}.safetensors", sources_of(kind), n, about | {"kind": kind}) for kind in kinds]
+def _write_kinds(folder: Path, sources: Mapping[str, Sequence[_RowSource]], order: Sequence[tuple]) -> list[Path]:
+    "The files of all kinds, from the sources of each."
+    digest = hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()
+    metadata = {"rows": str(len(order)), "keys_sha256": digest, "format": "1"}
+    paths = []
+    for kind, kind_sources in sources.items():
+        write = _write_token_states if kind == "tokens" else _write_kind
+        path = folder / f"{kind}.safetensors"
+        paths.append(write(path, kind_sources, len(order), metadata | {"kind": kind}))
+    return paths
 
 
-def _check_keys(order: Sequence[tuple], there: Sequence[tuple], where: Path) -> None:
+def _check_keys(order: Sequence[tuple], keys: Sequence[tuple], folder: Path) -> None:
     "Every row once."
-    missing, twice = set(order) - set(there), len(there) - len(set(there))
-    if missing or twice:
-        what = f"no states of {sorted(missing, key=str)[0]}" if missing else f"{twice} rows twice"
-        raise BadInput(f"{where}: {what}; repeat the command that wrote it, only this is computed again")
+    missing = set(order) - set(keys)
+    surplus = len(keys) - len(set(keys))
+    if missing or surplus:
+        fault = f"no states of {sorted(missing, key=str)[0]}" if missing else f"{surplus} rows twice"
+        raise BadInput(f"{folder}: {fault}; repeat the command that wrote it, only this is computed again")
 
 # %% ../../nbs/models/activations.ipynb #962ce389
 @patch
@@ -251,16 +294,13 @@ def finish(
     "Put the parts together, then let go of them."
     if self.is_finished():
         return self.files()
-    place = {tuple(key): i for i, key in enumerate(order)}
-    _check_keys(
-        list(place), [key for key in (k for keys in self.parts.values() for k in keys) if key in place], self.folder
-    )
+    places = {tuple(key): i for i, key in enumerate(order)}
+    wanted = [key for keys in self.parts.values() for key in keys if key in places]
+    _check_keys(list(places), wanted, self.folder)
     names = _read_header(next(iter(self.parts)))
-    kinds = list(dict.fromkeys(name.split(".")[0] for name in names if name != "__metadata__"))
-    sources_of = lambda kind: [
-        _RowSource(path, f"{kind}.", *_row_places(keys, place)) for path, keys in self.parts.items()
-    ]
-    paths = _write_kinds(self.folder, sources_of, kinds, len(place), list(order))
+    kinds = dict.fromkeys(name.split(".")[0] for name in names if name != "__metadata__")
+    sources = {kind: self._sources(kind, places) for kind in kinds}
+    paths = _write_kinds(self.folder, sources, list(order))
     with storage_errors(self.folder):
         self._home.rename(self.folder / ".parts")  # from here on, the parts do not count
         shutil.rmtree(self.folder / ".parts")
@@ -268,10 +308,15 @@ def finish(
 
 
 @patch
+def _sources(self: StateParts, kind: str, places: dict[tuple, int]) -> list[_RowSource]:
+    return [_RowSource(path, f"{kind}.", *_row_places(keys, places)) for path, keys in self.parts.items()]
+
+
+@patch
 def files(self: StateParts) -> list[Path]:
     return sorted(self.folder.glob("[!.]*.safetensors"))
 
-
+# %% ../../nbs/models/activations.ipynb #19928e8a
 @patch
 def is_finished(self: StateParts) -> bool:
     "Have the parts been put together?"
@@ -284,18 +329,27 @@ def merge_states(
     order: Sequence[tuple],  # Keys of all rows, as the final table has them
 ) -> list[Path]:  # The files, one for each kind
     "Put the states of several shards together."
-    place = {tuple(key): i for i, key in enumerate(order)}
-    _check_keys(list(place), [tuple(key) for keys in shards.values() for key in keys], Path(folder))
-    kinds = [{path.stem for path in Path(shard).glob("[!.]*.safetensors")} for shard in shards]
-    if any(other != kinds[0] for other in kinds):
-        raise BadInput(
-            f"{folder}: its shards kept states of different places, {sorted(map(sorted, kinds))}: run all of them again"
-        )
-    sources_of = lambda kind: [
-        _RowSource(Path(shard) / f"{kind}.safetensors", "", *_row_places(list(map(tuple, keys)), place))
-        for shard, keys in shards.items()
-    ]
-    return _write_kinds(Path(folder), sources_of, sorted(kinds[0]), len(place), list(order))
+    places = {tuple(key): i for i, key in enumerate(order)}
+    _check_keys(list(places), [tuple(key) for keys in shards.values() for key in keys], Path(folder))
+    kinds = _common_kinds(Path(folder), shards)
+    sources = {kind: [] for kind in kinds}
+    for shard, keys in shards.items():
+        rows, targets = _row_places(list(map(tuple, keys)), places)
+        for kind in kinds:
+            sources[kind].append(_RowSource(Path(shard) / f"{kind}.safetensors", "", rows, targets))
+    return _write_kinds(Path(folder), sources, list(order))
+
+
+def _finished_kinds(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("[!.]*.safetensors"))
+
+
+def _common_kinds(folder: Path, shards: Iterable[str | Path]) -> list[str]:
+    "The kinds of states that all shards kept, or `BadInput` where they differ."
+    kinds = [_finished_kinds(Path(shard)) for shard in shards]
+    if any(shard_kinds != kinds[0] for shard_kinds in kinds):
+        raise BadInput(f"{folder}: its shards kept states of different places, {sorted(kinds)}: run all of them again")
+    return kinds[0]
 
 # %% ../../nbs/models/activations.ipynb #39afef56
 class States:
@@ -323,19 +377,24 @@ class States:
     def kinds(self) -> tuple[str, ...]:
         return tuple(kind for kind in self.files if kind != "tokens")
 
-    @cached_property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(_layers_in_header(_read_header(self.files[self.kinds[0]])))
-
-    @cached_property
-    def d_model(self) -> int:
-        return _read_header(self.files[self.kinds[0]])[_tensor_name(self.layers[0])]["shape"][1]
-
-    def __len__(self) -> int:
-        return int(_read_header(next(iter(self.files.values())))["__metadata__"]["rows"])
-
     def __repr__(self) -> str:
         return f"States({self.folder.name}: {len(self)} rows, layers {self.layers[0]}–{self.layers[-1]}, {', '.join(self.files)})"
+
+# %% ../../nbs/models/activations.ipynb #0af65b77
+@patch(as_prop=True)
+def layers(self: States) -> tuple[int, ...]:
+    "The layers whose states were kept."
+    return tuple(_layers_in_header(_read_header(self.files[self.kinds[0]])))
+
+
+@patch(as_prop=True)
+def d_model(self: States) -> int:
+    return _read_header(self.files[self.kinds[0]])[_tensor_name(self.layers[0])]["shape"][1]
+
+
+@patch
+def __len__(self: States) -> int:
+    return int(_read_header(next(iter(self.files.values())))["__metadata__"]["rows"])
 
 # %% ../../nbs/models/activations.ipynb #751f0c76
 @patch
@@ -343,7 +402,7 @@ def states(
     self: States,
     kind: str,  # `last_prompt`, `last_generated` or `mean_generated`
     layer: int,
-    rows: Sequence[int] | None = None,  # Numbers of rows; None: all
+    rows: Sequence[int] | None = None,  # Numbers of rows. None: all
 ) -> Float[np.ndarray, "rows d_model"]:  # float32
     "One layer at one place, read from the disk now."
     from safetensors import safe_open

@@ -87,7 +87,7 @@ def model_family(
 def choose_attention(
     requested: str,  # `sdpa`, `eager` or `auto`
     name: str,  # Of the model, for the message
-    soft_cap: float | None,  # Of the attention scores; None: there is none
+    soft_cap: float | None,  # Of the attention scores. None: there is none
 ) -> str:  # `sdpa` or `eager`
     "The attention implementation that a model is loaded with."
     if requested == "sdpa" and soft_cap:

@@ -11,8 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
+from .interventions import register_hook
 from .limits import free_memory
-from .lm import LM, register_hook
+from .lm import LM
 from .onednn import PackedLinears
 from .sampling import next_token_logits, random_stream, sample_tokens
-from .slot_cache import SLOTS_PER_BLOCK, SlotCache, round_columns, slot_step
+from .slot_cache import SLOTS_PER_BLOCK, SlotCache, round_columns, sliding_windows, slot_step
 
 # %% ../../nbs/models/decoding.ipynb #6d834edb
 _log = logging.getLogger(__name__)
@@ -38,9 +39,7 @@ class Request:
     ids: Sequence[int]  # The prompt's tokens
     key: Hashable = None  # Names the answer, and its random stream
     temperature: float = 0.0  # 0: always the likeliest token
-    over: Callable[[str], bool] | None = (
-        None  # Is what has been written complete? Asked when a token holds one of `marks`
-    )
+    over: Callable[[str], bool] | None = None  # Is the text complete? Called when a token holds one of `marks`
     marks: str = "\n"  # Characters
 
     def __post_init__(self):
@@ -49,10 +48,10 @@ class Request:
         if not 0 <= self.temperature < float("inf"):
             raise BadInput(f"temperature must be 0 (greedy) or a positive number, not {self.temperature!r}")
 
-
+# %% ../../nbs/models/decoding.ipynb #6207729f
 STATE_KINDS = ("last_prompt", "last_generated", "mean_generated")
 
-# %% ../../nbs/models/decoding.ipynb #6207729f
+
 @dataclass(eq=False)
 class Continuation:
     "One answer."
@@ -60,12 +59,12 @@ class Continuation:
     request: Request
     tokens: list[int]  # What was written, without the token that ends a text
     text: str
-    finish: str  # `answered`: `over` said so; `eos`: the model ended the text; `length`: the limit was reached
-    logprob: float  # Mean over what was written, the end of text included; nats, at temperature 1
+    finish: str  # `answered`: `over` was true, `eos`: the model ended the text, `length`: the limit was reached
+    logprob: float  # Mean over what was written, the end of text included, in nats at temperature 1
     entropy: float  # Of the distribution, likewise
-    states: dict[str, Float[Tensor, "layer d_model"]] = field(repr=False)  # By kind; empty where none were kept
+    states: dict[str, Float[Tensor, "layer d_model"]] = field(repr=False)  # By kind, empty where none were kept
     per_token: dict[int, Float[Tensor, "pos d_model"]] = field(repr=False)  # By layer: of each token written
-    seconds: dict[str, float] = field(repr=False)  # `prefill`: reading the prompt; `generation`: until it was over
+    seconds: dict[str, float] = field(repr=False)  # `prefill`: reading the prompt, `generation`: until it was over
 
 # %% ../../nbs/models/decoding.ipynb #22dabb70
 EDIT_PLACES = ("prompt", "last_prompt", "generated", "all")
@@ -91,49 +90,56 @@ class _LayerHooks:
     "Hooks on the layers: what came out of each in the last forward pass, after edits."
 
     def __init__(self, lm: LM, layers: Sequence[int], edits: Sequence[ResidualEdit]):
-        self.lm, self.layers, self.edits, self.seen = lm, tuple(layers), tuple(edits), {}
-        self.requests: list[Request | None] = []  # of the pass under way: one a row, None for an empty slot
-        self.prompt = False  # is it a prompt?
+        self.lm = lm
+        self.layers = tuple(layers)
+        self.edits = tuple(edits)
+        self.last_states: dict[int, Tensor] = {}  # By layer
+        self.requests: list[Request | None] = []  # Of the pass under way: one a row, None for an empty slot
+        self.reads_prompt = False  # Is the pass under way over a prompt?
 
     def __enter__(self) -> "_LayerHooks":
         with ExitStack() as stack:
             for layer in sorted({*self.layers, *(edit.layer for edit in self.edits)}):
                 module, side = self.lm.site_module("resid_post", layer)
-                edits = [edit for edit in self.edits if edit.layer == layer]
-                see = lambda x, layer=layer, edits=edits: self._see(layer, edits, x)
-                stack.callback(register_hook(module, side, see).remove)
+                stack.callback(register_hook(module, side, partial(self._visit, layer)).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_):
         self._stack.close()
 
-    def _see(self, layer: int, edits: list[ResidualEdit], x: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        new = x
-        for edit in edits:
-            new = self._edited(edit, new)
-        if layer in self.layers:
-            self.seen[layer] = new[:, -1]
-        return None if new is x else new
-
-    def _edited(self, edit: ResidualEdit, x: Tensor) -> Tensor:
-        if self.prompt != edit.reads_prompt and edit.where != "all":
-            return x
-        new = x.clone()
-        if self.prompt:
-            rows = slice(-1, None) if edit.where == "last_prompt" else slice(None)
-            new[0, rows] = edit.change(x[0, rows], self.requests * x[0, rows].shape[0]).to(x)
-        else:
-            rows = [i for i, request in enumerate(self.requests) if request is not None]
-            new[rows, 0] = edit.change(x[rows, 0], [self.requests[i] for i in rows]).to(x)
-        return new
-
     def states(self) -> Float[Tensor, "layer batch d_model"]:
         "What the layers held at the last position."
-        return torch.stack([self.seen[layer].to(self.lm.device) for layer in self.layers])
+        return torch.stack([self.last_states[layer].to(self.lm.device) for layer in self.layers])
+
+# %% ../../nbs/models/decoding.ipynb #f618fc58
+@patch
+def _visit(self: _LayerHooks, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+    "Apply the edits of a layer, and keep its states; None where nothing is changed."
+    new = x
+    for edit in self.edits:
+        if edit.layer == layer:
+            new = self._edited(edit, new)
+    if layer in self.layers:
+        self.last_states[layer] = new[:, -1]
+    return None if new is x else new
+
+
+@patch
+def _edited(self: _LayerHooks, edit: ResidualEdit, x: Tensor) -> Tensor:
+    if self.reads_prompt != edit.reads_prompt and edit.where != "all":
+        return x
+    new = x.clone()
+    if self.reads_prompt:
+        tokens = slice(-1, None) if edit.where == "last_prompt" else slice(None)
+        new[0, tokens] = edit.change(x[0, tokens], self.requests * x[0, tokens].shape[0]).to(x)
+    else:
+        rows = [i for i, request in enumerate(self.requests) if request is not None]
+        new[rows, 0] = edit.change(x[rows, 0], [self.requests[i] for i in rows]).to(x)
+    return new
 
 # %% ../../nbs/models/decoding.ipynb #1c3ca800
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _PrefilledPrompt:
     "A prompt that has been read."
 
@@ -143,16 +149,18 @@ class _PrefilledPrompt:
     seconds: float
 
 
-def _prefill_prompt(lm: LM, request: Request, watch: _LayerHooks) -> _PrefilledPrompt:
+def _prefill_prompt(lm: LM, request: Request, hooks: _LayerHooks) -> _PrefilledPrompt:
     from transformers import DynamicCache
 
-    began, cache = time.perf_counter(), DynamicCache()
+    began = time.perf_counter()
+    cache = DynamicCache()
     ids = torch.tensor([list(request.ids)], device=lm.device)
-    watch.requests, watch.prompt = [request], True
+    hooks.requests = [request]
+    hooks.reads_prompt = True
     hidden = lm._hidden({"input_ids": ids}, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    states = watch.states()[:, 0] if watch.layers else None
-    kept = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
-    return _PrefilledPrompt(kept, hidden, states, time.perf_counter() - began)
+    states = hooks.states()[:, 0] if hooks.layers else None
+    keys_and_values = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
+    return _PrefilledPrompt(keys_and_values, hidden, states, time.perf_counter() - began)
 
 # %% ../../nbs/models/decoding.ipynb #bb6aa8a9
 @dataclass(eq=False)
@@ -165,52 +173,65 @@ class _AnswerInProgress:
     seconds: dict[str, float]
     began: float
     tokens: list[int] = field(default_factory=list)
-    tail: str = ""  # The last few characters
-    said: list[tuple[float, float]] = field(default_factory=list)  # Log-probability and entropy of each choice
+    choices: list[tuple[float, float]] = field(default_factory=list)  # Log-probability and entropy of each choice
     finish: str = ""  # Why it is over, once it is
     last: Float[Tensor, "layer d_model"] | None = None
     per_token: list[Tensor] = field(default_factory=list)
 
 # %% ../../nbs/models/decoding.ipynb #b0b1e895
+@dataclass(eq=False, repr=False)
 class Decoder:
     "Writes answers in slots. An iterator over `Continuation`s, in the order in which they are finished."
 
-    def __init__(
-        self,
-        lm: LM,
-        requests: Iterable[Request],  # Taken one by one, as slots become free
-        max_new_tokens: int,  # At most so many tokens each
-        slots: int = 16,  # Answers written at a time; halved where memory runs out
-        layers: Sequence[int] | None = (),  # Whose states are kept; None: of all
-        per_token: Sequence[int] = (),  # Whose states are kept for every token written
-        edits: Sequence[ResidualEdit] = (),  # Changes of the residual stream
-    ):
-        if max_new_tokens < 1 or slots < 1:
-            raise BadInput(f"max_new_tokens={max_new_tokens}, slots={slots}: at least 1 each")
-        if lm._interventions:
-            raise BadInput("answers in slots know no `lm.intervene`: positions differ from slot to slot; give `edits`")
-        layers = tuple(range(lm.n_layers)) if layers is None else tuple(layers)
-        for layer in {*layers, *per_token, *(edit.layer for edit in edits)}:
-            lm.site_module("resid_post", layer)
-        self.lm, self.limit, self.waiting, self.returned = lm, max_new_tokens, iter(requests), deque()
-        self.layers, self.per_token, self.edits = layers, tuple(per_token), tuple(edits)
-        self.watched = tuple(dict.fromkeys((*self.layers, *self.per_token)))
-        self.ends, self._pieces = lm._ends(), {}
-        self.packed = PackedLinears(lm, slots)
-        self.tokens, self.waits = 0, True  # written so far; is there somebody who waits for a slot?
-        self._open(slots)
+    lm: LM
+    requests: Iterable[Request]  # Taken one by one, as slots become free
+    max_new_tokens: int  # At most so many tokens each
+    slots: int = 16  # Answers written at a time, halved where memory runs out
+    layers: Sequence[int] | None = ()  # Whose states are kept. None: of all
+    per_token: Sequence[int] = ()  # Whose states are kept for every token written
+    edits: Sequence[ResidualEdit] = ()  # Changes of the residual stream
 
-    def _open(self, n: int):
-        self.slots, self.answers, self.steps = SlotCache(n), [None] * n, 0
-        self.sums = torch.zeros(len(self.layers), n, self.lm.d_model, device=self.lm.device)
-        self._known: tuple[Any, _PrefilledPrompt] | None = None  # the last prompt that was read
+    def __post_init__(self):
+        if self.layers is None:
+            self.layers = range(self.lm.n_layers)
+        self._check()
+        self.waiting = iter(self.requests)
+        self.returned: deque[Request] = deque()  # lost their slot when memory ran out
+        self.somebody_waits = True  # for a slot
+        self.kept_layers = tuple(dict.fromkeys((*self.layers, *self.per_token)))
+        self.end_tokens = self.lm._ends()
+        self.packed = PackedLinears(self.lm, self.slots)
+        self.token_count = 0  # written so far
+        self._pieces: dict[int, str] = {}
+        self._open(self.slots)
+
+# %% ../../nbs/models/decoding.ipynb #738aac39
+@patch
+def _check(self: Decoder) -> None:
+    "Refuse what cannot be decoded."
+    if self.max_new_tokens < 1 or self.slots < 1:
+        raise BadInput(f"max_new_tokens={self.max_new_tokens}, slots={self.slots}: at least 1 each")
+    if self.lm._interventions:
+        raise BadInput("answers in slots know no `lm.intervene`: positions differ from slot to slot; give `edits`")
+    for layer in {*self.layers, *self.per_token, *(edit.layer for edit in self.edits)}:
+        self.lm.site_module("resid_post", layer)
+
+
+@patch
+def _open(self: Decoder, n: int) -> None:
+    "Begin with so many empty slots."
+    self.cache = SlotCache(n, sliding_windows(self.lm))
+    self.answers: list[_AnswerInProgress | None] = [None] * n
+    self.step_count = 0
+    self.sums = torch.zeros(len(self.layers), n, self.lm.d_model, device=self.lm.device)
+    self._last_prompt: tuple[tuple, _PrefilledPrompt] | None = None  # the last one that was read, by its name
 
 # %% ../../nbs/models/decoding.ipynb #460d7bbe
 @patch
 def _next(self: Decoder) -> Request | None:
-    "The next request; those that lost their slot first."
+    "The next request, those that lost their slot first."
     request = self.returned.popleft() if self.returned else next(self.waiting, None)
-    self.waits = request is not None
+    self.somebody_waits = request is not None
     return request
 
 
@@ -231,139 +252,173 @@ def _room(self: Decoder, request: Request) -> int:
             f"request {request.key!r}: its prompt has {len(request.ids)} tokens, and the context of {self.lm.name} holds {context}; "
             "give a shorter prompt"
         )
-    return min(self.limit, context - len(request.ids))
+    return min(self.max_new_tokens, context - len(request.ids))
 
-
+# %% ../../nbs/models/decoding.ipynb #4e5331ac
 @patch
-def _read(self: Decoder, request: Request, watch: _LayerHooks) -> _PrefilledPrompt:
+def _read(self: Decoder, request: Request, hooks: _LayerHooks) -> _PrefilledPrompt:
     "A prompt, read now or a moment ago."
     private = any(edit.reads_prompt for edit in self.edits)  # an edit may depend on the request
     name = (tuple(request.ids), id(request) if private else None)
-    if self._known is None or self._known[0] != name:
-        self._known = (name, _prefill_prompt(self.lm, request, watch))
-        return self._known[1]
-    return _PrefilledPrompt(**{**vars(self._known[1]), "seconds": 0.0})
+    if self._last_prompt is None or self._last_prompt[0] != name:
+        self._last_prompt = (name, _prefill_prompt(self.lm, request, hooks))
+        return self._last_prompt[1]
+    return replace(self._last_prompt[1], seconds=0.0)
 
 # %% ../../nbs/models/decoding.ipynb #fd37d3e8
 @patch
-def _say(self: Decoder, answer: _AnswerInProgress, token: int, logprob: float, entropy: float) -> None:
-    "Add a token to an answer, or find that it is over."
-    answer.said.append((logprob, entropy))
-    if token in self.ends:
+def _append(self: Decoder, answer: _AnswerInProgress, token: int, logprob: float, entropy: float) -> None:
+    "Add a token to an answer, or note that it is over."
+    answer.choices.append((logprob, entropy))
+    if token in self.end_tokens:
         answer.finish = "eos"
         return
     answer.tokens.append(token)
-    self.tokens += 1
-    request, piece = answer.request, self._piece(token)
-    if request.over and any(mark in piece for mark in request.marks) and request.over(self._text(answer)):
+    self.token_count += 1
+    if self._is_complete(answer, token):
         answer.finish = "answered"
-    elif len(answer.tokens) == self._room(request):
+    elif len(answer.tokens) == self._room(answer.request):
         answer.finish = "length"
+
+
+@patch
+def _is_complete(self: Decoder, answer: _AnswerInProgress, token: int) -> bool:
+    "Does the request call its answer complete, now that this token was added?"
+    request = answer.request
+    if request.over is None or not any(mark in self._piece(token) for mark in request.marks):
+        return False
+    return request.over(self._text(answer))
 
 
 @patch
 def _text(self: Decoder, answer: _AnswerInProgress) -> str:
     return self.lm._text(list(answer.request.ids), answer.tokens)
 
-
+# %% ../../nbs/models/decoding.ipynb #61297b8e
 @patch
 def _is_read(self: Decoder, answer: _AnswerInProgress) -> bool:
-    "Has the model read the last token of a finished answer, as far as anybody wants to know?"
-    return answer.finish == "eos" or not self.watched
+    "Has the model read the last token of a finished answer, as far as its states are kept?"
+    return answer.finish == "eos" or not self.kept_layers
 
 # %% ../../nbs/models/decoding.ipynb #fd97241a
 @patch
-def _admit(self: Decoder, slot: int, request: Request, watch: _LayerHooks) -> _AnswerInProgress:
+def _admit(self: Decoder, slot: int, request: Request, hooks: _LayerHooks) -> _AnswerInProgress:
     "Begin an answer: read its prompt, choose its first token."
-    began, prompt = time.perf_counter(), self._read(request, watch)
-    answer = _AnswerInProgress(
-        request, random_stream(request.key, self.limit), prompt.states, {"prefill": prompt.seconds}, began
-    )
-    picked = sample_tokens(next_token_logits(self.lm, prompt.hidden), [request.temperature], answer.uniform[:1])
-    self._say(answer, *(x[0] for x in picked))
-    columns = len(request.ids) + self._room(request)
-    self.slots.make_room(round_columns(columns), prompt.cache)
-    self.slots.start_slot(slot, prompt.cache)
+    began = time.perf_counter()
+    prompt = self._read(request, hooks)
+    uniform = random_stream(request.key, self.max_new_tokens)
+    answer = _AnswerInProgress(request, uniform, prompt.states, {"prefill": prompt.seconds}, began)
+    logits = next_token_logits(self.lm, prompt.hidden)
+    tokens, logprobs, entropies = sample_tokens(logits, [request.temperature], uniform[:1])
+    self._append(answer, tokens[0], logprobs[0], entropies[0])
+    self.cache.make_room(round_columns(len(request.ids) + self._room(request)), prompt.cache)
+    self.cache.start_slot(slot, prompt.cache)
     self.sums[:, slot] = 0
     self.answers[slot] = answer
     return answer
 
-
+# %% ../../nbs/models/decoding.ipynb #cfdfedb4
 @patch
 def _release(self: Decoder, slot: int) -> Continuation:
     "The finished answer of a slot, which is free from now on."
     answer = self.answers[slot]
-    self.answers[slot], self.slots.lengths[slot] = None, 0
-    states = {}
-    if self.layers:
-        at = [self.watched.index(layer) for layer in self.layers]
-        written = len(answer.tokens)
-        mean = self.sums[:, slot] / written if written else answer.prompt[at].float()
-        last = answer.last if written else answer.prompt
-        states = dict(zip(STATE_KINDS, (answer.prompt[at].clone(), last[at].clone(), mean.clone())))
-    stacked = torch.stack(answer.per_token, 1) if answer.per_token else None
-    empty = torch.zeros(0, self.lm.d_model, dtype=self.lm.dtype, device=self.lm.device)
-    per_token = {layer: empty if stacked is None else stacked[i] for i, layer in enumerate(self.per_token)}
-    logprob, entropy = np.mean(answer.said, 0).tolist()
-    seconds = answer.seconds | {"generation": time.perf_counter() - answer.began}
+    self.answers[slot] = None
+    self.cache.lengths[slot] = 0
+    logprob, entropy = np.mean(answer.choices, 0).tolist()
     return Continuation(
-        answer.request, answer.tokens, self._text(answer), answer.finish, logprob, entropy, states, per_token, seconds
+        request=answer.request,
+        tokens=answer.tokens,
+        text=self._text(answer),
+        finish=answer.finish,
+        logprob=logprob,
+        entropy=entropy,
+        states=self._states_by_kind(answer, self.sums[:, slot]) if self.layers else {},
+        per_token=self._states_by_token(answer),
+        seconds=answer.seconds | {"generation": time.perf_counter() - answer.began},
     )
+
+# %% ../../nbs/models/decoding.ipynb #41bbda56
+@patch
+def _states_by_kind(
+    self: Decoder, answer: _AnswerInProgress, total: Float[Tensor, "layer d_model"]
+) -> dict[str, Float[Tensor, "layer d_model"]]:
+    "The states of an answer at each of `STATE_KINDS`."
+    rows = [self.kept_layers.index(layer) for layer in self.layers]
+    count = len(answer.tokens)
+    mean = total / count if count else answer.prompt[rows].float()
+    last = answer.last if count else answer.prompt
+    return dict(zip(STATE_KINDS, (answer.prompt[rows].clone(), last[rows].clone(), mean.clone())))
+
+
+@patch
+def _states_by_token(self: Decoder, answer: _AnswerInProgress) -> dict[int, Float[Tensor, "pos d_model"]]:
+    "The states of each token written, by layer."
+    if answer.per_token:
+        return dict(zip(self.per_token, torch.stack(answer.per_token, 1)))
+    empty = torch.zeros(0, self.lm.d_model, dtype=self.lm.dtype, device=self.lm.device)
+    return {layer: empty for layer in self.per_token}
 
 # %% ../../nbs/models/decoding.ipynb #902c4c31
 @patch
-def _step(self: Decoder, watch: _LayerHooks) -> None:
-    "One forward pass: every slot reads its last token; those that are not over get a next one."
-    answers, lm = self.answers, self.lm
-    last = [answer.tokens[-1] if answer else 0 for answer in answers]
-    watch.requests, watch.prompt = [answer and answer.request for answer in answers], False
-    hidden = slot_step(lm, self.slots, last)
-    self.slots.lengths += [answer is not None for answer in answers]
-    if self.watched:
-        self._keep(watch.states())
-    self.steps += 1
-    if all(answer is None or answer.finish for answer in answers):
-        return
-    warm = [answer.request.temperature if answer and not answer.finish else 0.0 for answer in answers]
-    uniform = [answer.uniform[len(answer.tokens)] if heat else 0.0 for answer, heat in zip(answers, warm)]
-    for answer, *picked in zip(answers, *sample_tokens(next_token_logits(lm, hidden), warm, uniform)):
-        if answer and not answer.finish:
-            self._say(answer, *picked)
+def _step(self: Decoder, hooks: _LayerHooks) -> None:
+    "One forward pass: every slot reads its last token, then those that are not over get a next one."
+    hooks.requests = [answer and answer.request for answer in self.answers]
+    hooks.reads_prompt = False
+    hidden = slot_step(self.lm, self.cache, [answer.tokens[-1] if answer else 0 for answer in self.answers])
+    self.cache.lengths += [answer is not None for answer in self.answers]
+    if self.kept_layers:
+        self._keep(hooks.states())
+    self.step_count += 1
+    if any(answer and not answer.finish for answer in self.answers):
+        self._choose_tokens(hidden)
 
 
+@patch
+def _choose_tokens(self: Decoder, hidden: Float[Tensor, "slot d_model"]) -> None:
+    "The next token of each answer that is not over."
+    writing = [answer is not None and not answer.finish for answer in self.answers]
+    heat = [answer.request.temperature if on else 0.0 for answer, on in zip(self.answers, writing)]
+    uniform = [answer.uniform[len(answer.tokens)] if t else 0.0 for answer, t in zip(self.answers, heat)]
+    choices = zip(*sample_tokens(next_token_logits(self.lm, hidden), heat, uniform))
+    for answer, on, choice in zip(self.answers, writing, choices):
+        if on:
+            self._append(answer, *choice)
+
+# %% ../../nbs/models/decoding.ipynb #7a77ac95
 @patch
 def _keep(self: Decoder, states: Float[Tensor, "layer slot d_model"]) -> None:
     "Add the states of a step to what is kept of each answer."
     self.sums += states[: len(self.layers)]
+    rows = [self.kept_layers.index(layer) for layer in self.per_token]
     for slot, answer in enumerate(self.answers):
         if answer is None:
             continue
         if answer.finish:
             answer.last = states[:, slot].clone()
         if self.per_token:
-            answer.per_token.append(states[[self.watched.index(layer) for layer in self.per_token], slot])
+            answer.per_token.append(states[rows, slot])
     self._states = states
 
 # %% ../../nbs/models/decoding.ipynb #5257f13e
 @patch
 def _finished(self: Decoder) -> list[int]:
     "Slots whose answers can go."
-    found = []
+    slots = []
     for slot, answer in enumerate(self.answers):
         if answer and answer.finish and (self._is_read(answer) or answer.last is not None):
-            if self.watched and answer.last is None and answer.tokens:
+            if self.kept_layers and answer.last is None and answer.tokens:
                 answer.last = self._states[:, slot].clone()
-            found.append(slot)
-    return found
+            slots.append(slot)
+    return slots
 
 
 @patch
-def _fill(self: Decoder, watch: _LayerHooks) -> Iterator[Continuation]:
-    "Give free slots to waiting requests; an answer that is over at its first token goes at once."
-    for slot, answer in enumerate(self.answers):
+def _fill(self: Decoder, hooks: _LayerHooks) -> Iterator[Continuation]:
+    "Give free slots to waiting requests. An answer that is over at its first token goes at once."
+    for slot in range(self.cache.n):
         while self.answers[slot] is None and (request := self._next()) is not None:
             try:
-                answer = self._admit(slot, request, watch)
+                answer = self._admit(slot, request, hooks)
             except BaseException:
                 self.returned.appendleft(request)
                 self.answers[slot] = None
@@ -375,63 +430,70 @@ def _fill(self: Decoder, watch: _LayerHooks) -> Iterator[Continuation]:
 @patch
 def _tidy(self: Decoder) -> None:
     "Put long answers into one block, where that saves a quarter of the columns or more."
-    lengths = self.slots.lengths
-    columns = lambda order: sum(
-        round_columns(max(lengths[order[i : i + SLOTS_PER_BLOCK]])) for i in range(0, len(order), SLOTS_PER_BLOCK)
-    )
-    wanted = np.argsort(-lengths, kind="stable")
-    if columns(wanted) > 0.75 * columns(np.arange(len(lengths))):
+    lengths = self.cache.lengths
+    order = np.argsort(-lengths, kind="stable")
+    if _attended_columns(lengths[order]) > 0.75 * _attended_columns(lengths):
         return
-    place = list(range(len(lengths)))  # which answer is where now
-    for to, answer in enumerate(wanted.tolist()):
-        at = place.index(answer)
-        if at // SLOTS_PER_BLOCK != to // SLOTS_PER_BLOCK:
-            self._exchange(at, to)
-            place[at], place[to] = place[to], place[at]
+    places = list(range(len(lengths)))  # which answer is in which slot now
+    for target, answer in enumerate(order.tolist()):
+        slot = places.index(answer)
+        if slot // SLOTS_PER_BLOCK != target // SLOTS_PER_BLOCK:
+            self._exchange(slot, target)
+            places[slot], places[target] = places[target], places[slot]
+
+
+def _attended_columns(lengths: Sequence[int]) -> int:
+    "The columns of all blocks, for slots of these lengths."
+    starts = range(0, len(lengths), SLOTS_PER_BLOCK)
+    return sum(round_columns(max(lengths[i : i + SLOTS_PER_BLOCK])) for i in starts)
 
 
 @patch
 def _exchange(self: Decoder, a: int, b: int) -> None:
     "Two answers change places."
-    self.slots.swap(a, b)
+    self.cache.swap(a, b)
     self.answers[a], self.answers[b] = self.answers[b], self.answers[a]
     self.sums[:, [a, b]] = self.sums[:, [b, a]]
 
-
-_MIN_ROWS = 4  # Rows: a product of fewer is computed in another order, so that its last bits differ
-
 # %% ../../nbs/models/decoding.ipynb #20ee4999
+_MIN_ROWS = 4  # A product of fewer rows is computed in another order, so that its last bits differ
+
+
 @patch
 def _shrink(self: Decoder) -> None:
-    "Once nobody waits and half the slots are free, go on with the others; on a GPU that saves nothing, and changes bits."
+    "Once no request waits and half the slots are free, go on with the others. On a GPU that saves nothing, and changes bits."
     busy = [slot for slot, answer in enumerate(self.answers) if answer]
     n = max(len(busy), _MIN_ROWS)
-    if self.lm.device.type == "cpu" and not self.waits and not self.returned and busy and n <= self.slots.n // 2:
-        for to, at in enumerate(busy):
-            if at != to:
-                self._exchange(at, to)
-        self.slots.narrow(n)
-        self.answers, self.sums = self.answers[:n], self.sums[:, :n]
+    if self.lm.device.type != "cpu" or self.somebody_waits or self.returned:
+        return
+    if not busy or n > self.cache.n // 2:
+        return
+    for target, slot in enumerate(busy):
+        if slot != target:
+            self._exchange(slot, target)
+    self.cache.narrow(n)
+    self.answers = self.answers[:n]
+    self.sums = self.sums[:, :n]
 
 # %% ../../nbs/models/decoding.ipynb #53d3cfb8
 _OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _OUT_OF_MEMORY_MESSAGES)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)
 
 
 @patch
 def _halve(self: Decoder, error: RuntimeError) -> None:
-    "Half the slots, after memory ran out; the answers under way begin again."
-    n = self.slots.n
+    "Half the slots, after memory ran out. The answers under way begin again."
+    n = self.cache.n
     if n == 1:
         raise BadInput(
-            f"not enough memory for one answer of {self.limit} tokens: give a smaller max_new_tokens"
+            f"not enough memory for one answer of {self.max_new_tokens} tokens: give a smaller max_new_tokens"
         ) from error
     _log.warning("out of memory with %d answers at a time: going on with %d", n, n // 2)
     self.returned.extendleft(answer.request for answer in reversed(self.answers) if answer)
-    self.tokens -= sum(len(answer.tokens) for answer in self.answers if answer)
+    self.token_count -= sum(len(answer.tokens) for answer in self.answers if answer)
     self._open(n // 2)
     if self.lm.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -441,14 +503,14 @@ def _halve(self: Decoder, error: RuntimeError) -> None:
 def __iter__(self: Decoder) -> Iterator[Continuation]:
     while True:
         done = []
-        with _LayerHooks(self.lm, self.watched, self.edits) as watch, self.packed, torch.no_grad():
+        with _LayerHooks(self.lm, self.kept_layers, self.edits) as hooks, self.packed, torch.no_grad():
             try:
-                done += self._fill(watch)
+                done += self._fill(hooks)
                 if any(self.answers):
                     self._shrink()
-                    if self.steps % 64 == 63:
+                    if self.step_count % 64 == 63:
                         self._tidy()
-                    self._step(watch)
+                    self._step(hooks)
                     done += [self._release(slot) for slot in self._finished()]
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -466,9 +528,10 @@ def slots_that_fit(
     lm: LM,
     columns: int,  # The longest prompt and its answer, in tokens
     wanted: int,  # How many answers there are to write
-) -> int:  # At least 1; whole blocks where it is more than one
+) -> int:  # At least 1, and whole blocks where it is more than one
     "How many answers to write at a time."
-    size = torch.empty(0, dtype=lm.dtype).element_size()
-    each = columns * 2 * lm.n_layers * lm.n_kv_heads * lm.d_head * size + 4 * 4 * lm.hf.config.vocab_size
-    n = min(int(0.5 * free_memory(lm.device) / each), MAX_SLOTS.get(lm.device.type, 32), wanted)
+    keys_and_values = columns * 2 * lm.n_layers * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize
+    logits = 4 * 4 * lm.hf.config.vocab_size
+    fitting = int(0.5 * free_memory(lm.device) / (keys_and_values + logits))
+    n = min(fitting, MAX_SLOTS.get(lm.device.type, 32), wanted)
     return n if n < SLOTS_PER_BLOCK else n // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK

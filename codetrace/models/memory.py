@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from .limits import NotEnoughMemory, process_memory
 from .lm import LM
 from .onednn import packable_linears
+from .slot_cache import SLOTS_PER_BLOCK, round_columns
 
 # %% ../../nbs/models/memory.ipynb #96654ad9
 @dataclass(frozen=True)
@@ -41,10 +42,14 @@ def _mlp_width(config, d_model: int) -> int:
     return 4 * d_model
 
 # %% ../../nbs/models/memory.ipynb #2904d507
+def _weights_memory(lm: LM) -> int:
+    "Bytes of the weights."
+    return sum(p.numel() * p.element_size() for p in lm.hf.parameters())
+
+
 def _process_overhead(lm: LM) -> float:
     "GB of the host that a process holds besides the weights."
-    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
-    return max(0, process_memory(lm.device) - weights) / 1e9
+    return max(0, process_memory(lm.device) - _weights_memory(lm)) / 1e9
 
 
 def estimate_pass_memory(
@@ -56,22 +61,34 @@ def estimate_pass_memory(
     all_logits: bool = False,  # At every token, not the last alone
 ) -> MemoryEstimate:
     "What a forward pass without gradients takes."
-    config, b, n = lm.hf.config, lm.dtype.itemsize, rows * tokens
-    heads, kv = lm.n_heads * lm.d_head, lm.n_kv_heads * lm.d_head
-    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
-    fused = lm.hf.config.model_type in ("gpt2", "gpt_neox")
-    eager = config._attn_implementation == "eager"
-    scores = n * lm.n_heads * tokens * (4 + 2 * b) if eager else 0
-    stream = n * lm.d_model * (2 * b + 4)
-    within = max(3 * n * _mlp_width(config, lm.d_model) * b, n * (3 * heads + 4 * kv) * b + scores)
-    logits = (n if all_logits else rows) * config.vocab_size * (b + 4)
-    taken = (
-        weights,
-        (2 + fused) * lm.n_layers * n * kv * b * cache,
-        keep * n * lm.d_model * b,
-        stream + max(within, logits),
+    n = rows * tokens
+    kept_per_layer = 3 if lm.arch in _FUSED_QKV else 2  # keys and values, with queries where they are one product
+    kv_width = lm.n_kv_heads * lm.d_head
+    return MemoryEstimate(
+        weights=_weights_memory(lm) / 1e9,
+        cache=kept_per_layer * lm.n_layers * n * kv_width * lm.dtype.itemsize / 1e9 if cache else 0.0,
+        kept=keep * n * lm.d_model * lm.dtype.itemsize / 1e9,
+        working=_working_memory(lm, rows, tokens, n if all_logits else rows) / 1e9,
+        process=_process_overhead(lm),
     )
-    return MemoryEstimate(*(x / 1e9 for x in taken), _process_overhead(lm))
+
+# %% ../../nbs/models/memory.ipynb #ddf9574e
+_FUSED_QKV = ("gpt2", "gpt_neox")  # One product gives queries, keys and values
+
+
+def _working_memory(lm: LM, rows: int, tokens: int, logit_rows: int) -> int:
+    "Bytes of the stream and the larger of a layer's own work and the logits."
+    size = lm.dtype.itemsize
+    n = rows * tokens
+    heads_width = lm.n_heads * lm.d_head
+    kv_width = lm.n_kv_heads * lm.d_head
+    stream = n * lm.d_model * (2 * size + 4)
+    mlp = 3 * n * _mlp_width(lm.hf.config, lm.d_model) * size
+    attention = n * (3 * heads_width + 4 * kv_width) * size
+    if lm.hf.config._attn_implementation == "eager":
+        attention += n * lm.n_heads * tokens * (4 + 2 * size)  # the scores
+    logits = logit_rows * lm.hf.config.vocab_size * (size + 4)
+    return stream + max(mlp, attention, logits)
 
 # %% ../../nbs/models/memory.ipynb #5a3b0002
 _ANSWERS_AWAITING_VERDICT = 50  # Answers whose states are held until their verdicts have come
@@ -86,17 +103,27 @@ def estimate_generation_memory(
     per_token: int = 0,  # Layers whose states are kept for every token
 ) -> MemoryEstimate:
     "What writing answers in slots takes."
-    b, d, kv = lm.dtype.itemsize, lm.d_model, lm.n_kv_heads * lm.d_head
-    columns = -(-(prompt + new) // 64) * 64
-    read, step = estimate_pass_memory(lm, 1, prompt, cache=True), estimate_pass_memory(lm, slots, 1)
-    cache = 2 * lm.n_layers * kv * b * slots * columns
-    kept = keep * d * (slots * (4 + 3 * b) + _ANSWERS_AWAITING_VERDICT * (4 + 2 * b)) + per_token * d * b * new * (
-        slots + _ANSWERS_AWAITING_VERDICT
-    )
+    columns = round_columns(prompt + new)
+    prefill = estimate_pass_memory(lm, 1, prompt, cache=True)
+    step = estimate_pass_memory(lm, slots, 1)
+    kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
     choosing = slots * lm.hf.config.vocab_size * 20
-    attention = min(slots, 8) * columns * (lm.n_heads * (b + 4) + 2 * kv * b)
-    working = read.cache + max(read.working, step.working + (choosing + attention) / 1e9)
-    return MemoryEstimate(read.weights + _packed_weights_memory(lm), cache / 1e9, kept / 1e9, working, read.process)
+    attention = min(slots, SLOTS_PER_BLOCK) * columns * (lm.n_heads * (lm.dtype.itemsize + 4) + kv_size)
+    return MemoryEstimate(
+        weights=prefill.weights + _packed_weights_memory(lm),
+        cache=lm.n_layers * kv_size * slots * columns / 1e9,
+        kept=_kept_states_memory(lm, slots, new, keep, per_token) / 1e9,
+        working=prefill.cache + max(prefill.working, step.working + (choosing + attention) / 1e9),
+        process=prefill.process,
+    )
+
+# %% ../../nbs/models/memory.ipynb #f215efc9
+def _kept_states_memory(lm: LM, slots: int, new: int, keep: int, per_token: int) -> int:
+    "Bytes of the states of answers in slots, and of those that wait for their verdict."
+    size = lm.dtype.itemsize
+    at_places = keep * lm.d_model * (slots * (4 + 3 * size) + _ANSWERS_AWAITING_VERDICT * (4 + 2 * size))
+    of_tokens = per_token * lm.d_model * size * new * (slots + _ANSWERS_AWAITING_VERDICT)
+    return at_places + of_tokens
 
 
 def _packed_weights_memory(lm: LM) -> float:
@@ -108,26 +135,27 @@ def check_pass_memory(
     lm: LM,
     rows: int,  # As in `estimate_pass_memory`
     tokens: int,
-    **pass_,  # `keep`, `cache`, `all_logits`
+    **options,  # `keep`, `cache`, `all_logits`
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse a pass that takes more than the limit: `NotEnoughMemory`."
-    what = f"{rows} rows of {tokens} tokens through {lm.name!r}"
-    return check_memory_estimate(lm, estimate_pass_memory(lm, rows, tokens, **pass_), what, "ask fewer or shorter rows")
+    work = f"{rows} rows of {tokens} tokens through {lm.name!r}"
+    estimate = estimate_pass_memory(lm, rows, tokens, **options)
+    return check_memory_estimate(lm, estimate, work, "ask fewer or shorter rows")
 
 
 def check_memory_estimate(
     lm: LM,
-    one: MemoryEstimate,  # From `estimate_pass_memory` or `estimate_generation_memory`
-    what: str,  # In words
+    estimate: MemoryEstimate,  # From `estimate_pass_memory` or `estimate_generation_memory`
+    work: str,  # What it is for, in words
     remedy: str = "give fewer slots or a smaller max_new_tokens",
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse what takes more than the limit: `NotEnoughMemory`."
     limit = lm.limits.allowance(lm.device)
-    option = lm.limits.option(lm.device)
-    if one.total * 1e9 > limit:
-        parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(one).items() if gb >= 0.05)
+    if estimate.total * 1e9 > limit:
+        parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(estimate).items() if gb >= 0.05)
+        option = lm.limits.option(lm.device)
         raise NotEnoughMemory(
-            f"{what} need about {one.total:.1f} GB ({parts or 'each part little'}), the limit is {limit / 1e9:g} GB on {lm.device}; "
-            f"{remedy}, or raise the limit: {option} {int(one.total) + 1}"
+            f"{work} need about {estimate.total:.1f} GB ({parts or 'each part little'}), the limit is {limit / 1e9:g} GB on {lm.device}; "
+            f"{remedy}, or raise the limit: {option} {int(estimate.total) + 1}"
         )
-    return {name: round(gb, 3) for name, gb in asdict(one).items()} | {"total": round(one.total, 3)}
+    return {name: round(gb, 3) for name, gb in asdict(estimate).items()} | {"total": round(estimate.total, 3)}

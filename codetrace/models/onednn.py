@@ -62,6 +62,6 @@ class PackedLinears:
         for layer in self.weights:
             del layer.forward
 
-
+# %% ../../nbs/models/onednn.ipynb #dfd11d66
 def _reorder(weight: Float[Tensor, "out in"], rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)

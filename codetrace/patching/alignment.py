@@ -107,7 +107,7 @@ def _token_names(program: Program, prompt: str, offsets: Sequence[Span]) -> list
     names[len(offsets) - 1] = "final"
     return [names.get(i, "") for i in range(len(offsets))]
 
-
+# %% ../../nbs/patching/alignment.ipynb #0a1dbb0a
 def _token_lines(program: Program, prompt: str, offsets: Sequence[Span]) -> list[int]:
     "The program line of each token; -1 before and after the program."
     begin, has_query = program_start(program, prompt)
@@ -196,7 +196,8 @@ def _pair_names(program_names: pd.Series, counterfactual_names: pd.Series, redir
 
 def _is_redirected(pair: tuple[Program, Program], base: Sequence[int], source: Sequence[int]) -> bool:
     "Was a reference changed, so that the two chains take other lines and one token differs?"
-    lines, other_lines = ([link.line for link in program.chain] for program in pair)
+    lines = [link.line for link in pair[0].chain]
+    other_lines = [link.line for link in pair[1].chain]
     return lines != other_lines and sum(a != b for a, b in zip(base, source)) == 1
 
 # %% ../../nbs/patching/alignment.ipynb #db207099

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.stats import bootstrap_interval
-from ..models.lm import LM, register_hook
+from ..models.interventions import register_hook
+from ..models.lm import LM
 from .alignment import PATCH_METRICS, AlignedPair, TraceCase, align_pair, cell_rows
 
 # %% ../../nbs/patching/attribution.ipynb #fa45cc0a

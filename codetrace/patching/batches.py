@@ -75,7 +75,7 @@ def draw_reference_programs(
         f"only {len(programs)} of {n} different programs with seq_lens={shapes.seq_lens}: ask for longer ones, or fewer"
     )
 
-
+# %% ../../nbs/patching/batches.ipynb #4bdce199
 def _draw_shaped_program(shapes: ProgramShapes, number: int, rng: np.random.Generator) -> Program:
     "A program of the length and depth that is next."
     seq_len, depth = shapes.grid[number % len(shapes.grid)]
@@ -125,7 +125,7 @@ def uniform_batches(
         for start in range(0, len(members), PROGRAMS_PER_PASS):
             yield shape, members[start : start + PROGRAMS_PER_PASS]
 
-
+# %% ../../nbs/patching/batches.ipynb #8cec0b29
 def batch_states(
     lm: LM,
     programs: Sequence[TokenizedProgram],  # Of one shape

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
+from ..models.onednn import onednn_dtypes, onednn_linear
 
 # %% ../../nbs/patching/blocks.ipynb #bf372c9c
 @dataclass(frozen=True, eq=False)
@@ -45,13 +46,12 @@ def _fast_norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 # %% ../../nbs/patching/blocks.ipynb #b93dbdf8
 def _fast_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Callable[[Tensor], Tensor]:
     "A product with weights: for many rows in float32 on a CPU by oneDNN, which is faster there than the library torch calls by default."
-    kernel = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     on_cpu_in_float32 = weight.device.type == "cpu" and weight.dtype == torch.float32
-    usable = on_cpu_in_float32 and kernel is not None and torch.backends.mkldnn.is_available()
+    usable = on_cpu_in_float32 and torch.float32 in onednn_dtypes()
 
     def product(x: Tensor) -> Tensor:
         if usable and x.shape[0] >= 64:
-            return kernel(x, weight, bias, "none", [], "")
+            return onednn_linear(weight, bias, x)
         return torch.nn.functional.linear(x, weight, bias)
 
     return product
@@ -130,7 +130,7 @@ def _llama_mlp(lm: LM, layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     before = layer.pre_feedforward_layernorm if lm.arch.startswith("gemma") else layer.post_attention_layernorm
     return _compose(_fast_norm(before), _gated_mlp(layer.mlp), *_norm_after(lm, layer, "feedforward"))
 
-
+# %% ../../nbs/patching/blocks.ipynb #d659bb67
 def _norm_after(lm: LM, layer: torch.nn.Module, part: str) -> list[Callable[[Tensor], Tensor]]:
     "The norm that Gemma has after a part."
     return [_fast_norm(getattr(layer, f"post_{part}_layernorm"))] if lm.arch.startswith("gemma") else []

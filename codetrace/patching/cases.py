@@ -9,7 +9,7 @@ __all__ = ['EXCLUSION_REASONS', 'CANDIDATES_PER_PROGRAM', 'COUNTERFACTUAL_CHANGE
 # %% ../../nbs/patching/cases.ipynb #ecc211b2
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from ..core.errors import look_up_name
+from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 from .alignment import CannotTrace, TraceCase, align_pair, one_token_answer
 from ..tasks.counterfactuals import NoCounterfactual, make_counterfactual_pair, make_redirected_pair
@@ -60,7 +61,7 @@ def _structural_reason(lm: LM, case: TraceCase, shallow: bool) -> str:
         return EXCLUSION_REASONS[1]
     return ""
 
-
+# %% ../../nbs/patching/cases.ipynb #bf4292a5
 def exclusion_reasons(
     lm: LM,
     cases: Sequence[TraceCase],
@@ -104,7 +105,7 @@ class ProgramShapes:
         "Every length with every depth."
         return [(seq_len, depth) for seq_len in self.seq_lens for depth in self.depths or [None]]
 
-
+# %% ../../nbs/patching/cases.ipynb #bb7f9d69
 @dataclass(frozen=True)
 class CaseOptions:
     "How cases are made from programs."
@@ -170,18 +171,13 @@ def _draw_shape(
     return cases, reasons
 
 # %% ../../nbs/patching/cases.ipynb #06dad03e
-def _no_progress(steps, **description):
-    "Steps without a bar."
-    return steps
-
-
 def draw_cases(
     lm: LM,
     num_programs: int,  # To trace, all lengths and depths together
     shapes: ProgramShapes = ProgramShapes(),
     options: CaseOptions = CaseOptions(),
-    progress: Callable = _no_progress,  # Wraps the loop, as `run.progress` does
-) -> tuple[list[TraceCase], list[str]]:  # Those to trace; a reason for each candidate, empty for those kept
+    progress: Progress = no_progress,  # Wraps the loop, as `run.progress` does
+) -> tuple[list[TraceCase], list[str]]:  # Those to trace, and a reason for each candidate, empty for those kept
     "Draw programs until enough of them are answered correctly, with their counterfactuals."
     cases = []
     reasons = []

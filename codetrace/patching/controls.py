@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 from codetrace.patching.alignment import (
     CELL_COLUMNS,
@@ -178,17 +179,12 @@ def _control_cells(lm: LM, pair: AlignedPair, site: str, options: ControlOptions
     return [(layer, head, name) for layer in layers for head in range(n_site_heads(lm, site)) for name in names]
 
 # %% ../../nbs/patching/controls.ipynb #bf10219e
-def _no_progress(steps, **description):
-    "Steps without a bar."
-    return steps
-
-
 def run_controls(
     lm: LM,
     cases: Sequence[TraceCase],
     options: ControlOptions = ControlOptions(),
     numbers: Sequence[int] | None = None,  # Of the cases to control. The others still serve as unrelated programs
-    progress: Callable = _no_progress,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # Rows as from `run_sweep`, with `control`
     "Put states that should not carry the answer where a sweep puts the source's."
     aligned = [align_pair(lm, case.pair, options.direction, case.prefix) for case in cases]

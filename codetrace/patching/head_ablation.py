@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.stats import bootstrap_interval, format_with_interval, wilson
-from ..models.lm import LM, Intervention
+from ..models.interventions import Intervention
+from ..models.lm import LM
 from codetrace.patching.batches import (
     BatchShape,
     TokenizedProgram,
@@ -158,7 +159,7 @@ def ablate_each_head(
             tables.append(table.assign(log_prob_drop=intact - scores["log_prob"]))
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/patching/head_ablation.ipynb #5484eda9
 def head_ablation_table(
     ablations: pd.DataFrame,  # From `ablate_each_head`, all layers
 ) -> pd.DataFrame:  # One row a head: mean `log_prob_drop` with interval, and accuracy with Wilson's
@@ -178,8 +179,10 @@ def _value_with_interval(row: pd.Series, value: str) -> str:
 
 def _heads_by_position(chosen: pd.DataFrame) -> dict[str, str]:
     "The chosen heads of each position, as layer.head."
-    groups = chosen.groupby("position_name", sort=False)
-    return {name: ", ".join(f"{row.layer}.{row.head}" for row in group.itertuples()) for name, group in groups}
+    labels = {}
+    for row in chosen.itertuples():
+        labels.setdefault(row.position_name, []).append(f"{row.layer}.{row.head}")
+    return {name: ", ".join(heads) for name, heads in labels.items()}
 
 
 def _accuracy(ablated: pd.DataFrame, where: str, position_name: str, kind: str) -> str:

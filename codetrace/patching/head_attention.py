@@ -7,7 +7,6 @@ __all__ = ['head_attention', 'top_attention_sources']
 
 # %% ../../nbs/patching/head_attention.ipynb #f0a00e8c
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -21,17 +20,6 @@ from .heads import HEAD_COLUMNS, Head
 from .sweep import split_halves
 
 # %% ../../nbs/patching/head_attention.ipynb #9014d956
-@contextmanager
-def _eager_attention(lm: LM):
-    "A block in which the model gives its attention weights away, which only eager attention does."
-    implementation = lm.hf.config._attn_implementation
-    lm.hf.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        lm.hf.set_attn_implementation(implementation)
-
-
 def _attention_rows(program: TokenizedProgram, head: Head, weights: Float[Tensor, "pos"]) -> Iterator[dict]:
     "A head's attention to each named position before its own."
     layer, number, name = head
@@ -47,10 +35,10 @@ def head_attention(
     lm: LM,
     programs: Sequence[TokenizedProgram],
     heads: Sequence[Head],
-) -> pd.DataFrame:  # One row a program, head and `attended_name`: `attention`; `uniform_attention` is 1 / tokens
+) -> pd.DataFrame:  # One row a program, head and `attended_name`: `attention`, and `uniform_attention`, 1 / tokens
     "Where heads attend from the positions they write at."
     rows = []
-    with _eager_attention(lm):
+    with lm.use_attention("eager"):
         for i, program in enumerate(programs):
             present = [head for head in heads if head[2] in program.positions]
             if not present:
@@ -67,7 +55,7 @@ def top_attention_sources(
     attention: pd.DataFrame,  # From `head_attention`
 ) -> (
     pd.DataFrame
-):  # One row a head: the `attended_name` it attends to most on half of the programs; how much on the others
+):  # One row a head: the `attended_name` it attends to most on half of the programs, and how much on the others
     "Each head with the position it attends to most."
     choosing, judging = split_halves(attention)
     key = [*HEAD_COLUMNS, "attended_name"]

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.stats import benjamini_hochberg
-from ..models.lm import LM, Intervention
+from ..models.interventions import Intervention
+from ..models.lm import LM
 from .alignment import TraceCase
 from codetrace.patching.batches import (
     TokenizedProgram,
@@ -40,7 +41,7 @@ def choose_heads(
     cells: pd.DataFrame,  # From `run_sweep` of `head_out`
     top: int = 4,  # At most so many a position
     min_effect: float = 0.02,  # And only with at least this mean effect where they are chosen
-) -> pd.DataFrame:  # HEAD_COLUMNS, `effect_when_chosen` on one half; on the other effect, interval, `p` and `q`
+) -> pd.DataFrame:  # HEAD_COLUMNS, `effect_when_chosen` on one half. On the other effect, interval, `p`, `q`
     "The heads with the largest effects at each named position."
     choosing, judging = (average_by_position(half) for half in split_halves(cells))
     strong = choosing[choosing["effect"] >= min_effect].sort_values("effect", ascending=False, kind="stable")
@@ -64,7 +65,7 @@ def heads_from_table(
 def unchosen_heads_table(
     cells: pd.DataFrame,  # From `run_sweep` of `head_out`
     chosen: pd.DataFrame,  # From `choose_heads`
-) -> pd.DataFrame:  # One row a named position: how many heads, their mean effect; the largest, with its interval
+) -> pd.DataFrame:  # One row a named position: how many heads, their mean effect, and the largest with its interval
     "What is left for the heads that were not chosen."
     judged = average_by_position(split_halves(cells)[1])
     judged = judged.merge(chosen[HEAD_COLUMNS].assign(chosen=True), on=HEAD_COLUMNS, how="left")
@@ -194,7 +195,7 @@ def _patch_head_sets(
         tables.append(table.assign(position_name=name, kind=kind, draw=draw, heads=len(members)))
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/patching/heads.ipynb #f2dc69dc
 def _source_lead(
     logits: Float[Tensor, "batch vocab"], base: Sequence[TokenizedProgram], source: Sequence[TokenizedProgram]
 ) -> Float[Tensor, "batch"]:

@@ -6,7 +6,7 @@
 __all__ = ['attention_knockout', 'knockout_summary']
 
 # %% ../../nbs/patching/knockout.ipynb #95de49b0
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.progress import Progress, no_progress
 from ..core.stats import wilson
 from ..models.lm import LM
 from .alignment import AlignedPair, TraceCase, align_pair, pair_positions
@@ -78,11 +79,6 @@ def _named_edges(pair: AlignedPair) -> dict[str, tuple[int, int]]:
     return edges
 
 # %% ../../nbs/patching/knockout.ipynb #b7125d5a
-def _no_progress(steps, **description):
-    "Steps without a bar."
-    return steps
-
-
 def _answer_scores(
     log_probs: Float[Tensor, "rows vocab"], plain: Float[Tensor, "vocab"], answer_id: int
 ) -> dict[str, np.ndarray]:
@@ -94,13 +90,13 @@ def _answer_scores(
     }
     return {name: values.double().cpu().numpy() for name, values in scores.items()}
 
-
+# %% ../../nbs/patching/knockout.ipynb #b2f2feca
 def attention_knockout(
     lm: LM,
     cases: Sequence[TraceCase],
     window: int = 6,  # Layers cut at once
     step: int | None = None,  # From window to window. None: they do not overlap
-    progress: Callable = _no_progress,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a program, `edge` and window (`layer` is its first): `prob, correct, kl`
     "Cut attention edges, a window of layers at a time."
     if window < 1:

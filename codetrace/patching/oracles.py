@@ -72,7 +72,7 @@ def _nnsight_logits(
                 logits.append(lm.nn.output.logits[:, -1].float().save())
     return torch.cat(logits)
 
-
+# %% ../../nbs/patching/oracles.ipynb #3af92ae5
 def _nnsight_states(
     lm: LM, tokens: list[int], modules: Sequence[tuple[str, str]], view: Callable
 ) -> list[Float[Tensor, "pos head d_head"]]:
@@ -113,7 +113,7 @@ def _nnsight_engine(lm: LM, request: _SweepRequest) -> Iterator[tuple[int, list[
             request.work.add(len(batch) * run_cost, cells=len(batch))
             yield i, [cell for cell, *_ in batch], logits
 
-
+# %% ../../nbs/patching/oracles.ipynb #e2fa45d7
 def _batches_by_layer(pair: PatchPair, request: _SweepRequest) -> Iterator[list[tuple[GridCell, int, int, int]]]:
     "The cells to compute, those of one layer together."
     for _, cells in itertools.groupby(_cells_to_compute(pair, request), key=lambda cell: cell[0][0]):
@@ -151,11 +151,15 @@ class _LogitsRecorder(list):
         return logits.new_zeros(())
 
 
+def _without_bar(items, **options):
+    return items
+
+
 @contextmanager
 def _silence_tqdm(module):
     "A module's `tqdm` silent for a while."
     bar = module.tqdm
-    module.tqdm = lambda items, **_: items
+    module.tqdm = _without_bar
     try:
         yield
     finally:
@@ -179,7 +183,7 @@ def _transformer_lens_engine(lm: LM, request: _SweepRequest) -> Iterator[tuple[i
             yield i, [cell for cell, *_ in batch], logits
         request.work.add((len(cells) + 2) * lm.n_layers * len(pair.base), cells=len(cells))
 
-
+# %% ../../nbs/patching/oracles.ipynb #7147dc33
 def _transformer_lens_logits(bridge, base: Tensor, cache, request: _SweepRequest, batch: list[tuple]) -> Tensor:
     "Final logits of some cells, by `generic_activation_patch`."
     import transformer_lens.patching as tl

@@ -7,7 +7,7 @@ __all__ = ['STREAM_SWEEP_POSITIONS', 'LabelledStates', 'states_by_position', 'fi
            'probes_with_effects', 'probes_sentence']
 
 # %% ../../nbs/patching/probes.ipynb #5e437190
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from ..core.progress import Progress, no_progress
 from ..core.stats import format_with_interval, wilson
 from ..models.lm import LM
 from .batches import TokenizedProgram, batch_states, uniform_batches
@@ -75,17 +76,12 @@ def _probe_accuracy(probe, x: Float[np.ndarray, "rows d_model"], values: np.ndar
     low, high = wilson(correct, len(values))
     return {f"{prefix}accuracy": correct / len(values), f"{prefix}low": low, f"{prefix}high": high}
 
-
-def _no_progress(steps, **description):
-    "Steps without a bar."
-    return steps
-
 # %% ../../nbs/patching/probes.ipynb #e181d405
 def run_probes(
     train: dict[str, LabelledStates],  # From `states_by_position`
     test: dict[str, LabelledStates],  # Of other programs
     seed: int = 0,
-    progress: Callable = _no_progress,
+    progress: Progress = no_progress,
 ) -> (
     pd.DataFrame
 ):  # One row a position and layer: accuracy with Wilson's interval, and of a probe for `shuffled` labels
@@ -94,8 +90,10 @@ def run_probes(
     jobs = [(name, layer) for name in train if name in test for layer in range(len(train[name].states))]
     rows = []
     for name, layer in progress(jobs, desc="probes"):
-        x, values = train[name].states[layer], train[name].values
-        x_test, test_values = test[name].states[layer], test[name].values
+        x = train[name].states[layer]
+        values = train[name].values
+        x_test = test[name].states[layer]
+        test_values = test[name].values
         row = {"position_name": name, "layer": layer, "n": len(test_values), "n_train": len(values)}
         row |= _probe_accuracy(fit_linear_probe(x, values), x_test, test_values)
         shuffled = fit_linear_probe(x, rng.permutation(values))

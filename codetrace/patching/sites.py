@@ -98,7 +98,7 @@ def _key_value_view(lm: LM, site: str, heads: int) -> SiteView:
         return lambda x: x.transpose(1, 2)
     return lambda x: x if x.ndim == 4 else x.unflatten(-1, (heads, -1))
 
-
+# %% ../../nbs/patching/sites.ipynb #73433fe5
 def _site_module(lm: LM, site: str, layer: int) -> tuple[torch.nn.Module, str]:
     "The module of a site, and its side."
     if site not in ("key", "value"):
@@ -123,7 +123,7 @@ def _hook_module(module: torch.nn.Module, side: str, view: SiteView, callback: V
         return module.register_forward_hook(after)
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
-
+# %% ../../nbs/patching/sites.ipynb #5be3c70d
 @contextmanager
 def _hook_site(
     lm: LM,

@@ -151,8 +151,10 @@ class _LayerStack:
         self.work = work
         self.n_layers = lm.n_layers
         self.blocks = [_BLOCK_BUILDERS[lm.arch](lm, i) for i in range(lm.n_layers)]
-        self.rope = {kind: _rotary_tables(lm, n_tokens, kind) for kind in {b.rope for b in self.blocks} - {None}}
-        self.masks = {window: _causal_mask(lm, n_tokens, window) for window in {b.window for b in self.blocks}}
+        rope_kinds = {block.rope for block in self.blocks} - {None}
+        windows = {block.window for block in self.blocks}
+        self.rope = {kind: _rotary_tables(lm, n_tokens, kind) for kind in rope_kinds}
+        self.masks = {window: _causal_mask(lm, n_tokens, window) for window in windows}
 
 
 def _rotary_tables(lm: LM, n_tokens: int, kind: str) -> list[Float[Tensor, "pos rotary"]]:
@@ -163,7 +165,7 @@ def _rotary_tables(lm: LM, n_tokens: int, kind: str) -> list[Float[Tensor, "pos 
     tables = rotary(like, positions) if kind == "all" else rotary(like, positions, kind)
     return [table[0] for table in tables]
 
-
+# %% ../../nbs/patching/staircase.ipynb #457a5a41
 def _causal_mask(lm: LM, n_tokens: int, window: int | None) -> Float[Tensor, "query pos"]:
     "0 where a token attends, and very low elsewhere."
     positions = torch.arange(n_tokens, device=lm.device)
@@ -256,7 +258,7 @@ class _StateRecorder(dict):
             by_run = site.startswith(("cached", "query"))
             self[site].append((x if by_run else x.unflatten(0, (self.n_runs, -1))).clone())
 
-
+# %% ../../nbs/patching/staircase.ipynb #cfc382ab
 @patch
 def run(
     self: _LayerStack,
@@ -278,12 +280,13 @@ def run(
             x = self.layer(i, x, grid, recorder)
         recorder("resid_pre", x)
         parts.append(recorder)
-    return {site: _join_parts([part[site] for part in parts]) for site in sites}
+    return {site: _join_parts(parts, site) for site in sites}
 
 
-def _join_parts(parts: list[list[Tensor]]) -> list[Tensor]:
-    "Parts of a batch put together, layer by layer."
-    return [torch.cat(layers) for layers in zip(*parts)]
+def _join_parts(parts: list[_StateRecorder], site: str) -> list[Tensor]:
+    "A site's states in all parts of a batch, layer by layer."
+    by_part = [part[site] for part in parts]
+    return [torch.cat(layers) for layers in zip(*by_part)]
 
 # %% ../../nbs/patching/staircase.ipynb #c2cfea80
 @dataclass(frozen=True, eq=False)
@@ -350,7 +353,7 @@ def patched_heads(self: _SiteSweep, i: int, rows: _CellRows) -> Float[Tensor, "r
     heads[torch.arange(len(rows), device=z.device), rows.head] = self.source_states(i, rows)
     return z
 
-
+# %% ../../nbs/patching/staircase.ipynb #cfb813d7
 @patch
 def known_parts(self: _SiteSweep, i: int, rows: _CellRows) -> dict[str, Tensor]:
     "What need not be computed in layer i: the patched state, and what the base run has beside it."
@@ -386,7 +389,7 @@ def stream_after_attention(self: _SiteSweep, i: int, rows: _CellRows) -> tuple[T
     stack.work.add(len(x))
     return _finish_layer(stack.blocks[i], x, z, _write_nothing), grid
 
-
+# %% ../../nbs/patching/staircase.ipynb #664e30e4
 @patch
 def patched_keys_and_values(
     self: _SiteSweep, i: int, rows: _CellRows
@@ -417,7 +420,7 @@ def window_writer(self: _SiteSweep, i: int, rows: _CellRows, grid: _TokenGrid) -
 
     return write
 
-
+# %% ../../nbs/patching/staircase.ipynb #a38ba68c
 @patch
 def write_states(
     self: _SiteSweep, i: int, rows: _CellRows, grid: _TokenGrid, members: Int[Tensor, "some"], x: Tensor
@@ -600,7 +603,7 @@ def _is_unchanged(equal: list, b: int, layers: range, head: int, from_end: int) 
     "Do base and source hold the same at all these layers? A position counts from the end."
     return all(equal[k][b][from_end][head] for k in layers if -from_end <= len(equal[k][b]))
 
-
+# %% ../../nbs/patching/staircase.ipynb #22a0dbb3
 def _rows_to_compute(request: _SweepRequest, numbers: list[int], sweep: _SiteSweep) -> _CellRows:
     "The cells that must be computed."
     n_layers = sweep.stack.n_layers
@@ -654,7 +657,7 @@ def _members_of_pair(part: _CellRows, b: int) -> Sequence[Int[Tensor, "some"]]:
     members = (part.pair == b).nonzero()[:, 0]
     return members.split(_CELLS_PER_UNEMBEDDING) if len(members) else ()
 
-
+# %% ../../nbs/patching/staircase.ipynb #a27f6dee
 def _bundles(rows: _CellRows, n_tokens: int, like: Float[Tensor, "batch d_model"]) -> Iterator[_CellRows]:
     "Rows whose stream is at most about `_HELD_BYTES`."
     if len(rows):

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from ..models.lm import LM, Intervention
+from ..models.interventions import Intervention
+from ..models.lm import LM
 from .alignment import TraceCase
 from codetrace.patching.batches import (
     TokenizedProgram,
@@ -58,7 +59,7 @@ def _basis_sizes(
         sizes += [(basis, k) for k in fitting if k]
     return sizes
 
-
+# %% ../../nbs/patching/subspaces.ipynb #aaf23845
 @torch.no_grad()
 def patch_subspace(
     lm: LM,

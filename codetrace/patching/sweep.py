@@ -50,7 +50,7 @@ def parse_position_names(
             raise UnknownName(f"unknown position {name!r}: {suggest_names(name, _EXAMPLE_POSITIONS)}")
     return names
 
-
+# %% ../../nbs/patching/sweep.ipynb #4ba4fada
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(PatchOptions):
     "What to sweep, and how."
@@ -111,15 +111,18 @@ def _run_plain(lm: LM, aligned: list[AlignedPair]) -> _PlainRuns:
     metrics = [measure_patch(logits[k : k + 1], aligned[k % n], log_probs[k % n])[0].cpu() for k in range(2 * n)]
     return _PlainRuns(aligned, log_probs, metrics[:n], metrics[n:])
 
+# %% ../../nbs/patching/sweep.ipynb #5c1ae5cb
+def _from_difference_on(pair: AlignedPair, positions: Sequence[int]) -> list[int]:
+    "Positions at which the two runs can differ."
+    return [position for position in positions if position >= pair.first_difference]
+
 # %% ../../nbs/patching/sweep.ipynb #ea5f77a3
 def _patch_site(
     lm: LM, plain: _PlainRuns, site: str, options: SweepOptions
 ) -> Iterator[tuple[int, Float[Tensor, "layer head token metric"]]]:
     "The number of each pair, and its cells."
     swept = [_swept_positions(pair.roles, options.positions) for pair in plain.aligned]
-    after_difference = [
-        [p for p in positions if p >= pair.first_difference] for pair, positions in zip(plain.aligned, swept)
-    ]
+    after_difference = [_from_difference_on(pair, positions) for pair, positions in zip(plain.aligned, swept)]
     numbers = [i for i, positions in enumerate(after_difference) if positions]
     jobs = [PatchPair(plain.aligned[i].base, plain.aligned[i].source, tuple(after_difference[i])) for i in numbers]
 
@@ -255,7 +258,7 @@ def crossover_layer(
     ahead = (effect[after] - effect[before]).dropna().to_numpy()
     resampled = np.random.default_rng(0).integers(len(ahead), size=(n_resamples, len(ahead)))
     layers = _first_positive(ahead[resampled].mean(1))
-    low, high = np.nan, np.nan
+    low = high = np.nan
     if np.isfinite(layers).any() and len(ahead) > 1:
         with np.errstate(invalid="ignore"):
             low, high = np.nanquantile(layers, [0.025, 0.975])

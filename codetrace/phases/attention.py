@@ -9,8 +9,7 @@ __all__ = ['PROMPT_PARTS', 'ATTENTION', 'prompt_token_parts', 'prompt_attention_
            'attention_claims', 'attention_headline']
 
 # %% ../../nbs/phases/28_attention.ipynb #01913010
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.files import write_parquet
+from ..core.progress import Progress, no_progress
 from ..core.stats import benjamini_hochberg, bootstrap_interval, sign_flip_p
-from ..models.lm import LM, Intervention
+from ..models.interventions import Intervention
+from ..models.lm import LM
 from ..runs.claims import claim_row, read_stored_claims
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..steering.ablation import post_norm_gains
@@ -66,17 +67,6 @@ def prompt_token_parts(
     return list(encoding["input_ids"]), ["first", *parts[1:]]
 
 # %% ../../nbs/phases/28_attention.ipynb #9e61832e
-@contextmanager
-def _eager_attention(lm: LM) -> Iterator[None]:
-    "A block in which attention gives its weights away."
-    before = lm.hf.config._attn_implementation
-    lm.hf.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        lm.hf.set_attn_implementation(before)
-
-
 def _last_token_attention(lm: LM, ids: Sequence[int]) -> Float[Tensor, "layer head pos"]:
     "What the last token attends to."
     seen = lm._hidden({"input_ids": torch.tensor([list(ids)], device=lm.device)}, output_attentions=True).attentions
@@ -117,11 +107,11 @@ def _pushed_attention(lm: LM, ids: Sequence[int], push: Push) -> Float[Tensor, "
 
 @torch.no_grad()
 def _attention_under_pushes(
-    lm: LM, problems: Sequence[Problem], pushes: Sequence[Push | None], style: str, progress: Callable[..., Iterable]
+    lm: LM, problems: Sequence[Problem], pushes: Sequence[Push | None], style: str, progress: Progress
 ) -> list[pd.DataFrame]:
     "`prompt_attention_shares` for each of several pushes; the unpushed prompt is read once for all of them."
     tables_by_push = [[] for _ in pushes]
-    with _eager_attention(lm):
+    with lm.use_attention("eager"):
         for problem in progress(list(problems), desc="attention"):
             ids, part_names = prompt_token_parts(lm, problem, style)
             plain = _last_token_attention(lm, ids)
@@ -136,7 +126,7 @@ def prompt_attention_shares(
     problems: Sequence[Problem],
     push: Push | None = None,  # What is added at every prompt token; None: nothing
     style: str = "pva",
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a task, layer, head and part: `share, pushed`, and `even`, the part's share of tokens
     "The share of the last prompt token's attention that goes to each part, unpushed and pushed."
     return _attention_under_pushes(lm, problems, [push], style, progress)[0]
@@ -170,7 +160,7 @@ def null_attention_changes(
     problems: Sequence[Problem],
     pushes: Sequence[Push],  # Random directions, as `random_pushes_like` gives them
     style: str = "pva",
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
     seed: int = 0,
 ) -> list[int]:  # For each push: heads and parts with q below 0.05
     "How many heads and parts random pushes change."
@@ -238,7 +228,7 @@ def component_contributions(
     layer: int,  # After which the weight reads
     weight: Float[Tensor, "d_model"],
     style: str = "pva",
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a task and component: `part` (`embedding`, `head`, `mlp` or `bias`), `layer, head, value`
     "What each component writes along a weight at the last prompt token."
     weight = weight.float().to(lm.device)

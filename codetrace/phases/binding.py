@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import read_json
+from ..core.progress import Progress, no_progress
 from ..core.stats import format_with_interval, wilson
 from ..models.lm import LM
 from ..plots.mechanism import plot_shares_by_step
@@ -45,7 +46,9 @@ def _draw_within(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.
         lengths = [length for length in range(shortest, longest + 1) if length > depth]
         for length, share in zip(lengths, _even_shares(n, len(lengths))):
             if share:
-                bindings.append(draw_binding_programs(share, rng, BindingProgramOptions(length, depth=depth, max_depth=max_depth)))
+                bindings.append(
+                    draw_binding_programs(share, rng, BindingProgramOptions(length, depth=depth, max_depth=max_depth))
+                )
     return bindings
 
 # %% ../../nbs/phases/12_binding.ipynb #c94e0998
@@ -65,18 +68,22 @@ def draw_held_out_bindings(
     deeper = []
     for depth in (max_depth + 1, max_depth + 2):
         if depth < longest:
-            deeper.append(draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(longest, depth=depth, max_depth=depth)))
+            deeper.append(
+                draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(longest, depth=depth, max_depth=depth))
+            )
     pairs = []
     for length in (shortest, longest):
         depth = min(max_depth, length - 1)
-        pairs.append(draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(length, max_depth=depth, split="pairs")))
+        pairs.append(
+            draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(length, max_depth=depth, split="pairs"))
+        )
     return {"as in training": within, "longer": longer, "deeper": deeper, "held-out pairs": pairs}
 
 # %% ../../nbs/phases/12_binding.ipynb #a97b9b06
 def evaluate_held_out_bindings(
     lm: LM,
     questions: dict[str, list[BindingPrograms]],  # From `draw_held_out_bindings`
-    progress=lambda steps, **labels: steps,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a query
     "`prediction_table` for every program, with the `part` it belongs to."
     token_table = BindingTokenTable(lm.tokenizer)
@@ -127,7 +134,10 @@ def draw_evaluation_bindings(n: int, lines: Sequence[int], max_depth: int, seed:
     "The held-out programs of every evaluation of a run: `n` of the fewest lines, the most, and halfway."
     rng = np.random.default_rng([seed, 1])
     lengths = sorted({lines[0], sum(lines) // 2, lines[1]})
-    return [draw_binding_programs(n, rng, BindingProgramOptions(length, max_depth=min(max_depth, length - 1))) for length in lengths]
+    return [
+        draw_binding_programs(n, rng, BindingProgramOptions(length, max_depth=min(max_depth, length - 1)))
+        for length in lengths
+    ]
 
 
 def heuristic_accuracy(judged: Sequence[BindingPrograms]) -> dict[str, float]:
@@ -212,7 +222,8 @@ def binding_trace_reference_runs() -> dict[str, dict]:
 def binding_trace_figure(manifest: dict):
     "The grid of named positions of a trace's record."
     cells = read_json(Path(manifest["folder"]) / "patch_results.json")["cells"]
-    return plot_position_grid(pd.DataFrame(cells).replace({None: np.nan}))
+    table = pd.DataFrame(cells).rename(columns={"name": "position_name"})  # records before version 1 say `name`
+    return plot_position_grid(table.replace({None: np.nan}))
 
 # %% ../../nbs/phases/12_binding.ipynb #21acde7a
 BINDING = Phase(

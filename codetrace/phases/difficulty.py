@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..core.progress import Progress, no_progress
 from ..runs.phases import Phase, PhaseNumber
 from ..sandbox.pool import GradingJob, SandboxPool
 from ..tasks.difficulty import DIFFICULTY_MEASURES
@@ -44,7 +45,7 @@ def rank_correlations(
 def reference_verdicts(
     problems: Sequence[Problem],
     workers: int | None = None,  # Of the sandbox; None: one a core
-    progress=lambda items, **about: items,  # As `Run.progress`
+    progress: Progress = no_progress,  # As `Run.progress`
 ) -> pd.DataFrame:  # One row a problem: `task_id, reference, detail`
     "Run every reference against its tests, in the sandbox."
     jobs = [GradingJob(p.reference, p.entry_point, p.tests, p.setup, p.task_id) for p in problems]

@@ -21,9 +21,10 @@ from ..core.stats import format_with_interval, wilson
 from ..models.lm import LM
 from ..patching.alignment import TraceCase
 from ..patching.batches import answer_logit_diff, program_means_table, tokenize_program
-from ..patching.heads import choose_heads, heads_headline
+from ..patching.head_ablation import heads_headline
+from ..patching.heads import choose_heads
 from ..patching.probes import STREAM_SWEEP_POSITIONS
-from ..patching.sweep import run_sweep, split_halves
+from ..patching.sweep import SweepOptions, run_sweep, split_halves
 from ..planted.binding import load_binding_model
 from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
@@ -39,7 +40,8 @@ def mechanism_reference_runs() -> dict[str, dict]:
 
 def read_mechanism_table(manifest: dict, name: str) -> pd.DataFrame:
     "A table of a record: `heads`, `swapped`, `ablated`, `each`, `probes`, `directions`, `compared`."
-    return read_records(Path(manifest["folder"]) / name).drop(columns=["unit", "row"])
+    table = read_records(Path(manifest["folder"]) / name).drop(columns=["unit", "row"])
+    return table.rename(columns={"name": "position_name"})  # as older records call it
 
 
 def read_chosen_heads(manifest: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -56,8 +58,8 @@ def full_logit_differences(
     rows = []
     for index, case in enumerate(cases):
         clean, counterfactual = (tokenize_program(lm, program) for program in case.pair)
-        answers = [clean.answer, counterfactual.answer]
-        logits = lm.logits(lm.tokenize([list(clean.tokens), list(counterfactual.tokens)]))
+        answers = [clean.answer_id, counterfactual.answer_id]
+        logits = lm.logits(lm.tokenize([list(clean.token_ids), list(counterfactual.token_ids)]))
         low, high = answer_logit_diff(logits, answers[:1] * 2, answers[1:] * 2).tolist()
         both_right = logits.argmax(-1).tolist() == answers
         rows.append({"program": index, "low": low, "high": high, "correct": float(both_right)})
@@ -69,10 +71,10 @@ def trace_residual_stream(
     cases: Sequence[TraceCase],
 ) -> pd.DataFrame:  # One row a program, layer and name: `moved` and `full` logit difference, `success`, `correct`
     "The exact trace of the residual stream, by named position, with what is needed to pool it."
-    swept = run_sweep(lm, [case.pair for case in cases], ["resid_pre"], STREAM_SWEEP_POSITIONS)
+    swept = run_sweep(lm, cases, SweepOptions(positions=STREAM_SWEEP_POSITIONS))
     table = swept[swept["kl"].notna()].merge(full_logit_differences(lm, cases), on="program")
     table = table.assign(moved=table["logit_diff"] - table["low"], full=table["high"] - table["low"])
-    return table[["program", "layer", "name", "moved", "full", "success", "correct"]].reset_index(drop=True)
+    return table[["program", "layer", "position_name", "moved", "full", "success", "correct"]].reset_index(drop=True)
 
 # %% ../../nbs/phases/13_mechanism.ipynb #9b1a1114
 def _pooled_interval(moved: np.ndarray, full: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -105,9 +107,9 @@ def pool_effects(
 ) -> pd.DataFrame:  # One row a name and layer: pooled `effect` with interval, success rate, `n`, `full`, `measurable`
     "Pooled effects over programs."
     tables = []
-    for name, rows in cells.groupby("name", sort=False):
+    for name, rows in cells.groupby("position_name", sort=False):
         table = _pool_position(rows, n_resamples)
-        table.insert(0, "name", name)
+        table.insert(0, "position_name", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
@@ -116,10 +118,10 @@ def _model_peaks(cells: pd.DataFrame) -> pd.DataFrame:
     "Each named position's layer, chosen on one half of the programs, and its effect on the other half."
     choosing, judging = (pool_effects(half) for half in split_halves(cells))
     choosing = choosing[choosing["measurable"]]
-    best = choosing.loc[choosing.groupby("name", sort=False)["effect"].idxmax()]
-    best = best[["name", "layer"]].assign(chosen_at=best["effect"])
-    names = judging[["name"]].drop_duplicates()
-    return names.merge(best, on="name", how="left").merge(judging, on=["name", "layer"], how="left")
+    best = choosing.loc[choosing.groupby("position_name", sort=False)["effect"].idxmax()]
+    best = best[["position_name", "layer"]].assign(effect_when_chosen=best["effect"])
+    names = judging[["position_name"]].drop_duplicates()
+    return names.merge(best, on="position_name", how="left").merge(judging, on=["position_name", "layer"], how="left")
 
 
 def training_effect_peaks(
@@ -145,9 +147,9 @@ def training_effect_figure(
     "Effect by model and layer, a panel a named position."
     tables = [pool_effects(rows).assign(model=model) for model, rows in cells.groupby("model", sort=False)]
     table = pd.concat(tables, ignore_index=True)
-    largest = table["effect"].abs().groupby(table["name"], sort=False).max()
-    table = table[table["name"].isin(list(names) or largest.index[largest > 0.1])]
-    table = table.assign(site=table["name"], name=table["model"], head=pd.NA)
+    largest = table["effect"].abs().groupby(table["position_name"], sort=False).max()
+    table = table[table["position_name"].isin(list(names) or largest.index[largest > 0.1])]
+    table = table.assign(site=table["position_name"], position_name=table["model"], head=pd.NA)
     return plot_position_grid(table, metrics=("effect",)) if len(table) else None
 
 # %% ../../nbs/phases/13_mechanism.ipynb #b85b8dd8
@@ -157,14 +159,14 @@ def _model_sentence(model: str, peaks: pd.DataFrame) -> str:
     effects = []
     for _, peak in peaks[peaks["effect"].notna()].nlargest(2, "effect").iterrows():
         effect = format_with_interval(peak["effect"], peak["low"], peak["high"])
-        effects.append(f"{peak['name']} at layer {peak['layer']:.0f} {effect}")
+        effects.append(f"{peak['position_name']} at layer {peak['layer']:.0f} {effect}")
     described = ", ".join(effects) or "no difference to trace"
     return f"{model} (accuracy {format_with_interval(*accuracy, missing='not measurable')}): {described}"
 
 
 def training_sentence(peaks: pd.DataFrame) -> str:
     "How the first and the last model differ."
-    between = peaks[~peaks["name"].isin(["lhs 1", "rhs 1", "end 1"])]
+    between = peaks[~peaks["position_name"].isin(["lhs 1", "rhs 1", "end 1"])]
     models_compared = dict.fromkeys([between["model"].iloc[0], between["model"].iloc[-1]])
     described = [_model_sentence(model, between[between["model"] == model]) for model in models_compared]
     return f"Largest effects between root and answer: {'; '.join(described)}."
@@ -188,8 +190,8 @@ def sweep_units(
     "A sweep in units of some programs; cells that are not swept are left out."
 
     def sweep_from(start: int) -> pd.DataFrame:
-        pairs = [case.pair for case in cases[start : start + programs_per_unit]]
-        cells = run_sweep(lm, pairs, [site], positions)
+        unit = cases[start : start + programs_per_unit]
+        cells = run_sweep(lm, unit, SweepOptions(sites=site, positions=positions))
         cells = cells[cells["kl"].notna()]
         head = cells["head"].astype("Int64").astype(object).where(cells["head"].notna(), None)
         return cells.assign(program=cells["program"] + start, head=head)
@@ -237,11 +239,13 @@ def mechanism_claims(
     if not (Path(manifest["folder"]) / "swapped").is_dir():
         return []
     swapped = program_means_table(read_mechanism_table(manifest, "swapped"), "effect")
-    ablated = program_means_table(read_mechanism_table(manifest, "ablated"), "correct", ("where", "name", "kind"))
+    ablated = program_means_table(
+        read_mechanism_table(manifest, "ablated"), "correct", ("where", "position_name", "kind")
+    )
     intact = ablated["correct"][ablated["kind"] == "intact"].item()
     named = ablated[(ablated["where"] == "named") & (ablated["kind"] != "intact")]
-    claims = [_patching_claim(name, rows) for name, rows in swapped.groupby("name", sort=False)]
-    return claims + [_ablation_claim(name, rows, intact) for name, rows in named.groupby("name", sort=False)]
+    claims = [_patching_claim(name, rows) for name, rows in swapped.groupby("position_name", sort=False)]
+    return claims + [_ablation_claim(name, rows, intact) for name, rows in named.groupby("position_name", sort=False)]
 
 # %% ../../nbs/phases/13_mechanism.ipynb #18384107
 MECHANISM = Phase(

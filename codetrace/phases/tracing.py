@@ -49,14 +49,14 @@ from codetrace.patching.cases import (
     exclusion_counts,
     exclusion_reasons,
 )
-from ..patching.controls import run_controls
+from ..patching.controls import ControlOptions, run_controls
 from ..patching.engine import ENGINES
 from ..patching.sites import PATCH_SITES
 from codetrace.patching.sweep import (
-    _parse_position_names,
     average_by_position,
     crossover_layer,
     peak_effects,
+    SweepOptions,
     run_sweep,
     split_halves,
     strongest_heads,
@@ -162,10 +162,15 @@ class TraceOptions:
     shard: int = -1  # Sweep this part only, or -1 for all, collected from the run's shards where there are several
 
     def __post_init__(self):
-        _check_names(self.sites, PATCH_SITES, "site")
         _check_names(self.directions, PATCH_DIRECTIONS, "direction")
-        look_up_name(self.engine, ENGINES, "engine")
-        _parse_position_names(self.positions)
+        for direction in self.directions:
+            self.sweep_options(direction, self.sites)
+
+    def sweep_options(self, direction: str, sites: str | Sequence[str]) -> SweepOptions:
+        "The sweep of some sites in one direction."
+        return SweepOptions(
+            sites=sites, positions=self.positions, direction=direction, engine=self.engine, window=self.window
+        )
 
     def layers_to_control(self, n_layers: int) -> list[int]:
         "Layers at which controls are run in a model of `n_layers`, none in a shard."
@@ -225,11 +230,10 @@ def _sweep_rows(
     members: range,  # Numbers of the cases to sweep
 ) -> list[dict]:
     "The rows of some programs, swept now."
-    pairs = [cases[i].pair for i in members]
-    common = {"sites": [site], "direction": direction, "prefix": [cases[i].prefix for i in members]}
-    cells = run_sweep(lm, pairs, **common, positions=options.positions, engine=options.engine, window=options.window)
+    unit = [cases[i] for i in members]
+    cells = run_sweep(lm, unit, options.sweep_options(direction, site))
     if options.approximate and site in lm.sites:
-        approximate = attribution_patching(lm, pairs, **common)
+        approximate = attribution_patching(lm, unit, [site], direction)
         cells = cells.merge(approximate, on=["program", *CELL_COLUMNS[:-1], "position"])
     cells = cells.assign(direction=direction, head=cells["head"].fillna(-1), program=cells["program"] + members[0])
     return cells.to_dict("records")
@@ -270,7 +274,7 @@ def _sort_cells(table: pd.DataFrame, sites: Sequence[str]) -> pd.DataFrame:
         head=table["head"].astype("Int64").mask(table["head"] < 0), order=table["site"].map(site_order)
     )
     table = table.sort_values(["direction", "order", "program", "layer", "head", "position"]).drop(columns="order")
-    columns = ["direction", "program", *CELL_COLUMNS[:-1], "position", "token", "name", *PATCH_METRICS]
+    columns = ["direction", "program", *CELL_COLUMNS[:-1], "position", "token", "position_name", *PATCH_METRICS]
     return table[columns + [column for column in table if column not in columns]].reset_index(drop=True)
 
 # %% ../../nbs/phases/11_tracing.ipynb #3c20b0e8
@@ -308,12 +312,12 @@ def _run_controls(
     judging = [i for i in range(len(cases)) if i not in choosing] or sorted(choosing)
     tables = []
     for direction, rows in cells.groupby("direction", sort=False):
-        common = {"direction": direction, "seed": options.seed, "progress": run.progress}
-        table = run_controls(lm, cases, vector_sites, layers, only=range(len(cases))[:count], **common)
+        controls = ControlOptions(sites=vector_sites, layers=layers, direction=direction, seed=options.seed)
+        table = run_controls(lm, cases, controls, range(len(cases))[:count], run.progress)
         tables.append(table.assign(direction=direction))
         if head_sites:
-            heads = strongest_heads(rows)
-            table = run_controls(lm, cases, head_sites, only=judging[:count], heads=heads, **common)
+            controls = replace(controls, sites=head_sites, layers=None, heads=strongest_heads(rows))
+            table = run_controls(lm, cases, controls, judging[:count], run.progress)
             tables.append(table.assign(direction=direction))
     filled = [table for table in tables if len(table)]
     return pd.concat(filled or tables[:1], ignore_index=True)
@@ -380,7 +384,7 @@ def _program_entry(trace: Trace, number: int) -> dict:
     tokens = cells.drop_duplicates("position")
     swept = cells[cells["kl"].notna()]
     entry = {"program": number} | _case_record(trace.cases[number])
-    entry |= {key + "s": tokens[key].tolist() for key in ("position", "token", "name")}
+    entry |= {key + "s": tokens[key].tolist() for key in ("position", "token", "position_name")}
     entry |= {"swept": sorted(set(swept["position"].tolist())), "results": {}}
     for (direction, site), rows in swept.groupby(["direction", "site"], sort=False):
         entry["results"][f"{direction}/{site}"] = {metric: _nested_lists(rows, metric) for metric in PATCH_METRICS}
@@ -413,7 +417,7 @@ def tracing_summary_rows(trace: Trace) -> list[dict]:
     rows = []
     for peak in peak_effects(trace.cells, ["direction"]).to_dict("records"):
         row = {key: peak[key] for key in ("direction", "site")}
-        row |= {"position": peak["name"], "layer": int(peak["layer"])}
+        row |= {"position": peak["position_name"], "layer": int(peak["layer"])}
         if not pd.isna(peak["head"]):
             row["head"] = int(peak["head"])
         row["n"] = 0 if pd.isna(peak["n"]) else int(peak["n"])
@@ -438,22 +442,24 @@ def _strongest_phrase(cells: pd.DataFrame, origin: str) -> list[str]:
     has_heads = cells["head"].notna().any()
     peaks = peak_effects(cells)
     peaks = peaks[peaks["effect"].notna()]
-    between = peaks[~peaks["name"].isin(["lhs 1", origin, "final"])]
+    between = peaks[~peaks["position_name"].isin(["lhs 1", origin, "final"])]
     in_between = not has_heads and len(between) > 0
     candidates = between if in_between else peaks
     if candidates.empty:
         return []
-    top = candidates.loc[candidates["chosen_at"].abs().idxmax()]
+    top = candidates.loc[candidates["effect_when_chosen"].abs().idxmax()]
     head = f", head {top['head']}" if has_heads else ""
     effect = format_with_interval(top["effect"], top["low"], top["high"])
     label = "in between" if in_between else "cell"
-    return [f"strongest {label}: {top['name']} at layer {top['layer']}{head}, effect {effect}, n={top['n']:.0f}"]
+    return [
+        f"strongest {label}: {top['position_name']} at layer {top['layer']}{head}, effect {effect}, n={top['n']:.0f}"
+    ]
 
 # %% ../../nbs/phases/11_tracing.ipynb #2bde6814
 def tracing_headline(trace: Trace) -> str:
     "One line for the list of runs."
     cells = trace.select().cells
-    origin = trace.cases[0].origin
+    origin = trace.cases[0].changed_position
     parts = [f"n={cells['program'].nunique()}"]
     if cells["head"].isna().all():
         parts += _crossover_phrase(cells, origin)
@@ -520,7 +526,7 @@ def tracing_claims(
 def _control_effect_row(cells: pd.DataFrame) -> dict:
     "Mean effect with interval, largest mean of a cell, and success rate."
     low, high = bootstrap_interval(cells["effect"], cells["program"])
-    means = cells.groupby(["layer", "head", "name"], dropna=False)["effect"].mean()
+    means = cells.groupby(["layer", "head", "position_name"], dropna=False)["effect"].mean()
     row = {"n": cells["program"].nunique(), "mean effect": cells["effect"].mean(), "low": low, "high": high}
     return row | {"largest cell": means.iloc[means.abs().argmax()], "success rate": cells["success"].mean()}
 

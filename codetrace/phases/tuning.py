@@ -8,7 +8,7 @@ __all__ = ['STEERING_GOALS', 'TUNING', 'candidate_directions', 'evaluate_pushes'
            'tuning_claims', 'tuning_headline']
 
 # %% ../../nbs/phases/26_tuning.ipynb #a18e88cc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from ..core.errors import BadInput, look_up_name
 from ..core.files import write_parquet
 from ..core.metrics import auroc
+from ..core.progress import Progress, no_progress
 from ..models.activations import States
 from ..models.decoding import slots_that_fit
 from ..models.limits import MemoryLimits
@@ -159,11 +160,13 @@ class TuningConfig:
     slots: int = 0  # Answers written at a time; 0: as many as fit
     workers: int | None = None  # Of the sandbox; None: one a core
     seed: int = 0
-    progress: Callable[..., Iterable] = lambda x, **_: x
+    progress: Progress = no_progress
 
     def __post_init__(self):
         if not self.strengths or 0 in self.strengths:
-            raise BadInput(f"strengths {list(self.strengths)}: give at least one, and not 0, which is the baseline itself")
+            raise BadInput(
+                f"strengths {list(self.strengths)}: give at least one, and not 0, which is the baseline itself"
+            )
 
     def for_study(self, study: SteeringStudy) -> "TuningConfig":
         "With prompt style and length of answers of a study, where none are given."

@@ -11,7 +11,6 @@ __all__ = ['STEERING_STUDY_NAME', 'WORD_LENGTH', 'MIN_IMBALANCE', 'PLANTED_CAUSE
 import json
 import string
 import tempfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.progress import Progress, no_progress
 from ..models.activations import read_states
 from ..models.lm import LM
 from ..models.word_tokenizers import pattern_tokenizer
@@ -206,9 +206,7 @@ class SteeringStudy:
     max_new_tokens: int
 
 # %% ../../nbs/planted/steering.ipynb #d403b037
-def _answer_and_label(
-    lm: LM, problems_by_split: dict[str, list[Problem]], progress: Callable[..., Iterable]
-) -> LabelledActivations:
+def _answer_and_label(lm: LM, problems_by_split: dict[str, list[Problem]], progress: Progress) -> LabelledActivations:
     "The model's own answers to all but the validation problems, judged, with their states."
     items = plan_samples([*problems_by_split["sae"], *problems_by_split["hyperparams"]])
     kinds = ("last_prompt", "last_generated")
@@ -232,7 +230,7 @@ def _answer_and_label(
 def make_steering_study(
     n: int = 60,
     seed: int = 0,
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
     min_imbalance: int = MIN_IMBALANCE,  # The weakest imbalance
 ) -> SteeringStudy:
     "The planted study: half the tasks to search, a fifth to choose, the rest to judge."

@@ -14,12 +14,12 @@ from .style import caption_below, figure_style, panel_grid, range_frame
 
 # %% ../../nbs/plots/mechanism.ipynb #c750787a
 def plot_head_sets(
-    table: pd.DataFrame,  # One row a set: `name, kind, n`, the value and its interval
+    table: pd.DataFrame,  # One row a set: `position_name, kind, n`, the value and its interval
     value: str,  # Its column
     intact: float | None = None,  # Drawn in grey
 ) -> Figure:
     "What sets of heads do, a panel a named position."
-    panels = list(table.groupby("name", sort=False))
+    panels = list(table.groupby("position_name", sort=False))
     kinds = list(dict.fromkeys(table["kind"]))
     caption = f"n = {table['n'].max()} programs, 95% intervals." + ("" if intact is None else " Grey: nothing ablated.")
     with panel_grid(len(panels), len(panels), 1.5, 0.22 * len(kinds) + 0.1, caption) as axes:
@@ -55,7 +55,7 @@ def plot_probes(
     columns: int = 4,  # Panels in a row
 ) -> Figure:
     "Probe accuracy and causal effect over layers, by named position."
-    panels = list(table.groupby("name", sort=False))
+    panels = list(table.groupby("position_name", sort=False))
     last = int(table["layer"].max())
     caption = (
         f"Black: accuracy of a linear probe on n = {table['n'].max()} programs, 95% Wilson intervals; dotted: trained on shuffled labels.\n"
@@ -89,7 +89,7 @@ def plot_directions(
     table: pd.DataFrame,  # One row a name, layer, basis (`all`: the whole state) and k: `n, effect, low, high`
 ) -> Figure:
     "Effect over the number of directions, by named position."
-    panels = list(table.groupby(["name", "layer"], sort=False))
+    panels = list(table.groupby(["position_name", "layer"], sort=False))
     ks = sorted(set(table["k"][table["basis"] == "random"]))
     caption = f"n = {table['n'].max()} programs, 95% bootstrap intervals; grey line: the whole state.\n● components of the values' means, ○ of the states, × random directions."
     with panel_grid(len(panels), len(panels), 2.2, 1.8, caption) as axes:
@@ -107,12 +107,12 @@ def plot_peaks_by_model(
     peaks: pd.DataFrame,  # One row a model and name: `layer, n, effect, low, high, accuracy`
 ) -> Figure | None:
     "Accuracy, and the effect and layer of each named position's peak, over models; None where there is no effect."
-    peaks = peaks[peaks["name"].isin(peaks["name"][peaks["effect"].abs() > 0.1])]
+    peaks = peaks[peaks["position_name"].isin(peaks["position_name"][peaks["effect"].abs() > 0.1])]
     if peaks.empty:
         return None
     models = list(dict.fromkeys(peaks["model"]))
     accuracy = peaks.drop_duplicates("model")["accuracy"]
-    panels = list(peaks.groupby("name", sort=False))
+    panels = list(peaks.groupby("position_name", sort=False))
     caption = (
         f"n = {peaks['n'].max():.0f} programs, not those on which the layer was chosen; 95% bootstrap intervals; grey: accuracy.\n"
         "Nothing is drawn where the logit difference of the two programs cannot be told from zero."

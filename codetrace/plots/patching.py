@@ -75,7 +75,7 @@ _VISIBLE_WHITESPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e
 
 # %% ../../nbs/plots/patching.ipynb #daa6c1c1
 def plot_token_grid(
-    cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, name` and the metrics (NaN: not swept)
+    cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, position_name` and the metrics (NaN: not swept)
     metrics: tuple[str, ...] = ("effect",),  # A panel each, and for each site
 ) -> Figure:
     "Layers by tokens, one program."
@@ -95,7 +95,7 @@ def plot_token_grid(
         left = -48 - 4.6 * max(len(text) for _, text in lines)
         for row, text in lines:
             _annotate_row(axes[0], row, text, False, left, family="DejaVu Sans Mono", color="0.45")
-        for row, name in enumerate(tokens["name"]):
+        for row, name in enumerate(tokens["position_name"]):
             _annotate_row(axes[-1], row, name, True, 3)
     return fig
 
@@ -109,12 +109,12 @@ def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
 
 # %% ../../nbs/plots/patching.ipynb #94708980
 def plot_position_grid(
-    summary: pd.DataFrame,  # One row a cell: `site, layer, head, name, n` and the metrics, in the order of the rows
+    summary: pd.DataFrame,  # One row a cell: `site, layer, head, position_name, n` and the metrics, in the order of the rows
     metrics: tuple[str, ...] = ("effect", "success"),  # A panel each, and for each site
 ) -> Figure:
     "Layers by named positions, mean over programs."
     summary = summary[summary["head"].isna()] if "head" in summary else summary
-    names = list(dict.fromkeys(summary["name"]))
+    names = list(dict.fromkeys(summary["position_name"]))
     layers = sorted(summary["layer"].unique())
     with figure_style():
         values = {}
@@ -122,13 +122,13 @@ def plot_position_grid(
             for metric in metrics:
                 title = f"{site}, {'success rate' if metric == 'success' else metric.replace('_', ' ')}"
                 values[title] = (
-                    rows.pivot(index="name", columns="layer", values=metric)
+                    rows.pivot(index="position_name", columns="layer", values=metric)
                     .reindex(index=names, columns=layers)
                     .to_numpy(float)
                 )
         caption = f"Mean over n = {_n_programs(summary)} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
         fig, axes = _plot_matrix_panels(values, caption)
-        counts = summary.groupby("name")["n"].max()
+        counts = summary.groupby("position_name")["n"].max()
         axes[0].set_yticks(
             range(len(names)),
             [name if counts[name] == _n_programs(summary) else f"{name} (n = {counts[name]})" for name in names],
@@ -150,7 +150,7 @@ def _plot_control_marks(ax: Axes, controls, name: str, metric: str):
     "Marks for the control experiments at one named position."
     if controls is None:
         return
-    for control, rows in controls[controls["name"] == name].groupby("control", sort=False):
+    for control, rows in controls[controls["position_name"] == name].groupby("control", sort=False):
         if control != "no-op":
             marker = _CONTROL_MARKERS.get(control, ".")
             ax.plot(rows["layer"], rows[metric], marker, color="k", mfc="w", ms=3.2, mew=0.6, zorder=3)
@@ -178,9 +178,9 @@ def _controls_caption(controls: pd.DataFrame | None) -> str:
 def _plot_metric_panel(ax: Axes, summary: pd.DataFrame, name: str, metric: str):
     "One named position: its line with its band, the other positions in grey."
     low, high = ("low", "high") if metric == "effect" else (f"{metric}_low", f"{metric}_high")
-    for _, rows in summary.groupby("name", sort=False):
+    for _, rows in summary.groupby("position_name", sort=False):
         ax.plot(rows["layer"], rows[metric], color="0.8", lw=0.6, zorder=0)
-    rows = summary[summary["name"] == name]
+    rows = summary[summary["position_name"] == name]
     _plot_line_with_band(ax, rows, metric, low, high)
     n = rows["n"].max()
     ax.set_title(name if n == _n_programs(summary) else f"{name} (n = {n})", pad=3)
@@ -193,13 +193,13 @@ def _plot_metric_panel(ax: Axes, summary: pd.DataFrame, name: str, metric: str):
 
 # %% ../../nbs/plots/patching.ipynb #2f71709b
 def plot_metric_by_layer(
-    summary: pd.DataFrame,  # One row a cell: `layer, name, n`, the metric and its interval
+    summary: pd.DataFrame,  # One row a cell: `layer, position_name, n`, the metric and its interval
     metric: str = "effect",  # Or `success`
     controls: pd.DataFrame | None = None,  # The same for control experiments, with `control`
     columns: int = 4,  # Panels in a row
 ) -> Figure:
     "A metric over layers for each named position, with intervals."
-    names = list(dict.fromkeys(summary["name"]))
+    names = list(dict.fromkeys(summary["position_name"]))
     summary = summary.sort_values("layer")
     with panel_grid(len(names), columns, 1.7, 1.35, _lines_caption(summary, metric, controls)) as axes:
         for ax, name in zip(axes.flat, names):
@@ -218,7 +218,7 @@ def _plot_strongest_heads(ax: Axes, best: pd.DataFrame, controls: pd.DataFrame |
     ax.hlines(y, best["low"], best["high"], color="k", lw=0.8)
     ax.plot(best["effect"], y, "o", color="k", ms=3.5)
     ax.axvline(0, color=GREY, lw=0.6, zorder=0)
-    cells = list(zip(best["layer"], best["head"], best["name"]))
+    cells = list(zip(best["layer"], best["head"], best["position_name"]))
     for row, cell in enumerate(cells):
         for control, value in _controls_at_head(controls, cell):
             ax.plot(value, row, _CONTROL_MARKERS[control], color="0.45", mfc="w", ms=3.5, mew=0.7, zorder=1)
@@ -233,13 +233,13 @@ def _controls_at_head(controls: pd.DataFrame | None, cell: tuple) -> list[tuple[
     "Kind and mean effect of the controls at one head."
     if controls is None or not len(controls):
         return []
-    controls = controls[(controls[["layer", "head", "name"]] == list(cell)).all(axis=1)]
+    controls = controls[(controls[["layer", "head", "position_name"]] == list(cell)).all(axis=1)]
     controls = controls[controls["control"] != "no-op"]
     return list(zip(controls["control"], controls["effect"]))
 
 # %% ../../nbs/plots/patching.ipynb #ef2b80b4
 def plot_head_grid(
-    summary: pd.DataFrame,  # One row a cell: `layer, head, name, n, effect, low, high`
+    summary: pd.DataFrame,  # One row a cell: `layer, head, position_name, n, effect, low, high`
     names: int = 3,  # Grids, for the names with the largest effects
     top: int = 10,  # Heads listed
     ranking: pd.DataFrame | None = None,  # Heads to list, best first (None: chosen from `summary` itself)
@@ -249,14 +249,14 @@ def plot_head_grid(
     import matplotlib.pyplot as plt
 
     cells = summary[summary["head"].notna()].assign(size=lambda t: t["effect"].abs())
-    top_names = list(cells.groupby("name")["size"].max().nlargest(names).index)
+    top_names = list(cells.groupby("position_name")["size"].max().nlargest(names).index)
     best = (cells.sort_values("size", ascending=False) if ranking is None else ranking).head(top)
     with figure_style():
         size = 1.5 * len(top_names) + 3.6, 3.1
         widths = [1] * len(top_names) + [1.5]
         fig, axes = plt.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
         for ax, name in zip(axes, top_names):
-            effects = cells[cells["name"] == name].pivot(index="layer", columns="head", values="effect")
+            effects = cells[cells["position_name"] == name].pivot(index="layer", columns="head", values="effect")
             drawn = _plot_matrix(ax, effects.to_numpy(float), cells["size"].max() or 1)
             ax.invert_yaxis()
             ax.set(title=name, xlabel="head")

@@ -8,7 +8,7 @@ __all__ = ['CorpusDocument', 'is_held_out', 'standard_library_documents', 'compl
 
 # %% ../../nbs/sae/corpus.ipynb #f83d2cb6
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import storage_errors
+from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 
 # %% ../../nbs/sae/corpus.ipynb #2c5be189
@@ -170,7 +171,7 @@ def stream_states(
     layer: int,
     site: str = "resid_post",
     batch_size: int = 16,  # Pieces in one forward pass
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = no_progress,
 ) -> Iterator[
     Float[Tensor, "rows d_model"]
 ]:  # A batch of pieces at a time, in the model's dtype, without what `typical_norm_mask` excludes

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 
 from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
+from ..core.progress import Progress, no_progress
 from ..models.activations import States
 from .loading import layers_with_saes, load_run_sae
 from .sae import SAE
@@ -125,7 +126,7 @@ def search_all_positions(
     keep: Callable[[int], Bool[np.ndarray, "d_sae"] | None] = all_latents,  # Latents that take part
     n_shuffles: int = 1000,
     seed: int = 0,
-    progress: Callable[..., Iterable] = _no_progress,
+    progress: Progress = no_progress,
 ) -> tuple[
     pd.DataFrame, dict[str, LatentSearch]
 ]:  # Scores with `kind` and `family_wise_p_all_positions`, and searches by position

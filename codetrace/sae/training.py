@@ -8,7 +8,7 @@ __all__ = ['SAETrainingConfig', 'SAETrainer', 'SAETrainingOptions', 'train_sae']
 # %% ../../nbs/sae/training.ipynb #0c6e138b
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from ..core.errors import BadInput
 from ..core.files import atomic_write
+from ..core.progress import Progress, no_progress
 from .sae import SAE
 
 # %% ../../nbs/sae/training.ipynb #b8d7a886
@@ -235,7 +236,7 @@ class SAETrainingOptions:
     checkpoint_every: int = 100  # Steps between checkpoints
     matmul_dtype: torch.dtype | None = None  # What matrices are multiplied in (None: that of the states)
     device: torch.device | str | None = None  # Where it is trained (None: where the states are)
-    progress: Callable[[Iterable], Iterable] = iter
+    progress: Progress = no_progress
 
 # %% ../../nbs/sae/training.ipynb #9214d63b
 @dataclass

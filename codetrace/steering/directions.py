@@ -8,7 +8,7 @@ __all__ = ['DIRECTION_KINDS', 'Direction', 'latent_direction', 'linear_probe_dir
            'push_edits']
 
 # %% ../../nbs/steering/directions.ipynb #42a10320
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
+from ..core.progress import Progress, no_progress
 from ..models.decoding import EDIT_PLACES, Request, ResidualEdit
 from ..models.lm import LM
 from ..sae.linear_probes import density_matched_latents, difference_of_means, logistic_probe
@@ -131,7 +132,7 @@ def wrong_layer_control(
 def median_norms(
     lm: LM,
     texts: Sequence[str] | Sequence[Sequence[int]],  # Prompts, say
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
 ) -> Float[np.ndarray, "layer"]:
     "The median length of the residual stream after each layer."
     sites = [("resid_post", layer) for layer in range(lm.n_layers)]

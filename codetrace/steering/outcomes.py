@@ -11,7 +11,7 @@ __all__ = ['COHERENCE_MEASURES', 'pair_with_baseline', 'net_change_interval', 's
 import ast
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.progress import Progress, no_progress
 from ..core.stats import bootstrap_interval, format_with_interval, mcnemar_exact, wilson
 from ..models.lm import LM
 from ..sandbox.pool import VERDICTS
@@ -158,7 +159,7 @@ def mean_answer_logprobs(
     prompts: Sequence[Sequence[int]],  # Tokens
     answers: Sequence[Sequence[int]],  # Tokens
     batch_size: int = 8,
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
 ) -> Float[np.ndarray, "rows"]:  # Mean nats a token (NaN for empty answers)
     "How likely answers are to the model as it is; a prompt is read once for all its answers."
     pairs = [(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers)]

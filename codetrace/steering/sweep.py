@@ -7,7 +7,7 @@ __all__ = ['BASELINE_SETTING', 'SteeringSetting', 'SweepOptions', 'sweep_setting
            'gate_open_at_prompt', 'gated_push_rows', 'combine_setting_shards']
 
 # %% ../../nbs/steering/sweep.ipynb #e5d8663b
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import read_json, write_json
+from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 from .ablation import orthogonalize_weights
 from .directions import Gate, Push, push_edits
@@ -106,7 +107,7 @@ class SweepOptions:
     seed: int = 0
     part: Sequence[int] | None = None  # Numbers of the pairs (task, setting) to do, tasks first (None: all)
     workers: int | None = None  # Of the sandbox
-    progress: Callable[..., Iterable] = lambda x, **_: x
+    progress: Progress = no_progress
 
 # %% ../../nbs/steering/sweep.ipynb #54957c7b
 def _answer_group(
@@ -175,7 +176,7 @@ def measure_answers(
     lm: LM,
     table: pd.DataFrame,  # From `sweep_settings`
     settings: Sequence[SteeringSetting],
-    progress: Callable[..., Iterable] = lambda x, **_: x,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:  # With `parses, repetition, perplexity, gate_open_rate`
     "Measure the text of each answer, and its gate."
     prompts = table["prompt"].unique().tolist()

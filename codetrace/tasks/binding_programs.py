@@ -68,7 +68,7 @@ def _draw_sources(
     read = (weight > (rng.random(n) * total)[:, None]).argmax(1)
     return constant, read
 
-
+# %% ../../nbs/tasks/binding_programs.ipynb #856f819e
 def _draw_assignments(
     n: int,
     lines: int,
@@ -217,7 +217,7 @@ def _query_text(variable: str, _) -> str:
 def _answer_text(_, digit: str) -> str:
     return digit
 
-
+# %% ../../nbs/tasks/binding_programs.ipynb #f2488ac1
 class BindingTokenTable:
     "The tokens of every line and query that can occur, for one tokenizer."
 

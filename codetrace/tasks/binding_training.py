@@ -75,7 +75,7 @@ def _program_tokens(table: BindingTokenTable, bindings: BindingPrograms) -> list
         rows.append(ids)
     return rows
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #0d0eba13
 def pack_programs(table: BindingTokenTable, bindings: BindingPrograms, device="cpu") -> PackedPrograms:
     "Programs and their queries as tokens."
     programs = _program_tokens(table, bindings)
@@ -495,7 +495,7 @@ class BindingTrainingOptions:
     checkpoint_every: int = 10  # Steps
     stretches: Int[Tensor, "stretch pos"] | None = None  # Text to rehearse
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #3649eabf
 @dataclass(frozen=True)
 class _Trainer:
     "A model, its optimizer and what they are trained on."
@@ -583,7 +583,7 @@ def train_binding_model(
     folder: Path,  # Checkpoint, losses and weights go here
     options: BindingTrainingOptions = BindingTrainingOptions(),
     progress: Callable[..., Iterable] = _without_progress,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # Losses by step; accuracies by step, length and depth
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # Losses by step, and accuracies by step, length and depth
     "Train to the end of the plan, from wherever an earlier run stopped."
     parameters = _trainable_parameters(lm).values()
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))

@@ -56,9 +56,6 @@ def count_code_lines(
     return analyze(code).sloc
 
 # %% ../../nbs/tasks/difficulty.ipynb #ea42e0e4
-DIFFICULTY_MEASURES = ("cyclomatic_complexity", "lines", "nesting", "asserts", "tokens")
-
-
 def load_tokenizer(
     name: str,  # `smollm2`, a hub name or a folder
 ):
@@ -72,23 +69,25 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise BadInput(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from None
 
+# %% ../../nbs/tasks/difficulty.ipynb #77ad5157
+DIFFICULTY_MEASURES = ("cyclomatic_complexity", "lines", "nesting", "asserts", "tokens")
+
 
 def measure_difficulty(
     problems: Sequence[Problem],
-    tokenizer=None,  # For `tokens`; None: SmolLM2's
+    tokenizer=None,  # For `tokens` (None: SmolLM2's)
 ) -> pd.DataFrame:  # One row a problem: `task_id` and the `DIFFICULTY_MEASURES`
     "All measures of all problems."
     tokenizer = tokenizer or load_tokenizer("smollm2")
-    ids = tokenizer([p.reference for p in problems], add_special_tokens=False)["input_ids"]
-    rows = [
-        [
-            p.task_id,
-            cyclomatic_complexity(p.reference),
-            count_code_lines(p.reference),
-            nesting_depth(p.reference),
-            len(p.tests),
-            len(tokens),
-        ]
-        for p, tokens in zip(problems, ids)
-    ]
-    return pd.DataFrame(rows, columns=["task_id", *DIFFICULTY_MEASURES])
+    references = [problem.reference for problem in problems]
+    token_ids = tokenizer(references, add_special_tokens=False)["input_ids"]
+    return pd.DataFrame(
+        {
+            "task_id": [problem.task_id for problem in problems],
+            "cyclomatic_complexity": list(map(cyclomatic_complexity, references)),
+            "lines": list(map(count_code_lines, references)),
+            "nesting": list(map(nesting_depth, references)),
+            "asserts": [len(problem.tests) for problem in problems],
+            "tokens": list(map(len, token_ids)),
+        }
+    )

@@ -38,7 +38,7 @@ def _code_blocks(text: str, fences: list[re.Match]) -> list[tuple[str, bool]]:
         blocks.append((textwrap.dedent(block) if indented else block, end < len(text)))
     return blocks
 
-
+# %% ../../nbs/tasks/extraction.ipynb #970b9c87
 def _select_code_block(
     text: str,  # An answer
     entry_point: str,

@@ -9,7 +9,7 @@ __all__ = ['find_near_duplicates', 'near_duplicate_groups']
 import ast
 import re
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from .problems import Problem, parse_python
 # %% ../../nbs/tasks/near_duplicates.ipynb #67d948e4
 def _word_pairs(
     text: str,
-) -> frozenset[str]:  # Neighbouring words, lower case; the word itself where there is only one
+) -> frozenset[str]:  # Neighbouring words in lower case, or the word itself where there is only one
     words = re.findall(r"\w+", text.lower())
     return frozenset(" ".join(words[i : i + 2]) for i in range(max(1, len(words) - 1)))
 
@@ -34,7 +34,8 @@ def _normalised_ast(
 ) -> str:  # The same for the same program with other function names and comments
     "A program without the names of its functions."
     tree = parse_python(code)
-    names = {n.name: f"f{i}" for i, n in enumerate(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    names = {function.name: f"f{index}" for index, function in enumerate(functions)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             node.name = names[node.name]
@@ -45,54 +46,59 @@ def _normalised_ast(
     return ast.dump(tree)
 
 # %% ../../nbs/tasks/near_duplicates.ipynb #a2c35105
+_MAX_NAME_SHARERS = 10  # A name that more problems share than this, such as `solve`, is not counted
+
+
 def _minhash_candidates(
-    texts: Sequence[frozenset[str]],  # Word pairs of each description
+    word_pairs: Sequence[frozenset[str]],  # Of each description
     similarity: float,
 ) -> set[tuple[int, int]]:  # Pairs of positions that may be that similar
     "Pairs worth comparing, by MinHash."
     from datasketch import MinHash, MinHashLSH
 
-    index, found = MinHashLSH(threshold=max(0.1, 0.7 * similarity), num_perm=128), set()
-    sketches = MinHash.bulk([[pair.encode() for pair in sorted(text)] for text in texts], num_perm=128, seed=1)
-    for i, sketch in enumerate(sketches):
-        found |= {(j, i) for j in index.query(sketch)}
-        index.insert(i, sketch)
-    return found
+    index = MinHashLSH(threshold=max(0.1, 0.7 * similarity), num_perm=128)
+    encoded = [sorted(pair.encode() for pair in pairs) for pairs in word_pairs]
+    candidates: set[tuple[int, int]] = set()
+    for position, sketch in enumerate(MinHash.bulk(encoded, num_perm=128, seed=1)):
+        candidates |= {(earlier, position) for earlier in index.query(sketch)}
+        index.insert(position, sketch)
+    return candidates
+
+
+def _positions_by_key(keys: Sequence[str]) -> list[list[int]]:
+    "The positions that hold the same key, key by key."
+    return pd.Series(range(len(keys))).groupby(list(keys)).apply(list).tolist()
 
 
 def _equal_key_pairs(keys: Sequence[str]) -> set[tuple[int, int]]:
     "Pairs of neighbours among the positions that hold the same key."
-    places = pd.Series(range(len(keys))).groupby(list(keys)).apply(list)
-    return {(a, b) for places_of in places for a, b in pairwise(places_of)}
+    return set(chain.from_iterable(pairwise(positions) for positions in _positions_by_key(keys)))
+
+
+def _same_name_pairs(names: Sequence[str]) -> set[tuple[int, int]]:
+    "All pairs of positions with the same name, where few share it."
+    shared = [positions for positions in _positions_by_key(names) if len(positions) <= _MAX_NAME_SHARERS]
+    return set(chain.from_iterable(combinations(positions, 2) for positions in shared))
 
 # %% ../../nbs/tasks/near_duplicates.ipynb #8c24b55d
-_MAX_NAME_SHARERS = 10  # A name that more problems share than this, such as `solve`, says nothing
-
-
 def find_near_duplicates(
     problems: Sequence[Problem],
     similarity: float = 0.75,  # Least overlap of descriptions
 ) -> pd.DataFrame:  # One row a pair: `first, second` (positions), `overlap, why`
     "Pairs of problems that are nearly the same."
-    texts, same = (
-        [_word_pairs(p.text) for p in problems],
-        _equal_key_pairs([_normalised_ast(p.reference) for p in problems]),
-    )
-    by_name = pd.Series(range(len(problems))).groupby([p.entry_point for p in problems]).apply(list)
-    named = {pair for places in by_name if len(places) <= _MAX_NAME_SHARERS for pair in combinations(places, 2)}
+    word_pairs = [_word_pairs(p.text) for p in problems]
+    same_reference = _equal_key_pairs([_normalised_ast(p.reference) for p in problems])
+    same_name = _same_name_pairs([p.entry_point for p in problems])
     rows = []
-    for a, b in sorted(same | named | _minhash_candidates(texts, similarity)):
-        overlap = _jaccard_overlap(texts[a], texts[b])
-        near = overlap >= similarity or ((a, b) in named and overlap >= similarity / 2)
-        if (a, b) in same or near:
-            why = (
-                "same reference"
-                if (a, b) in same
-                else "description"
-                if overlap >= similarity
-                else "name and description"
-            )
-            rows.append([a, b, overlap, why])
+    for pair in sorted(same_reference | same_name | _minhash_candidates(word_pairs, similarity)):
+        first, second = pair
+        overlap = _jaccard_overlap(word_pairs[first], word_pairs[second])
+        if pair in same_reference:
+            rows.append([first, second, overlap, "same reference"])
+        elif overlap >= similarity:
+            rows.append([first, second, overlap, "description"])
+        elif pair in same_name and overlap >= similarity / 2:
+            rows.append([first, second, overlap, "name and description"])
     return pd.DataFrame(rows, columns=["first", "second", "overlap", "why"])
 
 # %% ../../nbs/tasks/near_duplicates.ipynb #965b23ce

