@@ -15,7 +15,7 @@ from codetrace.core.files import file_sha256, read_json
 from codetrace.core.stats import wilson
 from codetrace.models.loading import _adapters_by_step
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
-from codetrace.patching.sweep import SweepOptions, average_by_position, run_sweep
+from codetrace.patching.sweep import PatchSweepOptions, average_by_position, run_sweep
 from codetrace.phases.binding import binding_trace_reference_runs
 from codetrace.runs.manifest import reference_runs
 from codetrace.tasks import binding_training
@@ -292,7 +292,7 @@ def test_it_is_traced_to_the_sites_of_the_reference_record(change):
         lm, 6, ProgramShapes((8,), (2,), query_style="hash"), CaseOptions(num_shots=0, seed=5, change=change)
     )
     assert len(cases) == 6
-    now = average_by_position(run_sweep(lm, cases, SweepOptions(positions=record["parameters"]["positions"])))
+    now = average_by_position(run_sweep(lm, cases, PatchSweepOptions(positions=record["parameters"]["positions"])))
     top = [
         table.loc[table.groupby("layer")["effect"].idxmax()].set_index("layer")["position_name"]
         for table in (then, now)

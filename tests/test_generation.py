@@ -497,13 +497,19 @@ def test_damaged_states_are_written_again_and_only_they(judge, tiny, items, whol
     assert victim.name in caplog.text and begun[0] in (5 + 50, 5 + 15)
 
 
+def end_after_length(i: int) -> dict:
+    "An end of the i-th answer that depends on i; every seventh has none."
+    if i % 7 == 6:
+        return {}
+    return {"over": lambda text: len(text) > 10 * (1 + i % 7), "marks": "aeiou .,"}
+
+
 def test_what_is_left_is_written_as_in_the_whole(tiny):
     "Answers of many lengths: whoever is last, alone in the end, has the bits of the answer among others."
     for arch in ("llama", "gpt2"):
         lm = tiny(arch)
         ids = lm.ids([f"x = {i}\n" * (1 + i % 5) for i in range(21)])
-        ends = lambda i: {"over": lambda text: len(text) > 10 * (1 + i % 7), "marks": "aeiou .,"} if i % 7 < 6 else {}
-        asked = [Request(row, key=i, temperature=0.9, **ends(i)) for i, row in enumerate(ids)]
+        asked = [Request(row, key=i, temperature=0.9, **end_after_length(i)) for i, row in enumerate(ids)]
         whole = decoded(lm, asked, 40, slots=16, layers=None)
         for some in (asked[:1], asked[3:5], asked[6:13], asked[13:]):
             for key, c in decoded(lm, some, 40, slots=16, layers=None).items():

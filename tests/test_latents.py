@@ -42,7 +42,9 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
     for kind in ("last_prompt", "last_generated"):
         states = {
             f"resid_post.{layer}": torch.from_numpy(
-                study.states_by_layer[layer][own] if kind == "last_generated" else rng.permutation(study.states_by_layer[layer][own])
+                study.states_by_layer[layer][own]
+                if kind == "last_generated"
+                else rng.permutation(study.states_by_layer[layer][own])
             )
             for layer in range(3)
         }

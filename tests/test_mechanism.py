@@ -36,7 +36,7 @@ from codetrace.patching.probes import (
     states_by_position,
 )
 from codetrace.patching.subspaces import choose_subspace_cells, directions_needed, patch_subspace, subspace_bases
-from codetrace.patching.sweep import SweepOptions, run_sweep
+from codetrace.patching.sweep import PatchSweepOptions, run_sweep
 from codetrace.phases.mechanism import (
     load_model_or_planted,
     pool_effects,
@@ -93,7 +93,7 @@ def test_too_few_different_programs_are_an_error(lm):
 
 
 def test_exactly_the_planted_heads_are_chosen(lm, cases):
-    cells = run_sweep(lm, cases, SweepOptions(sites=["head_out"], positions=HEAD_SWEEP_POSITIONS))
+    cells = run_sweep(lm, cases, PatchSweepOptions(sites=["head_out"], positions=HEAD_SWEEP_POSITIONS))
     chosen = choose_heads(cells)
     assert set(heads_from_table(chosen)) == circuit_value_heads(2)
     assert (chosen["low"] > 0.9).all() and (chosen["n"] == 4).all()
@@ -127,7 +127,7 @@ def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
     for name in ("planted", "tiny:llama", "tiny:gpt_neox"):
         lm = load_model_or_planted(name)
         pairs = cases[:3] if name == "planted" else draw_unfiltered_cases(lm, 3, ProgramShapes((5,), (2,), "hash"))
-        cells = run_sweep(lm, pairs, SweepOptions(sites=["head_out"], positions="rhs 2, query"))
+        cells = run_sweep(lm, pairs, PatchSweepOptions(sites=["head_out"], positions="rhs 2, query"))
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
             rows = patch_heads(lm, pairs, [head], draws=0)
             got = rows[(rows["kind"] == "chosen") & (rows["position_name"] == head[2])].sort_values("program")["effect"]
@@ -224,7 +224,7 @@ def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, refer
 
 
 def test_read_is_not_used(lm, cases, reference, fresh):
-    resid = run_sweep(lm, cases, SweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
+    resid = run_sweep(lm, cases, PatchSweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
     found = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
     both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["position_name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
@@ -268,7 +268,7 @@ def test_directions_from_programs_approach_the_planted(lm, cases, reference):
 
 
 def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
-    cells = run_sweep(lm, cases[:2], SweepOptions(sites=["resid_pre"], positions="query"))
+    cells = run_sweep(lm, cases[:2], PatchSweepOptions(sites=["resid_pre"], positions="query"))
     parts = patch_subspace(lm, cases[:2], 3, "query", {})
     same = cells[(cells["layer"] == 3) & (cells["position_name"] == "query")].sort_values("program")["effect"]
     assert np.allclose(parts["effect"], same, atol=1e-3)
@@ -338,7 +338,7 @@ def test_work_that_is_done_is_not_done_again(tmp_path):
 def test_a_sweep_in_pieces_is_the_sweep(lm, cases, tmp_path):
     units = sweep_units(lm, cases[:3], "head_out", "rhs 2, final", programs_per_unit=2)
     got = compute_missing_units(tmp_path / "h", units)
-    whole = run_sweep(lm, cases[:3], SweepOptions(sites=["head_out"], positions="rhs 2, final"))
+    whole = run_sweep(lm, cases[:3], PatchSweepOptions(sites=["head_out"], positions="rhs 2, final"))
     whole = whole[whole["kl"].notna()]
     key = ["program", "layer", "head", "position_name"]
     both = whole.merge(got.astype({"head": "Int64"}), on=key, suffixes=("", "_got"))
@@ -357,5 +357,5 @@ def test_programs_of_several_tokens_an_answer_are_refused():
 
 
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
-    resid = run_sweep(lm, cases, SweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
+    resid = run_sweep(lm, cases, PatchSweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
     assert choose_subspace_cells(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]

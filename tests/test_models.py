@@ -142,7 +142,10 @@ def test_texts_come_back_in_their_order(lm):
 
 def test_positions_in_every_form(llama):
     every = llama.capture(TEXTS, [("mlp_out", 1)])["mlp_out", 1]
-    take = lambda positions: llama.capture(TEXTS, [("mlp_out", 1)], positions)["mlp_out", 1]
+
+    def take(positions):
+        return llama.capture(TEXTS, [("mlp_out", 1)], positions)["mlp_out", 1]
+
     n = llama.tokenize(TEXTS).lengths
     rows = torch.arange(len(TEXTS))
     assert torch.equal(take(2)[:, 0], every[:, 2])
@@ -159,8 +162,9 @@ def test_positions_in_every_form(llama):
 
 def test_a_patch_with_its_own_value_is_no_patch(lm):
     batch = lm.tokenize(TEXTS)
-    base, own = lm.logits(batch), lm.capture(batch, every_site(lm))
-    for (site, layer), value in own.items():
+    base = lm.logits(batch)
+    states = lm.capture(batch, every_site(lm))
+    for (site, layer), value in states.items():
         with lm.intervene(Intervention(site, layer, value)):
             assert torch.equal(lm.logits(batch), base), (site, layer)
         with lm.intervene(Intervention(site, layer, lambda x: x, positions=[0, -1])):
@@ -276,7 +280,10 @@ def test_generates_as_hugging_face_does_one_by_one(lm):
     assert lm.generate(TEXTS, 12) == want  # longer than the sliding window
     assert lm.generate(TEXTS, 12, batch_size=3) == want
     stop = [want[0][5:8], want[2][3:5]]
-    cut = lambda text: text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+
+    def cut(text):
+        return text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+
     assert lm.generate(TEXTS, 12, stop=stop) == [cut(text) for text in want]
 
 
@@ -363,7 +370,9 @@ def test_nnsight_sees_the_same(lm):
 
 
 def test_smollm2_splits_digits_and_adds_no_bos(llama):
-    pieces = lambda text: [text[s:e] for s, e in llama.offsets(text)]
+    def pieces(text):
+        return [text[start:end] for start, end in llama.offsets(text)]
+
     assert pieces("x = 123") == ["x", " =", " ", "1", "2", "3"]
     assert pieces("  x\n   12") == [" ", " x", "\n   ", "1", "2"]  # digits are cut out before spaces are
     assert llama.tokenizer.bos_token_id not in llama.ids("a")[0]

@@ -10,7 +10,7 @@ from codetrace.patching.engine import PatchOptions, patch_all
 from codetrace.patching.head_ablation import ablate_each_head, head_means
 from codetrace.patching.heads import patch_heads
 from codetrace.patching.sites import PatchPair
-from codetrace.patching.sweep import SweepOptions, run_sweep
+from codetrace.patching.sweep import PatchSweepOptions, run_sweep
 from codetrace.planted.binding import VOCABULARY, circuit_necessary_heads, circuit_value_heads, load_binding_model
 from codetrace.tasks.counterfactuals import make_counterfactual_pair
 from codetrace.tasks.generators import make_variable_binding_program
@@ -68,7 +68,7 @@ STAY = {  # where the value is before each layer, in a program of depth 2
 
 
 def test_the_sweep_finds_the_way_of_the_value(lm):
-    cells = run_sweep(lm, cases_of(lm, 2), SweepOptions(sites=["resid_pre"], positions="all"))
+    cells = run_sweep(lm, cases_of(lm, 2), PatchSweepOptions(sites=["resid_pre"], positions="all"))
     means = cells.groupby(["layer", "position_name"])["effect"].mean()
     for (layer, name), effect in means.items():
         assert effect == pytest.approx(float(STAY[layer] == name), abs=0.05), (layer, name)
@@ -79,7 +79,7 @@ def test_the_sweep_finds_the_way_of_the_value(lm):
 @pytest.mark.parametrize("seed", [0, 4])
 def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
     lm = load_binding_model(seed=seed)
-    cells = run_sweep(lm, cases_of(lm, depth), SweepOptions(sites=["head_out"], positions="all"))
+    cells = run_sweep(lm, cases_of(lm, depth), PatchSweepOptions(sites=["head_out"], positions="all"))
     means = cells.groupby(["layer", "head", "position_name"])["effect"].mean()
     found = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
     assert found == circuit_value_heads(depth)

@@ -49,7 +49,7 @@ from codetrace.steering.outcomes import pair_with_baseline, steering_sentence
 from codetrace.steering.sweep import (
     BASELINE_SETTING,
     SteeringSetting,
-    SweepOptions,
+    SteeringSweepOptions,
     combine_setting_shards,
     gate_open_at_prompt,
     gated_push_rows,
@@ -60,7 +60,7 @@ from codetrace.tasks.solving import SamplingOptions, finish_samples, generate_sa
 
 HOME = Path(__file__).resolve().parents[1]
 MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"
-OPTIONS = SweepOptions(max_new_tokens=8, slots=16, workers=1)
+OPTIONS = SteeringSweepOptions(max_new_tokens=8, slots=16, workers=1)
 CUTS = {"sae": slice(0, 30), "hyperparams": slice(30, 42), "validation": slice(42, 60)}
 
 

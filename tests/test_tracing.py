@@ -15,7 +15,7 @@ from codetrace.models.lm import LM
 from codetrace.models.smollm2 import smollm2_folder
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.patching import cases as patching_cases
-from codetrace.patching import controls, knockout
+from codetrace.patching import controls, knockout, traces
 from codetrace.patching.alignment import (
     PATCH_DIRECTIONS,
     PATCH_METRICS,
@@ -38,18 +38,16 @@ from codetrace.patching.cases import (
 )
 from codetrace.patching.controls import ControlOptions, patch_states, run_controls
 from codetrace.patching.sites import _site_states, patch_sites
-from codetrace.patching.sweep import SweepOptions, average_by_position, peak_effects, run_sweep, strongest_heads
+from codetrace.patching.sweep import PatchSweepOptions, average_by_position, peak_effects, run_sweep, strongest_heads
+from codetrace.patching.traces import PROGRAMS_PER_SWEEP, TraceOptions, trace_cases
 from codetrace.phases import tracing
 from codetrace.phases.tracing import (
-    PROGRAMS_PER_SWEEP,
     CausalExperimentRunner,
     ProgramSelection,
-    TraceOptions,
     cases_from_run,
     control_effects_table,
     head_grid_figure,
     token_grid_figure,
-    trace_cases,
 )
 from codetrace.runs.manifest import newest_run
 from codetrace.runs.run import Run
@@ -176,7 +174,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
         (long, CannotTrace, "is 2 tokens"),
     ]:
         with pytest.raises(error, match=says):
-            run_sweep(llama, as_cases([tuple(bad)]), SweepOptions(positions="final"))
+            run_sweep(llama, as_cases([tuple(bad)]), PatchSweepOptions(positions="final"))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +188,7 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
 )
 def test_unknown_names_are_named(llama, pairs, options, says):
     with pytest.raises(UnknownName, match=says):
-        run_sweep(llama, as_cases(pairs[:1]), SweepOptions(**options))
+        run_sweep(llama, as_cases(pairs[:1]), PatchSweepOptions(**options))
 
 
 # --- the sweep
@@ -215,7 +213,7 @@ def test_a_sweep_is_the_experiment_done_by_hand(arch):
     lm = models.load(f"tiny:{arch}", attn="eager")
     pair = pair_of(lm)
     for site in ("resid_pre", "mlp_out", "head_out"):
-        cells = run_sweep(lm, as_cases([pair], PREFIX), SweepOptions(sites=[site], positions="named"))
+        cells = run_sweep(lm, as_cases([pair], PREFIX), PatchSweepOptions(sites=[site], positions="named"))
         live = cells[cells["position_name"].isin(["rhs 1", "rhs 2", "query"])].sample(4, random_state=0)
         for cell in live.itertuples():
             head = None if pd.isna(cell.head) else int(cell.head)
@@ -224,7 +222,9 @@ def test_a_sweep_is_the_experiment_done_by_hand(arch):
 
 
 def test_planted_truths(llama, pairs):
-    cells = run_sweep(llama, as_cases(pairs, PREFIX), SweepOptions(sites=["resid_pre", "resid_post"], positions="all"))
+    cells = run_sweep(
+        llama, as_cases(pairs, PREFIX), PatchSweepOptions(sites=["resid_pre", "resid_post"], positions="all")
+    )
     pre, post = (cells[cells["site"] == site] for site in ("resid_pre", "resid_post"))
     last = llama.n_layers - 1
     # the embedding of the changed token is the whole difference, the last state of the last token is the whole answer
@@ -254,15 +254,15 @@ def test_planted_truths(llama, pairs):
 
 
 def test_directions_are_each_others_mirror(llama, pairs):
-    there = run_sweep(llama, as_cases(pairs), SweepOptions(positions="named", direction="noise"))
+    there = run_sweep(llama, as_cases(pairs), PatchSweepOptions(positions="named", direction="noise"))
     back = run_sweep(
-        llama, as_cases([pair[::-1] for pair in pairs]), SweepOptions(positions="named", direction="denoise")
+        llama, as_cases([pair[::-1] for pair in pairs]), PatchSweepOptions(positions="named", direction="denoise")
     )
     pd.testing.assert_frame_equal(there, back)
 
 
 def test_unswept_is_nan_never_zero(llama, pairs):
-    cells = run_sweep(llama, as_cases(pairs), SweepOptions(positions=["query", "final"]))
+    cells = run_sweep(llama, as_cases(pairs), PatchSweepOptions(positions=["query", "final"]))
     asked = cells["position_name"].isin(["query", "final"])
     assert cells[~asked][list(PATCH_METRICS)].isna().all(axis=None) and cells[asked][list(PATCH_METRICS)].notna().all(
         axis=None
@@ -281,7 +281,7 @@ def test_unswept_is_nan_never_zero(llama, pairs):
 
 def test_engines_agree(llama, pairs):
     fast, slow = (
-        run_sweep(llama, as_cases(pairs, PREFIX), SweepOptions(positions="named", engine=e))
+        run_sweep(llama, as_cases(pairs, PREFIX), PatchSweepOptions(positions="named", engine=e))
         for e in ("staircase", "naive")
     )
     assert np.nanmax((fast["logit_diff"] - slow["logit_diff"]).abs()) < 1e-4
@@ -329,7 +329,7 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
 def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pairs):
     "A source's own states, put in as a control would put them, have the sweep's effects: at keys and values, too."
     cells = run_sweep(
-        llama, as_cases(pairs[1:2]), SweepOptions(sites=["head_out", "key", "value"], positions=["rhs 1", "query"])
+        llama, as_cases(pairs[1:2]), PatchSweepOptions(sites=["head_out", "key", "value"], positions=["rhs 1", "query"])
     )
     aligned = align_pair(llama, pairs[1])
     own, wanted = aligned.answer_ids
@@ -596,7 +596,7 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert cases == [] and why == ["wrong on the program"] * 4
     rows = [dict(row, correct=True) for row in samples.to_dict("records")]
-    monkeypatch.setattr(tracing, "read_records", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(traces, "read_records", lambda *args, **kwargs: rows)
     cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert [case.program.code for case in cases] == list(samples["code"][:3]) and why == [""] * 3
     assert all(row["prompt"] == case.prefix + case.program.code for row, case in zip(rows, cases))
@@ -662,7 +662,7 @@ def test_smollm2_engines_decide_alike(direction):
         return run_sweep(
             lm,
             as_cases([pair]),
-            SweepOptions(sites=site, positions=["rhs 2", "final"], direction=direction, engine=engine),
+            PatchSweepOptions(sites=site, positions=["rhs 2", "final"], direction=direction, engine=engine),
         )
 
     for site in ("resid_pre", "attn_out"):
@@ -681,9 +681,9 @@ def test_a_reference_can_be_what_is_patched(direction):
     pair = make_redirected_pair(program, np.random.default_rng(0), lm.tokenizer)
     case = TraceCase(*pair)
     assert case.changed_position == "rhs 2"
-    cells = run_sweep(lm, as_cases([pair]), SweepOptions(direction=direction)).set_index(["position_name", "layer"])[
-        "effect"
-    ]
+    cells = run_sweep(lm, as_cases([pair]), PatchSweepOptions(direction=direction)).set_index(
+        ["position_name", "layer"]
+    )["effect"]
     assert cells["rhs 2", 0] == pytest.approx(1, abs=1e-4)
     assert cells["rhs 1", 0] == 0 and cells["rhs 1b", 0] == 0
     assert {"lhs 1b", "end 1b", "rhs 3"} <= set(cells.index.get_level_values("position_name"))

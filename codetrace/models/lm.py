@@ -23,7 +23,7 @@ from ..core.files import file_sha256
 from ..core.progress import Progress, progress_bar
 from .architectures import ARCHITECTURES, SITES, model_family
 from .interventions import ForwardPass, Intervention, apply_intervention, register_hook
-from .limits import MemoryLimits
+from .limits import USUAL_LIMITS, MemoryLimits
 from .positions import Batch, Positions, Texts, pad_batch, resolve_positions, take_positions
 
 # %% ../../nbs/models/lm.ipynb #72c756f1
@@ -37,7 +37,7 @@ class LM:
         tokenizer,  # Its tokenizer
         revision: str | None = None,  # Which weights exactly. None: their hash, taken from `folder` when asked for
         folder: Path | None = None,  # Where the weights were read from
-        limits: MemoryLimits = MemoryLimits(),  # What a pass through it may take
+        limits: MemoryLimits = USUAL_LIMITS,  # What a pass through it may take
     ):
         self.name = name
         self.hf = hf

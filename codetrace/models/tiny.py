@@ -12,9 +12,9 @@ import torch
 
 from ..core.errors import look_up_name
 from .architectures import choose_attention
-from .limits import MemoryLimits
+from .limits import USUAL_LIMITS, MemoryLimits
 from .lm import LM
-from .smollm2 import load_tokenizer, smollm2_folder
+from .smollm2 import load_smollm2_tokenizer, smollm2_folder
 
 # %% ../../nbs/models/tiny.ipynb #415fa4dc
 TINY_LAYERS = 3
@@ -76,10 +76,10 @@ def tiny_lm(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attn: str = "auto",  # `sdpa`, `eager` or `auto`
-    limits: MemoryLimits = MemoryLimits(),
+    limits: MemoryLimits = USUAL_LIMITS,
 ) -> LM:
     "A tiny model with SmolLM2's tokenizer."
     arch = look_up_name(name, {f"tiny:{arch}": arch for arch in TINY_CONFIGS}, "model")
     attention = choose_attention(attn, name, TINY_CONFIGS[arch].get("attn_logit_softcapping"))
     hf = freeze_weights(_build_tiny(arch, seed=0, attention=attention).to(device, dtype))
-    return LM(name, hf, load_tokenizer(smollm2_folder("tokenizer")), revision="seed=0", limits=limits)
+    return LM(name, hf, load_smollm2_tokenizer(smollm2_folder("tokenizer")), revision="seed=0", limits=limits)

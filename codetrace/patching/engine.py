@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from .blocks import _staircase_refusal
+from .layer_stack import _staircase_logits
 from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from codetrace.patching.sites import (
     PATCH_SITES,
@@ -27,7 +28,7 @@ from codetrace.patching.sites import (
     n_site_heads,
     patch_sites,
 )
-from .staircase import _staircase_engine, _staircase_logits
+from .staircase import _staircase_engine
 
 # %% ../../nbs/patching/engine.ipynb #386b1bbf
 ENGINES: dict[str, Callable] = {

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from codetrace.patching.layer_stack import (
+    SiteCallback,
+    _finish_layer,
+    _LayerStack,
+    _token_grid,
+    _TokenGrid,
+    _unembed_final,
+)
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..models.lm import LM
-from .blocks import _BLOCK_BUILDERS, NoFastPath, _LayerParts, _staircase_refusal
-from .sites import EngineWork, GridCell, _cells_to_compute, _SweepRequest, n_site_heads
+from .sites import GridCell, _cells_to_compute, _SweepRequest, n_site_heads
 
 # %% ../../nbs/patching/staircase.ipynb #57dc6144
 def sweep_layer_tokens(
@@ -34,259 +41,6 @@ def sweep_layer_tokens(
         for layer in range(int(position > first), n_layers):
             total += (n_layers - 1 - layer) * (n_tokens - position) + 1
     return total
-
-# %% ../../nbs/patching/staircase.ipynb #5cc9d741
-SiteCallback = Callable[[str, Tensor], None]  # a site's name and its tensor, which may be written into
-
-
-def _finish_layer(
-    block: _LayerParts,
-    x: Float[Tensor, "rows d_model"],
-    z: Tensor | None,
-    callback: SiteCallback,
-    known: dict[str, Tensor] | None = None,
-) -> Float[Tensor, "rows d_model"]:
-    "The stream after a layer, from the stream before it and the heads' outputs."
-    known = known or {}
-    attn_out = known.get("attn_out")
-    mid = known.get("resid_mid")
-    mlp_out = known.get("mlp_out")
-    if attn_out is None and mid is None:
-        callback("head_out", z)
-        attn_out = block.out(z)
-        callback("attn_out", attn_out)
-    if mid is None:
-        mid = x if block.parallel else x + attn_out
-        callback("resid_mid", mid)
-    if mlp_out is None:
-        mlp_out = block.mlp(mid)
-        callback("mlp_out", mlp_out)
-    return mlp_out + attn_out + x if block.parallel else mlp_out.add_(mid)
-
-# %% ../../nbs/patching/staircase.ipynb #6c535ae5
-@dataclass(frozen=True, eq=False)
-class _TokenGrid:
-    "Where the packed tokens of some rows stand."
-
-    start: Int[Tensor, "rows"]  # Position each row starts at
-    row: Int[Tensor, "tokens"]  # Row of each token
-    pos: Int[Tensor, "tokens"]  # Position of each token
-    slot: Int[Tensor, "tokens"] | None  # Place in the flattened grid. None: the grid is full
-    width: int  # Positions of the grid
-    first: Int[Tensor, "rows"]  # Where each row's first token is packed
-    last: Int[Tensor, "rows"]  # Where each row's last token is packed
-
-    def spread(self, x: Float[Tensor, "tokens head d_head"]) -> Float[Tensor, "rows pos head d_head"]:
-        "Packed tokens to the grid."
-        if self.slot is not None:
-            x = x.new_zeros(len(self.start) * self.width, *x.shape[1:]).index_copy_(0, self.slot, x)
-        return x.unflatten(0, (len(self.start), self.width))
-
-    def pack(self, x: Float[Tensor, "rows pos width"]) -> Float[Tensor, "tokens width"]:
-        "The grid to packed tokens."
-        return x.flatten(0, 1) if self.slot is None else x.flatten(0, 1)[self.slot]
-
-# %% ../../nbs/patching/staircase.ipynb #9815f6b6
-def _token_grid(start: Int[Tensor, "rows"], n_tokens: int) -> _TokenGrid:
-    "The grid of rows with these starts."
-    low = int(start.min())
-    pos = torch.arange(low, n_tokens, device=start.device).expand(len(start), -1)
-    real = pos >= start[:, None]
-    row = torch.arange(len(start), device=start.device)[:, None].expand_as(pos)[real]
-    last = (n_tokens - start).cumsum(0) - 1
-    return _TokenGrid(
-        start=start,
-        row=row,
-        pos=pos[real],
-        slot=None if bool(real.all()) else real.flatten().nonzero()[:, 0],
-        width=n_tokens - low,
-        first=last - (n_tokens - 1 - start),
-        last=last,
-    )
-
-# %% ../../nbs/patching/staircase.ipynb #3507066f
-def _attention(
-    block: _LayerParts,
-    q: Float[Tensor, "rows query head d_head"],
-    k: Float[Tensor, "rows kv_head pos d_head"],
-    v: Float[Tensor, "rows kv_head pos d_head"],
-    mask: Float[Tensor, "query pos"],  # Added to the scores: 0, or very low
-) -> Float[Tensor, "rows query width"]:
-    "Attention, with all heads of a token side by side."
-    rows, n, heads, d = q.shape
-    _, kv, pos, _ = k.shape
-    group = heads // kv
-    q = q.reshape(rows, n, kv, group * d).transpose(1, 2).reshape(rows * kv, n * group, d)
-    mask = mask.repeat_interleave(group, 0)
-    scores = torch.bmm(q, k.reshape(rows * kv, pos, d).transpose(1, 2)).float().mul_(block.scale)
-    if block.cap:
-        scores.div_(block.cap).tanh_().mul_(block.cap)
-    weights = scores.add_(mask).softmax(-1).to(v.dtype)
-    z = torch.bmm(weights, v.reshape(rows * kv, pos, d))
-    return z.view(rows, kv, n, group * d).transpose(1, 2).reshape(rows, n, heads * d)
-
-# %% ../../nbs/patching/staircase.ipynb #6e2368be
-def _apply_rotary(
-    x: Float[Tensor, "tokens head d_head"], cos: Float[Tensor, "tokens rotary"], sin: Float[Tensor, "tokens rotary"]
-) -> Tensor:
-    "Rotary embedding of the first dimensions of every head, as halves."
-    n = cos.shape[-1]
-    half = n // 2
-    cos = cos[:, None]
-    sin = sin[:, None]
-    turned = x[..., :n] * cos
-    turned[..., :half].addcmul_(x[..., half:n], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned if n == x.shape[-1] else torch.cat([turned, x[..., n:]], -1)
-
-# %% ../../nbs/patching/staircase.ipynb #77672290
-class _LayerStack:
-    "The layers of a model, for runs of one length."
-
-    def __init__(self, lm: LM, n_tokens: int, work: EngineWork):
-        if reason := _staircase_refusal(lm):
-            raise NoFastPath(f"no fast path for {lm.name!r}: {reason}; use engine='naive'")
-        self.lm = lm
-        self.n_tokens = n_tokens
-        self.work = work
-        self.n_layers = lm.n_layers
-        self.blocks = [_BLOCK_BUILDERS[lm.arch](lm, i) for i in range(lm.n_layers)]
-        rope_kinds = {block.rope for block in self.blocks} - {None}
-        windows = {block.window for block in self.blocks}
-        self.rope = {kind: _rotary_tables(lm, n_tokens, kind) for kind in rope_kinds}
-        self.masks = {window: _causal_mask(lm, n_tokens, window) for window in windows}
-
-
-def _rotary_tables(lm: LM, n_tokens: int, kind: str) -> list[Float[Tensor, "pos rotary"]]:
-    "Cosines and sines of every position."
-    positions = torch.arange(n_tokens, device=lm.device)[None]
-    like = torch.empty(0, device=lm.device, dtype=lm.dtype)
-    rotary = lm.hf.base_model.rotary_emb
-    tables = rotary(like, positions) if kind == "all" else rotary(like, positions, kind)
-    return [table[0] for table in tables]
-
-# %% ../../nbs/patching/staircase.ipynb #457a5a41
-def _causal_mask(lm: LM, n_tokens: int, window: int | None) -> Float[Tensor, "query pos"]:
-    "0 where a token attends, and very low elsewhere."
-    positions = torch.arange(n_tokens, device=lm.device)
-    distance = positions[:, None] - positions
-    seen = (distance >= 0) & (distance < (window or n_tokens))
-    return torch.zeros(seen.shape, device=lm.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-
-# %% ../../nbs/patching/staircase.ipynb #f4c23f3b
-@patch
-def rotate(self: _LayerStack, i: int, x: Float[Tensor, "tokens head d_head"], pos: Int[Tensor, "tokens"]) -> Tensor:
-    "Queries or keys of layer i, rotated."
-    kind = self.blocks[i].rope
-    return x if kind is None else _apply_rotary(x, *(table[pos] for table in self.rope[kind]))
-
-
-@patch
-def attend(self: _LayerStack, i: int, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "rows query width"]:
-    "Attention of queries at the last positions."
-    return _attention(self.blocks[i], q, k, v, self.masks[self.blocks[i].window][-q.shape[1] :])
-
-
-@patch
-def embed(self: _LayerStack, tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "tokens d_model"]:
-    "The stream before layer 0."
-    x = self.lm.hf.get_input_embeddings()(tokens)
-    if self.lm.arch == "gpt2":
-        x = x + self.lm.hf.transformer.wpe.weight[: self.n_tokens]
-    return x.flatten(0, 1)
-
-# %% ../../nbs/patching/staircase.ipynb #c7d72646
-@patch
-def keys_and_values(
-    self: _LayerStack, i: int, h: Tensor, grid: _TokenGrid, callback: SiteCallback, cache: tuple[Tensor, Tensor] | None
-) -> tuple[Float[Tensor, "rows head pos d_head"], ...]:
-    "Keys and values of layer i for whole runs: the rows' own, before them the cache's."
-    k, v = self.blocks[i].kv(h)
-    callback("key", k)
-    callback("value", v)
-    k = self.rotate(i, k, grid.pos)
-    if cache is None:
-        cache = tuple(grid.spread(x).transpose(1, 2) for x in (k, v))
-    else:
-        for old, new in zip(cache, (k, v)):
-            old.transpose(1, 2)[grid.row, grid.pos] = new
-    callback("cached_key", cache[0])
-    callback("cached_value", cache[1])
-    return cache
-
-# %% ../../nbs/patching/staircase.ipynb #02096f37
-@patch
-def layer(
-    self: _LayerStack,
-    i: int,
-    x: Float[Tensor, "tokens d_model"],  # Stream before the layer
-    grid: _TokenGrid,
-    callback: SiteCallback,
-    cache: tuple[Tensor, Tensor]
-    | None = None,  # Base keys and values of each row, "rows kv_head pos d_head", written into
-) -> (
-    Float[Tensor, "tokens d_model"] | Float[Tensor, "rows d_model"]
-):  # After it. After the last layer only final tokens
-    "One layer, with every site shown to `callback`."
-    block = self.blocks[i]
-    is_last = i == self.n_layers - 1
-    callback("resid_pre", x)
-    h = block.norm(x)
-    k, v = self.keys_and_values(i, h, grid, callback, cache)
-    pos = grid.pos
-    if is_last:
-        x = x[grid.last]
-        h = h[grid.last]
-        pos = pos[grid.last]
-    q = self.rotate(i, block.q(h), pos)
-    q = q[:, None] if is_last else grid.spread(q)
-    callback("query", q)
-    z = self.attend(i, q, k, v)
-    self.work.add(x.shape[0])
-    return _finish_layer(block, x, z[:, 0] if is_last else grid.pack(z), callback)
-
-# %% ../../nbs/patching/staircase.ipynb #054a7dcb
-class _StateRecorder(dict):
-    "Keeps the values of some sites of some runs, a tensor a layer."
-
-    def __init__(self, sites: Sequence[str], n_runs: int):
-        super().__init__({site: [] for site in sites})
-        self.n_runs = n_runs
-
-    def __call__(self, site: str, x: Tensor) -> None:
-        if site in self:
-            by_run = site.startswith(("cached", "query"))
-            self[site].append((x if by_run else x.unflatten(0, (self.n_runs, -1))).clone())
-
-# %% ../../nbs/patching/staircase.ipynb #cfc382ab
-@patch
-def run(
-    self: _LayerStack,
-    runs: Sequence[Sequence[int]],  # Token ids
-    sites: Sequence[str],  # To keep
-    chunk: int,  # Tokens at a time
-) -> dict[
-    str, list[Float[Tensor, "batch pos ..."]]
-]:  # By site and layer. After the last attention: final position only
-    "Plain runs, and their values at some sites; `resid_pre` has one more, the stream after the last layer."
-    parts = []
-    size = max(1, chunk // self.n_tokens)
-    for start in range(0, len(runs), size):
-        rows = runs[start : start + size]
-        recorder = _StateRecorder(sites, len(rows))
-        grid = _token_grid(torch.zeros(len(rows), dtype=torch.long, device=self.lm.device), self.n_tokens)
-        x = self.embed(torch.tensor(rows, device=self.lm.device))
-        for i in range(self.n_layers):
-            x = self.layer(i, x, grid, recorder)
-        recorder("resid_pre", x)
-        parts.append(recorder)
-    return {site: _join_parts(parts, site) for site in sites}
-
-
-def _join_parts(parts: list[_StateRecorder], site: str) -> list[Tensor]:
-    "A site's states in all parts of a batch, layer by layer."
-    by_part = [part[site] for part in parts]
-    return [torch.cat(layers) for layers in zip(*by_part)]
 
 # %% ../../nbs/patching/staircase.ipynb #c2cfea80
 @dataclass(frozen=True, eq=False)
@@ -666,17 +420,6 @@ def _bundles(rows: _CellRows, n_tokens: int, like: Float[Tensor, "batch d_model"
             yield rows.take(members)
 
 
-def _unembed_final(lm: LM, stream: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
-    "Logits of a final stream."
-    return lm.unembed(lm.hf.get_submodule(lm.adapter.norm)(stream))
-
-
 def _run_lengths(x: Int[Tensor, "rows"]) -> list[int]:
     "How often each value stands in a row."
     return x.unique_consecutive(return_counts=True)[1].tolist()
-
-
-def _staircase_logits(lm: LM, tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-    "Final logits of a plain run, by the layer stack."
-    states = _LayerStack(lm, len(tokens), EngineWork()).run([tokens], ["resid_pre"], len(tokens))
-    return _unembed_final(lm, states["resid_pre"][-1][:, 0])

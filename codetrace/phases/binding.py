@@ -222,7 +222,7 @@ def binding_trace_reference_runs() -> dict[str, dict]:
 def binding_trace_figure(manifest: dict):
     "The grid of named positions of a trace's record."
     cells = read_json(Path(manifest["folder"]) / "patch_results.json")["cells"]
-    table = pd.DataFrame(cells).rename(columns={"name": "position_name"})  # records before version 1 say `name`
+    table = pd.DataFrame(cells).rename(columns={"name": "position_name"})  # the reference records say `name`
     return plot_position_grid(table.replace({None: np.nan}))
 
 # %% ../../nbs/phases/12_binding.ipynb #21acde7a

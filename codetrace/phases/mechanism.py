@@ -24,7 +24,7 @@ from ..patching.batches import answer_logit_diff, program_means_table, tokenize_
 from ..patching.head_ablation import heads_headline
 from ..patching.heads import choose_heads
 from ..patching.probes import STREAM_SWEEP_POSITIONS
-from ..patching.sweep import SweepOptions, run_sweep, split_halves
+from ..patching.sweep import PatchSweepOptions, run_sweep, split_halves
 from ..planted.binding import load_binding_model
 from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
@@ -71,7 +71,7 @@ def trace_residual_stream(
     cases: Sequence[TraceCase],
 ) -> pd.DataFrame:  # One row a program, layer and name: `moved` and `full` logit difference, `success`, `correct`
     "The exact trace of the residual stream, by named position, with what is needed to pool it."
-    swept = run_sweep(lm, cases, SweepOptions(positions=STREAM_SWEEP_POSITIONS))
+    swept = run_sweep(lm, cases, PatchSweepOptions(positions=STREAM_SWEEP_POSITIONS))
     table = swept[swept["kl"].notna()].merge(full_logit_differences(lm, cases), on="program")
     table = table.assign(moved=table["logit_diff"] - table["low"], full=table["high"] - table["low"])
     return table[["program", "layer", "position_name", "moved", "full", "success", "correct"]].reset_index(drop=True)
@@ -191,7 +191,7 @@ def sweep_units(
 
     def sweep_from(start: int) -> pd.DataFrame:
         unit = cases[start : start + programs_per_unit]
-        cells = run_sweep(lm, unit, SweepOptions(sites=site, positions=positions))
+        cells = run_sweep(lm, unit, PatchSweepOptions(sites=site, positions=positions))
         cells = cells[cells["kl"].notna()]
         head = cells["head"].astype("Int64").astype(object).where(cells["head"].notna(), None)
         return cells.assign(program=cells["program"] + start, head=head)

@@ -23,7 +23,7 @@ from ..core.metrics import auroc
 from ..core.progress import Progress, no_progress
 from ..models.activations import States
 from ..models.decoding import slots_that_fit
-from ..models.limits import MemoryLimits
+from ..models.limits import USUAL_LIMITS, MemoryLimits
 from ..models.lm import LM
 from ..models.loading import load as load_model
 from ..planted.steering import STEERING_STUDY_NAME, SteeringStudy
@@ -49,7 +49,7 @@ from codetrace.steering.directions import (
 from ..steering.freeze import freeze_choice, read_frozen_choice
 from ..steering.line_search import GoldenSectionSearch, bracket_maximum
 from ..steering.outcomes import pair_with_baseline, steering_effects
-from ..steering.sweep import BASELINE_SETTING, SteeringSetting, SweepOptions, sweep_settings
+from ..steering.sweep import BASELINE_SETTING, SteeringSetting, SteeringSweepOptions, sweep_settings
 from ..tasks.problem_prompts import render_problem_prompt
 from ..tasks.problems import Problem
 from ..tasks.solving import select_problems
@@ -116,7 +116,7 @@ def evaluate_pushes(
     pushes: Sequence[Push],
     folder: str | Path,  # Continued where it holds answers
     baseline: pd.DataFrame | None = None,  # The unpushed answers; None: they are written as well
-    options: SweepOptions = SweepOptions(),
+    options: SteeringSweepOptions = SteeringSweepOptions(),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # One row a push: `direction, coefficient, …` and the rates; unpushed answers
     "What pushes do to the answers to some problems."
     settings = [BASELINE_SETTING]
@@ -173,9 +173,9 @@ class TuningConfig:
         style = self.style or study.style
         return replace(self, style=style, max_new_tokens=self.max_new_tokens or study.max_new_tokens)
 
-    def sweep_options(self) -> SweepOptions:
+    def sweep_options(self) -> SteeringSweepOptions:
         "How the answers are written."
-        return SweepOptions(
+        return SteeringSweepOptions(
             style=self.style,
             max_new_tokens=self.max_new_tokens,
             slots=self.slots,
@@ -411,7 +411,7 @@ def _conditions(config: TuningConfig, lm: LM) -> dict:
 # %% ../../nbs/phases/26_tuning.ipynb #1a6dd8d0
 def study_from_runs(
     folders: Mapping[str, Path],  # Of the runs that are read: `input`, `splits`, `dictionaries`, `latents`
-    limits: MemoryLimits = MemoryLimits(),  # What the model may take
+    limits: MemoryLimits = USUAL_LIMITS,  # What the model may take
 ) -> tuple[SteeringStudy, pd.DataFrame]:  # The study without its validation problems; scores of phase 2
     "A study from runs."
     parameters = read_manifest(folders["input"])["parameters"]
