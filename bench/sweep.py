@@ -90,11 +90,12 @@ class Bench:
     def sweeps(self, lm, n_tokens: int, site: str, engines, stride: int, most: int | None = None) -> dict[str, float]:
         "Seconds of a whole sweep by each engine, of all pairs together or the first few."
         pairs, some = pairs_of(lm, n_tokens)[:most], list(range(0, lm.n_layers, stride))
-        run = lambda engine: (
-            lambda: patch_all(
+
+        def run(engine):
+            return lambda: patch_all(
                 lm, pairs, site, lead, PatchOptions(layers=None if engine == "staircase" else some, engine=engine)
             )
-        )
+
         seconds = self.alternate({engine: run(engine) for engine in ("staircase", *engines)})
         seconds |= {engine: seconds[engine] * lm.n_layers / len(some) for engine in engines}
         ratios = {engine: round(seconds[engine] / seconds["staircase"], 2) for engine in engines}
@@ -115,7 +116,10 @@ class Bench:
         ids = torch.tensor([pair.base] * rows)
         patch_all(lm, [pair], "resid_pre", lead, work=work)
         needed = sweep_layer_tokens(lm.n_layers, n_tokens, pair.first_difference)
-        plain = lambda: lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+
+        def plain():
+            return lm.unembed(lm.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+
         seconds = self.alternate({"plain": plain, "staircase": lambda: patch_all(lm, [pair], "resid_pre", lead)})
         rate = {
             "plain": rows * n_tokens * lm.n_layers / seconds["plain"],
@@ -214,7 +218,10 @@ def main() -> None:
             cost_grows_with_layers_to_the=exponent(list(by_layers), list(by_layers.values())),
             cost_grows_with_tokens_to_the=exponent(tokens, [by_tokens[n]["staircase"] for n in tokens]),
         )
-    over = lambda seconds, engine: round(seconds[25][engine] / seconds[25]["staircase"], 2)
+
+    def over(seconds, engine):
+        return round(seconds[25][engine] / seconds[25]["staircase"], 2)
+
     report(small_one_pair_vs_naive=over({25: one}, "naive"))
     report(
         vs_transformer_lens=over(by_tokens, "transformer_lens"),

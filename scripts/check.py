@@ -23,7 +23,11 @@ STAGES = [  # Checks of one stage run side by side: each of these uses one core
         "imports": ["lint-imports"],
     },
     {
-        "types": ["basedpyright", "--level", "error"],  # tests/types-baseline.json holds what is known, and only shrinks
+        "types": [
+            "basedpyright",
+            "--level",
+            "error",
+        ],  # tests/types-baseline.json holds what is known, and only shrinks
         "docs": [sys.executable, "scripts/docs.py", "--check"],
     },
     {"notebooks": NOTEBOOKS},

@@ -27,7 +27,10 @@ def main():
     target = options.to / manifest["phase"] / manifest["run_id"]
     left_out = [name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in options.leave_out)]
     skipped = {source / name for name in left_out}
-    ignore = lambda folder, names: [n for n in names if Path(folder) / n in skipped or n.startswith(".")]
+
+    def ignore(folder, names):
+        return [n for n in names if Path(folder) / n in skipped or n.startswith(".")]
+
     shutil.copytree(source, target, ignore=ignore)
     for folder in sorted((p for p in target.rglob("*") if p.is_dir()), reverse=True):
         if not any(folder.iterdir()):

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from codetrace.core.records import Records
 from codetrace.core.shards import collect_shard_rows
-from codetrace.runs.manifest import shard_range
+from codetrace.core.shards import shard_range
 from codetrace.runs.run import start_run
 
 run = start_run(LETTERS, n=n, model=model, seconds=seconds, broken=broken, shards=shards, shard=shard)

@@ -21,6 +21,7 @@ from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256
 from codetrace.core.records import read_records
+from codetrace.core.shards import shard_range
 from codetrace.models import slot_cache
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit
 from codetrace.models.interventions import Intervention
@@ -29,7 +30,7 @@ from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.phases.generation import read_samples
 from codetrace.runs.execute import execute_phase
-from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run, shard_range
+from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run
 from codetrace.runs.parameters import phase_values
 from codetrace.runs.phases import find_phase, preset_parameters
 from codetrace.sandbox.pool import Verdict

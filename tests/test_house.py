@@ -94,7 +94,7 @@ def test_every_module_has_one_notebook_of_its_name():
 
 def test_every_module_says_what_it_does():
     for path in CHAPTERS:
-        title, _, line, *_ = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines() + ["", ""]
+        title, _, line, *_ = [*"".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines(), "", ""]
         assert title.startswith("# ") and re.fullmatch(r"> [A-Z].+[^?]", line), f"{path}: {line}"
 
 
@@ -110,6 +110,17 @@ def test_no_two_modules_export_the_same_name():
 def test_no_module_is_longer_than_600_lines():
     lengths = {path.relative_to(HOME).as_posix(): len(path.read_text().splitlines()) for path in MODULES}
     assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
+AXES = "active batch cells d_head d_model d_sae defined head latents layer metric out points pos program rows shuffles slot some stretch task tokens vocab"
+
+
+def test_every_name_in_a_module_is_defined():
+    "A name that only a hidden cell imports is there in the notebook, and not in the module."
+    allowed = [*AXES.split(), "get_ipython"]  # axes of jaxtyping stand in strings
+    words = ["--isolated", "--select", "F821", "--config", f"builtins={allowed!r}", "--output-format", "concise"]
+    done = run("ruff", "check", *words, "codetrace")
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_the_package_offers_is_there():

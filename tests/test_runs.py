@@ -31,8 +31,11 @@ def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProce
 
 def begin(root: Path, *words: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
     # what a shell starts in the background ignores Ctrl-C, and its children with it
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def heeds():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), preexec_fn=heeds, **pipes)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from codetrace.core.shards import shard_range
 from codetrace.models.activations import States
 from codetrace.phases import steering, tuning
 from codetrace.phases.steering import (
@@ -37,7 +38,7 @@ from codetrace.planted.steering import (
     save_steering_study,
 )
 from codetrace.runs.inputs import resolve_inputs
-from codetrace.runs.manifest import all_runs, find_run, newest_run, shard_range
+from codetrace.runs.manifest import all_runs, find_run, newest_run
 from codetrace.runs.parameters import notebook_parameters
 from codetrace.runs.run import open_run
 from codetrace.sae.dataset import load_labelled_activations, search_all_positions
@@ -185,7 +186,7 @@ def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_p
     "The phase itself, on a folder without a choice: it ends before a problem is read or an answer judged."
 
     class Started:
-        inputs = {"input": tmp_path}
+        inputs = {"input": tmp_path}  # noqa: RUF012
         shards = ()
         folder = tmp_path
 
@@ -396,7 +397,10 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     for path in Path(ast.__file__).parent.glob("*.py"):
         if path.stat().st_size < 12_000 and path.read_bytes().isascii():
             shutil.copy(path, tmp_path / "text")
-    fill = lambda x: x.format(layer="{layer}", **names) if isinstance(x, str) else x
+
+    def fill(x):
+        return x.format(layer="{layer}", **names) if isinstance(x, str) else x
+
     given = {number: {key: fill(x) for key, x in values.items()} for number, values in CHAINED.items()}
     (tmp_path / "given.yaml").write_text(json.dumps(given))  # JSON is YAML
     words = ["--model", names["model"], "--problems", names["problems"], "-f", str(tmp_path / "given.yaml")]

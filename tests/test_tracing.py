@@ -444,7 +444,7 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    monkeypatch.setattr(tracing, "run_sweep", stops)
+    monkeypatch.setattr(traces, "run_sweep", stops)
     with pytest.raises(KeyboardInterrupt):
         trace_cases(llama, cases, start(tmp_path / "b"), options=options)
     resumed = trace_cases(llama, cases, start(tmp_path / "b"), options=options)
@@ -596,7 +596,7 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert cases == [] and why == ["wrong on the program"] * 4
     rows = [dict(row, correct=True) for row in samples.to_dict("records")]
-    monkeypatch.setattr(traces, "read_records", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(tracing, "read_records", lambda *args, **kwargs: rows)
     cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
     assert [case.program.code for case in cases] == list(samples["code"][:3]) and why == [""] * 3
     assert all(row["prompt"] == case.prefix + case.program.code for row, case in zip(rows, cases))

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from fastcore.basics import patch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..models.lm import LM
 from codetrace.patching.layer_stack import (
     SiteCallback,
     _finish_layer,
@@ -19,11 +24,6 @@ from codetrace.patching.layer_stack import (
     _TokenGrid,
     _unembed_final,
 )
-from fastcore.basics import patch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
-from ..models.lm import LM
 from .sites import GridCell, _cells_to_compute, _SweepRequest, n_site_heads
 
 # %% ../../nbs/patching/staircase.ipynb #57dc6144

@@ -30,7 +30,7 @@ from ..steering.directions import Direction, Push
 from ..tasks.problem_prompts import render_problem_prompt
 from ..tasks.problems import Problem
 
-# %% ../../nbs/phases/28_attention.ipynb #d69837b8
+# %% ../../nbs/phases/28_attention.ipynb #e6fb98b9
 PROMPT_PARTS: tuple[str, ...] = ("first", "text", "asserts", "marker", "rest")
 
 
@@ -44,7 +44,7 @@ def _part_spans(prompt: str, problem: Problem) -> dict[str, tuple[int, int]]:
     marker_start = max([end for _, end in spans.values()], default=0)
     return spans | {"marker": (marker_start, len(prompt))}
 
-
+# %% ../../nbs/phases/28_attention.ipynb #d69837b8
 def _part_of_characters(spans: Mapping[str, tuple[int, int]], start: int, end: int) -> str:
     "The part that holds the middle of some characters."
     middle = (start + end) / 2
@@ -154,7 +154,7 @@ def attention_changes(
     changes = means.assign(n=n_tasks, low=low, high=high, p=sign_flip_p(wide.to_numpy(), seed=seed))
     return changes.assign(q=benjamini_hochberg(changes["p"])).reset_index()
 
-# %% ../../nbs/phases/28_attention.ipynb #a77e0002
+# %% ../../nbs/phases/28_attention.ipynb #f66e3b84
 def null_attention_changes(
     lm: LM,
     problems: Sequence[Problem],
@@ -167,7 +167,7 @@ def null_attention_changes(
     tables = _attention_under_pushes(lm, problems, pushes, style, progress)
     return [int((attention_changes(table, seed)["q"] < 0.05).sum()) for table in tables]
 
-
+# %% ../../nbs/phases/28_attention.ipynb #a77e0002
 def random_pushes_like(
     push: Push,
     directions: Sequence[Direction],  # Random ones
@@ -206,7 +206,7 @@ def _head_contributions(
         written = written * gain * scale
     return written @ weight
 
-# %% ../../nbs/phases/28_attention.ipynb #8f91ce5a
+# %% ../../nbs/phases/28_attention.ipynb #61ccf4a8
 def _task_contributions(
     lm: LM, seen: Mapping[tuple[str, int], Float[Tensor, "..."]], layer: int, weight: Float[Tensor, "d_model"]
 ) -> list[tuple[str, int, int, float]]:
@@ -220,7 +220,7 @@ def _task_contributions(
         rows.append(("mlp", index, -1, float(seen["mlp_out", index].float() @ weight)))
     return rows
 
-
+# %% ../../nbs/phases/28_attention.ipynb #8f91ce5a
 @torch.no_grad()
 def component_contributions(
     lm: LM,
@@ -271,7 +271,7 @@ def contribution_sentence(
     sentence = f"carries {share:.0%} of what differs between tasks"
     return sentence + ", of which others undo a part" if share > 1 else sentence
 
-# %% ../../nbs/phases/28_attention.ipynb #e5c5c8b4
+# %% ../../nbs/phases/28_attention.ipynb #023055eb
 def _component_name(row: Mapping) -> str:
     "A head, an MLP or the embedding, as a reader calls it."
     layer = int(row["layer"])
@@ -296,7 +296,7 @@ def attention_change_claim(
         null=f"q = {largest['q']:.2g} over {len(changes)} heads and parts",
     )
 
-
+# %% ../../nbs/phases/28_attention.ipynb #e5c5c8b4
 def contribution_claim(
     contributions: pd.DataFrame,  # From `contribution_table`
     latent: str,  # What is read

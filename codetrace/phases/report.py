@@ -61,7 +61,7 @@ def _sampled_runs(root: Mapping | None, lineage: set[str], runs: Mapping[str, Ma
             sampled.add(run_id)
     return sampled
 
-
+# %% ../../nbs/phases/29_report.ipynb #c4e5d6ac
 def _problem_runs(problems: str | None, lineage: set[str], runs: Mapping[str, Mapping]) -> set[str]:
     "Runs of difficulty and splits of the same problems, where a study was not made from such runs."
     numbers_in_lineage = {number_of_run(runs[run_id]) for run_id in lineage}

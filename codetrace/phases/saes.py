@@ -47,7 +47,7 @@ def next_token_loss(
         n_tokens += targets.numel()
     return total_loss / n_tokens
 
-# %% ../../nbs/phases/23_saes.ipynb #b708a901
+# %% ../../nbs/phases/23_saes.ipynb #ba70144f
 def _replace_states(x: Float[Tensor, "batch pos d_model"], value: Float[Tensor, "batch pos d_model"]) -> Tensor:
     "States replaced, but a piece's first one, and those of extraordinary length."
     keep = ~typical_norm_mask(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -64,7 +64,7 @@ def _loss_with(lm: LM, sequences: Sequence[list[int]], layer: int, replacement: 
     with lm.intervene(Intervention("resid_post", layer, swap)):
         return next_token_loss(lm, sequences)
 
-
+# %% ../../nbs/phases/23_saes.ipynb #b708a901
 def _reconstruct(sae: SAE, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
     return sae.decode(sae.encode(x))
 
@@ -123,7 +123,7 @@ def _saved_training(lm: LM, layer: int, folder: Path) -> tuple[SAE, pd.DataFrame
     sae = load_sae_folder(folder).check_site("resid_post", layer, lm.name)
     return sae, pd.DataFrame(read_json(folder / "training.json"))
 
-
+# %% ../../nbs/phases/23_saes.ipynb #d4cc8b9d
 def _chunk_reader(
     lm: LM, layer: int, sequences: Sequence[list[int]], training: LayerTraining
 ) -> tuple[Callable[[int], Float[Tensor, "rows d_model"]], int]:

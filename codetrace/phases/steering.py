@@ -150,7 +150,7 @@ def _chosen_settings(
             settings.append(_erasing_setting(direction, "erased"))
     return settings
 
-
+# %% ../../nbs/phases/27_steering.ipynb #83ffc01d
 def _null_settings(
     choice: Mapping, vectors: Mapping[str, torch.Tensor], norms: np.ndarray, doses: set[float], erase: bool
 ) -> list[SteeringSetting]:
@@ -199,14 +199,14 @@ def setting_effects_table(
     effects = steering_effects(pair_with_baseline(table)).set_index("setting")
     return effects.join(settings).reset_index()
 
-# %% ../../nbs/phases/27_steering.ipynb #beb51508
+# %% ../../nbs/phases/27_steering.ipynb #f9cff718
 def _net_share_interval(change: Float[np.ndarray, "task"]) -> tuple[float, float]:
     "Interval of a mean change; as for pairs where each task changes wholly or not at all."
     if not np.isin(change, (-1, 0, 1)).all():
         return bootstrap_interval(change)
     return net_change_interval((change == 1).sum(), (change == -1).sum(), len(change))[1:]
 
-
+# %% ../../nbs/phases/27_steering.ipynb #beb51508
 def _resampling_row(temperature: float, pairs: pd.DataFrame) -> dict:
     "The rates of all samples of one temperature."
     by_task = pairs.groupby("task_id")
@@ -250,7 +250,7 @@ def add_prompt_gated_settings(
     goal: Mapping,  # Of the choice: `coefficient`
 ) -> pd.DataFrame:  # With the chosen push, and random ones as strong, where the gate is open
     "Selective pushing, put together from the pushed and the unpushed answers."
-    chosen = [i for i, s in enumerate(plan) if s.role == "chosen" and "correct" in s.extra_columns.get("goal", "")][0]
+    chosen = next(i for i, s in enumerate(plan) if s.role == "chosen" and "correct" in s.extra_columns.get("goal", ""))
     layer = plan[chosen].push.direction.layer
     gate_open = _gate_open_by_task(table)
     number = len(plan)
@@ -292,7 +292,7 @@ def _claimed_settings(effects: pd.DataFrame) -> pd.DataFrame:
     goal_rank = (~rows["goal"].str.contains("correct")).astype(int)
     return rows.loc[(role_rank * 10 + goal_rank).sort_values(kind="stable").index]
 
-
+# %% ../../nbs/phases/27_steering.ipynb #880c31cd
 def _steering_claim(row: Mapping, null: Sequence[float], resampled: str) -> dict:
     "The claim of one setting, beside the net changes of its random directions."
     claim = _CLAIM_WORDS[row["role"]].format(**row)

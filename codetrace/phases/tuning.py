@@ -98,7 +98,7 @@ def candidate_directions(
         return latents
     return latents + _probe_directions(choosing, dict.fromkeys(d.layer for d in latents))
 
-# %% ../../nbs/phases/26_tuning.ipynb #fcafb2ac
+# %% ../../nbs/phases/26_tuning.ipynb #e5e37a75
 STEERING_GOALS: dict[str, int] = {"correct": 1, "corrupt": -1}  # Goal: the sign of the net change that it wants
 
 
@@ -109,7 +109,7 @@ def _push_effects(table: pd.DataFrame) -> pd.DataFrame:
     effects = steering_effects(pair_with_baseline(table)).set_index("setting").drop(index=0)
     return effects.join(push_columns).reset_index(drop=True)
 
-
+# %% ../../nbs/phases/26_tuning.ipynb #fcafb2ac
 def evaluate_pushes(
     lm: LM,
     problems: Sequence[Problem],  # Of the hyperparameter split
@@ -358,13 +358,27 @@ def encode_choice(
     }
     return choice | conditions, vectors
 
-# %% ../../nbs/phases/26_tuning.ipynb #df5a4fa6
+# %% ../../nbs/phases/26_tuning.ipynb #6c01c002
 def _with_slots_that_fit(config: TuningConfig, lm: LM, prompts: Sequence[str], n_answers: int) -> TuningConfig:
     "A configuration with as many slots as the memory allows, where no number is given."
     longest = max(map(len, lm.ids(prompts))) + config.max_new_tokens
     return replace(config, slots=config.slots or slots_that_fit(lm, longest, n_answers))
 
 
+def _conditions(config: TuningConfig, lm: LM) -> dict:
+    "Under which conditions the answers were written."
+    return {
+        "model": lm.name,
+        "revision": lm.revision,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "style": config.style,
+        "max_new_tokens": config.max_new_tokens,
+        "where": config.where,
+        "strengths": sorted(config.strengths),
+        "seed": config.seed,
+    }
+
+# %% ../../nbs/phases/26_tuning.ipynb #df5a4fa6
 def choose_and_freeze(
     study: SteeringStudy,
     pool: pd.DataFrame,  # Scores of phase 2
@@ -393,20 +407,6 @@ def choose_and_freeze(
     }
     digest = freeze_choice(folder, *encode_choice(best, directions, *controls, gate, **conditions))
     return evaluations, best, digest
-
-
-def _conditions(config: TuningConfig, lm: LM) -> dict:
-    "Under which conditions the answers were written."
-    return {
-        "model": lm.name,
-        "revision": lm.revision,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "style": config.style,
-        "max_new_tokens": config.max_new_tokens,
-        "where": config.where,
-        "strengths": sorted(config.strengths),
-        "seed": config.seed,
-    }
 
 # %% ../../nbs/phases/26_tuning.ipynb #1a6dd8d0
 def study_from_runs(

@@ -101,7 +101,7 @@ def calibrate_predictor(
         probabilities[target] = [platt_scaling(mask, score) for score in oriented]
     return replace(predictor, thresholds=thresholds, probabilities=probabilities)
 
-# %% ../../nbs/phases/25_validation.ipynb #42dfcf3c
+# %% ../../nbs/phases/25_validation.ipynb #68edaabb
 BASELINE_FEATURES: dict[str, str] = {
     "prompt length": "prompt_tokens",
     "completion length": "generated_tokens",
@@ -112,7 +112,7 @@ BASELINE_FEATURES: dict[str, str] = {
 def _constant_score(samples: LabelledActivations) -> Float[np.ndarray, "1 rows"]:
     return np.zeros((1, len(samples.rows)))
 
-
+# %% ../../nbs/phases/25_validation.ipynb #42dfcf3c
 def _column_predictor(name: str, column: str, choosing: LabelledActivations) -> Predictor:
     "A column of the samples as a predictor, with the sign that is better on the choosing rows."
     label = choosing.rows["label"].to_numpy()
@@ -155,7 +155,7 @@ def _sparse_row_fitter(active: ActiveLatents, label: np.ndarray, task: np.ndarra
 
     return fit
 
-# %% ../../nbs/phases/25_validation.ipynb #3dab9a94
+# %% ../../nbs/phases/25_validation.ipynb #3dc879b7
 @dataclass(frozen=True)
 class CandidateProbe:
     "A kind of probe at one layer and position, with its out-of-fold scores."
@@ -166,7 +166,7 @@ class CandidateProbe:
     auroc: float  # Out of fold
     out_of_fold: Float[np.ndarray, "rows"]
 
-
+# %% ../../nbs/phases/25_validation.ipynb #3dab9a94
 def probes_at_layer(
     choosing: LabelledActivations,
     kind: str,  # Position
@@ -255,7 +255,7 @@ def _best_candidate(choosing: LabelledActivations, candidates: pd.DataFrame, pre
         aurocs[rows.index] = [auroc(label, score) for score in scores]
     return candidates.loc[aurocs.idxmax()].to_dict(), max(aurocs)
 
-
+# %% ../../nbs/phases/25_validation.ipynb #1750a493
 def _latent_predictor(best: Mapping, chosen_auroc: float, predicts: str) -> Predictor:
     "A latent as a predictor."
     layer = int(best["layer"])
@@ -303,7 +303,7 @@ def chosen_latent_predictors(
     label = choosing.rows["label"].to_numpy()
     return [calibrate_predictor(p, p.score(choosing), label, measure) for p in predictors]
 
-# %% ../../nbs/phases/25_validation.ipynb #ab877d72
+# %% ../../nbs/phases/25_validation.ipynb #419dec62
 def _random_sae_like(sae: SAE, states: Float[np.ndarray, "rows d_model"], seed: int) -> SAE:
     "A random SAE with as many latents, and as many of them active on some states."
     mean_active = len(encode_active_latents(sae, states).row) / len(states)
@@ -318,7 +318,7 @@ def _search_rows(choosing: LabelledActivations) -> Bool[np.ndarray, "rows"]:
     varies = 0 < label[searched].sum() < searched.sum()
     return searched if varies else np.ones(len(searched), bool)
 
-
+# %% ../../nbs/phases/25_validation.ipynb #ab877d72
 def random_sae_baseline(
     choosing: LabelledActivations,
     kind: str,  # Position
@@ -389,7 +389,7 @@ def fit_predictors(
     ]
     return predictors, pd.DataFrame(probes)[["name", "kind", "layer", "auroc"]]
 
-# %% ../../nbs/phases/25_validation.ipynb #0fe2bcec
+# %% ../../nbs/phases/25_validation.ipynb #b0a62f6e
 VALIDATION_MEASURES: tuple[str, ...] = (
     "AUROC",
     "AUPRC",
@@ -405,7 +405,7 @@ def _mean_measure(measure: Callable, label: np.ndarray, values: Sequence[np.ndar
     "A measure of several scores, averaged, as a function of how often each row counts."
     return lambda weights: np.mean([measure(label, value, weights) for value in values], 0)
 
-
+# %% ../../nbs/phases/25_validation.ipynb #0fe2bcec
 def predictor_measures(
     predictor: Predictor,
     judging: LabelledActivations,
@@ -447,7 +447,7 @@ def validation_table(
             rows.append(key | {"value": value, "low": low, "high": high, "n": len(judging.rows)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/phases/25_validation.ipynb #15f4b130
+# %% ../../nbs/phases/25_validation.ipynb #0afb2be9
 def best_baseline(
     predictors: Sequence[Predictor],
 ) -> Predictor:
@@ -461,7 +461,7 @@ def _difference(statistic: Callable, baseline_statistic: Callable) -> Callable:
     "The difference of two measures as a function of how often each row counts."
     return lambda weights: statistic(weights) - baseline_statistic(weights)
 
-
+# %% ../../nbs/phases/25_validation.ipynb #15f4b130
 def baseline_difference_table(
     predictors: Sequence[Predictor],
     judging: LabelledActivations,
@@ -564,7 +564,7 @@ def auroc_by_group(
         rows.append(key | {"value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/phases/25_validation.ipynb #a742882a
+# %% ../../nbs/phases/25_validation.ipynb #18f6ace0
 def _validation_claim(choice: Mapping, result: pd.DataFrame, gaps: pd.DataFrame, verdict: str) -> dict:
     "The claim of one chosen latent: its AUROC, the best baseline and how far it is away, random latents."
     areas = result[(result["target"] == choice["predicts"]) & (result["measure"] == "AUROC")]
@@ -581,7 +581,7 @@ def _validation_claim(choice: Mapping, result: pd.DataFrame, gaps: pd.DataFrame,
         null=f"{random.mean():.2f} random latents like it" if len(random) else "–",
     )
 
-
+# %% ../../nbs/phases/25_validation.ipynb #a742882a
 def validation_claims(
     manifest: Mapping,  # Of a run of this phase
 ) -> list[dict]:  # As `claim_row` gives them

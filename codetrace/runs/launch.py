@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 from ..core.errors import BadInput
 from ..core.files import digest_values, read_json, storage_errors, write_json
+from ..core.shards import shard_range
 from .execute import RunFailed
 from .inputs import pin_inputs
 from codetrace.runs.jobs import (
@@ -33,7 +34,7 @@ from codetrace.runs.jobs import (
     find_complete_run,
     python_with_stop_signals_blocked,
 )
-from .manifest import RunInterrupted, changed_outputs, shard_range
+from .manifest import RunInterrupted, changed_outputs
 from .parameters import COUNT_PARAMETERS, phase_parameters, phase_values
 from codetrace.runs.phases import (
     find_phase,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunBusy', 'NoInputRun', 'RunInterrupted', 'run_lock', 'read_manifest', 'all_runs', 'find_run', 'changed_outputs',
-           'reference_runs', 'shard_number', 'newest_run', 'resolve_run', 'shard_range', 'shard_runs', 'run_provenance']
+           'reference_runs', 'shard_number', 'newest_run', 'resolve_run', 'shard_runs', 'run_provenance']
 
 # %% ../../nbs/runs/manifest.ipynb #533f68b0
 import os
@@ -209,26 +209,6 @@ def resolve_run(
         remedy = f"run {manifest['phase']!r} again"
         raise NoInputRun(f"run {run_id} is damaged: {', '.join(changed)} changed after it was complete; {remedy}")
     return manifest
-
-# %% ../../nbs/runs/manifest.ipynb #56a8ec43
-def shard_range(
-    n: int,  # Items in all
-    shards: int,  # Parts
-    shard: int,  # Number of the part, from 0, or negative for all
-    unit: int = 1,  # Items that stay together
-) -> range:  # Indices of the part's items
-    "What one shard does: a contiguous slice, of nearly equal size."
-    units = -(-n // unit)
-    if shards < 1 or shard >= shards:
-        raise BadInput(f"shard={shard}, shards={shards}: shards are numbered from 0 to shards - 1; -1 stands for all")
-    if shards > max(units, 1):
-        raise BadInput(
-            f"shards={shards}: there are {n}, in {units} units of {unit}; give shards={max(units, 1)} or fewer"
-        )
-    if shard < 0:
-        return range(n)
-    first, last = (-(-units * boundary // shards) * unit for boundary in (shard, shard + 1))
-    return range(first, min(last, n))
 
 # %% ../../nbs/runs/manifest.ipynb #46443015
 def _without_shard(parameters: Mapping) -> dict:

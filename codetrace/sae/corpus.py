@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -74,7 +75,7 @@ def _read_documents(home: Path, files: Iterable[Path]) -> list[CorpusDocument]:
 
 # %% ../../nbs/sae/corpus.ipynb #a28bda19
 def completion_documents(
-    samples: "pd.DataFrame",  # `task_id, prompt, completion`, as phase generation writes them
+    samples: pd.DataFrame,  # `task_id, prompt, completion`, as phase generation writes them
 ) -> list[CorpusDocument]:  # One a task, so that no task is on both sides
     "A model's own prompts and completions."
     by_task = samples.groupby("task_id", sort=True)
