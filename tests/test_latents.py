@@ -155,7 +155,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
 def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     "With the labels of the validation split turned round, the choice is the same to the last digit."
     from codetrace.models.activations import States
-    from codetrace.phases.validation import fit_predictors
+    from codetrace.sae.predictors import fit_predictors
     from codetrace.sae.separation import top_latents
 
     root = study[2]
