@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering types clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, w
 
 bench-steering: $(READY)  ## a sweep of pushes against running each by itself, and what a push costs (ten minutes)
 	@python bench/steering.py $(ARGS)
+
+check-gpu:  ## fast paths against plain ones on a GPU, models of random weights (eight minutes; ARGS="--device cpu --quick" without)
+	@python scripts/check_gpu.py $(ARGS)
 
 types: $(READY)  ## check types; what was mended leaves the baseline, which only shrinks
 	@basedpyright --level error

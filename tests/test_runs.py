@@ -205,9 +205,7 @@ IN_THE_KERNEL = {
 }
 
 
-@pytest.mark.parametrize(
-    "message", [pytest.param(m, marks=[pytest.mark.slow] * (i > 0)) for i, m in enumerate(IN_THE_KERNEL)]
-)
+@pytest.mark.parametrize("message", [pytest.param(message, marks=pytest.mark.slow) for message in IN_THE_KERNEL])
 def test_a_slip_that_only_the_notebook_can_see_is_too(tmp_path, message):
     done = codetrace(tmp_path, *STUDY, *IN_THE_KERNEL[message])
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -234,6 +232,7 @@ def small_disk(tmp_path) -> Path:
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_run_that_counts(small_disk):
     done = codetrace(small_disk, *STUDY, "-n", "300", "--model", "tiny:llama")
     assert done.returncode == 2 and "space" in done.stderr.lower() and len(done.stderr.strip().splitlines()) == 1, (

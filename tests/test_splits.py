@@ -195,6 +195,7 @@ def root(tmp_path, monkeypatch) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_phases_in_batch(root):
     "Phase 0, then 0.1 that checks against it; the other problem set finds no run to check against."
     done = execute_phase("0", {"problems": "basics", "num_problems": 40}, show_progress=False)

@@ -471,7 +471,8 @@ def ten_cases(llama):
 OPTIONS = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"], "control_layers": 1}
 
 
-@pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [2, 3])
 def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
     options = TraceOptions(**OPTIONS, approximate=True)
     whole = trace_cases(llama, ten_cases, as_run(tmp_path / "whole"), options=options)
