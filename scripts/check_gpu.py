@@ -29,7 +29,17 @@ from importlib import metadata
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "transformers", "numpy", "safetensors", "filelock", "psutil", "fastcore", "jaxtyping", "wadler_lindig")
+NEEDED = (
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "filelock",
+    "psutil",
+    "fastcore",
+    "jaxtyping",
+    "wadler_lindig",
+)
 OPTIONAL = ("nnsight", "transformer_lens", "sae_lens")  # oracles that are not used here
 
 
@@ -55,21 +65,21 @@ if MISSING := missing_packages(NEEDED):
         f".venv/lib/python3.11/site-packages: {', '.join(f'{name} and its .dist-info' for name in MISSING)}"
     )
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
 
-from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Continuation, Decoder, Request, ResidualEdit  # noqa: E402
-from codetrace.models.interventions import register_hook  # noqa: E402
-from codetrace.models.lm import LM  # noqa: E402
-from codetrace.models.memory import estimate_generation_memory, estimate_pass_memory  # noqa: E402
-from codetrace.models.tiny import TINY_CONFIGS, _build_tiny, freeze_weights  # noqa: E402
-from codetrace.models.word_tokenizers import pattern_tokenizer  # noqa: E402
-from codetrace.patching.engine import PatchOptions, patch_all  # noqa: E402
-from codetrace.patching.sites import PatchPair, patch_sites  # noqa: E402
-from codetrace.sae.training import SAETrainer, SAETrainingConfig  # noqa: E402
-from codetrace.steering.ablation import orthogonalize_weights, residual_writers  # noqa: E402
+from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Continuation, Decoder, Request, ResidualEdit
+from codetrace.models.interventions import register_hook
+from codetrace.models.lm import LM
+from codetrace.models.memory import estimate_generation_memory, estimate_pass_memory
+from codetrace.models.tiny import TINY_CONFIGS, _build_tiny, freeze_weights
+from codetrace.models.word_tokenizers import pattern_tokenizer
+from codetrace.patching.engine import PatchOptions, patch_all
+from codetrace.patching.sites import PatchPair, patch_sites
+from codetrace.sae.training import SAETrainer, SAETrainingConfig
+from codetrace.steering.ablation import orthogonalize_weights, residual_writers
 
 END_TOKEN = 2
 BFLOAT16_RATIO = 1.5  # how much farther from float32 the fast way may be than the plain way
@@ -144,7 +154,9 @@ def line_of(result: Result) -> str:
     word = {True: "ok  ", False: "FAIL", None: "--  "}[result.passed]
     numbers = "" if result.error is None else f"{result.error:.3g} (tolerance {result.tolerance:.3g})"
     values = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
-    return "  ".join(part for part in (word, result.name, numbers, values, result.note, f"{result.seconds:.1f} s") if part)
+    return "  ".join(
+        part for part in (word, result.name, numbers, values, result.note, f"{result.seconds:.1f} s") if part
+    )
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -509,7 +521,10 @@ def check_steering(twins: Twins, dtype: str, where: str, size: tuple[int, int, i
         with edit_while_writing(vectors, layer, where, lm, key):
             alone.append(generate_one(lm, prompt, size[1]))
     found = compare_answers(lm, prompts, steered, alone, in_one_pass)
-    found.values |= {"states": states.error, "changed by the edit": float(np.mean([a != b for a, b in zip(steered, plain)]))}
+    found.values |= {
+        "states": states.error,
+        "changed by the edit": float(np.mean([a != b for a, b in zip(steered, plain)])),
+    }
     return found
 
 

@@ -4,6 +4,7 @@ Quarto renders them where it is installed, else smalldocs does, which makes the 
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,18 @@ def as_website(config: dict) -> dict:
     return config | {"project": config["project"] | {"type": "website"}, "website": about, "book": None}
 
 
+def relinked(text: str, name: str) -> str:
+    "Links of a record, which was written in nbs/phases/, as its own folder sees them; a chapter that is gone is no link."
+
+    def link(match: re.Match) -> str:
+        target = (HOME / "nbs" / "phases" / match[2]).resolve()
+        if not target.is_file():
+            return match[1]
+        return f"[{match[1]}]({os.path.relpath(target, (HOME / name).parent)})"
+
+    return re.sub(r"\[([^\[\]]*)\]\(([\w./]+\.ipynb)\)", link, text)
+
+
 def assemble(quarto: bool) -> Path:
     "A docs project of its own: configuration, processed chapters, reference records."
     from nbdev.serve import proc_nbs
@@ -43,6 +56,8 @@ def assemble(quarto: bool) -> Path:
         text = re.sub(r'"output-file: [^"]*",?\n', "", source.read_text(encoding="utf-8"))  # nbdev names pages its way
         if name == "index.ipynb":  # stands beside nbs/, not in it
             text = linked(text)
+        if name.startswith("runs/"):
+            text = relinked(text, name)
         (PROJECT / name).write_text(text, encoding="utf-8")
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

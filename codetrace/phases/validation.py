@@ -15,14 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from codetrace.sae.predictors import (
-    BASELINE_FEATURES,
-    DETECTION_TARGETS,
-    Predictor,
-    fit_predictors,
-    orient_score,
-    target_mask,
-)
 
 from ..core.files import read_json
 from codetrace.core.metrics import (
@@ -41,6 +33,14 @@ from ..core.stats import format_with_interval
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sae.dataset import LabelledActivations
+from codetrace.sae.predictors import (
+    BASELINE_FEATURES,
+    DETECTION_TARGETS,
+    Predictor,
+    fit_predictors,
+    orient_score,
+    target_mask,
+)
 from ..sae.separation import encode_active_latents
 
 # %% ../../nbs/phases/25_validation.ipynb #b0a62f6e
