@@ -98,7 +98,9 @@ class Measurement:
 
     @property
     def passed(self) -> bool:  # NaN never passes
-        return self.error >= self.tolerance if self.at_least else self.error <= self.tolerance
+        if self.at_least:
+            return bool(self.error >= self.tolerance)
+        return bool(self.error <= self.tolerance)  # NumPy's False is not False, and would count as passed
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Checks:
             return
         try:
             found = check()
-            error = found.error if math.isfinite(found.error) else None
+            error = float(found.error) if math.isfinite(found.error) else None
             result = Result(name, found.passed, error, found.tolerance, found.note, found.values, 0.0)
         except Exception as error:
             traceback.print_exc(limit=-4)
@@ -566,12 +568,13 @@ def sparse_states(rows: int, d_model: int, device: str) -> Tensor:
     return (active.to(device) @ basis.to(device)).float()
 
 
-def check_sae(device: str, matmul_dtype: torch.dtype, quick: bool) -> Measurement:
-    d_model = 64 if quick else 1024
+def check_sae(device: str, matmul_dtype: torch.dtype) -> Measurement:
+    "The loss after 120 steps; on a CPU it is four fifths of the first, and after 30 steps nine tenths."
+    d_model = 64
     config = SAETrainingConfig(d_sae=8 * d_model, k=8, batch=512)
     states = sparse_states(16 * config.batch, d_model, device)
     trainer = SAETrainer(config, states, matmul_dtype, device)
-    steps = 30 if quick else 200
+    steps = 120
     losses = [trainer.step(batch_of(states, i, config.batch), i / steps) for i in range(steps)]
     devices = {weight.device.type for weight in trainer.weights.values()}
     first, last = np.mean(losses[:3]), np.mean(losses[-3:])
@@ -740,7 +743,7 @@ def check_tiny_models(checks: Checks, options: argparse.Namespace) -> None:
 
 def check_saes(checks: Checks, options: argparse.Namespace) -> None:
     for dtype in ("float32", "bfloat16"):
-        checks.run(f"sae {dtype}", partial(check_sae, options.device, getattr(torch, dtype), options.quick))
+        checks.run(f"sae {dtype}", partial(check_sae, options.device, getattr(torch, dtype)))
 
 
 def check_real_shapes(checks: Checks, options: argparse.Namespace) -> None:
@@ -812,8 +815,8 @@ def write_report(checks: Checks, machine: dict, path: Path) -> None:
 
 def print_summary(checks: Checks, path: Path) -> int:
     "The last lines; how many checks failed."
-    failed = [result for result in checks.results if result.passed is False]
     skipped = [result for result in checks.results if result.passed is None]
+    failed = [result for result in checks.results if result.passed is not None and not result.passed]
     print("\n# benches")
     for result in checks.results:
         if result.name.startswith("bench") and result.passed is not None:
