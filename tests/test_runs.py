@@ -146,6 +146,19 @@ def test_two_processes_never_write_one_run(tmp_path):
     assert len(manifests(tmp_path)) == 1
 
 
+def test_two_openings_of_one_digest_make_one_run(tmp_path):
+    "Processes that open the same run at the same moment: one writes it, the others are told who does."
+    code = (
+        "import sys, time; from codetrace.runs.manifest import RunBusy; from codetrace.runs.run import open_run\n"
+        f"try: run = open_run('toy', {{'n': 3}}, 'code', root={str(tmp_path)!r}); time.sleep(3); print('opened')\n"
+        "except RunBusy: print('busy')"
+    )
+    words = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    assert said == ["busy", "busy", "busy", "opened"] and len(list(tmp_path.glob("toy/*/run.json"))) == 1
+
+
 def test_plain_papermill_leaves_a_valid_run(tmp_path):
     words = ["-p", "num_seqs", "2", "-y", "num_shots: [0]", "-y", 'models: ["tiny:llama"]']
     command = [BIN / "papermill", HOME / "nbs/phases/10_tracking.ipynb", tmp_path / "out.ipynb", *words]

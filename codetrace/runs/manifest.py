@@ -56,14 +56,20 @@ def _is_run_locked(folder: Path) -> bool:
         return False
 
 # %% ../../nbs/runs/manifest.ipynb #9c240470
+_REQUIRED_KEYS = {"run_id", "phase", "status"}
+
+
 def read_manifest(
     folder: Path,  # A run's folder
 ) -> dict:  # Its manifest, with its true status and its folder
     "Read a run's manifest."
     manifest = read_json(Path(folder) / "run.json")
+    missing = _REQUIRED_KEYS - set(manifest) if isinstance(manifest, dict) else _REQUIRED_KEYS
+    if missing:
+        raise BadInput(f"{folder}/run.json is no manifest of a run: it has no {min(missing)!r}")
     if manifest["status"] in ("running", "executed") and not _is_run_locked(folder):
         manifest["status"] = "interrupted"
-    return manifest | {"folder": str(folder)}
+    return {"parameters": {}, "inputs": [], "started": ""} | manifest | {"folder": str(folder)}
 
 
 def _unreadable_manifest(folder: Path, error: Exception) -> dict:
@@ -172,6 +178,20 @@ def _has_parameters(manifest: dict, wanted: Mapping) -> bool:
     return True
 
 
+def _command_for(phase: str, parameters: Mapping) -> str:
+    "What to type to get a run with these parameters: by the number that stands for them, where there is one."
+    name = phase
+    remaining = dict(parameters)
+    shared = {key: remaining.pop(key) for key in ("model", "problems") if key in remaining}
+    for number in find_phase(phase).numbers if is_phase(phase) else ():
+        settings = identifying_parameters(number)
+        if settings and settings.items() <= remaining.items():
+            name = number
+            remaining = {key: value for key, value in remaining.items() if key not in settings}
+    command = run_command_line(name, remaining) if is_phase(phase) else f"codetrace run {name}"
+    return command + "".join(f" --{key} {value}" for key, value in shared.items())
+
+
 def newest_run(
     phase: str,  # Phase name
     root: Path | None = None,  # Default: `runs_root()`
@@ -186,7 +206,7 @@ def newest_run(
     if candidates:
         return candidates[-1]
     condition = "".join(f" with {name} {value!r}" for name, value in parameters.items())
-    command = f"codetrace run {phase}" + "".join(f" --{name} {value}" for name, value in parameters.items())
+    command = _command_for(phase, parameters)
     raise NoInputRun(
         f"no complete run of phase {phase!r}{condition} under {root or runs_root()}; run this first: {command}"
     )

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -254,26 +254,26 @@ def _new_run_id(key: str) -> str:
     return now.translate(str.maketrans("", "", "-:.")) + "Z-" + key[:8]
 
 # %% ../../nbs/runs/run.ipynb #9bff2a6e
-def _claim_folder(root: Path, phase: str, key: str) -> tuple[Path, dict, object]:
-    "The folder of the unfinished run of this digest, or a new one; its earlier manifest; its lock."
-    home = root / phase
+@contextmanager
+def _opening(home: Path, key: str) -> Iterator[None]:
+    "Let one launcher at a time look for an unfinished run of a digest, and begin one: a second one waits, then finds it."
     with storage_errors(home):
         home.mkdir(parents=True, exist_ok=True)
-        opening = acquire_run_lock(home, f".opening-{key[:8]}.lock", patience=10)  # one of two launchers waits
+        lock = acquire_run_lock(home, f".opening-{key[:8]}.lock", patience=10)
     try:
-        unfinished = _find_unfinished_run(home, key)
-        folder = unfinished or home / _new_run_id(key)
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=unfinished is not None)
-            lock = acquire_run_lock(folder)
-            earlier = read_json(folder / "run.json") if unfinished else {}
-            if not unfinished:  # so that the other launcher finds it
-                write_json(
-                    folder / "run.json", {"run_id": folder.name, "phase": phase, "status": "running", "digest": key}
-                )
+        yield
     finally:
-        opening.release()
-    return folder, earlier, lock
+        lock.release()
+
+
+def _claim_folder(home: Path, key: str) -> tuple[Path, dict, object]:
+    "The folder of the unfinished run of this digest, or a new one; its earlier manifest; its lock."
+    unfinished = _find_unfinished_run(home, key)
+    folder = unfinished or home / _new_run_id(key)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=unfinished is not None)
+        lock = acquire_run_lock(folder)
+    return folder, read_json(folder / "run.json") if unfinished else {}, lock
 
 # %% ../../nbs/runs/run.ipynb #9ece426d
 def open_run(
@@ -289,22 +289,24 @@ def open_run(
     inputs = input_records(phase, parameters, root)
     code = _code_digest(source)
     key = outcome_digest(code, parameters, inputs)
-    folder, earlier, lock = _claim_folder(root, phase, key)
-    manifest = {
-        "run_id": folder.name,
-        "phase": phase,
-        "status": "running",
-        "digest": key,
-        "code": code,
-        "parameters": dict(parameters) | {i["parameter"]: i["run_id"] for i in inputs if "parameter" in i},
-        "started": earlier.get("started", _utc_now()),
-        "resumed": _utc_now() if earlier else None,
-        "inputs": inputs,
-        "launcher": launcher,
-        "pid": os.getpid(),
-    }
-    run = Run(folder, manifest | run_provenance() | {"error": None}, lock)
-    run._save()
+    with _opening(root / phase, key):
+        folder, earlier, lock = _claim_folder(root / phase, key)
+        manifest = {
+            "run_id": folder.name,
+            "phase": phase,
+            "status": "running",
+            "digest": key,
+            "code": code,
+            "parameters": dict(parameters) | {i["parameter"]: i["run_id"] for i in inputs if "parameter" in i},
+            "started": earlier.get("started", _utc_now()),
+            "resumed": _utc_now() if earlier else None,
+            "inputs": inputs,
+            "launcher": launcher,
+            "pid": os.getpid(),
+        }
+        run = Run(folder, manifest | run_provenance() | {"error": None}, lock)
+        with storage_errors(folder):
+            run._save()
     return run
 
 # %% ../../nbs/runs/run.ipynb #de0cc401
