@@ -417,7 +417,9 @@ def accuracy_figure(result: TrackingResult):
     series = result.table["num_shots"].map(_shots_label)
     if result.table["model"].nunique() > 1:
         series = result.table["model"] + ", " + series
-    return plot_accuracy(result.table.assign(series=series))
+    models = ", ".join(result.table["model"].unique())
+    tasks = ", ".join(result.table["task"].unique())
+    return plot_accuracy(result.table.assign(series=series), caption=f"{models} on {tasks},")
 
 # %% ../../nbs/phases/10_tracking.ipynb #188bbb0d
 def tracking_summary_rows(result: TrackingResult) -> list[dict]:
