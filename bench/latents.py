@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
+from codetrace.sae.null_of_maximum import null_of_maximum, shuffle_labels
 from codetrace.sae.sae import SAE
-from codetrace.sae.separation import encode_active_latents, null_of_maximum, separation_scores, shuffle_labels
+from codetrace.sae.separation import encode_active_latents, separation_scores
 
 D_MODEL, ACTIVE = 576, 64
 

@@ -155,8 +155,8 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
 def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     "With the labels of the validation split turned round, the choice is the same to the last digit."
     from codetrace.models.activations import States
+    from codetrace.sae.latent_search import top_latents
     from codetrace.sae.predictors import fit_predictors
-    from codetrace.sae.separation import top_latents
 
     root = study[2]
     generated = next(m for m in all_runs(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")

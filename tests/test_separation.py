@@ -6,7 +6,9 @@ from scipy import stats as sps
 
 from codetrace.core.metrics import auroc_interval
 from codetrace.sae.latent_cards import selection_adjusted_level
-from codetrace.sae.separation import ActiveLatents, null_of_maximum, search_active_latents, shuffle_labels, top_latents
+from codetrace.sae.latent_search import search_active_latents, top_latents
+from codetrace.sae.null_of_maximum import null_of_maximum, shuffle_labels
+from codetrace.sae.separation import ActiveLatents
 
 
 def activities(

@@ -31,8 +31,8 @@ from ..runs.claims import claim_row
 from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sae.dataset import LabelledActivations, labelled_samples, load_labelled_activations, read_task_splits
+from ..sae.latent_search import top_latents
 from ..sae.linear_probes import best_threshold
-from ..sae.separation import top_latents
 from codetrace.steering.directions import (
     Direction,
     Gate,

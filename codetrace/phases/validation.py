@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_MEASURES', 'VALIDATION', 'predictor_measures', 'validation_table', 'best_baseline',
-           'baseline_difference_table', 'trivial_f1_warning', 'validation_sentences', 'auroc_by_group',
-           'validation_claims', 'validation_headline']
+           'baseline_difference_table', 'validation_sentences', 'auroc_by_group', 'validation_claims',
+           'validation_headline']
 
 # %% ../../nbs/phases/25_validation.ipynb #93bef715
 import itertools
@@ -26,13 +26,13 @@ from codetrace.core.metrics import (
     cluster_interval,
     f1,
     mcc,
-    trivial_f1,
 )
 from ..core.progress import Progress, no_progress
 from ..core.stats import format_with_interval
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sae.dataset import LabelledActivations
+from ..sae.f1_warning import trivial_f1_warning
 from codetrace.sae.predictors import (
     BASELINE_FEATURES,
     DETECTION_TARGETS,
@@ -139,20 +139,6 @@ def baseline_difference_table(
             value, low, high = cluster_interval(statistic, task, n_resamples, seed=seed)
             rows.append(key | {"measure": measure, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/phases/25_validation.ipynb #2fbf7a91
-def trivial_f1_warning(
-    f1: tuple[float, float, float],  # Of the latent, with its interval
-    share: float,  # Of rows with the label that is detected
-    target: str,
-) -> str:  # Empty where there is none
-    "What to say of an F1 that always giving the same answer would have."
-    value, low, high = f1
-    trivial = trivial_f1(share)
-    if np.isnan(value) or low > trivial:
-        return ""
-    comparison = "is worse than the" if high < trivial else "cannot be told from the"
-    return f"Its F1 {format_with_interval(*f1)} {comparison} {trivial:.2f} that calling every solution {target} gives where {share:.0%} are: by itself this F1 says nothing about the latent."
 
 # %% ../../nbs/phases/25_validation.ipynb #4e4df9a1
 def _against_chance(low: float, high: float) -> str:

@@ -18,9 +18,10 @@ from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
 from ..core.progress import Progress, no_progress
 from ..models.activations import States
+from .latent_search import LatentSearch, all_latents, search_latents
 from .loading import layers_with_saes, load_run_sae
+from .null_of_maximum import family_wise_p
 from .sae import SAE
-from .separation import LatentSearch, all_latents, family_wise_p, search_latents
 from ..tasks.problem_splits import SPLIT_SHARES
 
 # %% ../../nbs/sae/dataset.ipynb #6a9f119a

@@ -22,10 +22,10 @@ from codetrace.core.metrics import (
 )
 from ..core.progress import Progress, no_progress
 from .dataset import LabelledActivations
+from .density_matched_latents import density_matched_latents
 from codetrace.sae.linear_probes import (
     THRESHOLD_MEASURES,
     best_threshold,
-    density_matched_latents,
     difference_of_means,
     logistic_probe,
     out_of_fold_scores,

@@ -20,7 +20,8 @@ from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
 from ..models.decoding import EDIT_PLACES, Request, ResidualEdit
 from ..models.lm import LM
-from ..sae.linear_probes import density_matched_latents, difference_of_means, logistic_probe
+from ..sae.density_matched_latents import density_matched_latents
+from ..sae.linear_probes import difference_of_means, logistic_probe
 from ..sae.sae import SAE
 from ..sae.separation import encode_active_latents
 
