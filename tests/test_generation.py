@@ -9,6 +9,8 @@ import sys
 import time
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +30,23 @@ from codetrace.models.interventions import Intervention
 from codetrace.models.sampling import random_stream, sample_tokens
 from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
-from codetrace.phases.generation import read_samples
+from codetrace.phases.generation import generation_headline, pass_at_k_table, read_samples
 from codetrace.runs.execute import execute_phase
 from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run
 from codetrace.runs.parameters import phase_values
 from codetrace.runs.phases import find_phase, preset_parameters
-from codetrace.sandbox.pool import Verdict
+from codetrace.sandbox.pool import SandboxLimits, Verdict
 from codetrace.tasks import solving
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
-from codetrace.tasks.solving import SAMPLE_KEY, SamplingOptions, finish_samples, generate_samples, plan_samples
+from codetrace.tasks.solving import (
+    SAMPLE_KEY,
+    SamplingOptions,
+    finish_samples,
+    generate_samples,
+    grade_again,
+    plan_samples,
+)
 
 TEXTS = [
     "def add(a, b):\n    return",
@@ -422,6 +431,62 @@ def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whol
     whole = read_records(whole[0] / "samples")
     assert table["token_ids"].map(list).tolist() == whole["token_ids"].map(list).tolist()
     assert (table["verdict"] == "runner_error").sum() == 1
+
+
+def test_what_the_grader_failed_on_is_graded_again(judge, tiny, items, whole, tmp_path, monkeypatch):
+    "A run whose grader failed now and then ends with the verdicts of one whose grader did not."
+    options = SamplingOptions(max_new_tokens=6, slots=8, workers=1)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(solving, "SandboxPool", Stopped)
+        generate_samples(tiny("llama"), items, tmp_path, options, progress=until(66))
+    assert (read_records(tmp_path / "samples")["verdict"] == "runner_error").sum() == 1
+    assert written(tiny("llama"), items, tmp_path) == whole[1]
+    assert len(read_records(tmp_path / "graded_again")) == 1
+    assert "runner_error" not in set(pd.read_parquet(tmp_path / "samples.parquet")["verdict"])
+    assert grade_again(tmp_path, items) == 0
+
+
+class NeverGrades(Judge):
+    "A grader that always fails."
+
+    def submit(self, job) -> Future:
+        verdict = Future()
+        verdict.set_result(Verdict("runner_error", (None,) * len(job.tests), "the worker was lost", 0.0))
+        return verdict
+
+
+def test_what_cannot_be_graded_is_counted_and_no_label(tiny, tmp_path, monkeypatch):
+    some = plan_samples(load_problems("basics", 3))
+    monkeypatch.setattr(solving, "SandboxPool", NeverGrades)
+    generate_samples(tiny("llama"), some, tmp_path, SamplingOptions(max_new_tokens=3, layers=[0], workers=1))
+    table = finish_samples(tmp_path, some)
+    scores = pass_at_k_table(table, table)
+    assert grade_again(tmp_path, some) == 3 and scores["not_judged"][0] == 3 and scores["problems_left_out"][0] == 3
+    assert "3 runner_error, left out" in generation_headline(scores, table)
+
+
+POISON = {
+    "surrogate": "def f(x): raise ValueError('\\ud800')",
+    "surrogate in an assert": "def f(x):\n    assert False, '\\udfff'",
+    "surrogate in the source": "def f(x): return '\ud800'",
+    "NUL": "def f(x): raise ValueError('\\x00')",
+    "a name that is not UTF-8": "import ctypes\nctypes.CDLL(None).prctl(15, b'\\xff', 0, 0, 0)\ndef f(x):\n    while True: pass",
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_no_text_of_a_program_stops_the_phase(tiny, tmp_path, monkeypatch, what):
+    "Whatever a program says, its verdict is stored, and it is a verdict."
+    problem = load_problems("basics", 1)[0]
+    problem = replace(problem, entry_point="f", tests=("assert f(1) == 1",), setup="")
+    monkeypatch.setattr(solving, "extract_code", lambda *_: POISON[what])
+    quick = partial(solving.SandboxPool, limits=SandboxLimits(wall=1.0, patience=1.0))
+    monkeypatch.setattr(solving, "SandboxPool", quick)
+    items = plan_samples([problem])
+    generate_samples(tiny("llama"), items, tmp_path, SamplingOptions(max_new_tokens=3, layers=[], workers=1))
+    (row,) = finish_samples(tmp_path, items).to_dict("records")
+    assert row["verdict"] not in ("runner_error", "passed") and row["code"].encode()
+    assert pd.read_parquet(tmp_path / "samples.parquet")["verdict"].tolist() == [row["verdict"]]
 
 
 def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """What a notebook cannot hold of `core.files` and `core.records`: kills, damaged files, full and read-only disks, and rows of every kind."""
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -242,6 +243,130 @@ def test_all_damaged_at_once(tmp_path, uninterrupted):
     assert len(write(tmp_path, say=computed.append).damaged) == N // PART
     assert computed == list(range(N))
     assert_whole(tmp_path, uninterrupted)
+
+
+def _write_list(path: Path, **changes):
+    "A list of parts with another content and a right digest."
+    body = json.loads(path.read_text()) | changes
+    body.pop("digest")
+    path.write_text(json.dumps(body | {"digest": core_records._checkpoint_digest(body)}))
+
+
+def _remove(paths):
+    for path in paths:
+        path.unlink()
+
+
+def _newest(folder: Path, kind: str, n: int = 1) -> list[Path]:
+    return sorted(folder.glob(f"{kind}-*"))[-n:]
+
+
+def _checkpoints_and_a_part_gone(folder: Path):
+    _remove([*folder.glob("checkpoint-*"), min(folder.glob("part-*"))])
+
+
+def _newest_checkpoint_and_last_part_gone(folder: Path):
+    _remove([*_newest(folder, "checkpoint"), *_newest(folder, "part")])
+
+
+def _two_newest_checkpoints_and_last_parts_gone(folder: Path):
+    _remove([*_newest(folder, "checkpoint", 2), *_newest(folder, "part", 2)])
+
+
+def _all_lists_gone(folder: Path):
+    _remove(list(folder.glob("*.json")))
+
+
+def _all_lists_and_last_part_gone(folder: Path):
+    _remove([*folder.glob("*.json"), *_newest(folder, "part")])
+
+
+def _list_is_deep(folder: Path):
+    (folder / "parts.json").write_text("[" * 100_000)
+
+
+def _list_is_empty(folder: Path):
+    (folder / "parts.json").write_text("[]")
+
+
+def _list_is_null(folder: Path):
+    (folder / "parts.json").write_text("null")
+
+
+def _list_names_another_folder(folder: Path):
+    _write_list(folder / "parts.json", parts=[{"name": "../../etc/passwd", "sha256": "0" * 64, "rows": 1}])
+
+
+def _list_has_a_part_without_name(folder: Path):
+    _write_list(folder / "parts.json", parts=[{}])
+
+
+def _part_is_a_link_to_itself(folder: Path):
+    part = min(folder.glob("part-*"))
+    part.unlink()
+    part.symlink_to(part)
+
+
+def _part_with_content(folder: Path, data: bytes):
+    (folder / f"part-00097-{hashlib.sha256(data).hexdigest()[:16]}.parquet").write_bytes(data)
+
+
+def _part_is_no_parquet(folder: Path):
+    _part_with_content(folder, b"this is no Parquet")
+
+
+def _part_is_another_table(folder: Path):
+    data = io.BytesIO()
+    pd.DataFrame({"z": [1]}).to_parquet(data)
+    _part_with_content(folder, data.getvalue())
+
+
+NOT_WHOLE = [
+    _checkpoints_and_a_part_gone,
+    _newest_checkpoint_and_last_part_gone,
+    _two_newest_checkpoints_and_last_parts_gone,
+    _all_lists_gone,
+    _all_lists_and_last_part_gone,
+    _list_is_deep,
+    _list_is_empty,
+    _list_is_null,
+    _list_names_another_folder,
+    _list_has_a_part_without_name,
+    _part_is_a_link_to_itself,
+    _part_is_no_parquet,
+    _part_is_another_table,
+]
+
+
+@pytest.mark.parametrize("how", NOT_WHOLE)
+def test_a_table_that_cannot_be_proved_whole_is_an_error(tmp_path, uninterrupted, how):
+    "Reading says so in one line; opening finds what is missing, and the same command computes it again."
+    write(tmp_path)
+    how(tmp_path)
+    with pytest.raises(DamagedRecords) as error:
+        read_records(tmp_path)
+    assert "repeat the command" in str(error.value) and "\n" not in str(error.value)
+    write(tmp_path)
+    assert_whole(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"', "[" * 100_000, '{"digest": 3}', "NaN", "9" * 5000])
+def test_an_odd_checkpoint_costs_nothing(tmp_path, uninterrupted, content):
+    write(tmp_path)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.write_text(content)
+    assert_whole(tmp_path, uninterrupted)
+    assert write(tmp_path).damaged == []
+
+
+def test_text_that_is_no_unicode_is_made_visible_once(tmp_path):
+    with Records(tmp_path, "k") as records:
+        records.append([{"k": 0, "text": "\ud800\x00", "list": ["\udfff"]}])
+    (stored,) = read_records(tmp_path, as_rows=True)
+    assert stored == {"k": 0, "text": "\\ud800\x00", "list": ["\udfff"]}
+    with Records(tmp_path / "again", "k") as records:
+        records.append([stored])
+    assert read_records(tmp_path / "again", as_rows=True) == [stored]
 
 
 def test_a_copied_part_is_refused(tmp_path):
