@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['auroc', 'auprc', 'f1', 'mcc', 'balanced_accuracy', 'trivial_f1', 'brier_score', 'calibration_error',
-           'cluster_interval', 'auroc_interval', 'roc_with_band']
+           'cluster_interval', 'auroc_interval']
 
 # %% ../../nbs/core/metrics.ipynb #c9bc4321
 from collections.abc import Callable
@@ -16,26 +16,55 @@ from numpy.typing import ArrayLike
 from .errors import BadInput
 
 # %% ../../nbs/core/metrics.ipynb #789c94a9
+def _check_binary(values: ArrayLike, name: str) -> Bool[np.ndarray, "rows"]:
+    "True or false in each row, and nothing else."
+    values = np.asarray(values)
+    if values.dtype == bool:
+        return values
+    try:
+        numbers = values.astype(float)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{name}s {values.ravel()[:3].tolist()}: give True or False, or 1 or 0, for each row") from error
+    if missing := int(np.isnan(numbers).sum()):
+        raise BadInput(f"{missing} {name}s are NaN: leave those rows out of every measure alike")
+    neither = numbers[(numbers != 0) & (numbers != 1)]
+    if len(neither):
+        raise BadInput(f"{name} {neither[0]:g} is neither true nor false: give True or False, or 1 or 0")
+    return numbers.astype(bool)
+
+# %% ../../nbs/core/metrics.ipynb #73d19ad7
 def _check_arrays(
     label: ArrayLike, values: ArrayLike, weights: ArrayLike | None
 ) -> tuple[Bool[np.ndarray, "rows"], Float[np.ndarray, "rows"], Float[np.ndarray, "*resamples rows"]]:
     "Labels, scores and weights of one length, without gaps."
-    label = np.asarray(label).astype(bool)
+    label = _check_binary(label, "label")
     values = np.asarray(values, float)
     weights = np.ones(len(label)) if weights is None else np.asarray(weights, float)
-    if not label.shape == values.shape == weights.shape[-1:]:
+    if label.ndim != 1 or not label.shape == values.shape == weights.shape[-1:]:
         raise BadInput(f"{label.shape} labels, {values.shape} scores, {weights.shape} weights: one of each a row")
     if np.isnan(values).any():
         raise BadInput(f"{np.isnan(values).sum()} scores are NaN: leave those rows out of every measure alike")
+    if not (weights >= 0).all() or np.isinf(weights).any():
+        raise BadInput("a weight is negative, infinite or NaN: give how often each row counts, 0 or more")
     return label, values, weights
 
 
+def _check_probabilities(probability: Float[np.ndarray, "rows"]) -> None:
+    "Refuse what is no probability."
+    outside = probability[(probability < 0) | (probability > 1)]
+    if len(outside):
+        raise BadInput(f"probability {outside[0]:g}: give numbers from 0 to 1; a score is measured by `auroc`")
+
+# %% ../../nbs/core/metrics.ipynb #d4464c39
 def _weights_by_threshold(
     label, score, weights
 ) -> tuple[Float[np.ndarray, "*resamples steps"], Float[np.ndarray, "*resamples steps"]]:
     "Weight of the positives and of the negatives at each distinct score, highest first."
     order = np.argsort(-score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
+    ordered = score[order]
+    is_first = np.ones(len(ordered), bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(is_first)
     label = label[order]
     weights = weights[..., order]
     return np.add.reduceat(weights * label, starts, -1), np.add.reduceat(weights * ~label, starts, -1)
@@ -76,35 +105,42 @@ def _confusion_counts(
     weights: ArrayLike | None = None,  # [rows] or [resamples, rows]
 ) -> list[Float[np.ndarray, "*resamples"]]:  # True positives, false positives, false negatives, true negatives
     "The four counts of a decision."
-    label, decision, weights = _check_arrays(label, decision, weights)
+    label, decision, weights = _check_arrays(label, _check_binary(decision, "decision"), weights)
     decision = decision.astype(bool)
     cells = (label & decision, ~label & decision, label & ~decision, ~label & ~decision)
     return [(weights * cell).sum(-1) for cell in cells]
 
 
-def _ratio(part, whole, otherwise: float = 0.0):
+def _ratio(part, whole, otherwise=0.0):
     "`part / whole`, and `otherwise` where there is no whole."
-    return np.divide(part, whole, out=np.full(np.shape(part), otherwise), where=np.asarray(whole) > 0)[()]
+    out = np.broadcast_to(np.asarray(otherwise, float), np.shape(part)).copy()
+    return np.divide(part, whole, out=out, where=np.asarray(whole) > 0)[()]
+
+
+def _zero_if_any(rows: Float[np.ndarray, "*resamples"]) -> Float[np.ndarray, "*resamples"]:
+    "0 where rows count, NaN where none does."
+    return np.where(rows > 0, 0.0, np.nan)
 
 # %% ../../nbs/core/metrics.ipynb #4225a323
 def f1(
     label: ArrayLike,  # [rows]
     decision: ArrayLike,  # [rows], true or false
     weights: ArrayLike | None = None,  # [rows] or [resamples, rows]
-) -> Float[np.ndarray, "*resamples"]:  # 0 where nothing was found
+) -> Float[np.ndarray, "*resamples"]:  # 0 where nothing was found, NaN for no rows
     "Harmonic mean of precision and recall."
-    tp, fp, fn, _ = _confusion_counts(label, decision, weights)
-    return _ratio(2 * tp, 2 * tp + fp + fn)
+    tp, fp, fn, tn = _confusion_counts(label, decision, weights)
+    return _ratio(2 * tp, 2 * tp + fp + fn, _zero_if_any(tp + fp + fn + tn))
 
 
 def mcc(
     label: ArrayLike,  # [rows]
     decision: ArrayLike,  # [rows], true or false
     weights: ArrayLike | None = None,  # [rows] or [resamples, rows]
-) -> Float[np.ndarray, "*resamples"]:  # -1 to 1, 0 where a row or column of the table is empty
+) -> Float[np.ndarray, "*resamples"]:  # -1 to 1, 0 where a row or column of the table is empty, NaN for no rows
     "Matthews' correlation coefficient."
     tp, fp, fn, tn = _confusion_counts(label, decision, weights)
-    return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return _ratio(tp * tn - fp * fn, np.sqrt(margins), _zero_if_any(tp + fp + fn + tn))
 
 
 def balanced_accuracy(
@@ -118,9 +154,11 @@ def balanced_accuracy(
 
 # %% ../../nbs/core/metrics.ipynb #6d41ed97
 def trivial_f1(
-    share: float,  # Share of rows with the label
+    share: float,  # Share of rows with the label; or several
 ) -> float:
     "F1 of the decision that every row has the label."
+    if not np.all((np.asarray(share) >= 0) & (np.asarray(share) <= 1)):
+        raise BadInput(f"share {share}: give the share of rows with the label, from 0 to 1")
     return 2 * share / (1 + share)
 
 # %% ../../nbs/core/metrics.ipynb #acbb446f
@@ -128,9 +166,10 @@ def brier_score(
     label: ArrayLike,  # [rows]
     probability: ArrayLike,  # [rows], of the label
     weights: ArrayLike | None = None,  # [rows] or [resamples, rows]
-) -> Float[np.ndarray, "*resamples"]:  # 0 is best, p(1 - p) is what the share p alone gives
+) -> Float[np.ndarray, "*resamples"]:  # 0 is best, p(1 - p) is what the share p alone gives, NaN for no rows
     "Mean squared error of a probability."
     label, probability, weights = _check_arrays(label, probability, weights)
+    _check_probabilities(probability)
     return _ratio((weights * (probability - label) ** 2).sum(-1), weights.sum(-1), np.nan)
 
 
@@ -139,25 +178,51 @@ def calibration_error(
     probability: ArrayLike,  # [rows], of the label
     weights: ArrayLike | None = None,  # [rows] or [resamples, rows]
     bins: int = 10,  # Of equal numbers of rows, equal probabilities stay together
-) -> Float[np.ndarray, "*resamples"]:
+) -> Float[np.ndarray, "*resamples"]:  # NaN for no rows
     "Expected calibration error."
     label, probability, weights = _check_arrays(label, probability, weights)
+    _check_probabilities(probability)
+    if bins < 1:
+        raise BadInput(f"bins={bins}: give at least 1, such as 10")
+    if not len(label):
+        return np.full(weights.shape[:-1], np.nan)[()]
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
     bin_indicator = np.eye(len(edges) + 1)[np.searchsorted(edges, probability, side="left")]
     return _ratio(np.abs((weights * (probability - label)) @ bin_indicator).sum(-1), weights.sum(-1), np.nan)
 
 # %% ../../nbs/core/metrics.ipynb #d3a71401
-def _bca_ends(value: float, drawn: np.ndarray, jackknife: np.ndarray, level: float) -> tuple[float, float]:
-    "Ends of the bias-corrected and accelerated interval."
-    from scipy.special import ndtr, ndtri
+def _effective_df(contributions: Float[np.ndarray, "tasks"]) -> float:
+    "Degrees of freedom of a variance that was estimated from contributions: fewer where a few of them are all of it."
+    n = len(contributions)
+    squares = (contributions - contributions.mean()) ** 2
+    if not squares.sum() > 0:
+        return n - 1.0
+    kurtosis = n * (squares**2).sum() / squares.sum() ** 2
+    return float(np.clip(2 * n / max(kurtosis - 1, 1e-9), 1, n - 1))
 
-    below = ((drawn < value).mean() + (drawn <= value).mean()) / 2
-    bias = ndtri(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
-    pull = jackknife.mean() - jackknife
-    spread = (pull**2).sum() ** 1.5
-    acceleration = (pull**3).sum() / (6 * spread) if spread > 0 else 0.0
-    z = bias + ndtri([(1 - level) / 2, (1 + level) / 2])
-    return tuple(map(float, np.quantile(drawn, ndtr(bias + z / (1 - acceleration * z)))))
+# %% ../../nbs/core/metrics.ipynb #8e032b5d
+def _t_interval(
+    value: float,
+    se: float,
+    df: float,
+    tasks: int,
+    level: float,  # Confidence level
+    bounds: tuple[float, float],  # Between which the measure lies
+) -> tuple[float, float]:
+    "Student's interval on the logit scale between bounds; never without width."
+    from scipy.special import expit, logit
+    from scipy.stats import t
+
+    low, high = bounds
+    span = high - low
+    tail = (1 - level) / 2
+    place = (value - low) / span
+    if not 0 < place < 1 or not se > 1e-12 * span:
+        half = span * (1 - tail ** (1 / tasks))
+        return max(low, value - half), min(high, value + half)
+    half = t.ppf(1 - tail, df) * se / span / (place * (1 - place))
+    ends = low + span * expit(logit(place) + np.array([-half, half]))
+    return float(ends[0]), float(ends[1])
 
 # %% ../../nbs/core/metrics.ipynb #3e0331f5
 def _statistic_in_batches(
@@ -171,6 +236,22 @@ def _statistic_in_batches(
     values = np.concatenate([statistic(batch[:, member]) for batch in batches])
     return values[~np.isnan(values)]
 
+
+def _cluster_numbers(clusters: ArrayLike, n_rows: int | None = None) -> np.ndarray:
+    "The number of each row's cluster, from 0."
+    clusters = np.asarray(clusters)
+    if n_rows is not None and clusters.shape != (n_rows,):
+        raise BadInput(f"{clusters.shape} clusters for {n_rows} rows: give the task of each row")
+    missing = int(sum(name is None or name != name for name in clusters.tolist()))
+    if missing:
+        raise BadInput(f"{missing} rows have no task (None or NaN): give the task of each row")
+    return np.unique(clusters, return_inverse=True)[1]
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise BadInput(f"level {level}: give a confidence level between 0 and 1, such as 0.95")
+
 # %% ../../nbs/core/metrics.ipynb #59d06f3b
 def cluster_interval(
     statistic: Callable[[Float[np.ndarray, "*resamples rows"]], Float[np.ndarray, "*resamples"]],  # From weights
@@ -178,31 +259,40 @@ def cluster_interval(
     n_resamples: int = 2000,
     level: float = 0.95,  # Confidence level
     seed: int = 0,  # Equal seeds draw equal tasks
+    bounds: tuple[float, float] = (-1.0, 1.0),  # Between which the measure lies: (0, 1) for an AUROC, this for a difference
 ) -> tuple[
     float, float, float
 ]:  # Value, low and high end, NaN ends where fewer than two resamples, or tasks, have a value
     "A measure with its bootstrap interval over tasks."
-    member = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    _check_level(level)
+    if n_resamples < 2:
+        raise BadInput(f"n_resamples={n_resamples}: give at least 2; 2000 is usual")
+    member = _cluster_numbers(clusters)
     tasks = int(member.max(initial=-1)) + 1
     value = float(statistic(np.ones(len(member))))
     if tasks < 2 or np.isnan(value):
         return value, np.nan, np.nan
+    if not bounds[0] <= value <= bounds[1]:
+        raise BadInput(f"the measure is {value:g}, outside of its bounds {bounds}: give bounds=(lowest, highest)")
     counts = np.random.default_rng(seed).multinomial(tasks, np.full(tasks, 1 / tasks), n_resamples)
     drawn = _statistic_in_batches(statistic, counts, member)
     jackknife = _statistic_in_batches(statistic, 1 - np.eye(tasks), member)
     if min(len(drawn), len(jackknife)) < 2:
         return value, np.nan, np.nan
-    return value, *_bca_ends(value, drawn, jackknife, level)
+    se = drawn.std() * np.sqrt(tasks / (tasks - 1))
+    return value, *_t_interval(value, se, _effective_df(jackknife), tasks, level, bounds)
 
 # %% ../../nbs/core/metrics.ipynb #3463d1a8
-def _placement_sums(score, side: np.ndarray, member: np.ndarray, area: float) -> tuple[np.ndarray, int, int]:
-    "Of the rows in `side`: sums of their placements about `area` by task, number of rows, number of tasks with such a row."
+def _placement_means(
+    score: np.ndarray, side: np.ndarray, member: np.ndarray, area: float
+) -> tuple[Float[np.ndarray, "tasks"], int]:
+    "Of the rows in `side`: what each task adds to the mean of their placements about `area`; number of tasks with such a row."
     opposite = np.sort(score[~side])
     below = np.searchsorted(opposite, score[side], "left")
     up_to = np.searchsorted(opposite, score[side], "right")
     placements = (below + up_to) / 2 / len(opposite)
     sums = np.bincount(member[side], placements - area, member.max() + 1)
-    return sums, int(side.sum()), len(np.unique(member[side]))
+    return sums / side.sum(), len(np.unique(member[side]))
 
 
 def _small_sample_factor(tasks: int) -> float:
@@ -210,22 +300,20 @@ def _small_sample_factor(tasks: int) -> float:
 
 # %% ../../nbs/core/metrics.ipynb #861cd2ea
 def _auroc_se(
-    label: ArrayLike,  # [rows]
-    score: ArrayLike,  # [rows]
-    clusters: ArrayLike,  # [rows]: the task of each
-) -> float:  # NaN where a label is missing or there is one task
-    "Standard error of the AUROC, for samples that share tasks."
-    label, score, _ = _check_arrays(label, score, None)
-    member = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    label: Bool[np.ndarray, "rows"],
+    score: Float[np.ndarray, "rows"],
+    member: np.ndarray,  # [rows]: the number of each row's task
+) -> tuple[float, float]:  # NaN where a label is missing or there is one task
+    "Standard error of the AUROC, for samples that share tasks, and its degrees of freedom."
     area = auroc(label, score)
     if np.isnan(area) or member.max() == 0:
-        return np.nan
-    positive, n_positive, positive_tasks = _placement_sums(score, label, member, area)
-    negative, n_negative, negative_tasks = _placement_sums(-score, ~label, member, area)
-    positive_term = _small_sample_factor(positive_tasks) * (positive**2).sum() / n_positive**2
-    negative_term = _small_sample_factor(negative_tasks) * (negative**2).sum() / n_negative**2
-    covariance = _small_sample_factor(member.max() + 1) * (positive * negative).sum() / (n_positive * n_negative)
-    return float(np.sqrt(max(positive_term + negative_term + 2 * covariance, 0.0)))
+        return np.nan, np.nan
+    positive, positive_tasks = _placement_means(score, label, member, area)
+    negative, negative_tasks = _placement_means(-score, ~label, member, area)
+    variance = _small_sample_factor(positive_tasks) * (positive**2).sum()
+    variance += _small_sample_factor(negative_tasks) * (negative**2).sum()
+    variance += 2 * _small_sample_factor(member.max() + 1) * (positive * negative).sum()
+    return float(np.sqrt(max(variance, 0.0))), _effective_df(positive + negative)
 
 # %% ../../nbs/core/metrics.ipynb #7ba491e9
 def auroc_interval(
@@ -233,16 +321,16 @@ def auroc_interval(
     score: ArrayLike,  # [rows]
     clusters: ArrayLike,  # [rows]: the task of each
     level: float = 0.95,  # Confidence level
-) -> tuple[float, float, float]:  # AUROC, low and high end
+) -> tuple[float, float, float]:  # AUROC, low and high end; NaN ends where a label is missing or there is one task
     "AUROC with an interval from its clustered standard error."
-    from scipy.special import expit, logit, ndtri
-
+    _check_level(level)
+    label, score, _ = _check_arrays(label, score, None)
+    member = _cluster_numbers(clusters, len(label))
     area = float(auroc(label, score))
-    se = _auroc_se(label, score, clusters)
-    if not 0 < area < 1 or not se > 0:
+    se, df = _auroc_se(label, score, member)
+    if np.isnan(se):
         return area, np.nan, np.nan
-    half = ndtri((1 + level) / 2) * se / (area * (1 - area))
-    return area, float(expit(logit(area) - half)), float(expit(logit(area) + half))
+    return area, *_t_interval(area, se, df, int(member.max()) + 1, level, (0.0, 1.0))
 
 # %% ../../nbs/core/metrics.ipynb #2800ceb7
 def _roc_curve(label: np.ndarray, score: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -261,14 +349,19 @@ def roc_with_band(
     level: float = 0.95,  # Of the band, at each point by itself
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "points"]]:  # `false_positive_rate, true_positive_rate, low, high`
-    "A ROC curve with its pointwise band."
+    "A ROC curve with its pointwise band, NaN for one task."
+    _check_level(level)
     label, score, _ = _check_arrays(label, score, None)
-    member = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if label.all() or not label.any():
+        raise BadInput(f"{label.sum()} true and {(~label).sum()} false rows: a ROC curve needs both; use other rows")
+    member = _cluster_numbers(clusters, len(label))
     tasks = member.max() + 1
     grid = np.linspace(0, 1, 101)
     counts = np.random.default_rng(seed).multinomial(tasks, np.full(tasks, 1 / tasks), n_resamples)
     resamples = [weights for weights in counts[:, member] if (weights * label).any() and (weights * ~label).any()]
-    curves = [_roc_curve(label, score, weights, grid) for weights in resamples]
-    low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low = high = np.full(len(grid), np.nan)
+    if len(resamples) > 1 and tasks > 1:
+        curves = [_roc_curve(label, score, weights, grid) for weights in resamples]
+        low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
     curve = _roc_curve(label, score, np.ones(len(label)), grid)
     return {"false_positive_rate": grid, "true_positive_rate": curve, "low": low, "high": high}
