@@ -16,7 +16,7 @@ from shards import kernel_of, wait_for
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
-LONG = [*STUDY, "-n", "80"]  # 160 programs, four units
+LONG = [*STUDY, "-n", "35"]  # 70 programs, two units
 SMALL = [*STUDY, "-n", "2", "--model", "tiny:llama"]
 
 
@@ -323,3 +323,173 @@ def test_a_record_may_leave_files_out(tmp_path):
     assert changed_outputs(manifest | {"left_out": ["weights/w"]}) == []
     (tmp_path / "a.json").write_text("2")
     assert changed_outputs(manifest | {"left_out": ["weights/w"]}) == ["a.json"]
+
+
+# --- odd manifests and links ---------------------------------------------------------------------------------------
+
+ODD_ID = "20260101T000000000Z-0123abcd"
+PLAIN = {"run_id": ODD_ID, "phase": "tracking", "status": "complete", "started": "2026-01-01T00:00", "outputs": {}}
+PLAIN |= {"parameters": {}, "inputs": []}
+ODD_MANIFESTS = [
+    "[]",
+    "null",
+    "3",
+    '"x"',
+    "{}",
+    "",
+    "{",
+    "NaN",
+    "[" * 100_000,
+    '{"a":' * 30_000,
+    '{"run_id": ' + "9" * 5000 + "}",
+    "\udcff",
+    *[
+        json.dumps(PLAIN | odd)
+        for odd in (
+            {"run_id": 5},
+            {"run_id": None},
+            {"run_id": "../../elsewhere"},
+            {"phase": []},
+            {"phase": "unknown"},
+            {"phase": "generation", "summary": [], "parameters": {"split": "all", "temperature": [0.0], "samples": 1}},
+            {"phase": "generation", "summary": [{"answers": 3}], "parameters": {"temperature": {}}},
+            {"status": float("nan")},
+            {"status": {}},
+            {"started": 5},
+            {"started": None},
+            {"outputs": []},
+            {"outputs": {"a": 3}},
+            {"outputs": {"a": {}}},
+            {"outputs": {"../../../../etc/passwd": {"sha256": "x"}}},
+            {"outputs": {"/etc/passwd": {"sha256": "x"}}},
+            {"outputs": {"a\x00": {"sha256": "x"}}},
+            {"parameters": []},
+            {"parameters": {"models": 5, "shard": "x", "model": {"a": 1}}},
+            {"parameters": {"shard": None, "n": 10**400}},
+            {"inputs": [{}]},
+            {"inputs": {}},
+            {"inputs": [[]]},
+            {"inputs": [{"run_id": 7, "folder": []}]},
+            {"inputs": [{"run_id": ODD_ID, "phase": "tracking", "folder": ".", "sha256": "0", "parameter": "input"}]},
+            {"summary": 5},
+            {"summary": [5]},
+            {"summary": [{"a": "\ud800"}, {"b": [1]}]},
+            {"error": "x"},
+            {"error": {"type": "x"}},
+            {"error": []},
+            {"headline": 7},
+            {"headline": "\ud800 [bold]"},
+            {"left_out": 3},
+            {"left_out": ["a"], "wall_seconds": "long"},
+            {"pid": [], "digest": 9},
+        )
+    ],
+]
+
+
+def in_process(root: Path, *words: str):
+    "The command line, without a process of its own; any error that is no user's mistake is raised."
+    from typer.testing import CliRunner
+
+    from codetrace.cli import app
+    from codetrace.core.errors import BadInput
+
+    done = CliRunner().invoke(app, list(words), env={"CODETRACE_RUNS": str(root), "COLUMNS": "200"})
+    if done.exception is not None and not isinstance(done.exception, BadInput | SystemExit):
+        raise done.exception
+    return done
+
+
+def plant_run(root: Path, run_id: str = "20260102T000000000Z-0123abcd", **facts) -> Path:
+    "A complete run without outputs."
+    folder = root / facts.get("phase", "tracking") / run_id
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(PLAIN | {"run_id": run_id} | facts))
+    return folder
+
+
+@pytest.mark.parametrize("text", ODD_MANIFESTS, ids=range(len(ODD_MANIFESTS)))
+def test_an_odd_manifest_takes_down_nothing(tmp_path, monkeypatch, text):
+    "Whatever stands in one run.json, the others are listed, shown, reported and cleaned."
+    from codetrace.phases.report import study_claims_table, study_runs
+    from codetrace.runs.manifest import all_runs
+
+    plain = plant_run(tmp_path)
+    (tmp_path / "tracking" / ODD_ID).mkdir()
+    (tmp_path / "tracking" / ODD_ID / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    listed = in_process(tmp_path, "runs")
+    assert listed.exit_code == 0 and plain.name in listed.stdout
+    for words in (["show", "tracking"], ["show", plain.name], ["runs", "--json"]):
+        assert in_process(tmp_path, *words).exit_code == 0, words
+    in_process(tmp_path, "show", ODD_ID)
+    for words in (["clean", "--dry-run"], ["clean", "tracking", "--incomplete", "--dry-run"], ["clean", "--force"]):
+        assert in_process(tmp_path, *words).exit_code == 0, words
+    assert not list(tmp_path.glob("tracking/*"))
+    plant_run(tmp_path)
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    study_claims_table(study_runs(all_runs()))
+
+
+def test_the_report_survives_an_odd_run(tmp_path, monkeypatch):
+    from codetrace.phases.report import study_claims_table, study_runs
+    from codetrace.runs.manifest import all_runs
+
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    greedy = {"split": "all", "temperature": [0.0], "samples": 1}
+    for summary in ([], [{"answers": 3}], [{"answers": "greedy", "k": 1, "value": "many"}]):
+        plant_run(
+            tmp_path,
+            f"2026010{3 + len(summary)}T000000000Z-0123abcd",
+            phase="generation",
+            parameters=greedy,
+            summary=summary,
+        )
+        claims = study_claims_table(study_runs(all_runs()))
+        assert "cannot be read" in " ".join(claims["verdict"]) or not len(claims)
+        for path in tmp_path.glob("generation/*"):
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("jobs", ["log", "folder"])
+def test_cleaning_removes_nothing_outside_the_runs_folder(tmp_path, jobs):
+    "Links at a run, a phase, inside a run, at a lock, and at the logs of processes lead to what is not ours."
+    root = tmp_path / "runs"
+    precious = [tmp_path / name for name in ("run", "phase", "inside", "log", "jobs", "lock")]
+    for folder in precious:
+        for where in (folder, folder / "sub", folder / ODD_ID):
+            where.mkdir()
+            (where / "precious.txt").write_text("mine")
+            (where / "run.json").write_text(json.dumps(PLAIN | {"status": "failed"}))
+    before = sorted((path, path.read_text()) for path in tmp_path.rglob("*") if path.is_file())
+    run = plant_run(root, status="failed")
+    (root / "tracking" / ODD_ID).symlink_to(precious[0])
+    (root / "tracing").symlink_to(precious[1])
+    (run / "link").symlink_to(precious[2])
+    (run / ".lock").symlink_to(precious[5] / "precious.txt")
+    if jobs == "log":
+        (root / ".jobs").mkdir()
+        (root / ".jobs" / "tracking-0123abcd").symlink_to(precious[3])
+    else:
+        (root / ".jobs").symlink_to(precious[4])
+    assert in_process(root, "clean", "--force").exit_code == 0
+    assert not run.exists()
+    files = [path for folder in precious for path in folder.rglob("*") if path.is_file()]
+    assert sorted((path, path.read_text()) for path in files) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", "{}", "[3]", '[{"shard": 0}]', '[{"shard":0,"job_id":"x","cluster":"local","log":""}]']
+)
+def test_an_odd_list_of_jobs_does_not_stop_cleaning(tmp_path, text):
+    folder = tmp_path / ".jobs" / "tracking-0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "jobs.json").write_text(text)
+    plain = plant_run(tmp_path)
+    assert in_process(tmp_path, "clean", "--force").exit_code == 0 and not plain.exists()
+    assert folder.exists() == (text not in ("[]", "{}"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "/" * 5000, "..", ""])
+def test_an_odd_name_of_a_run_is_one_line(tmp_path, name):
+    plant_run(tmp_path)
+    assert in_process(tmp_path, "show", name).exit_code == 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadInput
-from ..core.files import StorageError, read_json, storage_errors
-from .jobs import SubmittedJob
+from ..core.files import storage_errors
+from .jobs import read_submitted_jobs
 from .launch import alive_jobs
 from .manifest import RunBusy, read_manifest
 from .phases import find_phase, is_phase, runs_root
@@ -57,7 +57,7 @@ def _manifest_or_status(folder: Path) -> dict:
     "The manifest of a run, or one that says what is wrong with it."
     try:
         return read_manifest(folder)
-    except StorageError:
+    except BadInput:
         status = "damaged" if (folder / "run.json").is_file() else "no manifest"
         return {"phase": folder.parent.name, "status": status, "inputs": []}
 
@@ -66,7 +66,7 @@ def _run_readers(manifests: dict[Path, dict]) -> dict[str, list[str]]:
     "By run id, the ids of the runs that were made from it."
     readers: dict[str, list[str]] = {}
     for folder, manifest in manifests.items():
-        for read in manifest.get("inputs", []):
+        for read in manifest["inputs"]:
             readers.setdefault(read["run_id"], []).append(folder.name)
     return readers
 
@@ -75,9 +75,13 @@ def _ended_job_logs(root: Path) -> list[RemovableFolder]:
     "Folders with logs of processes that have all ended."
     logs = []
     for folder in sorted(root.glob(".jobs/*")):
-        path = folder / "jobs.json"
-        jobs = [SubmittedJob(**job) for job in read_json(path)] if path.is_file() else []
-        if folder.is_dir() and not alive_jobs(jobs):
+        if not folder.is_dir() or folder.is_symlink() or folder.parent.is_symlink():
+            continue
+        try:
+            jobs = read_submitted_jobs(folder)
+        except BadInput:
+            continue
+        if not alive_jobs(jobs):
             phase = folder.name.rpartition("-")[0]
             logs.append(RemovableFolder(folder, phase, "log", _folder_bytes(folder)))
     return logs
@@ -110,14 +114,17 @@ def removable_folders(
 def remove_folder(
     removable: RemovableFolder,
 ) -> bool:  # False where a process is writing it
-    "Remove a folder for good; raises `StorageError` where the disk refuses."
+    "Remove a folder for good, and nothing that its links lead to; raises `StorageError` where the disk refuses."
     folder = removable.folder
     locks = []
     try:
-        for name in (".lock", ".kernel.lock") if removable.status != "log" else ():
-            locks.append(acquire_run_lock(folder, name))
         with storage_errors(folder):
-            (folder / "run.json").unlink(missing_ok=True)
+            for name in (".lock", ".kernel.lock") if removable.status != "log" else ():
+                if (folder / name).is_symlink():
+                    (folder / name).unlink()
+                locks.append(acquire_run_lock(folder, name))
+            if not (folder / "run.json").is_dir():
+                (folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(folder)
     except RunBusy:
         return False
