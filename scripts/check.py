@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[1]
@@ -16,45 +17,40 @@ NOTEBOOKS = ["nbdev_test", "--n_workers", "2", "--timing", *(["--flags", "slow"]
 TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
 TESTS += ["--dist", "loadscope"]  # a file stays with one worker, and with what its tests share
 TESTS += ["-m", "slow or not slow"] if SLOW else []
-STAGES = [  # Checks of one stage run side by side: each of these uses one core
+STAGES = [  # Checks of one stage run side by side; tests, which measure times, have the machine to themselves
     {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
         "imports": ["lint-imports"],
     },
     {
-        "types": [
-            "basedpyright",
-            "--level",
-            "error",
-        ],  # tests/types-baseline.json holds what is known, and only shrinks
+        # tests/types-baseline.json holds what is known, and only shrinks
+        "types": ["basedpyright", "--level", "error"],
         "docs": [sys.executable, "scripts/docs.py", "--check"],
+        "notebooks": NOTEBOOKS,
     },
-    {"notebooks": NOTEBOOKS},
     {"tests": TESTS},
 ]
 
 
+def run_check(name: str, command: list[str], environment: dict[str, str], quiet: bool) -> bool:
+    "Run one check, say how long it took, show what it wrote if it failed or is not to be quiet; did it pass?"
+    began = time.monotonic()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    done = subprocess.run(command, cwd=HOME, env=environment, text=True, **pipes)
+    seconds = time.monotonic() - began
+    shown = done.stdout if quiet and done.returncode != 0 else ""
+    print(f"{shown}== {name}: {'passed' if done.returncode == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
+    return done.returncode == 0
+
+
 def run_stage(stage: dict[str, list[str]], environment: dict[str, str]) -> list[str]:
     "Run the checks of a stage side by side; names of those that failed."
-    began = time.monotonic()
-    alone = len(stage) == 1
-    processes = {}
     for name, command in stage.items():
         print(f"== {name}: {' '.join(command)}", flush=True)
-        output = None if alone else tempfile.TemporaryFile("w+")
-        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=output, stderr=output)
-        processes[name] = process, output
-    failed = []
-    for name, (process, output) in processes.items():
-        status = process.wait()
-        if output is not None and status != 0:
-            output.seek(0)
-            print(output.read(), flush=True)
-        seconds = time.monotonic() - began
-        print(f"== {name}: {'passed' if status == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
-        failed += [name] if status else []
-    return failed
+    with ThreadPoolExecutor(len(stage)) as pool:
+        passed = pool.map(lambda check: run_check(*check, environment, len(stage) > 1), stage.items())
+        return [name for name, is_good in zip(stage, passed, strict=True) if not is_good]
 
 
 def main() -> int:

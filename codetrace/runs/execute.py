@@ -93,11 +93,25 @@ def without_examples(
     kept = [cell for index, cell in enumerate(cells) if index not in examples | announced]
     return dict(notebook) | {"cells": kept}
 
+# %% ../../nbs/runs/execute.ipynb #a0f84ac7
+@contextmanager
+def _hidden_package(name: str):
+    "Let an import of a package that is not imported yet fail until the block ends."
+    is_new = name not in sys.modules
+    if is_new:
+        sys.modules[name] = None
+    try:
+        yield
+    finally:
+        if is_new:
+            del sys.modules[name]
+
 # %% ../../nbs/runs/execute.ipynb #d7a51b80
 def _run_papermill(notebook: Path, folder: Path, parameters: dict):
     "Execute `notebook` into `folder`."
-    import nbformat
-    import papermill
+    with _hidden_package("rfc3987_syntax"):
+        import nbformat
+        import papermill
     from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it has to say of errors, they say themselves
