@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS_PER_BATCH', 'TRACKING', 'ExperimentConfig', 'quick_experiment', 'draw_questions', 'score_answer',
-           'answer_questions', 'model_solver', 'heuristic_answers', 'accuracy_table', 'heuristic_agreement_table',
-           'TrackingResult', 'ExperimentRunner', 'accuracy_figure', 'tracking_summary_rows', 'tracking_headline',
-           'tracking_claims', 'classify_errors']
+           'choose_scoring', 'answer_questions', 'model_solver', 'heuristic_answers', 'accuracy_table',
+           'heuristic_agreement_table', 'TrackingResult', 'ExperimentRunner', 'accuracy_figure',
+           'tracking_summary_rows', 'tracking_headline', 'tracking_claims', 'classify_errors']
 
 # %% ../../nbs/phases/10_tracking.ipynb #7c7537d1
 import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from ..core.errors import BadInput, look_up_name
 from ..core.files import digest_values, read_json
 from ..core.records import Records, table_to_rows
-from ..core.stats import wilson
+from ..core.stats import format_with_interval, wilson
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
 from ..models.model_cache import ModelCache
@@ -35,11 +35,18 @@ from ..runs.phases import Phase
 from ..runs.run import Run, open_run
 from ..tasks.counterfactuals import program_constants
 from ..tasks.generators import GENERATORS, draw_program, make_variable_binding_program
-from ..tasks.heuristics import HEURISTICS, shallow_heuristics
+from codetrace.tasks.heuristics import (
+    HEURISTICS,
+    accuracy_beside_heuristics,
+    chance_beyond_heuristics,
+    format_beside_heuristics,
+    format_count,
+    shallow_heuristics,
+)
 from codetrace.tasks.program_prompts import (
-    choose_answer_parser,
+    asks_for_final_answer,
     parse_final_answer,
-    parse_int,
+    parser_for_answer,
     render_program_prompt,
     score_answer_tokens,
     split_answer_tokens,
@@ -61,9 +68,9 @@ def _check_filled_list(name: str, value: object, example: str):
         raise BadInput(f"{name} must be a list of at least one, such as {example}, not {value!r}")
 
 
-def _takes_depth(generator: Callable) -> bool:
-    "Does a generator take a referential depth?"
-    return "depth" in inspect.signature(generator).parameters
+def _takes_parameter(generator: Callable, name: str) -> bool:
+    "Does a generator take a parameter of this name?"
+    return name in inspect.signature(generator).parameters
 
 # %% ../../nbs/phases/10_tracking.ipynb #1b68c437
 @dataclass(frozen=True)
@@ -73,15 +80,15 @@ class ExperimentConfig:
     name: str
     prompt_template: str  # A key of `PROMPT_TEMPLATES` or a text with `{code}`
     program_generator: Callable  # `(seq_len, rng) -> Program | (code, answer) | (code, answer, metadata)`
-    answer_parser: Callable[[str], str | None]
+    answer_parser: Callable[[str], str | None] | None  # None: the one that fits the answer of each program
     models: Sequence[str]
     seq_lens: Sequence[int] = (3, 5)  # Lines of the programs
     num_seqs: int = 50  # Programs a cell: a length, and a depth where depths are given
     seed: int = 0
     num_shots: int = 0  # Solved examples before the question
     depths: Sequence[int] = ()  # Referential depths, for a generator that takes `depth`
-    max_new_tokens: int = 12  # For answers that are decoded
-    scoring: str = "auto"  # `token`, `decode`, or `auto`: token where the answer is one
+    max_new_tokens: int = 12  # Of an answer
+    scoring: str = "auto"  # `decode`: the text; `token`: also the right token's probability; `auto`: where all are one token
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_template", template_text(self.prompt_template))
@@ -90,7 +97,7 @@ class ExperimentConfig:
             _check_whole_number(name, getattr(self, name), minimum)
         _check_filled_list("models", self.models, "['smollm2']")
         _check_filled_list("seq_lens", self.seq_lens, "[3, 5]")
-        if self.depths and not _takes_depth(self.program_generator):
+        if self.depths and not _takes_parameter(self.program_generator, "depth"):
             raise BadInput(f"the generator of {self.name!r} takes no depth: leave depths out, or use variable_binding")
 
 # %% ../../nbs/phases/10_tracking.ipynb #ad048ffc
@@ -101,17 +108,20 @@ def quick_experiment(
     models: Sequence[str] = ("smollm2",),
     num_seqs: int = 10,  # Programs a cell
     *,
-    query_style: str = "hash",  # How the program asks, for generators by name: `hash` or `print`
+    query_style: str = "hash",  # How the program asks, for a generator that takes it: `hash` or `print`
     **options,  # Anything else that `ExperimentConfig` takes, such as `seq_lens`
 ) -> ExperimentConfig:
-    "An experiment from a few words; the parser is chosen by template and generator."
-    task = program_generator if isinstance(program_generator, str) else ""
-    if task:
-        look_up_name(query_style, QUERY_STYLES, "query style")
-        program_generator = partial(look_up_name(task, GENERATORS, "generator"), query_style=query_style)
-    options.setdefault("answer_parser", choose_answer_parser(template_text(prompt_template), task))
-    if options["answer_parser"] is parse_final_answer:
-        options = {"max_new_tokens": 200, "scoring": "decode"} | options
+    "An experiment from a few words."
+    look_up_name(query_style, QUERY_STYLES, "query style")
+    if isinstance(program_generator, str):
+        program_generator = look_up_name(program_generator, GENERATORS, "generator")
+    if _takes_parameter(program_generator, "query_style"):
+        program_generator = partial(program_generator, query_style=query_style)
+    elif query_style != "hash":
+        raise BadInput(f"the generator of {name!r} takes no query_style: leave query_style={query_style!r} out")
+    if asks_for_final_answer(template_text(prompt_template)):
+        options = {"answer_parser": parse_final_answer, "max_new_tokens": 200} | options
+    options = {"answer_parser": None} | options
     return ExperimentConfig(name, prompt_template, program_generator, models=models, num_seqs=num_seqs, **options)
 
 # %% ../../nbs/phases/10_tracking.ipynb #68c53fcf
@@ -158,25 +168,44 @@ def score_answer(
 ) -> dict:  # One row of the results
     "Mark one answer."
     program = question["program"]
-    stated = config.answer_parser(output["completion"])
+    parse = config.answer_parser or parser_for_answer(program.answer)
+    stated = parse(output["completion"])
     row = {"experiment": config.name, "model": model, "num_shots": config.num_shots, "prompt": prompt}
     row |= {key: question[key] for key in ("index", "task", "seq_len", "depth")}
     row |= {"code": program.code, "query": program.query, "program_depth": program.depth}
     row |= {"answer": program.answer, "stated": stated, "correct": stated == program.answer}
     other_constants = sorted(set(program_constants(program)) - {program.answer})
-    return row | output | {"heuristics": shallow_heuristics(program), "other_constants": other_constants}
+    row |= {"heuristics": shallow_heuristics(program), "other_constants": other_constants}
+    return row | output | {"beyond_chance": chance_beyond_heuristics(program)}
+
+# %% ../../nbs/phases/10_tracking.ipynb #f3c473b2
+def choose_scoring(
+    config: ExperimentConfig,
+    tokenizers: Mapping[str, Callable],  # By name of the model
+    questions: Sequence[dict],  # All of a table, from `draw_questions`
+) -> str:  # `token` or `decode`
+    "Decide for a whole table whether the probability of the answer's token can be read."
+    if config.scoring == "decode":
+        return "decode"
+    for model, tokenizer in tokenizers.items():
+        for question in questions:
+            answer = question["program"].answer
+            if len(split_answer_tokens(tokenizer, question["prompt"], answer)[1]) == 1:
+                continue
+            if config.scoring == "token":
+                raise BadInput(f"scoring 'token': {model} writes {answer!r} in several tokens; use 'auto' or 'decode'")
+            return "decode"
+    return "token"
 
 # %% ../../nbs/phases/10_tracking.ipynb #c210dc14
 def _model_outputs(lm: LM, config: ExperimentConfig, prompts: list[str], answer_ids: list[list[int]]) -> list[dict]:
     "What the model answers to each prompt: `completion`, and `log_prob` and `rank` of the right token where it is one."
-    single = all(len(ids) == 1 for ids in answer_ids)
-    if config.scoring == "token" and not single:
-        raise BadInput(f"scoring 'token': {lm.name} writes some answers in several tokens; use 'auto' or 'decode'")
-    if single and config.scoring != "decode":
-        return score_answer_tokens(lm, prompts, [ids[0] for ids in answer_ids])
     stop = () if config.answer_parser is parse_final_answer else ("\n",)
     texts = lm.generate(prompts, max_new_tokens=config.max_new_tokens, stop=stop)
-    return [{"completion": text, "log_prob": None, "rank": None} for text in texts]
+    token_scores = [{"log_prob": None, "rank": None}] * len(prompts)
+    if config.scoring == "token":
+        token_scores = score_answer_tokens(lm, prompts, [ids[0] for ids in answer_ids])
+    return [{"completion": text} | scores for text, scores in zip(texts, token_scores)]
 
 
 def answer_questions(
@@ -185,19 +214,23 @@ def answer_questions(
     batch: Sequence[dict],  # Questions
 ) -> list[dict]:  # One record a question
     "Put questions to a model and mark its answers."
+    if config.scoring == "auto":
+        config = replace(config, scoring=choose_scoring(config, {lm.name: lm.tokenizer}, draw_questions(config)))
     split = [split_answer_tokens(lm.tokenizer, q["prompt"], q["program"].answer) for q in batch]
     prompts = [prompt for prompt, _ in split]
     outputs = _model_outputs(lm, config, prompts, [ids for _, ids in split])
-    return [score_answer(config, lm.name, *row) for row in zip(batch, prompts, outputs)]
+    rows = [score_answer(config, lm.name, *row) for row in zip(batch, prompts, outputs)]
+    return [row | {"scoring": config.scoring} for row in rows]
 
 # %% ../../nbs/phases/10_tracking.ipynb #73fa2d5b
 def model_solver(
     lm: LM,
     prompt_template: str = "bare",  # A key of `PROMPT_TEMPLATES` or a text with `{code}`
-    parser: Callable[[str], str | None] = parse_int,
+    parser: Callable[[str], str | None] | None = None,  # None: the one that fits the answer of each program
 ) -> Solver:
     "Which programs does this model answer correctly?"
-    config = ExperimentConfig("solver", prompt_template, make_variable_binding_program, parser, [lm.name], [3])
+    make = make_variable_binding_program  # not called: the programs are given
+    config = ExperimentConfig("solver", prompt_template, make, parser, [lm.name], [3], scoring="decode")
 
     def as_question(index: int, program: Program) -> dict:
         prompt = render_program_prompt(config.prompt_template, program)
@@ -219,24 +252,28 @@ def heuristic_answers(
     return pd.Series([answers[rule] for answers in samples["heuristics"]], index=samples.index, dtype=object)
 
 
-def _cell_accuracy(rows: pd.DataFrame) -> pd.Series:
-    "Accuracy, interval and baselines of one cell."
-    shares = {"constant": float(rows["answer"].value_counts(normalize=True).max())}
-    for rule in HEURISTICS:
-        shares[rule] = float((heuristic_answers(rows, rule) == rows["answer"]).mean())
-    n_right = int(rows["correct"].sum())
-    low, high = map(float, wilson(n_right, len(rows)))
-    cell = {"n": len(rows), "accuracy": n_right / len(rows), "low": low, "high": high}
-    return pd.Series(cell | {"baseline": max(shares.values())} | shares)
+def _rule_is_right(rows: pd.DataFrame) -> pd.DataFrame:
+    "Which rule is right on which program."
+    return pd.DataFrame({rule: heuristic_answers(rows, rule) == rows["answer"] for rule in HEURISTICS})
+
+
+def _cell_accuracy(rows: pd.DataFrame) -> dict:
+    "Accuracy, interval, baselines and accuracy beyond the rules of some programs."
+    rule_is_right = _rule_is_right(rows)
+    cell = accuracy_beside_heuristics(rows["correct"], rule_is_right, rows.get("beyond_chance"))
+    constant = float(rows["answer"].value_counts(normalize=True).max())
+    if constant > cell["baseline"]:
+        cell |= {"best_rule": "constant", "baseline": constant}
+    return cell | {"constant": constant} | rule_is_right.mean().to_dict()
 
 # %% ../../nbs/phases/10_tracking.ipynb #0f95686d
 def accuracy_table(
     samples: pd.DataFrame,  # Records of an experiment
-) -> pd.DataFrame:  # One row a cell, with 95% interval and baselines
+) -> pd.DataFrame:  # One row a cell, with 95% intervals and baselines
     "Accuracy by model, task, number of examples, depth and length."
-    cell = ["model", "experiment", "task", "num_shots", "depth", "seq_len"]
-    rows = samples.groupby(cell, dropna=False, sort=False)[["answer", "correct", "heuristics"]]
-    return rows.apply(_cell_accuracy).reset_index().astype({"n": int})
+    names = ["model", "experiment", "task", "num_shots", "depth", "seq_len"]
+    cells = samples.groupby(names, dropna=False, sort=False)
+    return pd.DataFrame([dict(zip(names, key)) | _cell_accuracy(rows) for key, rows in cells])
 
 # %% ../../nbs/phases/10_tracking.ipynb #20e7f098
 def _heuristic_agreement(rows: pd.DataFrame, rule: str) -> dict | None:
@@ -290,6 +327,7 @@ class ExperimentRunner(ModelCache):
 def _config_record(config: ExperimentConfig) -> dict:
     "An experiment as JSON: functions by name and source."
     make = getattr(config.program_generator, "func", config.program_generator)
+    parser = config.answer_parser
     try:
         source = inspect.getsource(make)
     except (OSError, TypeError):
@@ -298,7 +336,7 @@ def _config_record(config: ExperimentConfig) -> dict:
         "program_generator": getattr(make, "__name__", "generator"),
         "generator_options": getattr(config.program_generator, "keywords", {}),
         "generator_sha256": digest_values(source)[:16],
-        "answer_parser": getattr(config.answer_parser, "__name__", "parser"),
+        "answer_parser": getattr(parser, "__name__", "by the answer" if parser is None else "parser"),
     }
     return vars(config) | functions
 
@@ -322,9 +360,11 @@ def run(
     "Ask everything, and write `results.json`, `summary.json` and `accuracy_plot.png`."
     configs = [config] if isinstance(config, ExperimentConfig) else list(config)
     names = _distinct_models(configs)
+    configs = self._with_one_scoring(configs, no_cache)
     opened_here = run is None
     if opened_here:
         run = open_run("tracking", {"models": names, "experiments": [_config_record(c) for c in configs]}, "")
+    run.describe(scoring=configs[0].scoring)
     samples = self._answer_all(configs, names, run, no_cache)
     result = TrackingResult(samples, accuracy_table(samples), heuristic_agreement_table(samples), run)
     self._write_results(result)
@@ -332,6 +372,23 @@ def run(
     if opened_here:
         run.finish(tracking_headline(result), summary=tracking_summary_rows(result))
     return result
+
+# %% ../../nbs/phases/10_tracking.ipynb #2cf04fa1
+@patch
+def _with_one_scoring(
+    self: ExperimentRunner, configs: Sequence[ExperimentConfig], no_cache: bool
+) -> list[ExperimentConfig]:
+    "The experiments with the scoring that fits every question of all of them, for every model."
+    tokenizers = {}
+    for name in _distinct_models(configs):
+        tokenizers[name] = self.model(name).tokenizer
+        if no_cache and len(tokenizers) > 1:
+            self.unload_model(name)
+    scorings = set()
+    for config in configs:
+        asked = {name: tokenizers[name] for name in config.models}
+        scorings.add(choose_scoring(config, asked, draw_questions(config)))
+    return [replace(config, scoring="decode" if "decode" in scorings else "token") for config in configs]
 
 # %% ../../nbs/phases/10_tracking.ipynb #37b23b6c
 _SAMPLE_KEY = ("model", "experiment", "num_shots", "index")
@@ -428,47 +485,63 @@ def tracking_summary_rows(result: TrackingResult) -> list[dict]:
     for cell in result.table.itertuples():
         row = {"model": cell.model, "task": cell.task, "examples": cell.num_shots, "lines": cell.seq_len}
         row |= {"depth": "" if pd.isna(cell.depth) else int(cell.depth), "n": cell.n}
-        row |= {"accuracy": f"{cell.accuracy:.2f}", "95% interval": f"{cell.low:.2f}–{cell.high:.2f}"}
-        rows.append(row | {"best baseline": f"{cell.baseline:.2f}"})
+        row["accuracy"] = format_with_interval(cell.accuracy, cell.low, cell.high)
+        row["best rule"] = f"{cell.baseline:.2f} {cell.best_rule.replace('_', ' ')}"
+        beyond = format_with_interval(cell.beyond, cell.beyond_low, cell.beyond_high)
+        rows.append(row | {"beyond rules": f"{beyond} ({format_count(cell.n_beyond)})"})
     return rows
 
 
 def tracking_headline(result: TrackingResult) -> str:
-    "One line for the list of runs: accuracy by task, with the most examples."
-    most_shots = result.samples[result.samples["num_shots"] == result.samples["num_shots"].max()]
+    "One line for the list of runs: accuracy, best rule and accuracy beyond rules, by task and examples."
     parts = []
-    for task, rows in most_shots.groupby("task", sort=False):
-        low, high = wilson(int(rows["correct"].sum()), len(rows))
-        parts.append(f"{task} {rows['correct'].mean():.2f} [{low:.2f}, {high:.2f}]")
+    samples = result.samples
+    several = samples["model"].nunique() > 1
+    for (model, task, num_shots), rows in samples.groupby(["model", "task", "num_shots"], sort=False):
+        subject = f"{model}, {task}" if several else task
+        parts.append(f"{subject}, {_shots_label(num_shots)}: {format_beside_heuristics(_cell_accuracy(rows))}")
     return "accuracy: " + "; ".join(parts)
 
 # %% ../../nbs/phases/10_tracking.ipynb #f1faeeb0
-def _accuracy_verdict(cell: dict) -> str:
+def _accuracy_verdict(n: int, low: float, high: float, baseline: float, name: str) -> str:
     "How an accuracy compares with its baseline."
-    if cell["low"] > cell["baseline"]:
-        return "above the best baseline"
-    if cell["high"] < cell["baseline"]:
-        return "below the best baseline"
-    return "not told apart from the best baseline"
+    if n < 10:
+        return "fewer than 10 programs: no verdict"
+    if not baseline >= 0:
+        return f"{name} is not recorded"
+    if low > baseline:
+        return f"above {name}"
+    return f"below {name}" if high < baseline else f"not told apart from {name}"
 
 
+def _cell_claims(cell: dict, programs: str) -> list[dict]:
+    "Accuracy of one cell, and beyond the rules where there are such programs."
+    interval = (cell["low"], cell["high"])
+    verdict = _accuracy_verdict(cell["n"], *interval, cell["baseline"], "the best rule or constant")
+    baseline = f"{cell['baseline']:.2f} {cell['best_rule'].replace('_', ' ')}"
+    null = f"{cell['constant']:.2f} best constant"
+    subject = f"accuracy of {programs}, {format_count(cell['n'])}"
+    claims = [claim_row(subject, cell["accuracy"], interval, verdict, baseline=baseline, null=null)]
+    if cell["n_beyond"]:
+        interval = (cell["beyond_low"], cell["beyond_high"])
+        chance = cell["beyond_chance"]
+        verdict = _accuracy_verdict(cell["n_beyond"], *interval, chance, "a guess")
+        subject = f"accuracy beyond rules of {programs}, {format_count(cell['n_beyond'])}"
+        null = f"{chance:.2f} a guess" if chance >= 0 else "–"
+        claims.append(claim_row(subject, cell["beyond"], interval, verdict, baseline="0 every rule", null=null))
+    return claims
+
+# %% ../../nbs/phases/10_tracking.ipynb #379e7f9d
 def tracking_claims(
     manifest: Mapping,  # Of a run of this phase, with its `folder`
 ) -> list[dict]:  # As `claim_row` gives them
-    "Accuracy of every cell, beside the best shallow heuristic or constant."
+    "Accuracy of every cell beside the best shallow heuristic or constant, and beyond the rules."
     claims = []
-    for cell in read_json(Path(manifest["folder"]) / "summary.json")["accuracy"]:
+    samples = pd.DataFrame(read_json(Path(manifest["folder"]) / "results.json"))
+    for cell in accuracy_table(samples).to_dict("records"):
         depth = "" if pd.isna(cell["depth"]) else f", depth {cell['depth']:.0f}"
-        programs = f"{cell['task']}{depth}, {cell['seq_len']} lines, {_shots_label(cell['num_shots'])}"
-        claim = claim_row(
-            f"accuracy of {cell['model']} on {programs}, n={cell['n']}",
-            cell["accuracy"],
-            (cell["low"], cell["high"]),
-            _accuracy_verdict(cell),
-            baseline=f"{cell['baseline']:.2f} best heuristic or constant",
-            null=f"{cell['constant']:.2f} best constant",
-        )
-        claims.append(claim)
+        task = f"{cell['task']}{depth}, {cell['seq_len']} lines, {_shots_label(cell['num_shots'])}"
+        claims += _cell_claims(cell, f"{cell['model']} on {task}")
     return claims
 
 # %% ../../nbs/phases/10_tracking.ipynb #75b58bee

@@ -6,6 +6,7 @@
 __all__ = ['plot_accuracy', 'plot_heuristic_agreement', 'plot_difficulty', 'plot_split_shares']
 
 # %% ../../nbs/plots/tracking.ipynb #ac411c72
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,58 +14,109 @@ from matplotlib.figure import Figure
 from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
 
 # %% ../../nbs/plots/tracking.ipynb #66224b2a
+_FEW = 10  # Programs below which a count is marked
+
+
+def _count_label(counts: pd.Series) -> str:
+    "The number of programs behind the points of one length."
+    smallest = int(counts.min())
+    largest = int(counts.max())
+    mark = "*" if smallest < _FEW else ""
+    return f"n={smallest}{mark}" if smallest == largest else f"n={smallest}{mark} to {largest}"
+
+
 def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str):
     "All lines of one task, over program lengths."
     cells = cells.sort_values(["series", "seq_len"])
     plot_series(ax, cells.sort_values("seq_len", kind="stable"), "seq_len", "accuracy")
-    floor = cells.groupby("seq_len")["baseline"].max()
+    by_length = cells.groupby("seq_len")
+    floor = by_length["baseline"].max()
     last = len(floor) - 1
     ax.step([-0.45, *[k + 0.45 for k in range(len(floor))]], [floor.iloc[0], *floor], color=GREY, lw=1, zorder=0)
     ax.set(title=title, ylim=(-0.03, 1.03), yticks=[0, 0.5, 1], xlabel="", ylabel="")
+    ax.set_xticks(range(len(floor)), [f"{length}\n{_count_label(rows['n'])}" for length, rows in by_length])
+    ax.tick_params(axis="x", labelsize=7)
     range_frame(ax, (0, last), (0, 1))
 
 
-def _accuracy_caption(table: pd.DataFrame) -> str:
-    counts = sorted({int(n) for n in table["n"]})
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"n = {n} programs a point, 95% Wilson intervals; grey: the best baseline"
+def _beyond_rules(cells: pd.DataFrame) -> pd.DataFrame:
+    "The cells by their programs beyond the rules, where there are any."
+    beyond = cells[["series", "seq_len"]].copy()
+    for name, column in _BEYOND_COLUMNS.items():
+        beyond[name] = cells[column]
+    return beyond[beyond["n"] > 0]
+
+
+_BEYOND_COLUMNS = {
+    "n": "n_beyond",
+    "accuracy": "beyond",
+    "low": "beyond_low",
+    "high": "beyond_high",
+    "baseline": "beyond_chance",
+}
+
+# %% ../../nbs/plots/tracking.ipynb #41622f77
+_PanelPlaces = dict[tuple[int, int], tuple[str, pd.DataFrame]]  # Title and cells by row and column
+
+
+def _accuracy_panels(table: pd.DataFrame, columns: int) -> _PanelPlaces:
+    "Where each panel goes."
+    places: _PanelPlaces = {}
+    row = -1
+    for number, ((task, depth), cells) in enumerate(table.groupby(["task", "depth"], sort=False, dropna=False)):
+        column = number % columns
+        if column == 0:
+            row = max((used_row for used_row, _ in places), default=-1) + 1
+        title = task.replace("_", " ") + ("" if pd.isna(depth) else f", depth {int(depth)}")
+        places[row, column] = (title, cells)
+        beyond = _beyond_rules(cells)
+        if len(beyond):
+            places[row + 1, column] = ("beyond rules", beyond)
+    return places
 
 # %% ../../nbs/plots/tracking.ipynb #0b286fc7
 def plot_accuracy(
-    table: pd.DataFrame,  # One row a cell: `task, depth, seq_len, series, n, accuracy, low, high, baseline`
+    table: pd.DataFrame,  # As `accuracy_table` gives it, with `series`
     columns: int = 3,  # Panels in a row
-    caption: str = "",  # Model and programs, before n
+    caption: str = "",  # Model and programs
 ) -> Figure:
-    "Accuracy with 95% Wilson intervals, by task, depth, length and series, beside the best baseline."
+    "Accuracy with 95% Wilson intervals by task, depth, length and series: all programs, and those beyond the rules."
     import matplotlib.pyplot as plt
 
-    panels = list(table.groupby(["task", "depth"], sort=False, dropna=False))
-    wide = min(columns, len(panels))
-    tall = -(-len(panels) // columns)
-    size = 2.1 * wide + 0.9, 1.75 * tall + 0.5
+    places = _accuracy_panels(table, columns)
+    tall = max(row for row, _ in places) + 1
+    wide = max(column for _, column in places) + 1
+    size = 2.1 * wide + 0.9, 1.75 * tall + 0.7
     with figure_style():
         fig, axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for ax, ((task, depth), cells) in zip(axes.flat, panels):
-            title = task.replace("_", " ") + ("" if pd.isna(depth) else f", depth {int(depth)}")
-            _plot_accuracy_panel(ax, cells, title)
-        for ax in axes.flat[len(panels) :]:
-            ax.axis("off")
-        _label_series(axes[0, -1], panels[wide - 1][1])
-        axes[-1, 0].set_xlabel("lines in the program")
+        for place, ax in np.ndenumerate(axes):
+            if place in places:
+                title, cells = places[place]
+                _plot_accuracy_panel(ax, cells, title)
+            else:
+                ax.axis("off")
+        _label_series(axes[0, -1], places[0, wide - 1][1])
+        axes[0, 0].set_xlabel("lines in the program", fontsize=8)
         axes[0, 0].set_ylabel("accuracy")
-        caption_below(fig, f"{caption} {_accuracy_caption(table)}".strip())
+        caption_below(fig, f"{caption}{_ACCURACY_CAPTION}")
         plt.close(fig)
     return fig
+
+
+_ACCURACY_CAPTION = (
+    "; 95% Wilson intervals; grey: the best rule or constant. Beyond rules: programs on which no shallow rule is right; "
+    f"grey: a guess among the constants that no rule names. * fewer than {_FEW} programs."
+)
 
 # %% ../../nbs/plots/tracking.ipynb #f4d597c2
 def _label_series(ax: Axes, cells: pd.DataFrame):
     "Write each line's name at its right end."
     last = cells[cells["seq_len"] == cells["seq_len"].max()].sort_values("series")
-    names = [*last["series"], "best baseline"]
+    names = [*last["series"], "best rule"]
     heights = [*last["accuracy"], last["baseline"].max()]
     x = cells["seq_len"].nunique() - 0.5
     for name, height, label_height in zip(names, heights, spread_labels(heights, 0.12)):
-        color = GREY if name == "best baseline" else "k"
+        color = GREY if name == "best rule" else "k"
         place = {"xytext": (x + 0.2, label_height), "va": "center", "annotation_clip": False}
         ax.annotate(name, (x, height), fontsize=8, color=color, **place)
 
@@ -84,6 +136,7 @@ def _plot_agreement_panel(ax: Axes, rows: pd.DataFrame, names: list[str]):
 # %% ../../nbs/plots/tracking.ipynb #05fdbb18
 def plot_heuristic_agreement(
     table: pd.DataFrame,  # One row a heuristic and series: `series, heuristic, n, share, low, high, chance`
+    caption: str = "",  # Model and programs
 ) -> Figure:
     "How often wrong answers agree with each shallow heuristic, beside chance."
     import matplotlib.pyplot as plt
@@ -91,14 +144,21 @@ def plot_heuristic_agreement(
     groups = list(table.groupby("series", sort=False))
     names = list(dict.fromkeys(table["heuristic"]))
     with figure_style():
-        size = 2.3 * len(groups) + 1, 0.24 * len(names) + 0.75
+        size = 2.3 * len(groups) + 1, 0.24 * len(names) + 1.3
         fig, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for ax, (series, rows) in zip(axes.flat, groups):
             _plot_agreement_panel(ax, rows, names)
-            ax.set_title(f"{series}, n ≤ {int(rows['n'].max())}")
-        fig.supxlabel("share of wrong answers", fontsize=9)
+            ax.set_title(f"{series}, {_count_label(rows['n'])}")
+            ax.set_xlabel("share of wrong answers", fontsize=8)
+        caption_below(fig, f"{caption}{_AGREEMENT_CAPTION}")
         plt.close(fig)
     return fig
+
+# %% ../../nbs/plots/tracking.ipynb #3a3efe20
+_AGREEMENT_CAPTION = (
+    "; n: wrong answers on programs on which the rule is wrong too; 95% Wilson intervals; "
+    f"grey: a wrong answer drawn from the program's constants. * fewer than {_FEW}."
+)
 
 # %% ../../nbs/plots/tracking.ipynb #37731ce5
 def _plot_distribution_panel(ax: Axes, values: pd.Series):
