@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as sps
 
-from codetrace.core.stats import benjamini_hochberg, bootstrap_interval, mcnemar_exact, sign_flip_p, wilson
+from codetrace.core.errors import BadInput
+from codetrace.core.stats import (
+    benjamini_hochberg,
+    bootstrap_interval,
+    holm,
+    mcnemar_exact,
+    share_interval,
+    sign_flip_p,
+    smallest_sign_flip_p,
+    wilson,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -105,6 +115,69 @@ def test_benjamini_hochberg_keeps_its_rate():
         called = benjamini_hochberg(p) < 0.1
         shares.append(called[:160].sum() / max(1, called.sum()))
     assert 0.05 < np.mean(shares) < 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-12, 1), min_size=1, max_size=40))
+def test_holm_is_as_by_hand_and_stricter(p):
+    adjusted = holm(p)
+    order = np.argsort(p)
+    by_hand = np.minimum(1, np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)))
+    assert np.allclose(adjusted[order], by_hand)
+    assert (adjusted >= benjamini_hochberg(p) - 1e-12).all()
+
+
+def test_holm_keeps_its_rate():
+    "Of 2,000 reports of seven claims without an effect, at most 5% have any below 0.05."
+    p = np.random.default_rng(5).random((2000, 7))
+    assert abs(np.mean([(holm(row) <= 0.05).any() for row in p]) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 2000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 16), n_resamples=st.integers(50, 3000))
+def test_no_sign_flip_p_is_below_the_smallest(n, n_resamples):
+    values = np.random.default_rng(n).normal(2, 1, (n, 30))
+    values[:, 0] = 1
+    p = sign_flip_p(values, n_resamples)
+    assert (p >= smallest_sign_flip_p(n, n_resamples) - 1e-12).all()
+    if 2**n <= n_resamples:
+        assert p[0] == smallest_sign_flip_p(n, n_resamples)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [np.nan, 2.0], [np.nan, np.nan]])
+def test_fewer_than_two_values_have_no_bootstrap_interval(values):
+    assert np.isnan(bootstrap_interval(values)).all()
+    assert np.isnan(bootstrap_interval(np.reshape(values, (-1, 1)))).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, np.nan])), max_size=8))
+def test_a_share_is_never_certain(values):
+    low, high = share_interval(values, n_resamples=200)
+    measured = [x for x in values if x == x]
+    assert np.isnan([low, high]).all() == (not measured)
+    assert not measured or (0 <= low < high <= 1)
+
+
+def test_what_cannot_be_computed_is_refused():
+    for call in (
+        lambda: wilson(6, 5),
+        lambda: wilson(-1, 5),
+        lambda: wilson(1, np.inf),
+        lambda: wilson(1, 5, 95),
+        lambda: bootstrap_interval([1.0, np.inf]),
+        lambda: bootstrap_interval([1.0, 2.0], [0]),
+        lambda: bootstrap_interval([1.0, 2.0], method="student"),
+        lambda: bootstrap_interval(1.0),
+        lambda: share_interval([0.5, 50]),
+        lambda: sign_flip_p([1.0, -np.inf]),
+        lambda: benjamini_hochberg([0.5, 1.5]),
+        lambda: holm([-0.1]),
+        lambda: mcnemar_exact(-1, 2),
+        lambda: mcnemar_exact(1.5, 2),
+    ):
+        with pytest.raises(BadInput):
+            call()
 
 
 @settings(max_examples=100, deadline=None)

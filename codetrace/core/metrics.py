@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['auroc', 'auprc', 'f1', 'mcc', 'balanced_accuracy', 'trivial_f1', 'brier_score', 'calibration_error',
-           'cluster_interval', 'auroc_interval']
+           'cluster_interval', 'auroc_interval', 'roc_with_band']
 
 # %% ../../nbs/core/metrics.ipynb #c9bc4321
 from collections.abc import Callable
