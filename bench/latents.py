@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
-from codetrace.sae.null_of_maximum import null_of_maximum, shuffle_labels
+from codetrace.sae.null_of_maximum import null_of_maximum, null_of_maximum_t, permutation_design, permute_labels
 from codetrace.sae.sae import SAE
 from codetrace.sae.separation import encode_active_latents, separation_scores
 
@@ -73,11 +73,13 @@ def loop(folder: Path, layer: int, rows: int, label: np.ndarray, sae: SAE) -> tu
 def child(folder: Path, layers: int, d_sae: int) -> None:
     "All layers and their shuffles in this process; its peak memory, in GB."
     label, sae = np.load(folder / "label.npy"), dictionary(d_sae)
-    shuffled = shuffle_labels(label, np.zeros(len(label)), 1000)
+    design = permutation_design(label, np.arange(len(label)))
+    shuffled = permute_labels(design, 1000)
     for layer in range(layers):
         active = encode_active_latents(sae, read(folder, layer))
         separation_scores(active, label)
-        null_of_maximum(active, shuffled)
+        null_of_maximum(active, design, shuffled)
+        null_of_maximum_t(active, shuffled)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
 
 
@@ -98,7 +100,8 @@ def main() -> None:
         label = np.random.default_rng(0).random(options.rows) < 0.3
         np.save(folder / "label.npy", label)
         write(folder, options.rows, options.layers, label)
-        shuffled = shuffle_labels(label, np.zeros(options.rows), 1000)
+        design = permutation_design(label, np.arange(options.rows))
+        shuffled = permute_labels(design, 1000)
         for layer in range(options.layers):
             began = time.perf_counter()
             separation, t = loop(folder, layer, options.rows, label, sae)
@@ -108,7 +111,8 @@ def main() -> None:
             table = separation_scores(active, label)
             seconds["pass"] += time.perf_counter() - began
             began = time.perf_counter()
-            null_of_maximum(active, shuffled)
+            null_of_maximum(active, design, shuffled)
+            null_of_maximum_t(active, shuffled)
             seconds["null"] += time.perf_counter() - began
             apart = np.abs(table["separation"] - separation) > 1e-6  # a row at the threshold but for rounding
             assert apart.sum() <= 5 and np.abs(table["separation"] - separation).max() < 1.1 / min(

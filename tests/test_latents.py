@@ -33,7 +33,7 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
     own, rng = np.flatnonzero(keep), np.random.default_rng(0)
     n = len(own)
     table = pd.DataFrame({
-        "task_id": names[study.task[own]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": "    return x + 1\n",
+        "task_id": names[study.task[own]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": [f"    return x + {i}\n" for i in range(n)],
         "passed": study.label[own], "verdict": np.where(study.label[own], "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
         "mean_logprob": -rng.gamma(2, 0.1, n), "difficulty": rng.integers(1, 5, n),
     })  # fmt: skip
@@ -74,6 +74,8 @@ def study(tmp_path_factory):
         (run.folder / "split_metadata.json").write_text(
             json.dumps({"task_ids": {k: list(v) for k, v in by_split.items()}})
         )
+        no_pairs = pd.DataFrame({"first": [], "second": [], "overlap": [], "why": []})
+        no_pairs.to_parquet(run.folder / "near_duplicates.parquet", index=False)
         run.finish("made up")
         generation(made, "all", [0.0], 1, names, np.ones(240, bool))
         generation(made, "validation", [0.3, 0.6, 0.9, 1.2], 5, names, made.task >= 50)
@@ -121,7 +123,8 @@ def test_phase_2_finds_the_planted_latent(study, found):
         "correct",
     )
     assert first["family_wise_p"] <= 0.05 and len(first["promoted_tokens"]) == 8 and first["top_examples"]
-    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "beyond luck" in two["headline"]
+    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "beyond chance" in two["headline"]
+    assert "labels of 40 of 40 tasks permuted as wholes" in two["headline"]
     assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
         "outputs"
     ].keys()
@@ -179,3 +182,27 @@ def test_missing_inputs_say_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
     with pytest.raises(BadInput, match="codetrace run"):
         execute_phase("2", {"input": "1.0"}, show_progress=False)
+
+
+def test_near_duplicate_tasks_are_one_unit(study, found):
+    "Pairs that the splits name become groups of the samples; a run without them is refused."
+    from codetrace.sae.dataset import read_task_groups
+
+    folder = runs_run.Path(next(m for m in all_runs(study[2]) if m["phase"] == "splits")["folder"])
+    groups = read_task_groups(folder)
+    assert len(set(groups.values())) == len(groups) == 80
+    copy = folder.parents[1] / "splits_copy"
+    copy.mkdir()
+    (copy / "split_metadata.json").write_text((folder / "split_metadata.json").read_text())
+    with pytest.raises(BadInput, match="run phase 0.1 again"):
+        read_task_groups(copy)
+    pairs = pd.DataFrame({"first": ["task 00", "task 01"], "second": ["task 01", "task 07"]})
+    pairs.to_parquet(copy / "near_duplicates.parquet", index=False)
+    groups = read_task_groups(copy)
+    assert len({groups[task] for task in ("task 00", "task 01", "task 07")}) == 1
+    assert len(set(groups.values())) == 78
+    saved = pd.read_parquet(
+        next(runs_run.Path(m["folder"]) for m in all_runs(study[2]) if m["phase"] == "generation") / "samples.parquet"
+    )
+    rows = labelled_samples(saved, read_task_splits(folder), ["sae"], groups)
+    assert set(rows.loc[rows["task_id"].isin(["task 00", "task 01", "task 07"]), "group"]) == {groups["task 00"]}

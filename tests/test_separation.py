@@ -5,9 +5,10 @@ import pytest
 from scipy import stats as sps
 
 from codetrace.core.metrics import auroc_interval
+from codetrace.planted.null_studies import NULL_DESIGNS, calibration_table, draw_near_duplicates_study, power_table
 from codetrace.sae.latent_cards import selection_adjusted_level
 from codetrace.sae.latent_search import search_active_latents, top_latents
-from codetrace.sae.null_of_maximum import null_of_maximum, shuffle_labels
+from codetrace.sae.null_of_maximum import null_of_maximum, permutation_design, permute_labels
 from codetrace.sae.separation import ActiveLatents
 
 
@@ -80,7 +81,7 @@ def smallest_p(seed: int, layers: int, d_sae: int, n_shuffles: int) -> float:
     rng = np.random.default_rng(seed)
     label, task = labels(rng, 40, 4)
     active = activities(rng, label, task, layers, d_sae, 0.05, None)
-    label = shuffle_labels(label, task, 1, seed + 10_000)[0]
+    label = permute_labels(permutation_design(label, task, between_groups=False), 1, seed + 10_000)[:, 0]
     return (
         search_active_latents(lambda layer: active[layer], range(layers), label, task, n_shuffles=n_shuffles, seed=seed)
         .table["family_wise_p"]
@@ -103,7 +104,7 @@ def test_nothing_is_claimed_in_two_hundred_studies():
     claims_nothing(np.array([smallest_p(seed, 10, 1024, 399) for seed in range(200)]))
 
 
-def test_shuffling_between_tasks_would_claim_too_much():
+def test_a_latent_that_only_sees_how_hard_a_task_is_tells_nothing_within_tasks():
     "Latents that only know the task: labels shuffled freely make them look like knowledge, within tasks they do not."
     claimed = {"within": 0, "freely": 0}
     for seed in range(30):
@@ -116,18 +117,10 @@ def test_shuffling_between_tasks_would_claim_too_much():
         )  # sees how easy the task is, not whether it was solved
         row, latent = on.nonzero()
         active = ActiveLatents(180, row, latent, np.ones(len(row)), 40)
-        claimed["within"] += (
-            search_active_latents(lambda layer, a=active: a, [0], label, task, n_shuffles=99)
-            .table["family_wise_p"]
-            .min()
-            <= 0.05
-        )
-        claimed["freely"] += (
-            search_active_latents(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99)
-            .table["family_wise_p"]
-            .min()
-            <= 0.05
-        )
+        by_task = search_active_latents(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table
+        freely = search_active_latents(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99).table
+        claimed["within"] += by_task["family_wise_p_within_tasks"].min() <= 0.05
+        claimed["freely"] += freely["family_wise_p"].min() <= 0.05
     assert claimed["within"] <= 5 and claimed["freely"] >= 20, claimed
 
 
@@ -135,6 +128,75 @@ def test_the_null_is_what_a_loop_gives():
     rng = np.random.default_rng(0)
     label, task = labels(rng, 30, 3)
     active = activities(rng, label, task, 1, 200, 0.1, None)[0]
-    on, shuffled = active.matrix().toarray().T, shuffle_labels(label, task, 50)
-    slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled]
-    assert np.allclose(null_of_maximum(active, shuffled, block=7), slow, atol=1e-6)
+    design = permutation_design(label, task)
+    on, shuffled = active.matrix().toarray().T, permute_labels(design, 50)
+    slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled.T]
+    assert np.allclose(null_of_maximum(active, design, shuffled, block=7), slow, atol=1e-6)
+
+
+def at_most(share: float, n: int) -> float:
+    "What a true share of 5% exceeds in one of a thousand tests of `n` studies, or `share` where that is more."
+    return max(share, sps.binom.ppf(0.999, n, 0.05) / n)
+
+
+def test_null_latents_are_called_in_one_study_of_twenty_whatever_the_design():
+    "Each design by itself, give or take chance, and all of them together."
+    table = calibration_table(40)
+    tested = table[table["n"] >= 10]
+    limits = [at_most(0.07, n) for n in tested["n"]]
+    assert (tested["observed"] <= limits).all(), tested[tested["observed"] > limits]
+    pooled = (tested["observed"] * tested["n"]).groupby(tested["p"]).sum() / tested.groupby("p")["n"].sum()
+    assert pooled.max() <= 0.08 and pooled.min() >= 0.02, pooled
+    assert set(tested["design"]) == set(NULL_DESIGNS)
+
+
+@pytest.mark.slow
+def test_null_latents_are_called_in_at_most_seven_of_a_hundred_studies():
+    "At nominal 5%: the share of 800 studies of each design and each p, and where a design refuses some, of the rest."
+    table = calibration_table(800)
+    tested = table[table["n"] >= 400]
+    assert len(tested) >= 2 * len(NULL_DESIGNS)
+    assert (tested["observed"] <= 0.07).all(), tested.round(3).to_string()
+
+
+def test_a_planted_latent_is_found_however_few_tasks_are_mixed():
+    power = power_table(10)
+    assert (power["family_wise_p"] >= 0.9).all(), power
+
+
+@pytest.mark.slow
+def test_a_planted_latent_is_found_in_nine_of_ten_studies_of_each_design():
+    power = power_table(200)
+    assert (power["family_wise_p"] >= 0.9).all(), power
+
+
+def test_rows_and_tasks_as_units_would_claim_too_much():
+    "The designs can tell: what ignores groups, copies, temperatures or tasks calls null latents significant."
+    ignored = {
+        "four temperatures pooled": "temperature",
+        "near-duplicates in groups of 4": "group",
+        "identical solutions": "copies",
+        "no mixed task, 5 samples": "task",
+    }
+    for design, unit in ignored.items():
+        claimed = []
+        for seed in range(30):
+            study = NULL_DESIGNS[design](np.random.default_rng([9, seed]))
+            units = {name: values for name, values in study.units.items() if name != unit}
+            units.setdefault("task", np.arange(study.active.rows))
+            search = search_active_latents(lambda layer, a=study.active: a, [0], **units, n_shuffles=99, seed=seed)
+            claimed.append(search.table[["family_wise_p", "family_wise_p_within_tasks"]].min().min() <= 0.05)
+        assert np.mean(claimed) >= 0.15, (design, np.mean(claimed))
+
+
+def test_p_is_over_every_layer_and_every_position():
+    "A score is judged by the largest of all layers and positions, wherever those stand in the list."
+    small, large = (draw_near_duplicates_study(np.random.default_rng(seed)) for seed in (1, 2))
+    weak = ActiveLatents(small.active.rows, small.active.row[:9], small.active.latent[:9], small.active.value[:9], 64)
+    for layers in ([weak, large.active], [large.active, weak]):
+        search = search_active_latents(lambda layer, a=layers: a[layer], [0, 1], **large.units, n_shuffles=99)
+        nulls = [
+            search_active_latents(lambda layer, a=active: a, [0], **large.units, n_shuffles=99).nulls["family_wise_p"]
+            for active in layers
+        ]
+        assert np.allclose(search.nulls["family_wise_p"], np.max(nulls, 0)) and nulls[0].mean() != nulls[1].mean()

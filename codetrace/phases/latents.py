@@ -9,11 +9,13 @@ __all__ = ['LATENTS', 'latent_search_sentence', 'latent_claims']
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import read_json
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..sae.null_of_maximum import NOMINAL_LEVEL
 
 # %% ../../nbs/phases/24_latents.ipynb #ca5de0b4
 def _largest_separation(best: pd.DataFrame) -> str:
@@ -21,44 +23,60 @@ def _largest_separation(best: pd.DataFrame) -> str:
     first = best.loc[best["score"].idxmax()]
     place = f"latent {first['latent']} of layer {first['layer']} at {first['kind'].replace('_', ' ')}"
     activity = f"active in {first['correct']:.0%} of correct and {first['incorrect']:.0%} of incorrect solutions"
-    p = first["family_wise_p_all_positions"]
-    return f"The largest separation is {first['score']:.2f} ({place}, {activity}), p = {p:.3f} for the largest of all"
+    return f"The largest separation is {first['score']:.2f} ({place}, {activity})"
 
 
+def _within_tasks_clause(best: pd.DataFrame) -> str:
+    "What the best latents know beyond how hard a task is."
+    p = best["family_wise_p_within_tasks_all_positions"]
+    if p.isna().all():
+        return "Within tasks labels vary too little to be permuted: it may only see how hard a task is."
+    if (p <= NOMINAL_LEVEL).any():
+        return f"{int((p <= NOMINAL_LEVEL).sum())} tell right from wrong within tasks too (smallest p = {p.min():.3f})."
+    return f"Within tasks none does (smallest p = {p.min():.3f}): they may only see how hard a task is."
+
+# %% ../../nbs/phases/24_latents.ipynb #ab3ec3cf
 def latent_search_sentence(
     best: pd.DataFrame,  # As `top_latents` gives them, over all positions
     rows: pd.DataFrame,  # The samples: `task_id, label`
-    within: str,  # What labels were shuffled within: `task` or `all`
+    unit: str,  # What was permuted, and how many, as `LatentSearch.unit_sentence` says it
     n_latents: int,  # Latents that were tried, over all positions and layers
 ) -> str:
     "The result of a search, in words made from the numbers."
     n_tasks = rows["task_id"].nunique()
-    sample = (
-        f"{len(rows)} solutions of {n_tasks} tasks, {rows['label'].mean():.0%} correct; {n_latents:,} latents tried."
-    )
-    shuffled = "within tasks"
-    if within != "task":
-        shuffled = "between tasks, since no task has solutions of both kinds"
-    sentence = f"{sample} {_largest_separation(best)} with labels shuffled {shuffled}"
-    n_significant = int((best["family_wise_p_all_positions"] <= 0.05).sum())
+    sample = f"{len(rows)} solutions of {n_tasks} tasks, {rows['label'].mean():.0%} correct"
+    sentence = f"{sample}; {n_latents:,} latents tried. {_largest_separation(best)}"
+    p = best["family_wise_p_all_positions"]
+    if p.isna().all():
+        return f"{sentence}; {unit}."
+    sentence = f"{sentence}, p = {p.min():.3f} for the largest of all with {unit}"
+    n_significant = int((p <= NOMINAL_LEVEL).sum())
     if not n_significant:
-        return f"{sentence}: no more than luck gives."
-    return f"{sentence}. {n_significant} of the {len(best)} best are beyond luck at 5%."
+        return f"{sentence}: no more than chance gives."
+    return f"{sentence}. {n_significant} of the {len(best)} best are beyond chance at 5%. {_within_tasks_clause(best)}"
 
 # %% ../../nbs/phases/24_latents.ipynb #2782d165
+def _verdict_on_p(p: float | None) -> tuple[str, str]:  # And the null
+    "What a family-wise p says; None or NaN is no p."
+    if p is None or np.isnan(p):
+        return "not tested: labels cannot be permuted", "–"
+    verdict = "beyond chance" if p <= NOMINAL_LEVEL else "no more than the best of so many latents by chance"
+    return verdict, f"p = {p:.3f} for the largest separation of all"
+
+# %% ../../nbs/phases/24_latents.ipynb #fecb6201
 def _latent_claim(card: Mapping, summary: Sequence[Mapping]) -> dict:
     "The claim of one latent card; `summary` holds the p-value over all positions and layers."
     identity = [card[key] for key in ("kind", "layer", "latent")]
     rows = [row for row in summary if [row[key] for key in ("kind", "layer", "latent")] == identity]
-    p = float(rows[0]["family_wise_p_all_positions"] if rows else card["family_wise_p"])
+    verdict, null = _verdict_on_p(rows[0]["family_wise_p_all_positions"] if rows else card["family_wise_p"])
     kind = card["kind"].replace("_", " ")
     return claim_row(
         f"AUROC of latent {card['latent']}, layer {card['layer']}, {kind} ({card['predicts']}), on the split it was found on",
         card["auroc"],
         (card["low_chosen"], card["high_chosen"]),
-        "beyond luck" if p <= 0.05 else "no more than the best of so many latents by luck",
+        verdict,
         baseline="0.5",
-        null=f"p = {p:.3f} for the largest separation of all",
+        null=null,
     )
 
 
@@ -94,4 +112,5 @@ LATENTS = Phase(
     figures=("separation.png", "cards.png"),
     claims="latent_claims",
     study="correctness",
+    made_up={"input": ""},
 )

@@ -265,4 +265,5 @@ VALIDATION = Phase(
     figures=("ladder.png", "roc.png", "temperature.png"),
     claims="validation_claims",
     study="correctness",
+    made_up={"input": ""},
 )

@@ -86,9 +86,10 @@ def _draw_rows(study: PlantedLatentStudy, tasks: int, samples: int, seed: int) -
     split = rng.permutation(np.repeat(list(SPLIT_SHARES), split_sizes))
     columns = {
         "task_id": names[study.task],
+        "group": study.task,
         "label": study.label,
         "split": split[study.task],
-        "temperature": np.tile(np.linspace(0.3, 0.9, samples), tasks),
+        "temperature": np.tile(np.sort(np.resize([0.3, 0.9], samples)), tasks),
         "sample": np.tile(np.arange(samples), tasks),
         "prompt_tokens": rng.integers(80, 200, tasks)[study.task],
         "generated_tokens": rng.integers(20, 300, len(study.task)),

@@ -28,7 +28,9 @@ def _plot_separation_panel(ax, rows: pd.DataFrame):
 # %% ../../nbs/plots/latents.ipynb #ffa9cbdf
 def plot_separation_by_layer(
     best: pd.DataFrame,  # One row a kind, layer and direction: `kind, layer, predicts, score`
-    null_of_maximum: dict[str, float],  # By kind: the 95th percentile of the largest score under the null
+    null_of_maximum: dict[
+        str, float
+    ],  # By kind: the 95th percentile of the largest score under the null; empty: no null
     caption: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
@@ -39,7 +41,8 @@ def plot_separation_by_layer(
     with panel_grid(len(panels), 3, 2.2, 1.6, f"{caption} Best latent of a layer,\n{marks}".strip()) as axes:
         for ax, (kind, rows) in zip(axes.flat, panels):
             _plot_separation_panel(ax, rows)
-            ax.axhline(null_of_maximum[kind], color=GREY, lw=1.2, zorder=0)
+            if kind in null_of_maximum:
+                ax.axhline(null_of_maximum[kind], color=GREY, lw=1.2, zorder=0)
             ax.set_title(kind.replace("_", " "), pad=3)
             if len(layers) < 9:
                 ax.set_xticks(layers)
@@ -130,8 +133,9 @@ def _card_lines(card: dict) -> list[str]:
     density = "" if pd.isna(card["density"]) else f", in text {card['density']:.2%}"
     auroc = format_with_interval(card["auroc"], card["low"], card["high"])
     chosen = f"[{card['low_chosen']:.2f}, {card['high_chosen']:.2f}]"
+    p = "none" if pd.isna(card["family_wise_p"]) else f"{card['family_wise_p']:.3f}"
     return [
-        f"t = {card['t']:.1f}, family-wise p = {card['family_wise_p']:.3f} in its position{density}",
+        f"t = {card['t']:.1f}, family-wise p = {p} in its position{density}",
         f"AUROC {auroc}, as one chosen of many {chosen}",
         f"cosine {card['cosine_means']:+.2f} to difference of means, {card['cosine_probe']:+.2f} to probe",
     ]

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from ..core.errors import BadInput
 from ..core.metrics import auroc_interval
 from ..models.lm import LM
+from .latent_search import P_COLUMNS
 from .linear_probes import difference_of_means, logistic_probe
 from .sae import SAE
 
@@ -100,9 +101,7 @@ SCORE_COLUMNS = (
     "mean_incorrect",
     "separation",
     "t",
-    "p",
-    "q",
-    "family_wise_p",
+    *P_COLUMNS,
 )
 
 
