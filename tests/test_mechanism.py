@@ -9,11 +9,13 @@ from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.records import compute_missing_units
 from codetrace.models.interventions import Intervention
+from codetrace.patching.alignment import TraceCase
 from codetrace.patching.batches import (
     TokenizedProgram,
     draw_reference_programs,
     draw_unfiltered_cases,
     program_means_table,
+    tokenize_pair,
     tokenize_program,
     uniform_batches,
 )
@@ -359,3 +361,54 @@ def test_programs_of_several_tokens_an_answer_are_refused():
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
     resid = run_sweep(lm, cases, PatchSweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
     assert choose_subspace_cells(resid) == [(1, "rhs 1"), (3, "rhs 2"), (4, "query"), (5, "final")]
+
+
+# --- the donor's states are read at the base's positions
+
+
+@pytest.fixture(scope="module")
+def redirected_cases():
+    "Cases whose counterfactual has another chain, so that its own `rhs 1` is another token than the program's."
+    lm = models.load("tiny:llama")
+    cases = draw_unfiltered_cases(lm, 3, ProgramShapes((6,), (2,), "hash"), change="reference")
+    for case in cases:
+        base, own = (tokenize_program(lm, program) for program in case.pair)
+        assert base.positions["rhs 1"] != own.positions["rhs 1"]
+    return lm, cases
+
+
+def patched_by_hand(lm, case: TraceCase, site: str, layer: int, name: str, **heads) -> float:
+    "Share of the whole logit difference after one state is put in at the same token, from nothing but `capture` and `intervene`."
+    program, counterfactual = (tokenize_program(lm, side) for side in case.pair)
+    base_ids, source_ids = list(program.token_ids), list(counterfactual.token_ids)
+    position = program.positions[name]
+    state = lm.capture([source_ids], [(site, layer)])[site, layer][0, position]
+    state = state[heads["heads"]] if heads else state
+    with lm.intervene(Intervention(site, layer, state, positions=position, **heads)):
+        patched = lm.logits([base_ids])[0]
+    plain, whole = lm.logits([base_ids, source_ids])
+    leads = [float(x[counterfactual.answer_id] - x[program.answer_id]) for x in (plain, patched, whole)]
+    return (leads[1] - leads[0]) / (leads[2] - leads[0])
+
+
+def test_the_donors_states_are_aligned_to_the_base(redirected_cases):
+    lm, cases = redirected_cases
+    for case in cases:
+        program, counterfactual = tokenize_pair(lm, case)
+        assert counterfactual.positions == program.positions
+    names = ("rhs 2", "rhs 1", "end 1", "query")
+    swept = run_sweep(lm, cases, PatchSweepOptions(sites=["head_out", "resid_pre"], positions=list(names)))
+    parts = pd.concat(patch_subspace(lm, cases, 1, name, {}) for name in names)
+    for name in names:
+        heads = patch_heads(lm, cases, [(1, 2, name)], draws=0).query("kind == 'chosen' and position_name == @name")
+        for i, case in enumerate(cases):
+            stream = patched_by_hand(lm, case, "resid_pre", 1, name)
+            head = patched_by_hand(lm, case, "head_out", 1, name, heads=2)
+            cells = swept[(swept["program"] == i) & (swept["layer"] == 1) & (swept["position_name"] == name)]
+            cells = cells.set_index("site")["effect"]
+            assert parts.query("program == @i and position_name == @name")["effect"].item() == pytest.approx(
+                stream, abs=2e-3
+            )
+            assert heads.set_index("program")["effect"][i] == pytest.approx(head, abs=2e-3)
+            assert cells["resid_pre"] == pytest.approx(stream, abs=2e-3)
+            assert cells["head_out"].iloc[2] == pytest.approx(head, abs=2e-3)

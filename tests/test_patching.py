@@ -10,7 +10,8 @@ from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.patching import blocks, staircase
 from codetrace.patching.blocks import NoFastPath
 from codetrace.patching.engine import ENGINES, PatchOptions, _unpatched_logits, patch_all
-from codetrace.patching.sites import PATCH_SITES, EngineWork, PatchPair, n_site_heads, patch_sites
+from codetrace.patching.grouped_query_heads import n_site_heads
+from codetrace.patching.sites import PATCH_SITES, EngineWork, PatchPair, patch_sites
 from codetrace.patching.staircase import sweep_layer_tokens
 
 CODE = "a = {}\nb = a\n#b:"

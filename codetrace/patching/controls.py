@@ -28,7 +28,8 @@ from codetrace.patching.alignment import (
     measure_patch,
     pair_positions,
 )
-from .sites import _hook_site, _site_states, n_site_heads
+from .grouped_query_heads import n_site_heads
+from .sites import _hook_site, _site_states
 
 # %% ../../nbs/patching/controls.ipynb #d640da18
 CONTROL_KINDS = ("no-op", "random", "unrelated, base's answer", "unrelated, same answer")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from .blocks import _staircase_refusal
+from .grouped_query_heads import n_site_heads
 from .layer_stack import _staircase_logits
 from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from codetrace.patching.sites import (
@@ -25,7 +26,6 @@ from codetrace.patching.sites import (
     PatchPair,
     _final_logits,
     _SweepRequest,
-    n_site_heads,
     patch_sites,
 )
 from .staircase import _staircase_engine

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.lm import LM
 from .blocks import _BLOCK_BUILDERS, NoFastPath, _LayerParts, _staircase_refusal
+from .grouped_query_heads import grouped_query_attention
 from .sites import EngineWork
 
 # %% ../../nbs/patching/layer_stack.ipynb #5cc9d741
@@ -87,27 +88,6 @@ def _token_grid(start: Int[Tensor, "rows"], n_tokens: int) -> _TokenGrid:
         last=last,
     )
 
-# %% ../../nbs/patching/layer_stack.ipynb #3507066f
-def _attention(
-    block: _LayerParts,
-    q: Float[Tensor, "rows query head d_head"],
-    k: Float[Tensor, "rows kv_head pos d_head"],
-    v: Float[Tensor, "rows kv_head pos d_head"],
-    mask: Float[Tensor, "query pos"],  # Added to the scores: 0, or very low
-) -> Float[Tensor, "rows query width"]:
-    "Attention, with all heads of a token side by side."
-    rows, n, heads, d = q.shape
-    _, kv, pos, _ = k.shape
-    group = heads // kv
-    q = q.reshape(rows, n, kv, group * d).transpose(1, 2).reshape(rows * kv, n * group, d)
-    mask = mask.repeat_interleave(group, 0)
-    scores = torch.bmm(q, k.reshape(rows * kv, pos, d).transpose(1, 2)).float().mul_(block.scale)
-    if block.cap:
-        scores.div_(block.cap).tanh_().mul_(block.cap)
-    weights = scores.add_(mask).softmax(-1).to(v.dtype)
-    z = torch.bmm(weights, v.reshape(rows * kv, pos, d))
-    return z.view(rows, kv, n, group * d).transpose(1, 2).reshape(rows, n, heads * d)
-
 # %% ../../nbs/patching/layer_stack.ipynb #6e2368be
 def _apply_rotary(
     x: Float[Tensor, "tokens head d_head"], cos: Float[Tensor, "tokens rotary"], sin: Float[Tensor, "tokens rotary"]
@@ -167,7 +147,9 @@ def rotate(self: _LayerStack, i: int, x: Float[Tensor, "tokens head d_head"], po
 @patch
 def attend(self: _LayerStack, i: int, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "rows query width"]:
     "Attention of queries at the last positions."
-    return _attention(self.blocks[i], q, k, v, self.masks[self.blocks[i].window][-q.shape[1] :])
+    block = self.blocks[i]
+    mask = self.masks[block.window][-q.shape[1] :]
+    return grouped_query_attention(q, k, v, mask, block.scale, block.cap)
 
 
 @patch

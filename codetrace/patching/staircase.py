@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..models.lm import LM
+from .grouped_query_heads import n_site_heads
 from codetrace.patching.layer_stack import (
     SiteCallback,
     _finish_layer,
@@ -24,7 +25,7 @@ from codetrace.patching.layer_stack import (
     _TokenGrid,
     _unembed_final,
 )
-from .sites import GridCell, _cells_to_compute, _SweepRequest, n_site_heads
+from .sites import GridCell, _cells_to_compute, _SweepRequest
 
 # %% ../../nbs/patching/staircase.ipynb #57dc6144
 def sweep_layer_tokens(
@@ -348,7 +349,7 @@ def _prepare_sweep(stack: _LayerStack, request: _SweepRequest, numbers: list[int
 # %% ../../nbs/patching/staircase.ipynb #4b796727
 def _equal_states(sweep: _SiteSweep, i: int) -> list[list[list[bool]]]:
     "Where layer i of base and source hold the same: by pair, position from the end, head."
-    heads = sweep.stack.lm.n_heads if sweep.site == "head_out" else n_site_heads(sweep.stack.lm, sweep.site)
+    heads = n_site_heads(sweep.stack.lm, sweep.site)
     base, source = (x.flatten(2).unflatten(-1, (heads, -1)) for x in (sweep.base[sweep.site][i], sweep.source[i]))
     return (base == source).all(-1).tolist()
 

@@ -40,8 +40,8 @@ _EXAMPLE_POSITIONS = ["all", "named", "query", "final", "end other", "lhs 1", "r
 
 def parse_position_names(
     positions: str | Sequence[str],  # `all`, `named`, names with commas between them, or names
-) -> list[str]:  # None for `all` and `named`
-    "The names in `positions`, checked."
+) -> list[str]:  # Empty for `all` and `named`
+    "The names in `positions`, checked; `all` and `named` are no names."
     if positions in ("all", "named"):
         return []
     names = [name.strip() for name in positions.split(",")] if isinstance(positions, str) else list(positions)
