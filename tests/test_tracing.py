@@ -54,7 +54,7 @@ from codetrace.runs.run import Run
 from codetrace.tasks.counterfactuals import make_counterfactual_pair, make_redirected_pair
 from codetrace.tasks.generators import GENERATORS, make_variable_binding_program
 from codetrace.tasks.heuristics import resists_shallow_heuristics
-from codetrace.tasks.programs import QUERY_STYLES, as_program
+from codetrace.tasks.programs import QUERY_STYLES, analyse_program, as_program
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
 
@@ -561,7 +561,7 @@ def test_programs_drawn_do_not_depend_on_how_many_are_wanted(llama, monkeypatch)
 def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
     cases, why = draw_cases(llama, 1, ProgramShapes([3], [1]))
     assert cases == [] and len(why) == CANDIDATES_PER_PROGRAM
-    with pytest.raises(CannotTrace, match="answers none of 40 programs"):
+    with pytest.raises(CannotTrace, match="none of 40 programs can be traced"):
         trace_cases(llama, cases, start(tmp_path), why)
 
 
@@ -715,3 +715,116 @@ def test_given_programs_are_changed_as_asked(tmp_path):
         selection = ProgramSelection(shapes=ProgramShapes(depths=[2]), options=CaseOptions(change=change))
         assert tracing._as_case(program, lm, selection).changed_position == origin
         assert tracing._case_from_record(row, lm, 0, change).changed_position == origin
+
+
+# --- programs that are given
+
+
+GIVEN = "a = 1\nb = 7\nk = 4\nx = k\nprint(x)  # prints "
+CHANGED = GIVEN.replace("4", "9")
+GIVEN_PAIRS = {
+    "texts": {"original": GIVEN, "counterfactual": CHANGED},
+    "tuples": {"original": (GIVEN, "4"), "counterfactual": (CHANGED, "9", {"note": 1})},
+    "programs": {"original": as_program((GIVEN, 4)), "counterfactual": as_program((CHANGED, 9))},
+    "a couple": (as_program((GIVEN, 4)), as_program((CHANGED, 9))),
+    "more keys": {"id": 3, "original": GIVEN, "counterfactual": CHANGED},
+}
+
+
+@pytest.fixture
+def runner(llama, tmp_path, monkeypatch):
+    "A runner with a model that is never wrong, and an empty folder of runs."
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
+    runner = CausalExperimentRunner()
+    runner.loaded["tiny:llama"] = llama
+    return runner
+
+
+@pytest.mark.parametrize("form", GIVEN_PAIRS)
+def test_the_seeds_dictionaries_are_taken(runner, form):
+    trace = runner.run_intervention_experiment("tiny:llama", [GIVEN_PAIRS[form]])
+    (case,) = trace.cases
+    assert (case.program.code, case.counterfactual.code) == (GIVEN, CHANGED)
+    assert (case.program.answer, case.counterfactual.answer) == ("4", "9")
+
+
+@pytest.mark.parametrize("given", [GIVEN, {"original": GIVEN}, (GIVEN, "4")])
+def test_a_program_alone_gets_a_counterfactual(runner, given):
+    (case,) = runner.run_intervention_experiment("tiny:llama", [given]).cases
+    assert case.program.code == GIVEN and case.counterfactual.answer != "4"
+
+
+LEFT_OUT = {  # Programs, and what the message must say
+    "line 1": (
+        [("k = 4\na = 1\nb = 7\nprint(k)  # prints ", "4")] * 2,
+        "2 answer on line 1 or 2, or twice.*shallow=True",
+    ),
+    "counterfactual on line 1": (
+        [(as_program((GIVEN, 4)), as_program((GIVEN.replace("= k", "= a"), 1)))],
+        "line 1 or 2",
+    ),
+    "counterfactual twice": ([{"original": GIVEN, "counterfactual": GIVEN.replace("4", "7")}], "or twice"),
+    "no digit": ([("x = 'ball'\ny = x\nz = y\nw = z\n#w:", "ball")], "no aligned counterfactual.*begins with a digit"),
+    "nothing": ([], "no programs to trace: give at least one"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_why_no_program_is_left_is_said_before_a_run_is_opened(runner, tmp_path, case):
+    programs, message = LEFT_OUT[case]
+    with pytest.raises(CannotTrace, match=message) as error:
+        runner.run_intervention_experiment("tiny:llama", programs)
+    assert "answers none" not in str(error.value) and "num_shots" not in str(error.value)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_model_that_knows_none_is_named(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [False] * len(asked))
+    with pytest.raises(CannotTrace, match="1 wrong on the program.*num_shots"):
+        runner.run_intervention_experiment("tiny:llama", [GIVEN])
+    assert not list(tmp_path.rglob("run.json"))
+    with pytest.raises(BadInput, match="'text'.*'original'"):
+        runner.run_intervention_experiment("tiny:llama", [{"text": GIVEN}])
+
+
+@pytest.mark.parametrize(
+    ("program", "counterfactual"),
+    [
+        (GIVEN, GIVEN.replace("= k", "= a")),  # the counterfactual's answer stands on line 1
+        (GIVEN, GIVEN.replace("= k", "= b")),  # on line 2
+        (GIVEN, GIVEN.replace("4", "7")),  # twice, the first time on line 2
+        ("a = 1\nb = 7\nk = 4\nm = 9\nn = 9\nx = k\n#x:", "a = 1\nb = 7\nk = 4\nm = 9\nn = 9\nx = m\n#x:"),  # twice
+    ],
+)
+def test_the_filter_of_shallow_answers_holds_for_the_counterfactual(llama, monkeypatch, program, counterfactual):
+    "The program itself passes, so that a filter that looks at it alone keeps the pair."
+    monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
+    pair = [analyse_program(text, "custom", {}) for text in (program, counterfactual)]
+    assert [resists_shallow_heuristics(part) for part in pair] == [True, False]
+    for case in (TraceCase(*pair), TraceCase(*reversed(pair))):
+        assert exclusion_reasons(llama, [case]) == ["answer on line 1 or 2, or twice"]
+    assert exclusion_reasons(llama, [TraceCase(*pair)], shallow=True) == [""]
+
+
+@pytest.mark.parametrize("change", ["value", "reference"])
+@pytest.mark.parametrize("generator", ["variable_binding", "balanced_binding"])
+def test_neither_of_a_drawn_pair_has_a_shallow_answer(change, generator):
+    from codetrace.planted.binding import load_binding_model
+
+    options = CaseOptions(generator, num_shots=0, change=change)
+    cases, reasons = draw_cases(load_binding_model(), 12, ProgramShapes((8,), (2,), query_style="hash"), options)
+    assert len(cases) == 12
+    for case in cases:
+        assert all(map(resists_shallow_heuristics, case.pair)), case.pair
+    if change == "reference":
+        assert "answer on line 1 or 2, or twice" in reasons  # some counterfactuals had one
+
+
+def test_neither_of_an_unfiltered_pair_has_a_shallow_answer():
+    from codetrace.patching.batches import draw_unfiltered_cases
+    from codetrace.planted.binding import load_binding_model
+
+    shapes = ProgramShapes((8,), (2,), query_style="hash")
+    cases = draw_unfiltered_cases(load_binding_model(), 40, shapes, change="reference")
+    assert len(cases) == 40 and all(resists_shallow_heuristics(part) for case in cases for part in case.pair)

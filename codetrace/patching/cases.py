@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXCLUSION_REASONS', 'CANDIDATES_PER_PROGRAM', 'COUNTERFACTUAL_CHANGES', 'exclusion_reasons', 'exclusion_counts',
-           'ProgramShapes', 'CaseOptions', 'draw_cases']
+           'check_any_case', 'ProgramShapes', 'CaseOptions', 'draw_cases']
 
 # %% ../../nbs/patching/cases.ipynb #ecc211b2
 import logging
@@ -85,6 +85,30 @@ def exclusion_counts(
     names = {"": "traced"}
     rows = [(names.get(reason, reason), int(counts.get(reason, 0))) for reason in ("", *EXCLUSION_REASONS)]
     return pd.DataFrame(rows, columns=["reason", "programs"]).set_index("reason")
+
+# %% ../../nbs/patching/cases.ipynb #1a02965b
+_WHAT_TO_DO = {
+    EXCLUSION_REASONS[0]: "keep them with shallow=True, or give longer programs",
+    EXCLUSION_REASONS[1]: "give programs whose chain begins with a digit and whose answers are one token",
+    EXCLUSION_REASONS[2]: "ask shorter or shallower ones, or show more solved examples (num_shots)",
+    EXCLUSION_REASONS[3]: "ask shorter or shallower ones, or show more solved examples (num_shots)",
+}
+
+
+def check_any_case(
+    lm: LM,
+    cases: Sequence[TraceCase],
+    reasons: Sequence[str],  # Of each candidate, empty where it can be traced
+) -> None:
+    "Raise `CannotTrace` with the reasons where no case is left."
+    if cases:
+        return
+    if not reasons:
+        raise CannotTrace("no programs to trace: give at least one")
+    counts = exclusion_counts(reasons)["programs"].drop("traced")
+    parts = "; ".join(f"{n} {reason}" for reason, n in counts.items() if n)
+    advice = _WHAT_TO_DO[counts.idxmax()]
+    raise CannotTrace(f"none of {len(reasons)} programs can be traced in {lm.name} ({parts}): {advice}")
 
 # %% ../../nbs/patching/cases.ipynb #03e7061f
 CANDIDATES_PER_PROGRAM = 40  # For every program wanted

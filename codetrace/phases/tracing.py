@@ -36,6 +36,7 @@ from codetrace.patching.cases import (
     EXCLUSION_REASONS,
     CaseOptions,
     ProgramShapes,
+    check_any_case,
     draw_cases,
     exclusion_counts,
     exclusion_reasons,
@@ -54,7 +55,7 @@ from ..runs.phases import Phase, PhaseInput
 from ..runs.run import Run, open_run
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import GENERATORS
-from ..tasks.programs import QUERY_STYLES, Program, as_program
+from ..tasks.programs import QUERY_STYLES, Program, analyse_program, as_program
 
 # %% ../../nbs/phases/11_tracing.ipynb #bbb0ea61
 @dataclass(frozen=True)
@@ -305,14 +306,31 @@ def head_grid_figure(
 INTERVENTION_SITES = {"residual_stream": ("resid_pre",), "attention_heads": ("head_out",)}
 
 
+def _as_any_program(program_like: Program | tuple | str) -> Program:
+    "A program as a generator gives it, or its text alone."
+    return analyse_program(program_like, "custom", {}) if isinstance(program_like, str) else as_program(program_like)
+
+
+def _unpack_dictionary(pair: Mapping) -> tuple:
+    "`original` and, where it is there, `counterfactual`."
+    if "original" not in pair:
+        keys = ", ".join(map(repr, pair)) or "nothing"
+        raise BadInput(f"a dictionary with {keys}: it needs 'original', and may have 'counterfactual'")
+    return pair["original"], pair.get("counterfactual")
+
+
 def _as_case(program_like, lm: LM, selection: ProgramSelection) -> TraceCase | None:
     "A program in any of the accepted forms, with a counterfactual; None where it has none."
+    counterfactual = None
     if isinstance(program_like, TraceCase):
         return program_like
-    if isinstance(program_like, tuple) and len(program_like) == 2:
-        if all(isinstance(part, Program) for part in program_like):
-            return TraceCase(*program_like, selection.prefix)
-    program = as_program(program_like)
+    if isinstance(program_like, Mapping):
+        program_like, counterfactual = _unpack_dictionary(program_like)
+    elif isinstance(program_like, tuple) and len(program_like) == 2 and isinstance(program_like[1], Program):
+        program_like, counterfactual = program_like
+    program = _as_any_program(program_like)
+    if counterfactual is not None:
+        return TraceCase(program, _as_any_program(counterfactual), selection.prefix)
     rng = np.random.default_rng([selection.options.seed, zlib.crc32(program.code.encode())])
     try:
         pair = COUNTERFACTUAL_CHANGES[selection.options.change](program, rng, lm.tokenizer)
@@ -340,7 +358,7 @@ class CausalExperimentRunner(ModelCache):
 def run_intervention_experiment(
     self: CausalExperimentRunner,
     model_id: str = "smollm2",
-    programs: Sequence | None = None,  # `Program`s, tuples, couples or `TraceCase`s, or None to draw them
+    programs: Sequence | None = None,  # Each as a `Program`, text, tuple, dictionary or `TraceCase`; None: drawn
     intervention_type: str = "residual_stream",  # Or `attention_heads`
     *,
     selection: ProgramSelection = ProgramSelection(),
@@ -354,6 +372,7 @@ def run_intervention_experiment(
         cases, reasons = draw_cases(lm, selection.num_programs, selection.shapes, selection.options)
     else:
         cases, reasons = _select_cases(programs, lm, selection)
+    check_any_case(lm, cases, reasons)
     opened_here = run is None
     if opened_here:
         drawn = {"programs": [[case.program.code, case.prefix] for case in cases]}
@@ -367,7 +386,7 @@ def run_intervention_experiment(
 # %% ../../nbs/phases/11_tracing.ipynb #1fa65dc0
 def run_causal_tracing_experiment(
     model_id: str = "smollm2",
-    programs: Sequence | None = None,  # `Program`s, tuples, couples or `TraceCase`s, or None to draw them
+    programs: Sequence | None = None,  # As for `run_intervention_experiment`
     intervention_type: str = "residual_stream",  # Or `attention_heads`
     **options,  # `selection`, `trace_options` and `run`, as `run_intervention_experiment` takes them
 ) -> Trace:

@@ -476,7 +476,7 @@ def accuracy_figure(result: TrackingResult):
         series = result.table["model"] + ", " + series
     models = ", ".join(result.table["model"].unique())
     tasks = ", ".join(result.table["task"].unique())
-    return plot_accuracy(result.table.assign(series=series), caption=f"{models} on {tasks},")
+    return plot_accuracy(result.table.assign(series=series), caption=f"{models} on {tasks}")
 
 # %% ../../nbs/phases/10_tracking.ipynb #188bbb0d
 def tracking_summary_rows(result: TrackingResult) -> list[dict]:
@@ -488,7 +488,8 @@ def tracking_summary_rows(result: TrackingResult) -> list[dict]:
         row["accuracy"] = format_with_interval(cell.accuracy, cell.low, cell.high)
         row["best rule"] = f"{cell.baseline:.2f} {cell.best_rule.replace('_', ' ')}"
         beyond = format_with_interval(cell.beyond, cell.beyond_low, cell.beyond_high)
-        rows.append(row | {"beyond rules": f"{beyond} ({format_count(cell.n_beyond)})"})
+        row["beyond rules"] = f"{beyond} ({format_count(cell.n_beyond)})" if cell.n_beyond else "no program"
+        rows.append(row)
     return rows
 
 

@@ -36,6 +36,7 @@ def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str):
     ax.set(title=title, ylim=(-0.03, 1.03), yticks=[0, 0.5, 1], xlabel="", ylabel="")
     ax.set_xticks(range(len(floor)), [f"{length}\n{_count_label(rows['n'])}" for length, rows in by_length])
     ax.tick_params(axis="x", labelsize=7)
+    ax.set_xlim(-0.5, last + 0.5)
     range_frame(ax, (0, last), (0, 1))
 
 
