@@ -119,11 +119,11 @@ def test_benjamini_hochberg_keeps_its_rate():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-12, 1), min_size=1, max_size=40))
-def test_holm_is_as_by_hand_and_stricter(p):
+def test_holm_is_statsmodels_and_stricter(p):
+    from statsmodels.stats.multitest import multipletests
+
     adjusted = holm(p)
-    order = np.argsort(p)
-    by_hand = np.minimum(1, np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)))
-    assert np.allclose(adjusted[order], by_hand)
+    assert np.allclose(adjusted, multipletests(p, method="holm")[1])
     assert (adjusted >= benjamini_hochberg(p) - 1e-12).all()
 
 
@@ -151,7 +151,7 @@ def test_fewer_than_two_values_have_no_bootstrap_interval(values):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, np.nan])), max_size=8))
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0, np.nan]), max_size=8))
 def test_a_share_is_never_certain(values):
     low, high = share_interval(values, n_resamples=200)
     measured = [x for x in values if x == x]

@@ -198,13 +198,15 @@ def holm(
     p: ArrayLike,  # p-values of one family of tests, NaN is no test
 ) -> Float[np.ndarray, "*cells"]:  # Adjusted p-values, of the same shape
     "Adjusted p-values that bound the chance of any false discovery."
-    from statsmodels.stats.multitest import multipletests
-
     p = _check_p(p)
     adjusted = np.full(p.shape, np.nan)
     tested = ~np.isnan(p)
-    if tested.any():
-        adjusted[tested] = multipletests(p[tested], method="holm")[1]
+    values = p[tested]
+    order = np.argsort(values)
+    steps = np.minimum(1, values[order] * np.arange(len(values), 0, -1))
+    in_order = np.empty(len(values))
+    in_order[order] = np.maximum.accumulate(steps)
+    adjusted[tested] = in_order
     return adjusted[()]
 
 # %% ../../nbs/core/stats.ipynb #3fdc3350
