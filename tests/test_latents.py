@@ -137,7 +137,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
     name = f"latent {made.latent} of layer {made.layer} (correct)"
     row = table[(table["name"] == name) & (table["target"] == "correct") & (table["measure"] == "AUROC")].iloc[0]
     assert row["low"] <= 0.8 <= row["high"] and row["low"] > 0.55
-    assert table["name"].nunique() == 14 and table["measure"].nunique() == 7
+    assert table["name"].nunique() == 16 and table["measure"].nunique() == 8
     assert (
         inputs_of(three).keys() == {"input", "splits", "dictionaries", "latents", "temperatures"}
         and inputs_of(three)["latents"] == found[0]["run_id"]
@@ -152,7 +152,8 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
         "temperature.png",
         "difficulty.png",
     } <= three["outputs"].keys()
-    assert "AUROC" in three["headline"] and "best baseline" in three["headline"]
+    assert "AUROC" in three["headline"] and "baselines" in three["headline"]
+    assert " by t-statistic" not in three["headline"] and table["name"].str.contains(" by t-statistic ").any()
 
 
 def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
@@ -173,7 +174,11 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
         choosing = load_labelled_activations(
             saved, dictionaries, labelled_samples(table, splits, ["sae", "hyperparams"])
         )
-        some, _ = fit_predictors(choosing.subset(np.ones(len(choosing.rows), bool)), top_latents(pool, 2), n_random=2)
+        some, _ = fit_predictors(
+            choosing.subset(np.ones(len(choosing.rows), bool)),
+            pd.concat([top_latents(pool, 2), top_latents(pool, 1, by="t")]),
+            n_random=2,
+        )
         chosen.append([(p.name, p.chosen_auroc, str(p.thresholds)) for p in some])
     assert chosen[0] == chosen[1]
 
@@ -206,3 +211,17 @@ def test_near_duplicate_tasks_are_one_unit(study, found):
     )
     rows = labelled_samples(saved, read_task_splits(folder), ["sae"], groups)
     assert set(rows.loc[rows["task_id"].isin(["task 00", "task 01", "task 07"]), "group"]) == {groups["task 00"]}
+
+
+@pytest.mark.slow
+def test_a_search_on_the_validation_split_serves_no_validation(study, found, monkeypatch):
+    "It is typed between search and validation, with notebooks that run: the candidates come from the other search."
+    _, text, root = study
+    monkeypatch.setenv("CODETRACE_RUNS", str(root))
+    options = {"input": "1.0", "text": text, "text_tokens": 512, "max_density": 1.0, "shuffles": 99, "num_cards": 2}
+    leaking = execute_phase("2", options | {"split": "validation"}, show_progress=False)
+    judged = {"input": "1.0", "candidates": 2, "random_latents": 2, "resamples": 20}
+    three = execute_phase("3", judged, show_progress=False)
+    assert inputs_of(three)["latents"] == found[0]["run_id"] != leaking["run_id"]
+    with pytest.raises(BadInput, match="made with split='validation'"):
+        execute_phase("3", judged | {"latents": leaking["run_id"]}, show_progress=False)

@@ -1,5 +1,6 @@
 "Runs from outside: killed, interrupted, doubled, misspelt, started by others."
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from shards import kernel_of, wait_for
+
+from codetrace.core.errors import BadInput
 
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -392,7 +395,6 @@ def in_process(root: Path, *words: str):
     from typer.testing import CliRunner
 
     from codetrace.cli import app
-    from codetrace.core.errors import BadInput
 
     done = CliRunner().invoke(app, list(words), env={"CODETRACE_RUNS": str(root), "COLUMNS": "200"})
     if done.exception is not None and not isinstance(done.exception, BadInput | SystemExit):
@@ -493,3 +495,163 @@ def test_an_odd_list_of_jobs_does_not_stop_cleaning(tmp_path, text):
 def test_an_odd_name_of_a_run_is_one_line(tmp_path, name):
     plant_run(tmp_path)
     assert in_process(tmp_path, "show", name).exit_code == 1
+
+
+# --- which runs are read -------------------------------------------------------------------------------------------
+
+
+class Study:
+    "Runs of a study without notebooks: each reads what the command of that number would read, and has an output."
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def begin(self, number: str, **values):
+        from codetrace.runs.parameters import phase_values
+        from codetrace.runs.phases import find_phase
+        from codetrace.runs.run import open_run
+
+        time.sleep(0.002)  # ids tell milliseconds
+        return open_run(find_phase(number).name, phase_values(number, values), "code", root=self.root)
+
+    def command(self, number: str, content: object = "", **values) -> dict:
+        "A command, typed and done."
+        run = self.begin(number, **values)
+        run.write_json("result.json", [number, content, values])
+        run.finish("done")
+        return run.manifest
+
+    def reads(self, number: str, **values) -> dict[str, str]:
+        from codetrace.runs.inputs import resolve_inputs
+        from codetrace.runs.parameters import phase_values
+        from codetrace.runs.phases import find_phase
+
+        values = phase_values(number, values)
+        return {name: m["run_id"] for name, m in resolve_inputs(find_phase(number).name, values, self.root).items()}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Study:
+    "Splits, greedy answers and SAEs of one model."
+    from codetrace.runs import run as runs_run
+
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    monkeypatch.setattr(runs_run, "run_provenance", dict)
+    study = Study(tmp_path)
+    study.command("0.1")
+    study.command("1.0")
+    study.command("1.5")
+    return study
+
+
+COMMANDS = {
+    "search": ("2", {}),
+    "search on validation": ("2", {"split": "validation"}),
+    "sampled answers": ("1.2", {}),
+    "example": ("latents", {}),
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(COMMANDS)), ids=" | ".join)
+def test_candidates_come_from_a_search_on_the_sae_split_in_whatever_order(study, order):
+    "Validation and tuning are tried after each command: they take the search on the SAE split, or say to run it."
+    from codetrace.runs.manifest import NoInputRun
+
+    ids = {}
+    for name in order:
+        number, values = COMMANDS[name]
+        ids[name] = study.command(number, **values)["run_id"]
+        for later in ("3", "3.1"):
+            if "search" in ids:
+                assert study.reads(later)["latents"] == ids["search"]
+            else:
+                with pytest.raises(NoInputRun, match="run this first: codetrace run 2 --input"):
+                    study.reads(later)
+    for later in ("3", "3.1"):
+        with pytest.raises(BadInput, match="made with split='validation'"):
+            study.reads(later, latents=ids["search on validation"])
+        with pytest.raises(BadInput, match="was not made from run"):
+            study.reads(later, latents=ids["example"])
+
+
+def test_runs_that_are_read_together_have_read_the_same(study):
+    "Another division of the tasks, or other SAEs, after the search: validation asks for a search on them."
+    search = study.command("2")
+    chosen = study.command("3.1")
+    reads = study.reads("3")
+    other = study.command("0.1", seed=1)["run_id"]
+    with pytest.raises(BadInput, match=f"codetrace run 2 --input .* -p splits={other}"):
+        study.reads("3")
+    with pytest.raises(BadInput, match=f"-p splits={reads['splits']}"):
+        study.reads("3", latents=search["run_id"])
+    assert study.reads("3", splits=reads["splits"]) == reads
+    for number in ("3.2", "3.3"):  # they judge on the tasks that were not tuned on
+        assert study.reads(number) == {"input": chosen["run_id"], "splits": reads["splits"]}
+        with pytest.raises(BadInput, match="leave 'splits' out"):
+            study.reads(number, splits=other)
+    again = study.command("2", splits=other)["run_id"]
+    assert study.reads("3")["latents"] == again and study.reads("3", splits=reads["splits"]) == reads
+    study.command("1.5", seeds=[1])
+    with pytest.raises(BadInput, match="codetrace run 2 --input"):
+        study.reads("3")
+
+
+def test_an_example_serves_no_study(study):
+    "A choice that was made on made-up data is not what phase 3.2 judges, unless it is named."
+    study.command("2")
+    example = study.command("tuning")
+    assert example["example"] == "made-up data" and example["headline"] == "example (made-up data): done"
+    with pytest.raises(BadInput, match="run this first: codetrace run 3.1"):
+        study.reads("3.2")
+    chosen = study.command("3.1")
+    study.command("tuning", seed=1)
+    assert not chosen["example"] and study.reads("3.2")["input"] == chosen["run_id"]
+    carried = study.command("3.2", input=example["run_id"])
+    assert carried["example"] == "made-up data"
+    listed = in_process(study.root, "runs").stdout
+    assert listed.count("example (made-up data)") == 3
+    assert "an example on made-up data" in in_process(study.root, "show", example["run_id"]).stdout
+    assert "an example" not in in_process(study.root, "show", chosen["run_id"]).stdout
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "killed", "mistake"])
+def test_a_resumed_run_reads_what_it_was_begun_with(study, ended):
+    "A newer run was completed in between: it is for the next run, unless a mistake of the user ended this one."
+    study.command("2")
+    run = study.begin("3")
+    if ended != "killed":
+        run.fail("BadInput", "stopped", user=ended == "mistake", status="failed" if ended == "mistake" else ended)
+    run.release()
+    study.command("2", content="newer")
+    resumed = study.begin("3")
+    resumed.release()
+    if ended == "mistake":
+        assert resumed.folder != run.folder and resumed.parameters["latents"] != run.parameters["latents"]
+        return
+    assert resumed.folder == run.folder and resumed.parameters == run.parameters and resumed.manifest["resumed"]
+    assert resumed.inputs == run.inputs
+    resumed.finish("done")
+    assert study.begin("3").parameters["latents"] != run.parameters["latents"]
+
+
+def test_a_run_whose_input_is_gone_is_begun_anew(study):
+    search = study.command("2")
+    run = study.begin("3")
+    run.release()
+    newer = study.command("2", content="newer")
+    (Path(study.root) / "latents" / search["run_id"] / "result.json").write_text("spoilt")
+    assert study.begin("3").parameters["latents"] == newer["run_id"]
+
+
+def test_shards_read_what_the_command_was_begun_with(study):
+    "The same command after a newer division of the tasks goes on with the old one; a new command takes the newer."
+    from codetrace.runs.launch import ShardedRun
+
+    begun = ShardedRun("1.2", {}, 2, root=study.root)
+    begun.folder.mkdir(parents=True)
+    begun._write_request()
+    newer = study.command("0.1", seed=1)["run_id"]
+    again = ShardedRun("1.2", {}, 2, root=study.root)
+    assert again.parameters == begun.parameters and again.folder == begun.folder
+    assert all(again._task(shard).parameters["input"] == begun.parameters["input"] != newer for shard in range(8))
+    assert ShardedRun("1.2", {"seed": 3}, 2, root=study.root).parameters["input"] == newer

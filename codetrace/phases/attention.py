@@ -346,4 +346,5 @@ ATTENTION = Phase(
     figures=("attention.png",),
     claims="attention_claims",
     study="correctness",
+    made_up={"input": ""},
 )

@@ -253,4 +253,5 @@ MECHANISM = Phase(
     headline="heads_headline",
     figures=("heads.png", "swapped.png", "ablated.png", "probes.png", "directions.png", "learning_peaks.png"),
     claims="mechanism_claims",
+    made_up={"model": "planted"},
 )

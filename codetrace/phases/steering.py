@@ -61,33 +61,33 @@ def choice_gate(choice: Mapping, vectors: Mapping[str, torch.Tensor]) -> Gate | 
 class ControlConfig:
     "What is tried on validation beside the chosen pushes."
 
-    strengths: Sequence[float] = ()  # Of the dose-response; empty: those of the tuning
+    coefficients: Sequence[float] = ()  # Of the dose-response; empty: those of the tuning
     temperatures: Sequence[float] = ()  # Of the resampling baseline
     samples: int = 1  # At each of them
     styles: Sequence[str] = ()  # Of the prompt-only baseline
     erase: bool = True  # Also with directions erased from the weights
 
 # %% ../../nbs/phases/27_steering.ipynb #ec1595f5
-def _goals_by_strength(choice: Mapping, direction_index: int) -> dict[float, str]:
-    "For which goals a direction was chosen, by strength; where nothing helps, one push may be the best for both."
+def _goals_by_coefficient(choice: Mapping, direction_index: int) -> dict[float, str]:
+    "For which goals a direction was chosen, by coefficient; where nothing helps, one push may be the best for both."
     goals = {}
     for goal, push in choice["goals"].items():
         if push["direction"] == direction_index:
-            strength = push["coefficient"]
-            goals[strength] = f"{goals[strength]} and {goal}" if strength in goals else goal
+            coefficient = push["coefficient"]
+            goals[coefficient] = f"{goals[coefficient]} and {goal}" if coefficient in goals else goal
     return goals
 
 # %% ../../nbs/phases/27_steering.ipynb #3d9a7b12
 def _push_settings(
     direction: Direction, role: str, goals: Mapping[float, str], norms: np.ndarray, where: str
 ) -> list[SteeringSetting]:
-    "A direction at several strengths, each with the goal that it was chosen for, or none."
+    "A direction at several coefficients, each with the goal that it was chosen for, or none."
     name = f"{direction.name}, layer {direction.layer}" if role == "null" else direction.name
     settings = []
-    for strength in sorted(goals):
-        push = make_push(direction, strength, norms, where)
-        extra_columns = {"goal": goals[strength]}
-        settings.append(SteeringSetting(f"{name}, α = {strength:+.2f}", role, push, extra_columns=extra_columns))
+    for coefficient in sorted(goals):
+        push = make_push(direction, coefficient, norms, where)
+        extra_columns = {"goal": goals[coefficient]}
+        settings.append(SteeringSetting(f"{name} at {coefficient:+.2f}", role, push, extra_columns=extra_columns))
     return settings
 
 
@@ -141,7 +141,7 @@ def _chosen_settings(
     picked, misplaced, _ = choice_directions(choice, vectors)
     settings = []
     for index, direction in enumerate(picked):
-        goals = _goals_by_strength(choice, index)
+        goals = _goals_by_coefficient(choice, index)
         settings += _push_settings(direction, "chosen", dict.fromkeys(doses, "") | goals, norms, choice["where"])
         for control in misplaced:
             if control.name.startswith(f"{direction.name} after"):
@@ -154,16 +154,16 @@ def _chosen_settings(
 def _null_settings(
     choice: Mapping, vectors: Mapping[str, torch.Tensor], norms: np.ndarray, doses: set[float], erase: bool
 ) -> list[SteeringSetting]:
-    "Random directions, at every strength at which a chosen direction of their layer is pushed."
+    "Random directions, at every coefficient at which a chosen direction of their layer is pushed."
     picked, _, null = choice_directions(choice, vectors)
-    strengths_by_layer = {}
+    coefficients_by_layer = {}
     for index, direction in enumerate(picked):
-        strengths_by_layer.setdefault(direction.layer, set()).update(doses, _goals_by_strength(choice, index))
+        coefficients_by_layer.setdefault(direction.layer, set()).update(doses, _goals_by_coefficient(choice, index))
     settings = []
     for direction in null:
-        strengths = strengths_by_layer.get(direction.layer, set())
-        settings += _push_settings(direction, "null", dict.fromkeys(strengths, ""), norms, choice["where"])
-        if erase and direction.layer in strengths_by_layer:
+        coefficients = coefficients_by_layer.get(direction.layer, set())
+        settings += _push_settings(direction, "null", dict.fromkeys(coefficients, ""), norms, choice["where"])
+        if erase and direction.layer in coefficients_by_layer:
             settings.append(_erasing_setting(direction, "null"))
     return settings
 
@@ -177,7 +177,7 @@ def steering_settings(
     "Everything that is tried on validation."
     picked, misplaced, null = choice_directions(choice, vectors)
     _check_layers([*picked, *misplaced], len(norms))
-    doses = {float(strength) for strength in config.strengths or choice["strengths"]} - {0.0}
+    doses = {float(coefficient) for coefficient in config.coefficients or choice["coefficients"]} - {0.0}
     return [
         BASELINE_SETTING,
         *_chosen_settings(choice, vectors, norms, doses, config.erase),
@@ -423,4 +423,5 @@ STEERING = Phase(
     figures=("doses.png", "trade_off.png", "tasks.png"),
     claims="steering_claims",
     study="correctness",
+    made_up={"input": ""},
 )
