@@ -199,7 +199,7 @@ def test_near_duplicate_tasks_are_one_unit(study, found):
     copy = folder.parents[1] / "splits_copy"
     copy.mkdir()
     (copy / "split_metadata.json").write_text((folder / "split_metadata.json").read_text())
-    with pytest.raises(BadInput, match="run phase 0.1 again"):
+    with pytest.raises(BadInput, match=r"run phase 0\.1 again"):
         read_task_groups(copy)
     pairs = pd.DataFrame({"first": ["task 00", "task 01"], "second": ["task 01", "task 07"]})
     pairs.to_parquet(copy / "near_duplicates.parquet", index=False)

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, look_up_name
 from codetrace.sae.null_of_maximum import (
     NOMINAL_LEVEL,
     PermutationDesign,
@@ -157,16 +157,23 @@ def search_latents(
     return search_active_latents(encode_layer, layers, label, task, **options)
 
 # %% ../../nbs/sae/latent_search.ipynb #8523334c
+def _ranked_separation(table: pd.DataFrame) -> pd.Series:
+    "The separation that has a null; as it stands where no label can move."
+    return table["adjusted_separation"].fillna(table["separation"])
+
+
 def top_latents(
     table: pd.DataFrame,  # Of a search
     n: int = 10,  # Of each direction
     per_layer: bool = False,  # So many of each layer
-) -> pd.DataFrame:  # The best: `predicts` is `correct` or `incorrect`, `score` is higher for better
-    "The latents that separate best, those of right and those of wrong solutions; by the score that has a null."
-    score = table["adjusted_separation"].fillna(table["separation"])  # Where no label can move, as it stands
+    by: str = "separation",  # Or `t`, as Tahimic & Cheng choose predictors
+) -> pd.DataFrame:  # The best: `predicts` is `correct` or `incorrect`, `score` is higher for better, `chosen_by`
+    "The latents that separate best, those of right and those of wrong solutions."
+    ranking = look_up_name(by, {"separation": _ranked_separation(table), "t": table["t"].fillna(0)}, "ranking")
     sides = []
     for predicts, sign in (("correct", 1), ("incorrect", -1)):
-        ranked = table.assign(predicts=predicts, score=sign * score, tie=sign * table["t"].fillna(0))
+        ranked = table.assign(predicts=predicts, chosen_by=by, score=sign * ranking)
+        ranked["tie"] = sign * table["t"].fillna(0)
         ranked = ranked.sort_values(["score", "tie"], ascending=False, kind="stable")
         best = ranked.groupby("layer").head(n) if per_layer else ranked.head(n)
         sides.append(best.drop(columns="tie"))

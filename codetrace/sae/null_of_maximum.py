@@ -10,6 +10,7 @@ __all__ = ['NOMINAL_LEVEL', 'ExchangeableGroups', 'PermutationDesign', 'permutat
 # %% ../../nbs/sae/null_of_maximum.ipynb #aa5ef941
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -69,7 +70,7 @@ def _slot_strata(task: np.ndarray, sampling: np.ndarray) -> tuple[slice, ...]:
     "Runs of slots with the same task and sampling."
     cuts = np.flatnonzero((np.diff(task) != 0) | (np.diff(sampling) != 0)) + 1
     bounds = [0, *cuts.tolist(), len(task)]
-    return tuple(slice(start, stop) for start, stop in zip(bounds, bounds[1:]))
+    return tuple(slice(start, stop) for start, stop in pairwise(bounds))
 
 
 def _groups_by_shape(group: np.ndarray, task: np.ndarray, sampling: np.ndarray) -> tuple[ExchangeableGroups, ...]:
