@@ -12,13 +12,21 @@ import torch
 from codetrace import models
 from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
+from codetrace.core.records import read_records
 from codetrace.core.stats import wilson
 from codetrace.models.loading import _adapters_by_step
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
 from codetrace.patching.sweep import PatchSweepOptions, average_by_position, run_sweep
-from codetrace.phases.binding import binding_trace_reference_runs
+from codetrace.phases.binding import (
+    binding_claims,
+    binding_headline,
+    binding_trace_reference_runs,
+    draw_held_out_bindings,
+    held_out_accuracy_table,
+)
 from codetrace.runs.manifest import reference_runs
 from codetrace.tasks import binding_training
+from codetrace.tasks.binding_answers import predict_digits, prediction_table, rule_is_right
 from codetrace.tasks.binding_programs import (
     HELD_OUT_PAIRS,
     BindingProgramOptions,
@@ -31,11 +39,11 @@ from codetrace.tasks.binding_training import (
     BindingTrainingPlan,
     add_lora_adapter,
     make_untrained_transformer,
-    predict_digits,
     train_binding_model,
 )
 from codetrace.tasks.counterfactuals import program_constants
 from codetrace.tasks.generators import make_variable_binding_program
+from codetrace.tasks.heuristics import chance_beyond_heuristics, no_heuristic_is_right
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"
@@ -275,9 +283,61 @@ def test_scratch_models_are_models(tmp_path):
 def test_reference_training_is_complete():
     (manifest,) = reference_runs("binding", init="adapter")
     assert manifest["status"] == "complete"
-    final = [row for row in manifest["summary"] if row["part"] == "as in training"]
+    final = [row for row in manifest["summary"] if row["part"] == "as in training" and row["programs"] != "all"]
     assert [row["programs"] for row in final] == [f"depth {d}" for d in (1, 2, 3, 4)]
     assert all(float(row["accuracy"]) >= 0.99 for row in final)
+
+
+# Beside the rules
+
+EXAMINED = {  # Accuracy beyond all rules and the number of such programs, re-derived from the records by independent readers
+    "adapter": {"as in training": (0.997, 312), "longer": (0.978, 183), "deeper": (0.743, 70)},
+    "scratch": {"as in training": (0.706, 177), "longer": (0.220, 91)},
+}
+
+
+@pytest.mark.parametrize("init", EXAMINED)
+def test_the_reference_examinations_beyond_all_rules(init):
+    (manifest,) = reference_runs("binding", init=init)
+    table = held_out_accuracy_table(read_records(Path(manifest["folder"]) / "examination"))
+    whole = table[table["programs"] == "all"].set_index("part")
+    for part, (accuracy, n) in EXAMINED[init].items():
+        assert whole["beyond"][part] == pytest.approx(accuracy, abs=6e-4) and whole["n_beyond"][part] == n
+    claims = {claim["claim"]: claim for claim in binding_claims(manifest)}
+    assert len(claims) == len(table) + (table["n_beyond"] > 0).sum()
+    few = [claim for name, claim in claims.items() if "fewer than 10" in name]
+    assert all(claim["verdict"].startswith("fewer than 10") for claim in few)
+    longer = claims[f"accuracy beyond rules on programs longer, all, n={EXAMINED[init]['longer'][1]}"]
+    assert longer["number"] == whole["beyond"]["longer"] and "every rule" in longer["baseline"]
+
+
+def test_an_examination_of_a_model_that_repeats_the_first_line():
+    drawn = draw_held_out_bindings(60, (4, 12), 3, seed=1)
+    tables = []
+    for part, programs in drawn.items():
+        for bindings in programs:
+            first_line = np.repeat(bindings.digit[:, :1], bindings.query_lines.shape[1], 1)
+            tables.append(prediction_table(bindings, first_line).assign(part=part))
+    examined = pd.concat(tables, ignore_index=True)
+    table = held_out_accuracy_table(examined)
+    assert (table["beyond"].dropna() == 0).all() and (table["n_beyond"] > 0).sum() > 8
+    assert (table["accuracy"] <= table["baseline"]).all()
+    headline = binding_headline(examined, steps=7)
+    assert headline.startswith("accuracy after 7 steps: as in training ")
+    for part in drawn:
+        said = headline.split(f"{part} ")[1].split("; ")[0]
+        assert "beyond rules 0.000 [0.000, " in said and "first line 0." in said and "(n=" in said
+    queries = pd.concat([t for t in tables if len(t) and t["part"].iloc[0] == "as in training"])
+    assert 0 < queries.loc[~rule_is_right(queries).any(axis=1), "beyond_chance"].mean() <= 1
+
+
+def test_the_chance_of_a_guess_beyond_rules_is_that_of_the_program():
+    drawn = draw_binding_programs(60, np.random.default_rng(3), BindingProgramOptions(9, queries=2))
+    table = prediction_table(drawn, drawn.of_queries("value"))
+    chance = [chance_beyond_heuristics(drawn.program(row, query)) for row in range(60) for query in range(2)]
+    assert table["beyond_chance"].tolist() == pytest.approx(chance)
+    beyond = [no_heuristic_is_right(drawn.program(row, query)) for row in range(60) for query in range(2)]
+    assert (~rule_is_right(table).any(axis=1)).tolist() == beyond and 0 < sum(beyond) < 120
 
 
 @pytest.mark.slow

@@ -781,10 +781,10 @@ def test_why_no_program_is_left_is_said_before_a_run_is_opened(runner, tmp_path,
 
 def test_a_model_that_knows_none_is_named(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [False] * len(asked))
-    with pytest.raises(CannotTrace, match="1 wrong on the program.*num_shots"):
+    with pytest.raises(CannotTrace, match=r"1 wrong on the program.*num_shots"):
         runner.run_intervention_experiment("tiny:llama", [GIVEN])
     assert not list(tmp_path.rglob("run.json"))
-    with pytest.raises(BadInput, match="'text'.*'original'"):
+    with pytest.raises(BadInput, match=r"'text'.*'original'"):
         runner.run_intervention_experiment("tiny:llama", [{"text": GIVEN}])
 
 

@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..core.files import read_json
 from ..core.progress import Progress, no_progress
-from ..core.stats import format_with_interval, wilson
+from ..core.records import read_records
+from ..core.stats import wilson
 from ..models.lm import LM
 from ..plots.mechanism import plot_shares_by_step
 from ..plots.patching import plot_position_grid
@@ -29,8 +30,14 @@ from codetrace.tasks.binding_programs import (
     BindingTokenTable,
     draw_binding_programs,
 )
-from ..tasks.binding_training import predict_digits, prediction_table
-from ..tasks.heuristics import HEURISTICS
+from ..tasks.binding_answers import predict_digits, prediction_table, rule_is_right
+from codetrace.tasks.heuristics import (
+    HEURISTICS,
+    accuracy_beside_heuristics,
+    compare_with_baseline,
+    format_beside_heuristics,
+    format_count,
+)
 
 # %% ../../nbs/phases/12_binding.ipynb #b3616dd6
 def _even_shares(total: int, parts: int) -> list[int]:
@@ -96,21 +103,21 @@ def evaluate_held_out_bindings(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/phases/12_binding.ipynb #3dc1a93d
-def _part_accuracy(part: str, label: str, rows: pd.DataFrame) -> dict:
-    "Accuracy of some queries beside the best shallow rule."
-    low, high = wilson(int(rows["correct"].sum()), len(rows))
-    rules = {rule: (rows[rule] == rows["answer"]).mean() for rule in HEURISTICS}
-    best = max(rules, key=rules.get)
-    row = {"part": part, "programs": label, "n": len(rows), "accuracy": rows["correct"].mean()}
-    return row | {"low": low, "high": high, "best rule": best, "rule": rules[best], "chance": 0.1}
+def _part_accuracy(part: str, programs: str, rows: pd.DataFrame) -> dict:
+    "Accuracy of some queries beside the best shallow rule, and beyond the rules."
+    chance = rows.get("beyond_chance")  # records of before have none
+    return {"part": part, "programs": programs} | accuracy_beside_heuristics(
+        rows["correct"], rule_is_right(rows), chance
+    )
 
 
 def held_out_accuracy_table(
-    examined: pd.DataFrame,  # From `evaluate_held_out_bindings`
-) -> pd.DataFrame:  # One row a part, and a length or depth of its programs
-    "Accuracy of each part, with Wilson's interval, beside the best shallow rule."
+    examined: pd.DataFrame,  # From `evaluate_held_out_bindings`, or the records of an examination
+) -> pd.DataFrame:  # One row a part, and one for each length or depth of its programs
+    "Accuracy of each part with Wilson's intervals, beside the best shallow rule, and beyond the rules."
     rows = []
     for part, queries in examined.groupby("part", sort=False):
+        rows.append(_part_accuracy(part, "all", queries))
         by = "lines" if part in ("longer", "held-out pairs") else "depth"
         for value, group in queries.groupby(by):
             rows.append(_part_accuracy(part, f"{by} {value}", group))
@@ -122,12 +129,10 @@ def binding_headline(
     steps: int,  # Of training
 ) -> str:
     "One line for the list of runs."
-    within = examined[examined["part"] == "as in training"]
-    accuracy = format_with_interval(
-        within["correct"].mean(), *wilson(int(within["correct"].sum()), len(within)), digits=3
-    )
-    best = max((within[rule] == within["answer"]).mean() for rule in HEURISTICS)
-    return f"{accuracy} right after {steps} steps, n={len(within)}, best shallow rule {best:.2f}"
+    parts = []
+    for part, queries in examined.groupby("part", sort=False):
+        parts.append(f"{part} {format_beside_heuristics(_part_accuracy(part, 'all', queries), digits=3)}")
+    return f"accuracy after {steps} steps: " + "; ".join(parts)
 
 # %% ../../nbs/phases/12_binding.ipynb #fd2f60d9
 def draw_evaluation_bindings(n: int, lines: Sequence[int], max_depth: int, seed: int) -> list[BindingPrograms]:
@@ -170,10 +175,13 @@ def learning_curve_table(
     rule_accuracy: dict[str, float] | None = None,  # From `heuristic_accuracy`, of the programs evaluated
     rules_from: int = 0,  # First step for which agreement with the rules is given
 ) -> pd.DataFrame:  # As `plot_shares_by_step` draws it
-    "Accuracy by depth, and agreement with shallow rules, over training."
+    "Accuracy by depth, accuracy beyond the rules, and agreement with shallow rules, over training."
     curves = []
     for depth, rows in evaluation.groupby("depth"):
         curves.append(_learning_curve(rows, "accuracy", f"depth {depth}"))
+    if "n_beyond" in evaluation:  # records of before have none
+        rows = evaluation.assign(n=evaluation["n_beyond"], beyond=evaluation["beyond"].fillna(0))
+        curves.append(_learning_curve(rows, "beyond", "beyond rules"))
     later = evaluation[evaluation["step"] >= rules_from]
     for rule, panel in _HEURISTIC_PANELS.items():
         curves.append(_learning_curve(later, rule, panel, (rule_accuracy or {}).get(rule, np.nan)))
@@ -193,23 +201,31 @@ def learning_curve_figure(
     return plot_shares_by_step(learning_curve_table(evaluation, heuristic_accuracy(judged), rules_from=rules_from))
 
 # %% ../../nbs/phases/12_binding.ipynb #cd376fd0
-def _held_out_verdict(row: dict) -> str:
-    "How an accuracy compares with the best shallow rule."
-    if row["low"] > row["rule"]:
-        return "above the best shallow rule"
-    return "below the best shallow rule" if row["high"] < row["rule"] else "not told apart from the best shallow rule"
+def _held_out_claims(row: dict) -> list[dict]:
+    "Accuracy of one row of the table, and beyond the rules where there are such programs."
+    programs = f"programs {row['part']}, {row['programs']}"
+    interval = (row["low"], row["high"])
+    verdict = compare_with_baseline(row["n"], interval, row["baseline"], "the best shallow rule")
+    subject = f"accuracy on {programs}, {format_count(row['n'])}"
+    baseline = f"{row['baseline']:.2f} {row['best_rule'].replace('_', ' ')}"
+    claims = [claim_row(subject, row["accuracy"], interval, verdict, baseline, "0.10 any digit")]
+    if row["n_beyond"]:
+        chance = row["beyond_chance"]
+        interval = (row["beyond_low"], row["beyond_high"])
+        verdict = compare_with_baseline(row["n_beyond"], interval, chance, "a guess")
+        subject = f"accuracy beyond rules on {programs}, {format_count(row['n_beyond'])}"
+        null = f"{chance:.2f} a guess" if chance >= 0 else "–"
+        claims.append(claim_row(subject, row["beyond"], interval, verdict, "0 every rule", null))
+    return claims
 
 
 def binding_claims(
     manifest: dict,  # Of a run of this phase
 ) -> list[dict]:  # As `claim_row` gives them
-    "Accuracy on each part of the held-out programs, beside the best shallow rule."
+    "Accuracy on each part of the held-out programs beside the best shallow rule, and beyond the rules."
     claims = []
-    for row in read_json(Path(manifest["folder"]) / "results.json")["final"]:
-        baseline = f"{row['rule']:.2f} {row['best rule']}"
-        subject = f"accuracy on programs {row['part']}, {row['programs']}, n={row['n']}"
-        interval = (row["low"], row["high"])
-        claims.append(claim_row(subject, row["accuracy"], interval, _held_out_verdict(row), baseline, "0.10 any digit"))
+    for row in held_out_accuracy_table(read_records(Path(manifest["folder"]) / "examination")).to_dict("records"):
+        claims += _held_out_claims(row)
     return claims
 
 # %% ../../nbs/phases/12_binding.ipynb #1b691551

@@ -39,6 +39,7 @@ from codetrace.tasks.heuristics import (
     HEURISTICS,
     accuracy_beside_heuristics,
     chance_beyond_heuristics,
+    compare_with_baseline,
     format_beside_heuristics,
     format_count,
     shallow_heuristics,
@@ -504,21 +505,10 @@ def tracking_headline(result: TrackingResult) -> str:
     return "accuracy: " + "; ".join(parts)
 
 # %% ../../nbs/phases/10_tracking.ipynb #f1faeeb0
-def _accuracy_verdict(n: int, low: float, high: float, baseline: float, name: str) -> str:
-    "How an accuracy compares with its baseline."
-    if n < 10:
-        return "fewer than 10 programs: no verdict"
-    if not baseline >= 0:
-        return f"{name} is not recorded"
-    if low > baseline:
-        return f"above {name}"
-    return f"below {name}" if high < baseline else f"not told apart from {name}"
-
-
 def _cell_claims(cell: dict, programs: str) -> list[dict]:
     "Accuracy of one cell, and beyond the rules where there are such programs."
     interval = (cell["low"], cell["high"])
-    verdict = _accuracy_verdict(cell["n"], *interval, cell["baseline"], "the best rule or constant")
+    verdict = compare_with_baseline(cell["n"], interval, cell["baseline"], "the best rule or constant")
     baseline = f"{cell['baseline']:.2f} {cell['best_rule'].replace('_', ' ')}"
     null = f"{cell['constant']:.2f} best constant"
     subject = f"accuracy of {programs}, {format_count(cell['n'])}"
@@ -526,7 +516,7 @@ def _cell_claims(cell: dict, programs: str) -> list[dict]:
     if cell["n_beyond"]:
         interval = (cell["beyond_low"], cell["beyond_high"])
         chance = cell["beyond_chance"]
-        verdict = _accuracy_verdict(cell["n_beyond"], *interval, chance, "a guess")
+        verdict = compare_with_baseline(cell["n_beyond"], interval, chance, "a guess")
         subject = f"accuracy beyond rules of {programs}, {format_count(cell['n_beyond'])}"
         null = f"{chance:.2f} a guess" if chance >= 0 else "–"
         claims.append(claim_row(subject, cell["beyond"], interval, verdict, baseline="0 every rule", null=null))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEURISTICS', 'shallow_heuristics', 'answer_line', 'answer_is_unique', 'resists_shallow_heuristics',
            'no_heuristic_is_right', 'chance_of_a_guess', 'chance_beyond_heuristics', 'accuracy_beside_heuristics',
-           'format_count', 'format_beside_heuristics']
+           'format_count', 'format_beside_heuristics', 'compare_with_baseline']
 
 # %% ../../nbs/tasks/heuristics.ipynb #2d06c02e
 from collections import Counter
@@ -134,3 +134,20 @@ def format_beside_heuristics(
         share = format_with_interval(cell["beyond"], cell["beyond_low"], cell["beyond_high"], digits=digits)
         beyond = f"beyond rules {share} ({format_count(cell['n_beyond'])})"
     return f"{accuracy} ({format_count(cell['n'])}), {rule}, {beyond}"
+
+# %% ../../nbs/tasks/heuristics.ipynb #7693e821
+def compare_with_baseline(
+    n: int,  # Programs
+    interval: tuple[float, float],  # Of the accuracy
+    baseline: float,  # NaN where it is not recorded
+    name: str,  # Of the baseline
+) -> str:
+    "Above, below or not told apart from a baseline."
+    low, high = interval
+    if n < _FEW:
+        return f"fewer than {_FEW} programs: no verdict"
+    if not baseline >= 0:
+        return f"{name} is not recorded"
+    if low > baseline:
+        return f"above {name}"
+    return f"below {name}" if high < baseline else f"not told apart from {name}"
