@@ -14,7 +14,7 @@ from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.records import read_records
 from codetrace.core.stats import wilson
-from codetrace.models.loading import _adapters_by_step
+from codetrace.models.folders import adapters_by_step
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
 from codetrace.patching.sweep import PatchSweepOptions, average_by_position, run_sweep
 from codetrace.phases.binding import (
@@ -47,7 +47,7 @@ from codetrace.tasks.heuristics import chance_beyond_heuristics, no_heuristic_is
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"
-BINDING_STEPS = tuple(_adapters_by_step())
+BINDING_STEPS = tuple(adapters_by_step())
 
 
 @pytest.fixture(scope="module")

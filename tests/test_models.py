@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -605,3 +606,101 @@ def test_texts_that_do_not_fit(llama):
         llama.logits("a " * 600)
     with pytest.raises(BadInput, match="holds 512"):
         llama.generate("a " * 400, 200)
+
+
+# --- folders that would run code -----------------------------------------------------------------------------------
+
+
+class _Evil:
+    "A pickle that leaves a file when it is read."
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def _as_torch_pickle(folder: Path, marker: Path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"evil": _Evil(marker)}, folder / "pytorch_model.bin")
+
+
+def _as_old_pickle(folder: Path, marker: Path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"evil": _Evil(marker)}))
+
+
+def _with_code(folder: Path, marker: Path, config: str, auto_map: dict):
+    content = json.loads((folder / config).read_text())
+    (folder / config).write_text(json.dumps(content | {"auto_map": auto_map}))
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\nclass Evil: pass\n")
+
+
+def _with_model_code(folder: Path, marker: Path):
+    _with_code(folder, marker, "config.json", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+
+
+def _with_tokenizer_code(folder: Path, marker: Path):
+    _with_code(folder, marker, "tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", None]})
+
+
+def _with_index_outside(folder: Path, marker: Path):
+    torch.save({"evil": _Evil(marker)}, folder.parent / "elsewhere.bin")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def _with_tensor_index_outside(folder: Path, marker: Path):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _as_pickled_adapter(folder: Path, marker: Path):
+    base = folder.parent / "base"
+    shutil.copytree(folder, base)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    torch.save({"evil": _Evil(marker)}, folder / "adapter_model.bin")
+
+
+UNSAFE = [
+    _as_torch_pickle,
+    _as_old_pickle,
+    _with_model_code,
+    _with_tokenizer_code,
+    _with_index_outside,
+    _with_tensor_index_outside,
+    _as_pickled_adapter,
+]
+
+
+@pytest.mark.parametrize("spoil", UNSAFE)
+def test_no_code_of_a_model_folder_runs(saved, tmp_path, monkeypatch, spoil):
+    "It is refused in one line, without a question, and nothing that it holds is executed."
+    marker = tmp_path / "ran"
+    spoil(saved, marker)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(NotAModel):
+        models.load(str(saved))
+    assert not marker.exists()
+
+
+def test_generation_code_of_a_folder_is_not_run(saved, tmp_path):
+    marker = tmp_path / "ran"
+    (saved / "custom_generate").mkdir()
+    (saved / "custom_generate" / "generate.py").write_text(f"import os\nos.system('touch {marker}')\n")
+    lm = models.load(str(saved))
+    lm.generate(["x = 1"], 2)
+    assert not marker.exists()
+
+
+def test_what_the_names_check_knows_is_what_is_loaded():
+    from codetrace.models import folders
+    from codetrace.models.tiny import TINY_CONFIGS, TINY_LAYERS
+
+    assert folders._OWN_LAYERS == {"smollm2": 30, "binding": 30} | {
+        f"tiny:{name}": TINY_LAYERS for name in TINY_CONFIGS
+    }

@@ -83,4 +83,4 @@ def load_smollm2_tokenizer(
     "The tokenizer in a local folder."
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

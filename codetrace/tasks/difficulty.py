@@ -65,7 +65,7 @@ def tokenizer_by_name(
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(f"no tokenizer {name!r}: {str(error).splitlines()[0]}") from None
 
