@@ -116,14 +116,14 @@ def test_phase_2_finds_the_planted_latent(study, found):
     made, two = study[0], found[0]
     cards = json.loads((runs_run.Path(two["folder"]) / "cards.json").read_text())
     first = max(cards, key=lambda card: card["score"])
-    assert (first["kind"], first["layer"], first["latent"], first["predicts"]) == (
+    assert (first["position"], first["layer"], first["latent"], first["predicts"]) == (
         "last_generated",
         made.layer,
         made.latent,
         "correct",
     )
     assert first["family_wise_p"] <= 0.05 and len(first["promoted_tokens"]) == 8 and first["top_examples"]
-    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "beyond chance" in two["headline"]
+    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "Beyond chance at 5%" in two["headline"]
     assert "labels of 40 of 40 tasks permuted as wholes" in two["headline"]
     assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
         "outputs"

@@ -212,7 +212,7 @@ def test_p_is_over_every_layer_and_every_position():
 def test_the_second_p_is_over_all_positions(positions):
     "Whichever position comes first, a score is judged by the largest of both."
     made, _ = draw_planted_activations(seed=4)
-    table, searches = search_all_positions(replace(made, kinds=positions), n_shuffles=99)
+    table, searches = search_all_positions(replace(made, positions=positions), n_shuffles=99)
     for name, score in P_COLUMNS.items():
         nulls = [search.nulls[name] for search in searches.values()]
         assert np.abs(nulls[0] - nulls[1]).min() < np.abs(nulls[0] - nulls[1]).max()

@@ -21,19 +21,21 @@ from ..sae.null_of_maximum import NOMINAL_LEVEL
 def _largest_separation(best: pd.DataFrame) -> str:
     "The latent with the largest separation of all, and how unlikely chance makes it."
     first = best.loc[best["score"].idxmax()]
-    place = f"latent {first['latent']} of layer {first['layer']} at {first['kind'].replace('_', ' ')}"
+    place = f"latent {first['latent']} of layer {first['layer']} at {first['position'].replace('_', ' ')}"
     activity = f"active in {first['correct']:.0%} of correct and {first['incorrect']:.0%} of incorrect solutions"
     return f"The largest separation is {first['score']:.2f} ({place}, {activity})"
 
 
-def _within_tasks_clause(best: pd.DataFrame) -> str:
-    "What the best latents know beyond how hard a task is."
-    p = best["family_wise_p_within_tasks_all_positions"]
+def _within_tasks_clause(significant: pd.DataFrame) -> str:
+    "What latents that are beyond chance know beyond how hard a task is."
+    p = significant["family_wise_p_within_tasks_all_positions"]
     if p.isna().all():
-        return "Within tasks labels vary too little to be permuted: it may only see how hard a task is."
-    if (p <= NOMINAL_LEVEL).any():
-        return f"{int((p <= NOMINAL_LEVEL).sum())} tell right from wrong within tasks too (smallest p = {p.min():.3f})."
-    return f"Within tasks none does (smallest p = {p.min():.3f}): they may only see how hard a task is."
+        return "Within tasks labels vary too little to be permuted: this may be no more than how hard a task is."
+    smallest = f"smallest p = {p.min():.3f}"
+    n_within = int((p <= NOMINAL_LEVEL).sum())
+    if not n_within:
+        return f"Within tasks none tells right from wrong ({smallest}): this may be no more than how hard a task is."
+    return f"Of these, {n_within} of {len(p)} also within tasks ({smallest})."
 
 # %% ../../nbs/phases/24_latents.ipynb #ab3ec3cf
 def latent_search_sentence(
@@ -50,10 +52,11 @@ def latent_search_sentence(
     if p.isna().all():
         return f"{sentence}; {unit}."
     sentence = f"{sentence}, p = {p.min():.3f} for the largest of all with {unit}"
-    n_significant = int((p <= NOMINAL_LEVEL).sum())
-    if not n_significant:
+    significant = best[p <= NOMINAL_LEVEL]
+    if significant.empty:
         return f"{sentence}: no more than chance gives."
-    return f"{sentence}. {n_significant} of the {len(best)} best are beyond chance at 5%. {_within_tasks_clause(best)}"
+    count = f"Beyond chance at 5%: {len(significant)} of the {len(best)} best."
+    return f"{sentence}. {count} {_within_tasks_clause(significant)}"
 
 # %% ../../nbs/phases/24_latents.ipynb #2782d165
 def _verdict_on_p(p: float | None) -> tuple[str, str]:  # And the null
@@ -66,12 +69,12 @@ def _verdict_on_p(p: float | None) -> tuple[str, str]:  # And the null
 # %% ../../nbs/phases/24_latents.ipynb #fecb6201
 def _latent_claim(card: Mapping, summary: Sequence[Mapping]) -> dict:
     "The claim of one latent card; `summary` holds the p-value over all positions and layers."
-    identity = [card[key] for key in ("kind", "layer", "latent")]
-    rows = [row for row in summary if [row[key] for key in ("kind", "layer", "latent")] == identity]
+    identity = [card[key] for key in ("position", "layer", "latent")]
+    rows = [row for row in summary if [row[key] for key in ("position", "layer", "latent")] == identity]
     verdict, null = _verdict_on_p(rows[0]["family_wise_p_all_positions"] if rows else card["family_wise_p"])
-    kind = card["kind"].replace("_", " ")
+    position = card["position"].replace("_", " ")
     return claim_row(
-        f"AUROC of latent {card['latent']}, layer {card['layer']}, {kind} ({card['predicts']}), on the split it was found on",
+        f"AUROC of latent {card['latent']}, layer {card['layer']}, {position} ({card['predicts']}), on the split it was found on",
         card["auroc"],
         (card["low_chosen"], card["high_chosen"]),
         verdict,

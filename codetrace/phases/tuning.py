@@ -64,9 +64,9 @@ def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int
         latent = int(row["latent"])
         if (layer, latent) in by_latent:  # the same latent at another position
             continue
-        states = choosing.states(row["kind"], layer)
+        states = choosing.states(row["position"], layer)
         family_wise_p = float(row.get("family_wise_p_all_positions", np.nan))
-        metadata = {"predicts": row["predicts"], "position": row["kind"], "family_wise_p": family_wise_p}
+        metadata = {"predicts": row["predicts"], "position": row["position"], "family_wise_p": family_wise_p}
         direction = latent_direction(choosing.sae(layer), latent, layer, states, **metadata)
         name = f"latent {latent} of layer {layer} ({row['predicts']})"
         by_latent[layer, latent] = replace(direction, name=name)
@@ -76,19 +76,19 @@ def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int
 def _probe_directions(choosing: LabelledActivations, layers: Iterable[int]) -> list[Direction]:
     "Difference of means and linear probe at some layers, fitted on the SAE split."
     searched = choosing.subset(choosing.rows["split"] == "sae")
-    kind = "last_generated" if "last_generated" in searched.kinds else searched.kinds[0]
+    position = "last_generated" if "last_generated" in searched.positions else searched.positions[0]
     label = searched.rows["label"]
     task = searched.rows["task_id"]
     directions = []
     for layer in layers:
-        fits = linear_probe_directions(searched.states(kind, layer), label, task, layer, position=kind)
+        fits = linear_probe_directions(searched.states(position, layer), label, task, layer, position=position)
         directions += [replace(d, name=f"{d.kind} of layer {layer}") for d in fits]
     return directions
 
 # %% ../../nbs/phases/26_tuning.ipynb #8d48a7f3
 def candidate_directions(
     choosing: LabelledActivations,
-    pool: pd.DataFrame,  # Scores of phase 2, with `kind`
+    pool: pd.DataFrame,  # Scores of phase 2, with `position`
     n: int = 3,  # Latents of each direction
     plain: bool = True,  # Also what needs no SAE: difference of means and probe
 ) -> list[Direction]:  # Best first; latents, then what needs no SAE
@@ -480,7 +480,7 @@ TUNING = Phase(
                 "coefficients": [-1.0, -0.5, -0.2, 0.2, 0.5, 1.0],
                 "refine": 4,
                 "max_new_tokens": 400,
-                "random_directions": 10,
+                "random_directions": 40,
             },
             inputs={"input": "1.0", "splits": "0.1", "dictionaries": "1.5", "latents": "2"},
         ),

@@ -58,6 +58,11 @@ VALIDATION_MEASURES: tuple[str, ...] = (
 )
 
 
+def _bounds_of_measure(measure: str) -> tuple[float, float]:
+    "Between which values a measure lies."
+    return (-1.0, 1.0) if measure == "MCC" else (0.0, 1.0)
+
+
 def _mean_measure(measure: Callable, label: np.ndarray, values: Sequence[np.ndarray]) -> Callable:
     "A measure of several scores, averaged, as a function of how often each row counts."
     return lambda weights: np.mean([measure(label, value, weights) for value in values], 0)
@@ -105,7 +110,8 @@ def validation_table(
     for target, predictor in progress(jobs, desc="validation"):
         statistics = predictor_measures(predictor, judging, target)
         for measure in (name for name in statistics if name in measures):
-            value, low, high = cluster_interval(statistics[measure], group, n_resamples, seed=seed)
+            bounds = _bounds_of_measure(measure)
+            value, low, high = cluster_interval(statistics[measure], group, n_resamples, seed=seed, bounds=bounds)
             key = {"target": target, "name": predictor.name, "measure": measure}
             rows.append(key | {"value": value, "low": low, "high": high, "n": len(judging.rows)})
     return pd.DataFrame(rows)
@@ -206,7 +212,8 @@ def auroc_by_group(
     for predictor, group in itertools.product(predictors, groups.sort_values().unique()):
         members = judging.subset((groups == group).to_numpy())
         statistic = predictor_measures(predictor, members, target)["AUROC"]
-        value, low, high = cluster_interval(statistic, members.rows["group"], n_resamples, seed=seed)
+        group_of_row = members.rows["group"]
+        value, low, high = cluster_interval(statistic, group_of_row, n_resamples, seed=seed, bounds=(0.0, 1.0))
         key = {"name": predictor.name, "group": str(group), "n": len(members.rows)}
         rows.append(key | {"value": value, "low": low, "high": high})
     return pd.DataFrame(rows)

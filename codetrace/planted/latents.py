@@ -109,8 +109,8 @@ def draw_planted_activations(
     study = draw_planted_study(tasks, samples, seed=seed, planted_auroc=planted_auroc)
     null_study = draw_planted_study(tasks, samples, planted_auroc=0.5, seed=seed + 1000)
 
-    def read_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
-        if kind == "last_generated":
+    def read_states(position: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+        if position == "last_generated":
             return study.states(layer)
         latents = null_study.states(layer) @ null_study.sae(layer).W_enc.numpy()
         return latents @ study.sae(layer).W_dec.numpy()

@@ -219,7 +219,7 @@ def _answer_and_label(lm: LM, problems_by_split: dict[str, list[Problem]], progr
         states = {(kind, layer): saved.states(kind, layer) for kind in kinds for layer in layers}
     split_of_task = {p.task_id: split for split, problems in problems_by_split.items() for p in problems}
     split = rows["task_id"].map(split_of_task)
-    rows = rows.assign(label=rows["passed"].astype(bool), split=split, row=np.arange(len(rows)))
+    rows = rows.assign(label=rows["passed"].astype(bool), split=split, group=rows["task_id"], row=np.arange(len(rows)))
 
     def states_in_memory(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
         return states[kind, layer]

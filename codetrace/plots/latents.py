@@ -27,23 +27,23 @@ def _plot_separation_panel(ax, rows: pd.DataFrame):
 
 # %% ../../nbs/plots/latents.ipynb #ffa9cbdf
 def plot_separation_by_layer(
-    best: pd.DataFrame,  # One row a kind, layer and direction: `kind, layer, predicts, score`
+    best: pd.DataFrame,  # One row a position, layer and direction: `position, layer, predicts, score`
     null_of_maximum: dict[
         str, float
-    ],  # By kind: the 95th percentile of the largest score under the null; empty: no null
+    ],  # By position: the 95th percentile of the largest score under the null; empty: no null
     caption: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
     layers = sorted(set(best["layer"]))
-    panels = list(best.groupby("kind", sort=False))
+    panels = list(best.groupby("position", sort=False))
     highest = max(best["score"].max(), *null_of_maximum.values())
     marks = "● of right and ○ of wrong solutions. Grey: 95th percentile of the null of the maximum over all layers."
     with panel_grid(len(panels), 3, 2.2, 1.6, f"{caption} Best latent of a layer,\n{marks}".strip()) as axes:
-        for ax, (kind, rows) in zip(axes.flat, panels):
+        for ax, (position, rows) in zip(axes.flat, panels):
             _plot_separation_panel(ax, rows)
-            if kind in null_of_maximum:
-                ax.axhline(null_of_maximum[kind], color=GREY, lw=1.2, zorder=0)
-            ax.set_title(kind.replace("_", " "), pad=3)
+            if position in null_of_maximum:
+                ax.axhline(null_of_maximum[position], color=GREY, lw=1.2, zorder=0)
+            ax.set_title(position.replace("_", " "), pad=3)
             if len(layers) < 9:
                 ax.set_xticks(layers)
             else:
@@ -154,7 +154,7 @@ def _plot_latent_card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
     place = {"va": "center", "transform": ax.transAxes}
-    title = f"latent {card['latent']}, layer {card['layer']}, {card['kind'].replace('_', ' ')}"
+    title = f"latent {card['latent']}, layer {card['layer']}, {card['position'].replace('_', ' ')}"
     ax.text(0, 0.95, title, fontsize=8, weight="bold", **place)
     _plot_activity_bar(ax, 0.83, "correct", card["correct"])
     _plot_activity_bar(ax, 0.75, "incorrect", card["incorrect"])

@@ -79,7 +79,7 @@ class LabelledActivations:
     "Samples with their states, and the SAEs that read them."
 
     rows: pd.DataFrame  # `task_id, group, label, split, temperature, …`
-    kinds: tuple[str, ...]  # Positions
+    positions: tuple[str, ...]  # Positions
     layers: tuple[int, ...]
     states: Callable[[str, int], Float[np.ndarray, "rows d_model"]]  # Of these rows by position and layer, read now
     sae: Callable[[int], SAE]
@@ -88,8 +88,8 @@ class LabelledActivations:
         "Some of the rows."
         mask = np.asarray(mask)
 
-        def masked_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
-            return self.states(kind, layer)[mask]
+        def masked_states(position: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+            return self.states(position, layer)[mask]
 
         return replace(self, rows=self.rows[mask].reset_index(drop=True), states=masked_states)
 
@@ -98,7 +98,7 @@ def load_labelled_activations(
     saved: States,  # Of a run of phase generation
     sae_folder: Path,  # Of a run of phase saes
     rows: pd.DataFrame,  # As `labelled_samples` gives them
-    kinds: Sequence[str] = (),  # Positions (empty: all)
+    positions: Sequence[str] = (),  # Positions (empty: all)
 ) -> LabelledActivations:
     "The labelled activations of a run."
     layers = sorted(set(saved.layers) & set(layers_with_saes(sae_folder)))
@@ -106,33 +106,36 @@ def load_labelled_activations(
         raise BadInput(
             f"states were saved for layers {list(saved.layers)}, SAEs exist for {layers_with_saes(sae_folder)}: run phase 1.5 with layers of the first list"
         )
-    for kind in kinds:
-        look_up_name(kind, saved.kinds, "position")
+    for position in positions:
+        look_up_name(position, saved.kinds, "position")
     row_numbers = rows["row"].to_numpy()
 
-    def read_states(kind: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
-        return saved.states(kind, layer, rows=row_numbers)
+    def read_states(position: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
+        return saved.states(position, layer, rows=row_numbers)
 
     def read_sae(layer: int) -> SAE:
         return load_run_sae(sae_folder, layer)
 
-    return LabelledActivations(rows, tuple(kinds or saved.kinds), tuple(layers), read_states, read_sae)
+    return LabelledActivations(rows, tuple(positions or saved.kinds), tuple(layers), read_states, read_sae)
 
 # %% ../../nbs/sae/dataset.ipynb #2b18d4c7
 def _search_position(
     activations: LabelledActivations,
-    kind: str,
+    position: str,
     layers: Iterable[int],
     keep: Callable[[int], Bool[np.ndarray, "d_sae"] | None],
     **options,  # Of `search_active_latents`
 ) -> LatentSearch:
     "Search the states of one position."
     rows = activations.rows
+    missing = [name for name in ("temperature", "group") if name not in rows]
+    if missing:
+        raise BadInput(f"rows without {' and '.join(missing)}: make them with labelled_samples, which names the groups")
     units = {name: rows[name] for name in ("temperature", "group")}
     units["copies"] = rows["completion"] if "completion" in rows else None
 
     def states_of_layer(layer: int) -> Float[np.ndarray, "rows d_model"]:
-        return activations.states(kind, layer)
+        return activations.states(position, layer)
 
     label = rows["label"]
     return search_latents(states_of_layer, activations.sae, layers, label, rows["task_id"], keep, **units, **options)
@@ -146,14 +149,16 @@ def search_all_positions(
     progress: Progress = no_progress,
 ) -> tuple[
     pd.DataFrame, dict[str, LatentSearch]
-]:  # Scores with `kind`, each p also as `…_all_positions`, and searches by position
+]:  # Scores with `position`, each p also as `…_all_positions`, and searches by position
     "Search every position; a p of all positions is corrected for the other positions too."
     searches = {}
-    for kind in activations.kinds:
-        layers = progress(activations.layers, desc=f"search: {kind}")
-        searches[kind] = _search_position(activations, kind, layers, keep, n_shuffles=n_shuffles, seed=seed)
-    table = pd.concat([search.table.assign(kind=kind) for kind, search in searches.items()], ignore_index=True)
+    for position in activations.positions:
+        layers = progress(activations.layers, desc=f"search: {position}")
+        searches[position] = _search_position(activations, position, layers, keep, n_shuffles=n_shuffles, seed=seed)
+    table = pd.concat(
+        [search.table.assign(position=position) for position, search in searches.items()], ignore_index=True
+    )
     nulls = largest_of_nulls(search.nulls for search in searches.values())
     for name, score in P_COLUMNS.items():
         table[f"{name}_all_positions"] = family_wise_p(table[score], nulls[name])
-    return table[["kind", *table.columns.drop("kind")]], searches
+    return table[["position", *table.columns.drop("position")]], searches

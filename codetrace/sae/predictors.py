@@ -65,7 +65,7 @@ class Predictor:
     name: str
     score: Callable[[LabelledActivations], Float[np.ndarray, "scores rows"]]  # Higher for correct
     chosen_auroc: float  # On the choosing splits, out of fold where it was fitted; for `correct`
-    details: dict = field(default_factory=dict)  # `baseline`, and what was chosen: `kind, layer, latent, predicts`
+    details: dict = field(default_factory=dict)  # `baseline`, and what was chosen: `position, layer, latent, predicts`
     thresholds: dict = field(default_factory=dict)  # By target: one a score
     probabilities: dict = field(default_factory=dict)  # By target: one function a score
     length_effects: tuple = ()  # One a score: what prompt and completion length alone make of it
@@ -175,7 +175,7 @@ class CandidateProbe:
     "A kind of probe at one layer and position, with its out-of-fold scores."
 
     name: str
-    kind: str  # Position
+    position: str  # Such as last_generated
     layer: int
     auroc: float  # Out of fold
     out_of_fold: Float[np.ndarray, "rows"]
@@ -183,12 +183,12 @@ class CandidateProbe:
 # %% ../../nbs/sae/predictors.ipynb #3dab9a94
 def probes_at_layer(
     choosing: LabelledActivations,
-    kind: str,  # Position
+    position: str,  # Such as last_generated
     layer: int,
     seed: int = 0,  # Of the folds
 ) -> list[CandidateProbe]:
     "Every probe at one layer and position, out of fold."
-    states = choosing.states(kind, layer)
+    states = choosing.states(position, layer)
     label = choosing.rows["label"].to_numpy()
     task = choosing.rows["group"].to_numpy()
     active = encode_active_latents(choosing.sae(layer), states)
@@ -198,7 +198,7 @@ def probes_at_layer(
     probes = []
     for name, fitter in fitters.items():
         scores = out_of_fold_scores(fitter, label, task, seed=seed)
-        probes.append(CandidateProbe(name, kind, layer, float(auroc(label, scores)), scores))
+        probes.append(CandidateProbe(name, position, layer, float(auroc(label, scores)), scores))
     return probes
 
 # %% ../../nbs/sae/predictors.ipynb #4903a512
@@ -206,17 +206,17 @@ def _fit_on_all_rows(probe: CandidateProbe, choosing: LabelledActivations) -> Ca
     "A probe fitted on all choosing rows, as a score function of samples."
     label = choosing.rows["label"].to_numpy()
     task = choosing.rows["group"].to_numpy()
-    kind = probe.kind
+    position = probe.position
     layer = probe.layer
 
     def latents(samples: LabelledActivations) -> ActiveLatents:
-        return encode_active_latents(samples.sae(layer), samples.states(kind, layer))
+        return encode_active_latents(samples.sae(layer), samples.states(position, layer))
 
     if probe.name in _SPARSE_PROBES:
         sparse = sparse_probe(latents(choosing), label, task, _SPARSE_PROBES[probe.name])
         return lambda samples: np.asarray(sparse(latents(samples)))[None]
-    fitted = _STATE_PROBES[probe.name](choosing.states(kind, layer), label, task)
-    return lambda samples: np.asarray(fitted(samples.states(kind, layer)))[None]
+    fitted = _STATE_PROBES[probe.name](choosing.states(position, layer), label, task)
+    return lambda samples: np.asarray(fitted(samples.states(position, layer)))[None]
 
 
 def _standardised_score(score: Callable, choosing: LabelledActivations) -> Callable:
@@ -232,13 +232,13 @@ def refit_best_probe(
 ) -> Predictor:
     "The probe fitted on all choosing rows; thresholds come from its out-of-fold scores."
     score = _standardised_score(_fit_on_all_rows(best, choosing), choosing)
-    details = {"kind": best.kind, "layer": best.layer, "baseline": True}
+    details = {"position": best.position, "layer": best.layer, "baseline": True}
     predictor = Predictor(best.name, score, best.auroc, details)
     return calibrate_predictor(predictor, best.out_of_fold[None], choosing.rows, measure)
 
 # %% ../../nbs/sae/predictors.ipynb #66f806c6
 def latent_score_function(
-    kind: str,  # Position
+    position: str,  # Such as last_generated
     layer: int,
     latents: Sequence[int],
     signs: Sequence[float],  # 1 for latents of right solutions, -1 of wrong ones
@@ -247,7 +247,7 @@ def latent_score_function(
     "Activations of some latents of a layer, higher for correct."
 
     def score(samples: LabelledActivations) -> np.ndarray:
-        active = encode_active_latents(sae or samples.sae(layer), samples.states(kind, layer))
+        active = encode_active_latents(sae or samples.sae(layer), samples.states(position, layer))
         return np.stack([sign * active.column(int(j)).astype(float) for j, sign in zip(latents, signs)])
 
     return score
@@ -263,9 +263,9 @@ def _best_candidate(choosing: LabelledActivations, candidates: pd.DataFrame, pre
     label = choosing.rows["label"].to_numpy()
     candidates = candidates.reset_index(drop=True)
     aurocs = pd.Series(np.nan, candidates.index)
-    for (kind, layer), rows in candidates.groupby(["kind", "layer"]):
+    for (position, layer), rows in candidates.groupby(["position", "layer"]):
         signs = [_sign_of(predicts)] * len(rows)
-        scores = latent_score_function(kind, int(layer), rows["latent"], signs)(choosing)
+        scores = latent_score_function(position, int(layer), rows["latent"], signs)(choosing)
         aurocs[rows.index] = [auroc(label, score) for score in scores]
     return candidates.loc[aurocs.idxmax()].to_dict(), max(aurocs)
 
@@ -275,7 +275,7 @@ def _latent_predictor(best: Mapping, chosen_auroc: float, predicts: str) -> Pred
     layer = int(best["layer"])
     latent = int(best["latent"])
     details = {
-        "kind": best["kind"],
+        "position": best["position"],
         "layer": layer,
         "latent": latent,
         "predicts": predicts,
@@ -283,21 +283,21 @@ def _latent_predictor(best: Mapping, chosen_auroc: float, predicts: str) -> Pred
         "baseline": False,
         "family_wise_p": float(best.get("family_wise_p_all_positions", np.nan)),
     }
-    score = latent_score_function(best["kind"], layer, [latent], [_sign_of(predicts)])
+    score = latent_score_function(best["position"], layer, [latent], [_sign_of(predicts)])
     ranking = " by t-statistic" if best["chosen_by"] == "t" else ""
     return Predictor(f"latent {latent} of layer {layer}{ranking} ({predicts})", score, chosen_auroc, details)
 
 
 def _random_latents_predictor(choosing: LabelledActivations, chosen: Predictor, n: int, seed: int) -> Predictor:
     "Random latents of the layer and density of a chosen one, each with the sign that is better on the choosing rows."
-    kind = chosen.details["kind"]
+    position = chosen.details["position"]
     layer = chosen.details["layer"]
     label = choosing.rows["label"].to_numpy()
-    active = encode_active_latents(choosing.sae(layer), choosing.states(kind, layer))
+    active = encode_active_latents(choosing.sae(layer), choosing.states(position, layer))
     counts = np.bincount(active.latent, minlength=active.d_sae)
     latents = density_matched_latents(counts, chosen.details["latent"], n, seed)
     signs = [1.0 if auroc(label, active.column(j)) >= 0.5 else -1.0 for j in latents]
-    score = latent_score_function(kind, layer, latents, signs)
+    score = latent_score_function(position, layer, latents, signs)
     mean_auroc = float(np.mean([auroc(label, one_score) for one_score in score(choosing)]))
     name = f"{len(latents)} random latents like it ({chosen.details['predicts']})"
     return Predictor(name, score, mean_auroc, chosen.details | {"latent": None, "baseline": True})
@@ -305,7 +305,7 @@ def _random_latents_predictor(choosing: LabelledActivations, chosen: Predictor, 
 # %% ../../nbs/sae/predictors.ipynb #ccbfb477
 def chosen_latent_predictors(
     choosing: LabelledActivations,
-    candidates: pd.DataFrame,  # As `top_latents` gives them, with `kind`
+    candidates: pd.DataFrame,  # As `top_latents` gives them, with `position`
     measure: str = "mcc",
     n_random: int = 20,
     seed: int = 0,
@@ -338,12 +338,12 @@ def _search_rows(choosing: LabelledActivations) -> Bool[np.ndarray, "rows"]:
 # %% ../../nbs/sae/predictors.ipynb #ab877d72
 def random_sae_baseline(
     choosing: LabelledActivations,
-    kind: str,  # Position
+    position: str,  # Such as last_generated
     layer: int,
     seed: int = 0,
-) -> dict:  # `auroc, kind, layer, latent, sign, sae`
+) -> dict:  # `auroc, position, layer, latent, sign, sae`
     "The best latent of a random SAE at a layer and position, chosen as a trained one is."
-    states = choosing.states(kind, layer)
+    states = choosing.states(position, layer)
     label = choosing.rows["label"].to_numpy()
     sae = _random_sae_like(choosing.sae(layer), states, seed + 17 * layer)
     active = encode_active_latents(sae, states)
@@ -352,19 +352,19 @@ def random_sae_baseline(
     latent = int(separation.abs().idxmax())
     sign = float(np.sign(separation[latent]) or 1.0)
     area = float(auroc(label, sign * active.column(latent)))
-    return {"auroc": area, "kind": kind, "layer": layer, "latent": latent, "sign": sign, "sae": sae}
+    return {"auroc": area, "position": position, "layer": layer, "latent": latent, "sign": sign, "sae": sae}
 
 # %% ../../nbs/sae/predictors.ipynb #a1673d7e
 def _fit_at_every_layer(
     choosing: LabelledActivations, seed: int, progress: Progress
 ) -> tuple[list[CandidateProbe], list[dict]]:
     "All probes, and the best latent of a random SAE, at every position and layer."
-    places = [(kind, layer) for kind in choosing.kinds for layer in choosing.layers]
+    places = [(position, layer) for position in choosing.positions for layer in choosing.layers]
     probes = []
     random_baselines = []
-    for kind, layer in progress(places, desc="probes"):
-        probes += probes_at_layer(choosing, kind, layer, seed)
-        random_baselines.append(random_sae_baseline(choosing, kind, layer, seed))
+    for position, layer in progress(places, desc="probes"):
+        probes += probes_at_layer(choosing, position, layer, seed)
+        random_baselines.append(random_sae_baseline(choosing, position, layer, seed))
     return probes, random_baselines
 
 
@@ -380,8 +380,8 @@ def _best_by_name(probes: Sequence[CandidateProbe]) -> list[CandidateProbe]:
 def _random_sae_predictor(random_baselines: Sequence[Mapping]) -> Predictor:
     "The best latent of all random SAEs as a predictor."
     best = max(random_baselines, key=lambda baseline: baseline["auroc"])
-    score = latent_score_function(best["kind"], best["layer"], [best["latent"]], [best["sign"]], best["sae"])
-    details = {"kind": best["kind"], "layer": best["layer"], "baseline": True}
+    score = latent_score_function(best["position"], best["layer"], [best["latent"]], [best["sign"]], best["sae"])
+    details = {"position": best["position"], "layer": best["layer"], "baseline": True}
     return Predictor("latent of a random SAE", score, best["auroc"], details)
 
 # %% ../../nbs/sae/predictors.ipynb #8865d2d5
@@ -392,7 +392,7 @@ def fit_predictors(
     n_random: int = 20,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> tuple[list[Predictor], pd.DataFrame]:  # The predictors; out-of-fold AUROC of each probe by `kind` and `layer`
+) -> tuple[list[Predictor], pd.DataFrame]:  # The predictors; out-of-fold AUROC of each probe by `position` and `layer`
     "Everything that shall be judged, chosen and fitted without the validation split."
     look_up_name(measure, THRESHOLD_MEASURES, "measure")
     probes, random_baselines = _fit_at_every_layer(choosing, seed, progress)
@@ -403,4 +403,4 @@ def fit_predictors(
         *(refit_best_probe(probe, choosing, measure) for probe in _best_by_name(probes)),
         calibrate_predictor(random_predictor, random_predictor.score(choosing), choosing.rows, measure),
     ]
-    return predictors, pd.DataFrame(probes)[["name", "kind", "layer", "auroc"]]
+    return predictors, pd.DataFrame(probes)[["name", "position", "layer", "auroc"]]
