@@ -20,7 +20,7 @@ from codetrace.patching.batches import (
     uniform_batches,
 )
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
-from codetrace.patching.head_ablation import ablate_heads, head_means
+from codetrace.patching.head_ablation import ablate_heads, head_means, heads_sentence, needed_heads
 from codetrace.patching.head_attention import head_attention, top_attention_sources
 from codetrace.patching.heads import (
     HEAD_SWEEP_POSITIONS,
@@ -32,8 +32,11 @@ from codetrace.patching.heads import (
 )
 from codetrace.patching.probes import (
     STREAM_SWEEP_POSITIONS,
+    LabelledStates,
+    mark_readable,
     probes_sentence,
     probes_with_effects,
+    readable_p,
     run_probes,
     states_by_position,
 )
@@ -231,8 +234,101 @@ def test_read_is_not_used(lm, cases, reference, fresh):
     both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["position_name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
     assert both["low"]["rhs 2", 3] > 0.8 and both["effect"]["rhs 2", 3] > 0.95
-    idle = probes_sentence(both.reset_index()).partition("without effect")[2]
-    assert "end 1 (" in idle and "end 2 (" in idle and "lhs" not in idle
+    sentence = probes_sentence(both.reset_index())
+    idle = sentence.partition("without effect:")[2].partition(";")[0]
+    assert "end 2 (" in idle and "lhs" not in idle and "rhs 1" not in idle
+    assert "not judged" in sentence and "rhs 1, end 1" in sentence.partition("not judged")[2]
+
+
+def hand_made_states(x, value, distractor, control, beyond) -> LabelledStates:
+    "Labelled states of one layer, with labels as given."
+    return LabelledStates(x[None], value, np.arange(len(x)), control, distractor, beyond, np.full(len(x), 0.2))
+
+
+def digits_in_states(rng, n: int, carried: str, share_of_rule: float = 0.7):
+    "States that carry the `value`, the last constant (`distractor`), the `control` digit, or nothing, in noise; the last constant is often the value."
+    value, other, control = rng.integers(0, 10, (3, n))
+    beyond = rng.random(n) > share_of_rule
+    other = np.where(other == value, (other + 1) % 10, other)
+    distractor = np.where(beyond, other, value)
+    x = 0.3 * rng.standard_normal((n, 40))
+    if carried != "nothing":
+        x[:, :10] += np.eye(10)[{"value": value, "distractor": distractor, "control": control}[carried]]
+    if carried == "value":
+        x[:, 10:20] += np.eye(10)[distractor]
+    return hand_made_states(x, value, distractor, control, beyond)
+
+
+def readable_cells_of(carried: str, seed: int, cells: int = 3) -> pd.DataFrame:
+    rng = np.random.default_rng([seed, 5])
+    train = {f"cell {i}": digits_in_states(rng, 200, carried) for i in range(cells)}
+    test = {f"cell {i}": digits_in_states(rng, 60, carried) for i in range(cells)}
+    return run_probes(train, test, seed)
+
+
+@pytest.mark.parametrize("carried, claimed", [("value", True), ("distractor", False), ("control", False)])
+def test_only_the_value_makes_a_cell_readable(carried, claimed):
+    probes = readable_cells_of(carried, 0)
+    assert (probes["readable"] == claimed).all()
+    if carried == "distractor":  # the layout trap: far above shuffled labels and the control task, but only by the rule
+        assert (probes["low"] > probes["shuffled_high"]).all() and (probes["low"] > probes["control_high"]).all()
+        assert (probes["beyond"] < 0.3).all() and (probes["says_distractor"] > 0.4).all()
+        assert (probes["distractor_accuracy"] > 0.8).all()
+    if carried == "control":
+        assert (probes["selectivity"] < 0).all()
+
+
+def test_random_states_are_rarely_readable():
+    studies = 20
+    claims = sum(readable_cells_of("nothing", seed)["readable"].any() for seed in range(studies))
+    assert claims <= 0.05 * studies
+
+
+def test_a_study_of_240_null_cells_makes_a_claim_in_at_most_one_in_twenty():
+    "The case of the sentence `readable`: 40 programs, 240 cells, accuracy 0.12 for value, shuffled labels and control task alike."
+    rng, studies, claims = np.random.default_rng(0), 200, 0
+    for _ in range(studies):
+        right, shuffled, control = rng.random((3, 240, 40)) < 0.12
+        beyond = rng.random((240, 40)) < 0.5
+        p = [readable_p(*rows, 0.12) for rows in zip(right, shuffled, control, beyond)]
+        claims += mark_readable(pd.DataFrame({"p": p}))["readable"].any()
+    assert claims <= 0.05 * studies
+    true_cell = readable_p(np.ones(40, bool), right[0], control[0], beyond[0], 0.12)
+    assert mark_readable(pd.DataFrame({"p": [*p[1:], true_cell]}))["readable"].tolist()[-1]
+
+
+def test_the_probed_layer_is_chosen_and_judged_on_different_programs():
+    both = pd.DataFrame(
+        {
+            "position_name": ["query", "query"],
+            "layer": [0, 1],
+            "n": 40,
+            "n_judged": 20,
+            "accuracy": [0.6, 0.7],
+            "accuracy_when_chosen": [0.9, 0.5],
+            "judged_accuracy": [0.3, 0.9],
+            "judged_low": 0.1,
+            "judged_high": 0.95,
+            "shuffled_accuracy": 0.1,
+            "control_accuracy": 0.2,
+            "control_low": 0.1,
+            "control_high": 0.3,
+            "beyond": 0.6,
+            "beyond_low": 0.3,
+            "beyond_high": 0.8,
+            "beyond_chance": 0.4,
+            "n_beyond": 8,
+            "low": 0.5,
+            "p": 0.01,
+            "readable": [True, True],
+            "effect_low": [-0.9, -0.01],
+            "effect_high": [-0.5, 0.01],
+        }
+    )
+    sentence = probes_sentence(both)
+    assert "query, layer 0" in sentence and "0.30 [0.10, 0.95] on the others" in sentence
+    assert "n=8, fewer than 10" in sentence
+    assert "without effect: query (layer 1);" in sentence  # a negative effect is an effect
 
 
 # --- directions
@@ -412,3 +508,45 @@ def test_the_donors_states_are_aligned_to_the_base(redirected_cases):
             assert heads.set_index("program")["effect"][i] == pytest.approx(head, abs=2e-3)
             assert cells["resid_pre"] == pytest.approx(stream, abs=2e-3)
             assert cells["head_out"].iloc[2] == pytest.approx(head, abs=2e-3)
+
+
+# --- signs, and heads that are needed
+
+
+def test_a_negative_head_counts():
+    cells = cells_of({(0, 0): [-0.6] * 12, (0, 1): [0.3] * 12, (1, 0): [-0.001] * 12})
+    chosen = choose_heads(cells)
+    assert heads_from_table(chosen) == [(0, 0, "query"), (0, 1, "query")]
+    assert chosen["effect"].tolist() == pytest.approx([-0.6, 0.3])
+    rows = [
+        {"program": p, "position_name": n, "kind": k, "draw": 0, "heads": 2, "effect": -0.3}
+        for p in range(6)
+        for n in ("query", "all")
+        for k in ("chosen", "random heads")
+    ]
+    kinds = [("", "", "intact"), ("named", "all", "chosen"), ("named", "all", "random heads")]
+    ablated = [
+        {"program": p, "where": w, "position_name": n, "kind": k, "draw": 0, "correct": 1.0}
+        for p in range(6)
+        for w, n, k in kinds
+    ]
+    assert "query: 0.0 (negative), 0.1," in heads_sentence(chosen, pd.DataFrame(rows), pd.DataFrame(ablated))
+
+
+def test_a_test_that_cannot_be_significant_is_not_printed():
+    few = choose_heads(cells_of({(0, 0): [0.5] * 10, (0, 1): [0.4] * 10}))
+    assert (few["n"] == 5).all() and few[["p", "q"]].isna().all(axis=None)  # the smallest p of five programs is 1/16
+    enough = choose_heads(cells_of({(0, 0): [0.5] * 12, (0, 1): [0.4] * 12}))
+    assert (enough["n"] == 6).all() and (enough["p"] == 2**-5).all() and (enough["q"] <= 0.05).all()
+
+
+def test_needed_heads_are_judged_on_programs_they_were_not_chosen_on():
+    lucky, real = [1.0, 0.0] * 6, [0.5] * 12
+    rows = [
+        {"program": p, "layer": 0, "head": head, "log_prob_drop": drop, "correct": 1.0}
+        for head, drops in enumerate((lucky, real, [0.0] * 12))
+        for p, drop in enumerate(drops)
+    ]
+    needed = needed_heads(pd.DataFrame(rows), top=2)
+    assert needed["head"].tolist() == [0, 1] and needed["drop_when_chosen"].tolist() == [1.0, 0.5]
+    assert needed["log_prob_drop"].tolist() == [0.0, 0.5] and (needed["n"] == 6).all()

@@ -35,13 +35,14 @@ class TokenizedProgram:
     answer_id: int  # Token id
     value: int  # The answer as a number
     positions: dict[str, int] = field(hash=False)  # By name, as in `token_roles`
+    program: Program | None = field(default=None, hash=False, compare=False, repr=False)  # What was tokenized
 
 
 def tokenize_program(lm: LM, program: Program) -> TokenizedProgram:
     "Tokens, answer and named positions of a program."
     prompt, answer_id = one_token_answer(lm, program.code, program)
     positions = named_positions(token_roles(lm, program, prompt))
-    return TokenizedProgram(tuple(lm.ids(prompt)[0]), answer_id, int(program.answer), positions)
+    return TokenizedProgram(tuple(lm.ids(prompt)[0]), answer_id, int(program.answer), positions, program)
 
 
 def tokenize_pair(lm: LM, case: TraceCase) -> tuple[TokenizedProgram, TokenizedProgram]:

@@ -40,11 +40,12 @@ Head = tuple[int, int, str]  # Layer, head, and the name of the position it writ
 def choose_heads(
     cells: pd.DataFrame,  # From `run_sweep` of `head_out`
     top: int = 4,  # At most so many a position
-    min_effect: float = 0.02,  # And only with at least this mean effect where they are chosen
+    min_effect: float = 0.02,  # And only with a mean effect of at least this size, of either sign, where they are chosen
 ) -> pd.DataFrame:  # HEAD_COLUMNS, `effect_when_chosen` on one half. On the other effect, interval, `p`, `q`
-    "The heads with the largest effects at each named position."
+    "The heads with the largest effects, positive or negative, at each named position."
     choosing, judging = (average_by_position(half) for half in split_halves(cells))
-    strong = choosing[choosing["effect"] >= min_effect].sort_values("effect", ascending=False, kind="stable")
+    strong = choosing[choosing["effect"].abs() >= min_effect]
+    strong = strong.sort_values("effect", key=abs, ascending=False, kind="stable")
     strong = strong.groupby("position_name", sort=False).head(top)
     strong = strong.rename(columns={"effect": "effect_when_chosen"})[[*HEAD_COLUMNS, "effect_when_chosen"]]
     judged = judging[[*HEAD_COLUMNS, "n", "effect", "low", "high", "success", "p"]]

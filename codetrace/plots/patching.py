@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .mechanism import count_in_caption
 from .style import GREY, caption_below, figure_style, panel_grid, range_frame
 
 # %% ../../nbs/plots/patching.ipynb #ea066932
@@ -126,7 +127,7 @@ def plot_position_grid(
                     .reindex(index=names, columns=layers)
                     .to_numpy(float)
                 )
-        caption = f"Mean over n = {_n_programs(summary)} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
+        caption = f"Mean over {count_in_caption(_n_programs(summary))} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
         fig, axes = _plot_matrix_panels(values, caption)
         counts = summary.groupby("position_name")["n"].max()
         axes[0].set_yticks(
@@ -158,7 +159,7 @@ def _plot_control_marks(ax: Axes, controls, name: str, metric: str):
 # %% ../../nbs/plots/patching.ipynb #cfe4a1eb
 def _lines_caption(summary: pd.DataFrame, metric: str, controls: pd.DataFrame | None) -> str:
     interval = "95% bootstrap intervals" if metric == "effect" else "95% Wilson intervals"
-    caption = f"Mean over n = {_n_programs(summary)} programs, {interval}; grey: the other positions."
+    caption = f"Mean over {count_in_caption(_n_programs(summary))} programs, {interval}; grey: the other positions."
     return caption + _controls_caption(controls)
 
 
@@ -270,8 +271,8 @@ def plot_head_grid(
 # %% ../../nbs/plots/patching.ipynb #a8ae83ad
 def _heads_caption(summary: pd.DataFrame, best: pd.DataFrame, chosen_elsewhere: bool, controls) -> str:
     choice = "chosen on the other half of the programs" if chosen_elsewhere else "chosen on the same programs"
-    intervals = f"strongest heads: n = {_n_programs(best)}, 95% bootstrap intervals, {choice}"
-    return f"Mean over n = {_n_programs(summary)} programs; {intervals}." + _controls_caption(controls)
+    intervals = f"strongest heads: {count_in_caption(_n_programs(best))} with 95% bootstrap intervals, {choice}"
+    return f"Mean over {count_in_caption(_n_programs(summary))} programs; {intervals}." + _controls_caption(controls)
 
 # %% ../../nbs/plots/patching.ipynb #6102373c
 def plot_exact_vs_approximate(
@@ -295,6 +296,6 @@ def plot_exact_vs_approximate(
             ax.set(title=site, xlabel="exact effect")
             range_frame(ax, (low, high), (rows[approximation].min(), rows[approximation].max()))
         axes[0, 0].set_ylabel(approximation)
-        caption_below(fig, f"n = {_n_programs(cells)} programs, a dot a cell; grey: exact.")
+        caption_below(fig, f"{count_in_caption(_n_programs(cells))} programs, a dot a cell; grey: exact.")
         plt.close(fig)
     return fig
