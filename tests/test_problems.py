@@ -4,6 +4,8 @@ import ast
 import hashlib
 import json
 import re
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codetrace.core.errors import BadInput
+from codetrace.tasks.difficulty import measure_difficulty
 from codetrace.tasks.extraction import extract_code, is_answer_complete
 from codetrace.tasks.problem_prompts import Prompt, render_problem_prompt
 from codetrace.tasks.problems import BadProblem, Problem, load_problems
@@ -334,6 +337,171 @@ def test_what_is_wrong_with_a_row_is_said(said, tmp_path):
     with pytest.raises(BadProblem, match=re.escape(said)) as caught:
         load_problems(str(tmp_path / "x.jsonl"))
     assert "x.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+PLAIN = {"task_id": 1, "text": "t", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]}
+EVAL = {
+    "task_id": "a",
+    "prompt": "def f(x):\n    'x'\n",
+    "canonical_solution": "    return x\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 1\n",
+    "entry_point": "f",
+}
+OWN = {
+    **{"task_id": "a", "text": "t", "reference": "def f(x): return x", "tests": ["assert f(1) == 1"]},
+    **{"setup": "", "entry_point": "f", "source": "s", "licence": "l"},
+}
+DEEP = "assert f(1)" + " + 0" * 3000 + " == 1"
+ODD_ROWS = {  # What a row holds instead, and what the message must name
+    "deep code": (PLAIN | {"code": "def f(x): return " + "(" * 3000 + "x" + ")" * 3000}, "not Python"),
+    "minus code": (PLAIN | {"code": "def f(x): return " + "-" * 200_000 + "1"}, "too deeply nested|not Python"),
+    "long sum": (PLAIN | {"code": "def f(x): return x" + " + x" * 3000}, "not Python|levels deep"),
+    "long attribute": (PLAIN | {"code": "def f(x): return x" + ".y" * 900}, "levels deep"),
+    "long elif": (
+        PLAIN | {"code": "def f(x):\n    if x: return x\n" + "    elif x: return x\n" * 400},
+        "levels deep|not Python",
+    ),
+    "deep test": (PLAIN | {"test_list": [DEEP]}, "not Python|levels deep"),
+    "deep check": (
+        EVAL | {"test": "def check(candidate):\n    " + DEEP.replace("f(1)", "candidate(1)")},
+        "not Python|levels",
+    ),
+    "check": (EVAL | {"test": "x = 1"}, "no function check"),
+    "async check": (EVAL | {"test": "async def check(candidate): pass"}, "no function check"),
+    "check class": (EVAL | {"test": "class check: pass"}, "no function check"),
+    "empty check": (EVAL | {"test": "def check(candidate): pass"}, "no tests"),
+    "prompt": (EVAL | {"prompt": None}, "no field 'prompt'"),
+    "eval entry": (EVAL | {"entry_point": ["f"]}, "'entry_point' must be text"),
+    "own setup": (OWN | {"setup": None}, "no field 'setup'"),
+    "own tests": (OWN | {"tests": "assert f(1) == 1"}, "'tests' must be a list"),
+    "own id": (OWN | {"task_id": 3}, "'task_id' must be text"),
+    "own licence": (OWN | {"licence": "\ud800"}, "'licence' holds half a character"),
+    **{
+        f"entry {value!r}": (PLAIN | {"entry_point": value}, "'entry_point' must be text")
+        for value in (7, ["f"], {"a": 1}, True)
+    },
+    **{
+        f"id {value!r}": (PLAIN | {"task_id": value}, "'task_id' must be")
+        for value in (1.5, float("nan"), float("inf"), True, [1], {})
+    },
+    **{
+        f"half of {name}": (PLAIN | {name: "\ud800"}, f"'{name}' holds half")
+        for name in ("task_id", "text", "code", "entry_point")
+    },
+    "half a test": (PLAIN | {"test_list": ["assert f('\ud800') == 1"]}, "'test_list' holds half"),
+    "half a key": ({"\ud800": 1}, "no 'task_id'"),
+    "nul code": (PLAIN | {"code": "def f(x): return '\0'"}, "null bytes"),
+    **{
+        f"tests {value!r}": (PLAIN | {"test_list": value}, "'test_list' must be a list")
+        for value in (5, True, "x", {"a": 1}, [["a"]], [None])
+    },
+    "imports": (PLAIN | {"test_imports": "import x"}, "'test_imports' must be a list"),
+    "setup": (PLAIN | {"test_setup_code": ["x"]}, "'test_setup_code' must be text"),
+    "bad setup": (PLAIN | {"test_setup_code": "def ("}, "the setup is not Python"),
+    "text": (PLAIN | {"text": ["t"]}, "'text' must be text"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_any_row_is_read_or_its_fault_named(name, tmp_path):
+    "The message can be printed, and is one line with the file's name."
+    row, message = ODD_ROWS[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadProblem, match=message) as error:
+        load_problems(str(tmp_path / "x.jsonl"))
+    said = str(error.value)
+    assert "x.jsonl" in said and "\n" not in said and said.encode() and not said.endswith(": ")
+
+
+ODD_FILES = {
+    "deep": b"[" * 100_000,
+    "deep object": b'{"task_id":' * 3000,
+    "huge integer": b'{"task_id":' + b"9" * 5000 + b"}",
+    "nul": b"\0",
+    "not utf-8": b"\xff\xfe{}",
+    "null": b"null",
+    "junk": b"PAR1junkPAR1",
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_any_file_is_read_or_its_fault_named(name, kind, tmp_path):
+    (tmp_path / f"x.{kind}").write_bytes(ODD_FILES[name])
+    with pytest.raises(BadProblem, match="x\\."):
+        load_problems(str(tmp_path / f"x.{kind}"))
+
+
+ODD_COLUMNS = {
+    "bytes": {"text": [b"\xff"]},
+    "bytes code": {"code": [b"def f(x): return x"]},
+    "null test": {"test_list": [["assert f(1) == 1", None]]},
+    "null id": {"task_id": [None]},
+    "nan id": {"task_id": [float("nan")]},
+    "decimal id": {"task_id": [Decimal(1)]},
+    "date id": {"task_id": [datetime(2020, 1, 1)]},
+    "date tests": {"test_list": [datetime(2020, 1, 1)]},
+    "text tests": {"test_list": ["assert f(1) == 1"]},
+}
+
+
+@pytest.mark.parametrize("name", ODD_COLUMNS)
+def test_any_parquet_is_read_or_its_fault_named(name, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {key: [value] for key, value in PLAIN.items()} | ODD_COLUMNS[name]
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(BadProblem, match="x\\.parquet"):
+        load_problems(str(tmp_path / "x.parquet"))
+
+
+def test_dates_that_python_has_not_and_columns_of_one_name(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {key: [value] for key, value in PLAIN.items()}
+    later = pa.table(columns | {"task_id": pa.array([2**62], pa.timestamp("us"))})
+    twice = pa.table([pa.array([1]), pa.array([2])], names=["task_id", "task_id"])
+    maps = pa.table(columns | {"test_list": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))})
+    for table in (later, twice, maps):
+        pq.write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(BadProblem, match="x\\.parquet"):
+            load_problems(str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc",
+        ".jsonl",
+        "/dev/null.jsonl",
+        "x\0.jsonl",
+        "nope.parquet",
+        "a" * 5000 + ".jsonl",
+        "\udce9.jsonl",
+        5,
+        None,
+        b"x.jsonl",
+    ],
+)
+def test_any_name_is_a_file_a_set_or_a_clear_error(name):
+    with pytest.raises(BadInput) as error:
+        load_problems(name)
+    assert str(error.value).encode()
+
+
+def test_what_is_odd_but_sound_is_read(tmp_path):
+    rows = [
+        PLAIN | {"task_id": "../../x"},
+        PLAIN | {"text": "a\0b"},
+        PLAIN | {"task_id": "\0"},
+        PLAIN | {"task_id": 2**62},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    problems = load_problems(str(tmp_path / "x.json"))
+    assert [problem.task_id for problem in problems] == ["../../x", "1", "\0", str(2**62)]
+    assert len(measure_difficulty(problems)) == 4
 
 
 def test_files_of_all_kinds(tmp_path):

@@ -41,6 +41,9 @@ class Problem:
 class BadProblem(BadInput):
     "A problem that cannot be put to a model or cannot be graded."
 
+    def __init__(self, message: str):
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # can be printed whatever a file holds
+
 # %% ../../nbs/tasks/problems.ipynb #6b7d12af
 _INVISIBLE_CHARACTERS = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060")) | {0xA0: " "}
 
@@ -57,7 +60,7 @@ def normalise_text(
 def _parse_json(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too many brackets
         raise BadProblem(f"{where}: not JSON ({error})") from None
 
 
@@ -80,18 +83,27 @@ def _parse_lines(text: str, where: str) -> list[dict]:
     return [_parse_object(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../../nbs/tasks/problems.ipynb #89525898
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, RecursionError)
+
+
+def _read_parquet_rows(path: Path) -> list[dict]:
+    "The rows of a Parquet file."
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
 def _read_rows(
     path: Path,  # JSON, JSONL or Parquet
 ) -> list[dict]:
     "The rows of a file."
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(path).to_pylist()
+            return _read_parquet_rows(path)
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise BadProblem(f"cannot read problems from {path}: {' '.join(str(error).split())}") from None
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadProblem(f"cannot read problems from {path}: {reason}") from None
     return _parse_lines(text, str(path)) if path.suffix == ".jsonl" else _parse_objects(text, str(path))
 
 # %% ../../nbs/tasks/problems.ipynb #d7863491
@@ -105,7 +117,7 @@ def parse_python(
             warnings.simplefilter("ignore")  # invalid escapes in other people’s strings
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BadProblem(f"{what} is not Python: {error}") from None
+        raise BadProblem(f"{what} is not Python: {str(error) or 'it is too deeply nested'}") from None
 
 
 def bound_names(node: ast.stmt) -> set[str]:
@@ -151,16 +163,32 @@ def _read_field(row: dict, names: str, kind: type, where: str, default=None):
     return _check_field(name, row[name], kind, where)
 
 
-def _check_field(name: str, value, kind: type, where: str):
+def _check_text(name: str, value: object, where: str) -> str:
+    "The value as text that can be written to a file."
+    if not isinstance(value, str):
+        raise BadProblem(f"{where}: {name!r} must be text, not {value!r:.60}")
+    if re.search("[\ud800-\udfff]", value):
+        raise BadProblem(f"{where}: {name!r} holds half a character (a lone surrogate): {value!r:.60}")
+    return value
+
+
+def _check_field(name: str, value: object, kind: type, where: str) -> str | list[str]:
     "The value as text or as a list of texts."
     if kind is str:
-        if not isinstance(value, str):
-            raise BadProblem(f"{where}: {name!r} must be text, not {value!r:.60}")
-        return value
-    texts = None if isinstance(value, str | dict | int | float) else list(value)
-    if texts is None or not all(isinstance(text, str) for text in texts):
+        return _check_text(name, value, where)
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
         raise BadProblem(f"{where}: {name!r} must be a list of strings, not {value!r:.60}")
-    return texts
+    return [_check_text(name, text, where) for text in value]
+
+
+def _read_task_id(row: dict, where: str) -> str:
+    "The id of a row: text, or a whole number."
+    task_id = row.get("task_id")
+    if task_id is None:
+        raise BadProblem(f"{where}: no 'task_id'; it has {', '.join(row) or 'none'}")
+    if not isinstance(task_id, str | int) or isinstance(task_id, bool):
+        raise BadProblem(f"{where}: 'task_id' must be text or a whole number, not {task_id!r:.60}")
+    return _check_text("task_id", str(task_id), where)
 
 # %% ../../nbs/tasks/problems.ipynb #5a120001
 def _from_mbpp(row: dict, source: str, licence: str, where: str) -> Problem:
@@ -168,12 +196,12 @@ def _from_mbpp(row: dict, source: str, licence: str, where: str) -> Problem:
     tests = tuple(normalise_text(test, code=True) for test in _read_field(row, "test_list", list, where))
     setup = [_read_field(row, "test_setup_code", str, where, ""), *_read_field(row, "test_imports", list, where, [])]
     return Problem(
-        task_id=str(row.get("task_id")),
+        task_id=_read_task_id(row, where),
         text=normalise_text(_read_field(row, "text|prompt", str, where)),
         reference=reference,
         tests=tests,
         setup=normalise_text("\n".join(filter(None, setup)), code=True),
-        entry_point=row.get("entry_point") or _infer_entry_point(reference, tests, where),
+        entry_point=_read_field(row, "entry_point", str, where, "") or _infer_entry_point(reference, tests, where),
         source=source,
         licence=licence,
     )
@@ -242,9 +270,11 @@ def _from_humaneval(row: dict, source: str, licence: str, where: str) -> Problem
     prompt, solution, test, entry_point = (normalise_text(_read_field(row, n, str, where), code=True) for n in names)
     try:
         tests = _split_humaneval_test(prompt, test, entry_point)
+    except RecursionError:
+        raise BadProblem(f"{where}: the test is too deeply nested") from None
     except (BadProblem, StopIteration) as error:
-        raise BadProblem(f"{where}: {error or 'the test has no function check(candidate)'}") from None
-    return Problem(str(row.get("task_id")), prompt, prompt + solution, tests, "", entry_point, source, licence)
+        raise BadProblem(f"{where}: {str(error) or 'the test has no function check(candidate)'}") from None
+    return Problem(_read_task_id(row, where), prompt, prompt + solution, tests, "", entry_point, source, licence)
 
 # %% ../../nbs/tasks/problems.ipynb #f30aa747
 _PROBLEM_FIELDS = {f.name for f in fields(Problem)}
@@ -265,19 +295,36 @@ def _row_reader(row: dict) -> Callable[[dict, str, str, str], Problem]:
 
 def _as_problem(row: dict, source: str, licence: str, where: str) -> Problem:
     "A row in any of the known forms as a problem."
-    task_id = row.get("task_id")
-    if not isinstance(task_id, str | int) or isinstance(task_id, bool):
-        raise BadProblem(f"{where}: no 'task_id'; it has {', '.join(row) or 'none'}")
-    return _row_reader(row)(row, source, licence, f"{where}, task {task_id}")
+    return _row_reader(row)(row, source, licence, f"{where}, task {_read_task_id(row, where)}")
 
 # %% ../../nbs/tasks/problems.ipynb #63c1bbf5
+_MOST_LEVELS = 200  # Of a syntax tree; what walks it needs a few of Python's thousand frames a level
+
+
+def _count_levels(tree: ast.AST) -> int:
+    "How deep the nodes of a tree stand within each other."
+    level = [tree]
+    count = 0
+    while level:
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        count += 1
+    return count
+
+
+def _check_levels(tree: ast.AST, what: str) -> None:
+    "Raise `BadProblem` where code is nested too deeply to be measured."
+    if (levels := _count_levels(tree)) > _MOST_LEVELS:
+        raise BadProblem(f"{what} is nested {levels} levels deep: at most {_MOST_LEVELS} are read")
+
+
 def _check_problem(problem: Problem, where: str) -> None:
     "Raise `BadProblem` where a problem cannot be put to a model or cannot be graded."
     if not problem.text.strip():
         raise BadProblem(f"{where}: no description")
     if not problem.tests:
         raise BadProblem(f"{where}: no tests")
-    if problem.entry_point not in _defined_names(problem.reference, f"{where}: the reference"):
+    _check_levels(parse_python(problem.reference, f"{where}: the reference"), f"{where}: the reference")
+    if problem.entry_point not in _defined_names(problem.reference):
         raise BadProblem(f"{where}: the reference does not define {problem.entry_point!r}")
     parse_python(problem.setup, f"{where}: the setup")
     for n, test in enumerate(problem.tests, 1):
@@ -355,6 +402,8 @@ def load_problems(
     limit: int = 0,  # Only the first so many (0: all)
 ) -> list[Problem]:
     "The problems of a set, checked."
+    if not isinstance(name, str | Path):
+        raise BadInput(f"problems must be the name of a set or a path, not {name!r}")
     if Path(name).suffix in (".json", ".jsonl", ".parquet"):
         rows = _read_rows(Path(name))
         licence = "as its source says"
