@@ -129,9 +129,11 @@ def test_heads_are_judged_on_programs_they_were_not_chosen_on():
 
 
 def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
-    for name in ("planted", "tiny:llama", "tiny:gpt_neox"):
+    for name in ("planted:binding", "tiny:llama", "tiny:gpt_neox"):
         lm = load_model_or_planted(name)
-        pairs = cases[:3] if name == "planted" else draw_unfiltered_cases(lm, 3, ProgramShapes((5,), (2,), "hash"))
+        pairs = (
+            cases[:3] if name == "planted:binding" else draw_unfiltered_cases(lm, 3, ProgramShapes((5,), (2,), "hash"))
+        )
         cells = run_sweep(lm, pairs, PatchSweepOptions(sites=["head_out"], positions="rhs 2, query"))
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
             rows = patch_heads(lm, pairs, [head], draws=0)
@@ -403,10 +405,13 @@ def test_a_share_of_nothing_is_not_a_number(full):
 
 def test_models_are_compared_on_the_same_programs(lm):
     pairs = draw_unfiltered_cases(lm, 4, ProgramShapes((5,), (2,), "hash"))
-    tables = [trace_residual_stream(load_model_or_planted(m), pairs).assign(model=m) for m in ("tiny:llama", "planted")]
+    tables = [
+        trace_residual_stream(load_model_or_planted(m), pairs).assign(model=m)
+        for m in ("tiny:llama", "planted:binding")
+    ]
     peaks = training_effect_peaks(pd.concat(tables)).set_index(["model", "position_name"])
-    assert peaks["accuracy"]["planted"].eq(1).all() and peaks["accuracy"]["tiny:llama"].max() < 0.5
-    assert peaks["layer"]["planted", "query"] == 4 and peaks["effect"]["planted", "query"] > 0.9
+    assert peaks["accuracy"]["planted:binding"].eq(1).all() and peaks["accuracy"]["tiny:llama"].max() < 0.5
+    assert peaks["layer"]["planted:binding", "query"] == 4 and peaks["effect"]["planted:binding", "query"] > 0.9
     assert training_effect_figure(pd.concat(tables)) is not None
 
 

@@ -24,13 +24,13 @@ from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
 from ..runs.manifest import reference_runs
 from ..runs.phases import Phase
+from ..tasks.binding_answers import predict_digits, prediction_table, rule_is_right
 from codetrace.tasks.binding_programs import (
     BindingProgramOptions,
     BindingPrograms,
     BindingTokenTable,
     draw_binding_programs,
 )
-from ..tasks.binding_answers import predict_digits, prediction_table, rule_is_right
 from codetrace.tasks.heuristics import (
     HEURISTICS,
     accuracy_beside_heuristics,
