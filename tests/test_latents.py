@@ -164,7 +164,7 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
 
     root = study[2]
     generated = next(m for m in all_runs(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
-    splits = read_task_splits(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"])
+    splits = read_task_splits(runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"]))
     dictionaries = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
     pool = pd.read_parquet(runs_run.Path(found[0]["folder"]) / "scores.parquet")
     saved, chosen = States(generated["folder"]), []

@@ -6,7 +6,7 @@
 __all__ = ['LATENTS', 'latent_search_sentence', 'latent_claims']
 
 # %% ../../nbs/phases/24_latents.ipynb #d9ce807a
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,27 +59,38 @@ def latent_search_sentence(
     return f"{sentence}. {count} {_within_tasks_clause(significant)}"
 
 # %% ../../nbs/phases/24_latents.ipynb #2782d165
-def _verdict_on_p(p: float | None) -> tuple[str, str]:  # And the null
-    "What a family-wise p says; None or NaN is no p."
-    if p is None or np.isnan(p):
-        return "not tested: labels cannot be permuted", "–"
-    verdict = "beyond chance" if p <= NOMINAL_LEVEL else "no more than the best of so many latents by chance"
-    return verdict, f"p = {p:.3f} for the largest separation of all"
+_CLAIMED_P = ("family_wise_p_all_positions", "family_wise_p_within_tasks_all_positions")
+_NOT_BEYOND_CHANCE = "no more than the best of so many latents by chance"
+
+
+def _verdict_on_p(p: float) -> str:
+    "What a family-wise p says; NaN is no p."
+    if np.isnan(p):
+        return "not tested: labels cannot be permuted"
+    return "beyond chance" if p <= NOMINAL_LEVEL else _NOT_BEYOND_CHANCE
+
+
+def _nulls_in_words(p: float, p_within_tasks: float) -> str:
+    "What chance gives to the largest separation of all, and within tasks."
+    if np.isnan(p):
+        return "–"
+    within = "labels do not vary enough" if np.isnan(p_within_tasks) else f"p = {p_within_tasks:.3f}"
+    return f"p = {p:.3f} for the largest separation of all; within tasks: {within}"
 
 # %% ../../nbs/phases/24_latents.ipynb #fecb6201
-def _latent_claim(card: Mapping, summary: Sequence[Mapping]) -> dict:
-    "The claim of one latent card; `summary` holds the p-value over all positions and layers."
-    identity = [card[key] for key in ("position", "layer", "latent")]
-    rows = [row for row in summary if [row[key] for key in ("position", "layer", "latent")] == identity]
-    verdict, null = _verdict_on_p(rows[0]["family_wise_p_all_positions"] if rows else card["family_wise_p"])
+def _latent_claim(card: Mapping) -> dict:
+    "The claim of one latent card; its p is over all positions and layers."
+    p, p_within_tasks = (float(card[name]) for name in _CLAIMED_P)
     position = card["position"].replace("_", " ")
     return claim_row(
         f"AUROC of latent {card['latent']}, layer {card['layer']}, {position} ({card['predicts']}), on the split it was found on",
         card["auroc"],
         (card["low_chosen"], card["high_chosen"]),
-        verdict,
+        _verdict_on_p(p),
         baseline="0.5",
-        null=null,
+        null=_nulls_in_words(p, p_within_tasks),
+        p=p,
+        without_verdict=_NOT_BEYOND_CHANCE,
     )
 
 
@@ -93,7 +104,7 @@ def latent_claims(
         candidates = [card for card in cards if card["predicts"] == predicts]
         if candidates:
             best = max(candidates, key=lambda card: card["score"])
-            claims.append(_latent_claim(best, manifest["summary"]))
+            claims.append(_latent_claim(best))
     return claims
 
 # %% ../../nbs/phases/24_latents.ipynb #1c4f64bc

@@ -28,21 +28,20 @@ def _plot_separation_panel(ax, rows: pd.DataFrame):
 # %% ../../nbs/plots/latents.ipynb #ffa9cbdf
 def plot_separation_by_layer(
     best: pd.DataFrame,  # One row a position, layer and direction: `position, layer, predicts, score`
-    null_of_maximum: dict[
-        str, float
-    ],  # By position: the 95th percentile of the largest score under the null; empty: no null
+    null_quantiles: dict[str, float],  # By position: the 95% quantile of the null of the maximum; left out: no null
     caption: str = "",  # n and what it is of
 ) -> Figure:
     "The best separation score of each layer, a panel a position."
     layers = sorted(set(best["layer"]))
     panels = list(best.groupby("position", sort=False))
-    highest = max(best["score"].max(), *null_of_maximum.values())
-    marks = "● of right and ○ of wrong solutions. Grey: 95th percentile of the null of the maximum over all layers."
+    highest = max([best["score"].max(), *null_quantiles.values()])
+    null_words = "95th percentile of the null of the maximum over all layers" if null_quantiles else "no null"
+    marks = f"● of right and ○ of wrong solutions. Grey: {null_words}."
     with panel_grid(len(panels), 3, 2.2, 1.6, f"{caption} Best latent of a layer,\n{marks}".strip()) as axes:
         for ax, (position, rows) in zip(axes.flat, panels):
             _plot_separation_panel(ax, rows)
-            if position in null_of_maximum:
-                ax.axhline(null_of_maximum[position], color=GREY, lw=1.2, zorder=0)
+            if position in null_quantiles:
+                ax.axhline(null_quantiles[position], color=GREY, lw=1.2, zorder=0)
             ax.set_title(position.replace("_", " "), pad=3)
             if len(layers) < 9:
                 ax.set_xticks(layers)

@@ -240,7 +240,7 @@ def refit_best_probe(
 def latent_score_function(
     position: str,  # Such as last_generated
     layer: int,
-    latents: Sequence[int],
+    latents: Sequence[int] | pd.Series,
     signs: Sequence[float],  # 1 for latents of right solutions, -1 of wrong ones
     sae: SAE | None = None,  # None: the layer's
 ) -> Callable[[LabelledActivations], Float[np.ndarray, "scores rows"]]:

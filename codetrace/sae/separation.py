@@ -35,7 +35,7 @@ class ActiveLatents:
         data = np.ones(len(self.row), np.float32) if binary else self.value
         return csr_array((data, (self.latent, self.row)), shape=(self.d_sae, self.rows))
 
-    def column(self, latent: int) -> Float[np.ndarray, "rows"]:
+    def column(self, latent: int | np.integer) -> Float[np.ndarray, "rows"]:
         "Activations of one latent."
         entries = self.latent == latent
         activations = np.zeros(self.rows, np.float32)
