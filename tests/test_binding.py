@@ -326,9 +326,23 @@ def test_an_examination_of_a_model_that_repeats_the_first_line():
     assert headline.startswith("accuracy after 7 steps: as in training ")
     for part in drawn:
         said = headline.split(f"{part} ")[1].split("; ")[0]
-        assert "beyond rules 0.000 [0.000, " in said and "first line 0." in said and "(n=" in said
+        assert "beyond rules 0.000 [0.000, " in said and "(n=" in said
+        assert "first line 0." in said or part == "balanced"
     queries = pd.concat([t for t in tables if len(t) and t["part"].iloc[0] == "as in training"])
     assert 0 < queries.loc[~rule_is_right(queries).any(axis=1), "beyond_chance"].mean() <= 1
+
+
+def test_the_balanced_part_of_an_examination_has_no_shallow_rule():
+    drawn = draw_held_out_bindings(500, (5, 12), 3, seed=2)["balanced"]
+    tables = [prediction_table(bindings, bindings.of_queries("value")) for bindings in drawn]
+    examined = pd.concat(tables, ignore_index=True)
+    assert examined["depth"].value_counts().to_dict() == {1: 250, 2: 250, 3: 250}
+    assert set(examined["lines"]) == set(range(5, 13)) and all((split_hash(b) == 0).all() for b in drawn)
+    chance = [1 / len(set(digits[digits >= 0])) for bindings in drawn for digits in bindings.digit]
+    for rule in ("first_line", "last_number"):
+        low, high = wilson(int((examined[rule] == examined["answer"]).sum()), len(examined), 0.99)
+        assert low <= np.mean(chance) <= high, rule
+    assert (~rule_is_right(examined).any(axis=1)).mean() > 0.25
 
 
 def test_the_chance_of_a_guess_beyond_rules_is_that_of_the_program():

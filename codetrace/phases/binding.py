@@ -8,7 +8,7 @@ __all__ = ['BINDING', 'draw_held_out_bindings', 'evaluate_held_out_bindings', 'h
            'binding_claims', 'binding_trace_reference_runs', 'binding_trace_figure']
 
 # %% ../../nbs/phases/12_binding.ipynb #6c1b9aa3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from codetrace.tasks.binding_programs import (
     BindingProgramOptions,
     BindingPrograms,
     BindingTokenTable,
+    draw_balanced_bindings,
     draw_binding_programs,
 )
 from codetrace.tasks.heuristics import (
@@ -45,7 +46,13 @@ def _even_shares(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _draw_within(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.Generator) -> list[BindingPrograms]:
+def _draw_within(
+    n: int,
+    lines: tuple[int, int],
+    max_depth: int,
+    rng: np.random.Generator,
+    draw: Callable[..., BindingPrograms] = draw_binding_programs,
+) -> list[BindingPrograms]:
     "`n` queries of each depth of training, spread over the lengths of training."
     shortest, longest = lines
     bindings = []
@@ -53,10 +60,28 @@ def _draw_within(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.
         lengths = [length for length in range(shortest, longest + 1) if length > depth]
         for length, share in zip(lengths, _even_shares(n, len(lengths))):
             if share:
-                bindings.append(
-                    draw_binding_programs(share, rng, BindingProgramOptions(length, depth=depth, max_depth=max_depth))
-                )
+                bindings.append(draw(share, rng, BindingProgramOptions(length, depth=depth, max_depth=max_depth)))
     return bindings
+
+
+def _draw_longer(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.Generator) -> list[BindingPrograms]:
+    "Programs of more lines than in training."
+    lengths = range(lines[1] + 2, 27, 2)
+    options = [BindingProgramOptions(length, max_depth=max_depth) for length in lengths]
+    return [draw_binding_programs(max(1, n // 4), rng, option) for option in options]
+
+
+def _draw_deeper(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.Generator) -> list[BindingPrograms]:
+    "Programs of greater depth than in training."
+    depths = [depth for depth in (max_depth + 1, max_depth + 2) if depth < lines[1]]
+    options = [BindingProgramOptions(lines[1], depth=depth, max_depth=depth) for depth in depths]
+    return [draw_binding_programs(max(1, n // 2), rng, option) for option in options]
+
+
+def _draw_pairs(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.Generator) -> list[BindingPrograms]:
+    "Programs whose answer comes from a pair of letter and digit that training never showed."
+    options = [BindingProgramOptions(k, max_depth=min(max_depth, k - 1), split="pairs") for k in lines]
+    return [draw_binding_programs(max(1, n // 2), rng, option) for option in options]
 
 # %% ../../nbs/phases/12_binding.ipynb #c94e0998
 def draw_held_out_bindings(
@@ -65,26 +90,15 @@ def draw_held_out_bindings(
     max_depth: int,  # Of training
     seed: int,
 ) -> dict[str, list[BindingPrograms]]:
-    "Held-out programs: as in training, longer, deeper, and with held-out pairs."
+    "Held-out programs: as in training, longer, deeper, with held-out pairs, and balanced."
     rng = np.random.default_rng([seed, 2])
-    shortest, longest = lines
-    within = _draw_within(n, lines, max_depth, rng)
-    longer = []
-    for length in range(longest + 2, 27, 2):
-        longer.append(draw_binding_programs(max(1, n // 4), rng, BindingProgramOptions(length, max_depth=max_depth)))
-    deeper = []
-    for depth in (max_depth + 1, max_depth + 2):
-        if depth < longest:
-            deeper.append(
-                draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(longest, depth=depth, max_depth=depth))
-            )
-    pairs = []
-    for length in (shortest, longest):
-        depth = min(max_depth, length - 1)
-        pairs.append(
-            draw_binding_programs(max(1, n // 2), rng, BindingProgramOptions(length, max_depth=depth, split="pairs"))
-        )
-    return {"as in training": within, "longer": longer, "deeper": deeper, "held-out pairs": pairs}
+    return {
+        "as in training": _draw_within(n, lines, max_depth, rng),
+        "longer": _draw_longer(n, lines, max_depth, rng),
+        "deeper": _draw_deeper(n, lines, max_depth, rng),
+        "held-out pairs": _draw_pairs(n, lines, max_depth, rng),
+        "balanced": _draw_within(max(1, n // 2), lines, max_depth, rng, draw_balanced_bindings),
+    }
 
 # %% ../../nbs/phases/12_binding.ipynb #a97b9b06
 def evaluate_held_out_bindings(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VARIABLE_LETTERS', 'DIGITS', 'HELD_OUT_PAIRS', 'BINDING_SPLITS', 'BindingPrograms', 'split_hash',
-           'BindingProgramOptions', 'draw_binding_programs', 'BindingTokenTable']
+           'BindingProgramOptions', 'draw_binding_programs', 'bindings_of_programs', 'draw_balanced_bindings',
+           'BindingTokenTable']
 
 # %% ../../nbs/tasks/binding_programs.ipynb #632a64e6
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 
 from ..core.errors import BadInput, look_up_name
+from .generators import make_balanced_binding_program
 from .programs import QUERY_STYLES, Program, as_program
 
 # %% ../../nbs/tasks/binding_programs.ipynb #6e67fd2a
@@ -204,6 +206,51 @@ def program(self: BindingPrograms, row: int, query: int = 0) -> Program:
     line = self.query_lines[row, query]
     lines.append(QUERY_STYLES["hash"].format(VARIABLE_LETTERS[self.letter[row, line]]))
     return as_program(("\n".join(lines), DIGITS[self.value[row, line]]), "variable_binding")
+
+# %% ../../nbs/tasks/binding_programs.ipynb #60a8c927
+def bindings_of_programs(
+    programs: Sequence[Program],  # Assignments of digits and earlier variables, all of one length
+) -> BindingPrograms:  # One query each
+    "Single programs as arrays."
+    fields: dict[str, list] = {name: [] for name in BindingPrograms.__dataclass_fields__}
+    for program in programs:
+        names, values = zip(*(line.split(" = ") for line in program.source.split("\n")))
+        depths: list[int] = []
+        digits: list[int] = []
+        for value in values:
+            line = names.index(value) if value in names else None
+            depths.append(1 if line is None else depths[line] + 1)
+            digits.append(int(value) if line is None else digits[line])
+        fields["letter"].append([VARIABLE_LETTERS.index(name) for name in names])
+        fields["source"].append([names.index(value) if value in names else -1 for value in values])
+        fields["digit"].append([-1 if value in names else int(value) for value in values])
+        fields["depth"].append(depths)
+        fields["value"].append(digits)
+        fields["query_lines"].append([names.index(program.query)])
+    return BindingPrograms(**{name: np.array(rows) for name, rows in fields.items()})
+
+
+_BALANCED_BATCH = 64  # Programs, of which a tenth is held out
+
+
+def draw_balanced_bindings(
+    n: int,  # Programs
+    rng: np.random.Generator,
+    options: BindingProgramOptions = BindingProgramOptions(),  # One query, of the split `test`
+) -> BindingPrograms:
+    "Draw held-out programs in which each constant is as likely to be the answer."
+    if options.split != "test" or options.queries != 1:
+        raise BadInput(f"balanced programs are held out and query one variable, not {options}")
+    batches: list[BindingPrograms] = []
+    while sum(map(len, batches)) < n:
+        drawn = bindings_of_programs(
+            [
+                make_balanced_binding_program(options.lines, rng, depth=options.depth, max_depth=options.max_depth)
+                for _ in range(_BALANCED_BATCH)
+            ]
+        )
+        batches.append(drawn.take(split_hash(drawn) == 0))
+    return _join_programs(batches, n)
 
 # %% ../../nbs/tasks/binding_programs.ipynb #cd53028a
 def _line_text(variable: str, value: str) -> str:
