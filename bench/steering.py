@@ -1,14 +1,14 @@
 """How much does a sweep of pushes save over running each by itself, and what does a push cost? The last line is JSON.
 
-    python bench/steering.py            SmolLM2, 32 problems, 2 directions at 3 strengths: about ten minutes on two idle cores
+    python bench/steering.py            SmolLM2, 32 problems, 2 directions at 3 coefficients: about ten minutes on two idle cores
     python bench/steering.py --quick    the same with a tiny model: seconds, to see that it works
 
-`vs_rerun`: the same answers in two ways, in one process, in turns. The naive way gives every direction and strength a decoder of its own, which reads
+`vs_rerun`: the same answers in two ways, in one process, in turns. The naive way gives every direction and coefficient a decoder of its own, which reads
 all prompts again. The sweep writes all of them in one: a push on written tokens leaves the prompt alone, so its keys and values are read once for all.
 Both have as many slots. In float32 their tokens must be the same, or there is no number; in bfloat16 rounding decides ties and some answers part (`agreement`), so
 times are compared per token written.
 
-`overhead`: the same requests with a push of strength 0, which is computed and added like any other and changes no token, against no push at all.
+`overhead`: the same requests with a push of coefficient 0, which is computed and added like any other and changes no token, against no push at all.
 Both are medians of the rounds' ratios. `memory` is what a process holds at most while it sweeps, less what it holds at most while it writes the first push alone, in MB;
 `directions` is what the vectors themselves take.
 """
@@ -48,7 +48,7 @@ class Bench:
             prompt = render_problem_prompt(p)
             self.asked.append((p.task_id, lm.ids([prompt.text])[0], *answer_stop_condition(prompt, p.entry_point)))
         norms = median_norms(lm, [ids for _, ids, *_ in self.asked[:4]])
-        coefficients = np.linspace(0.1, 0.4, options.strengths)
+        coefficients = np.linspace(0.1, 0.4, options.coefficients)
         some = gaussian_directions(lm.d_model, lm.n_layers // 2, options.directions)
         self.pushes = [make_push(d, a, norms) for d in some for a in coefficients]
         self.still = [make_push(p.direction, 0.0, norms) for p in self.pushes]
@@ -79,7 +79,7 @@ class Bench:
 def peak(options, way: str) -> float:
     "The most memory, in MB, of a process that writes in one way only."
     asked = {"model": options.model, "problems": options.problems, "directions": options.directions}
-    asked |= {"strengths": options.strengths, "tokens": options.tokens, "slots": options.slots}
+    asked |= {"coefficients": options.coefficients, "tokens": options.tokens, "slots": options.slots}
     words = [f"--{name}={value}" for name, value in asked.items()]
     done = subprocess.run(
         [sys.executable, __file__, *words, "--only", way], check=True, stdout=subprocess.PIPE, text=True
@@ -114,7 +114,7 @@ def main():
     ask.add_argument("--model", default="smollm2")
     ask.add_argument("--problems", type=int, default=32)
     ask.add_argument("--directions", type=int, default=2)
-    ask.add_argument("--strengths", type=int, default=3)
+    ask.add_argument("--coefficients", type=int, default=3)
     ask.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
     ask.add_argument("--slots", type=int, default=32)
     ask.add_argument("--rounds", type=int, default=3)
@@ -133,7 +133,7 @@ def main():
     say(model=bench.lm.name, dtype=str(bench.lm.dtype), pushes=len(bench.pushes), slots=options.slots)
     cost, found = turns({"zero": bench.zero, "plain": bench.plain}, 4 * options.rounds)
     if found["zero"] != found["plain"]:
-        sys.exit("a push of strength 0 gave other tokens: there is no number")
+        sys.exit("a push of coefficient 0 gave other tokens: there is no number")
     saved, found = turns({"naive": bench.naive, "sweep": bench.sweep}, options.rounds)
     say(
         vs_rerun=round(saved, 3),

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
-from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, claim_row
+from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
 from ..runs.phases import Phase, find_phase, number_of_run, study_numbers
 
 # %% ../../nbs/phases/29_report.ipynb #770d495d
@@ -125,20 +126,22 @@ def _run_claims(phase: Phase, manifest: Mapping) -> list[dict]:
 # %% ../../nbs/phases/29_report.ipynb #d977105e
 def study_claims_table(
     runs: Mapping[str, Mapping],  # From `study_runs`
-) -> pd.DataFrame:  # `phase, claim, number, low, high, baseline, null, verdict`
-    "All claims of a study, in the order of its phases."
+) -> pd.DataFrame:  # `CLAIM_COLUMNS` and `p_adjusted`, for all of them together
+    "All claims of a study, in the order of its phases; verdicts that do not hold together are not spoken."
     rows = []
     for number, manifest in runs.items():
         phase = find_phase(number)
         if phase.claims:
             rows += [{"phase": number} | claim for claim in _run_claims(phase, manifest)]
-    return pd.DataFrame(rows, columns=CLAIM_COLUMNS)
+    return adjust_claims(pd.DataFrame(rows, columns=CLAIM_COLUMNS))
 
 # %% ../../nbs/phases/29_report.ipynb #fc3b1284
 def _format_intervals(claims: pd.DataFrame) -> pd.DataFrame:
-    "Numbers with their intervals in one column."
+    "Numbers with their intervals in one column, and the adjusted p of those that were tested."
     text = [format_with_interval(*row) for row in claims[["number", "low", "high"]].astype(float).to_numpy()]
-    return claims.assign(number=text)[["phase", "claim", "number", "baseline", "null", "verdict"]]
+    adjusted = ["–" if np.isnan(p) else f"{p:.2g}" for p in claims["p_adjusted"]]
+    columns = ["phase", "claim", "number", "baseline", "null", "adjusted p", "verdict"]
+    return claims.assign(**{"number": text, "adjusted p": adjusted})[columns]
 
 # %% ../../nbs/phases/29_report.ipynb #74fe35e9
 def _copy_figures(manifest: Mapping, number: str, folder: Path) -> list[str]:
@@ -179,7 +182,9 @@ def study_report(
     scope = f"Model {model}, problems {problems}. {len(runs)} of {len(study_questions())} phases."
     table = "Nothing is claimed: no phase that measures anything is complete."
     if len(claims):
+        tested = int(claims["p_adjusted"].notna().sum())
         table = markdown_table(_format_intervals(claims))
+        table += f"\n\np is adjusted for the {tested} tests of this table (Holm); a verdict needs 0.05 or less."
     lines = ["# What the study found", "", scope, "", "## Claims", "", table, ""]
     for number, question in study_questions().items():
         lines += [f"## {number}  {question}", "", *_phase_section(number, runs, folder, failed or {})]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEERING', 'choice_directions', 'choice_gate', 'ControlConfig', 'steering_settings', 'setting_effects_table',
            'resampling_table', 'add_prompt_gated_settings', 'matched_null_rows', 'steering_claims_table', 'task_slopes',
-           'evaluation_problems', 'steering_claims', 'steering_headline']
+           'evaluation_problems', 'open_evaluation', 'steering_claims', 'steering_headline']
 
 # %% ../../nbs/phases/27_steering.ipynb #a541eb2d
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,17 @@ from jaxtyping import Float
 
 from ..core.errors import BadInput
 from ..core.files import write_parquet
-from ..core.stats import bootstrap_interval, format_with_interval, share_interval
+from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval, format_with_interval, share_interval
 from ..planted.steering import STEERING_STUDY_NAME, draw_planted_problems
-from ..runs.claims import CLAIM_COLUMNS, claim_row, read_stored_claims
+from ..runs.claims import CLAIM_COLUMNS, adjust_claims, claim_row, read_stored_claims
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..steering.directions import Direction, Gate, Push, make_push
+from ..steering.freeze import read_frozen_choice
 from codetrace.steering.outcomes import (
     net_change_interval,
     pair_with_baseline,
     steering_effects,
+    steering_p,
     steering_sentence,
     task_outcomes,
 )
@@ -66,6 +68,7 @@ class ControlConfig:
     samples: int = 1  # At each of them
     styles: Sequence[str] = ()  # Of the prompt-only baseline
     erase: bool = True  # Also with directions erased from the weights
+    dose_directions: int = 5  # Random directions of each kind at other coefficients than the chosen ones, and erased
 
 # %% ../../nbs/phases/27_steering.ipynb #ec1595f5
 def _goals_by_coefficient(choice: Mapping, direction_index: int) -> dict[float, str]:
@@ -152,18 +155,24 @@ def _chosen_settings(
 
 # %% ../../nbs/phases/27_steering.ipynb #83ffc01d
 def _null_settings(
-    choice: Mapping, vectors: Mapping[str, torch.Tensor], norms: np.ndarray, doses: set[float], erase: bool
+    choice: Mapping, vectors: Mapping[str, torch.Tensor], norms: np.ndarray, doses: set[float], config: ControlConfig
 ) -> list[SteeringSetting]:
-    "Random directions, at every coefficient at which a chosen direction of their layer is pushed."
+    "Random directions: all of them as strong as a chosen push of their layer; the first of each kind at the doses, and erased."
     picked, _, null = choice_directions(choice, vectors)
-    coefficients_by_layer = {}
+    chosen_coefficients = {}
     for index, direction in enumerate(picked):
-        coefficients_by_layer.setdefault(direction.layer, set()).update(doses, _goals_by_coefficient(choice, index))
+        chosen_coefficients.setdefault(direction.layer, set()).update(_goals_by_coefficient(choice, index))
     settings = []
+    seen = {}
     for direction in null:
-        coefficients = coefficients_by_layer.get(direction.layer, set())
-        settings += _push_settings(direction, "null", dict.fromkeys(coefficients, ""), norms, choice["where"])
-        if erase and direction.layer in coefficients_by_layer:
+        coefficients = chosen_coefficients.get(direction.layer)
+        if coefficients is None:
+            continue
+        rank = seen[direction.layer, direction.kind] = seen.get((direction.layer, direction.kind), 0) + 1
+        is_first = rank <= config.dose_directions
+        wanted = coefficients | doses if is_first else coefficients
+        settings += _push_settings(direction, "null", dict.fromkeys(wanted, ""), norms, choice["where"])
+        if config.erase and is_first:
             settings.append(_erasing_setting(direction, "null"))
     return settings
 
@@ -181,7 +190,7 @@ def steering_settings(
     return [
         BASELINE_SETTING,
         *_chosen_settings(choice, vectors, norms, doses, config.erase),
-        *_null_settings(choice, vectors, norms, doses, config.erase),
+        *_null_settings(choice, vectors, norms, doses, config),
         *_unsteered_settings(config),
         *_gated_settings(choice, picked, null, choice_gate(choice, vectors), norms),
     ]
@@ -293,26 +302,41 @@ def _claimed_settings(effects: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[(role_rank * 10 + goal_rank).sort_values(kind="stable").index]
 
 # %% ../../nbs/phases/27_steering.ipynb #880c31cd
+def _text_loss_clause(row: Mapping) -> str:
+    "What a setting costs on general text."
+    if not np.isfinite(row.get("text_loss", np.nan)):
+        return ""
+    increase = format_with_interval(row["text_loss"], row["text_loss_low"], row["text_loss_high"])
+    return f" Loss on general text: {increase} nats a token more than unpushed."
+
+
 def _steering_claim(row: Mapping, null: Sequence[float], resampled: str) -> dict:
     "The claim of one setting, beside the net changes of its random directions."
     claim = _CLAIM_WORDS[row["role"]].format(**row)
     subject = claim[0].upper() + claim[1:] + ":"
     null_name = _NULL_WORDS.get(row["role"], "random pushes as strong")
     baseline = f"0 unpushed (pass@1 {row['right']}/{row['n']})"
+    cost = _text_loss_clause(row)
+    p = steering_p(row, null)
+    without_verdict = ""
+    if p <= SIGNIFICANCE_LEVEL:
+        without_verdict = steering_sentence(row, subject, null, null_name, kept=False) + cost
     return claim_row(
         claim,
         row["net"],
         (row["net_low"], row["net_high"]),
-        steering_sentence(row, subject, null, null_name),
+        steering_sentence(row, subject, null, null_name) + cost,
         baseline=f"{baseline}; {resampled}" if resampled else baseline,
         null=f"{min(null):+.2f} to {max(null):+.2f}, {len(null)} random" if null else "–",
+        p=p,
+        without_verdict=without_verdict,
     )
 
 # %% ../../nbs/phases/27_steering.ipynb #e32daedc
 def steering_claims_table(
-    effects: pd.DataFrame,  # From `setting_effects_table`
+    effects: pd.DataFrame,  # From `setting_effects_table`, with `text_loss` and its interval where it was measured
     resampling: pd.DataFrame,  # From `resampling_table`
-) -> pd.DataFrame:  # `claim, number, low, high, baseline, null, verdict`
+) -> pd.DataFrame:  # One row a claim, from `adjust_claims`
     "The table of claims: each number with its interval, baseline and null, and what it says in words."
     resampled = []
     for row in resampling.itertuples():
@@ -324,7 +348,7 @@ def steering_claims_table(
         if row["role"] != "prompt":
             null = matched_null_rows(effects, row)["net"].dropna().tolist()
         claims.append(_steering_claim(row, null, "; ".join(resampled)))
-    return pd.DataFrame(claims, columns=CLAIM_COLUMNS[1:])
+    return adjust_claims(pd.DataFrame(claims, columns=CLAIM_COLUMNS[1:]))
 
 # %% ../../nbs/phases/27_steering.ipynb #b3e34acd
 def _share_passed(results: Sequence[str]) -> float:
@@ -378,6 +402,18 @@ def evaluation_problems(
         _check_not_tuned_on(tasks, choice)
     return tasks
 
+# %% ../../nbs/phases/27_steering.ipynb #1774b52d
+def open_evaluation(
+    folder: str | Path,  # Of the run that chose
+    problems: str = "",  # As `evaluation_problems` takes them
+    split: str = "validation",
+    limit: int = 0,
+    splits_folder: Path | None = None,
+) -> tuple[dict, dict[str, torch.Tensor], str, list[Problem]]:  # The choice, its vectors, its hash; the problems
+    "The frozen choice, and then the problems that it is judged on."
+    choice, vectors, digest = read_frozen_choice(folder)
+    return choice, vectors, digest, evaluation_problems(choice, problems, split, limit, splits_folder)
+
 # %% ../../nbs/phases/27_steering.ipynb #24538af2
 def steering_claims(
     manifest: Mapping,  # Of a run of this phase
@@ -389,7 +425,7 @@ def steering_claims(
 def steering_headline(
     claims: pd.DataFrame,  # From `steering_claims_table`, the two goals first
 ) -> str:
-    "Whether steering to correct and to corrupt changes answers, and more than random pushes do."
+    "Whether steering to correct and to corrupt changes answers, and more than random pushes do; or why no verdict is given."
     return " ".join(claims["verdict"].head(2))
 
 # %% ../../nbs/phases/27_steering.ipynb #33ef67d9
@@ -405,6 +441,8 @@ STEERING = Phase(
                 "temperatures": [0.6, 1.0],
                 "samples": 3,
                 "prompts": ["three_shot"],
+                "dose_directions": 5,
+                "text_tokens": 4096,
             },
             inputs={"input": "3.1", "splits": "0.1"},
         ),

@@ -75,7 +75,7 @@ def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int
 
 def _probe_directions(choosing: LabelledActivations, layers: Iterable[int]) -> list[Direction]:
     "Difference of means and linear probe at some layers, fitted on the SAE split."
-    searched = choosing.subset(choosing.rows["split"] == "sae")
+    searched = choosing.subset((choosing.rows["split"] == "sae").to_numpy())
     position = "last_generated" if "last_generated" in searched.positions else searched.positions[0]
     label = searched.rows["label"]
     task = searched.rows["task_id"]
@@ -260,7 +260,7 @@ def choose_gate(
 ) -> tuple[Gate, dict] | None:  # And `name, latent, auroc, read_at`; None where no latent fits, or labels do not vary
     "The latent that opens the gate, and its threshold."
     candidates = [d for d in directions if _can_open_gate(d, layer)]
-    tuning = choosing.subset(choosing.rows["split"] == "hyperparams")
+    tuning = choosing.subset((choosing.rows["split"] == "hyperparams").to_numpy())
     tuning_wrong = ~tuning.rows["label"].to_numpy(bool)
     if not candidates or not 0 < tuning_wrong.sum() < len(tuning_wrong):
         return None
