@@ -303,7 +303,7 @@ def test_a_prompt_longer_than_the_context(tiny):
 # The phase
 
 
-class Judge:
+class Judge(solving.SandboxPool):
     "In place of the sandbox, which has tests of its own: every answer without code is wrong."
 
     def __init__(self, workers):

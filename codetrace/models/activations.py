@@ -402,7 +402,7 @@ def states(
     self: States,
     kind: str,  # `last_prompt`, `last_generated` or `mean_generated`
     layer: int,
-    rows: Sequence[int] | None = None,  # Numbers of rows. None: all
+    rows: Sequence[int] | Int[np.ndarray, "rows"] | None = None,  # Numbers of rows. None: all
 ) -> Float[np.ndarray, "rows d_model"]:  # float32
     "One layer at one place, read from the disk now."
     from safetensors import safe_open

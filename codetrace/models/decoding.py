@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
@@ -442,10 +442,10 @@ def _tidy(self: Decoder) -> None:
             places[slot], places[target] = places[target], places[slot]
 
 
-def _attended_columns(lengths: Sequence[int]) -> int:
+def _attended_columns(lengths: Int[np.ndarray, "slots"]) -> int:
     "The columns of all blocks, for slots of these lengths."
     starts = range(0, len(lengths), SLOTS_PER_BLOCK)
-    return sum(round_columns(max(lengths[i : i + SLOTS_PER_BLOCK])) for i in starts)
+    return sum(round_columns(int(lengths[i : i + SLOTS_PER_BLOCK].max())) for i in starts)
 
 
 @patch

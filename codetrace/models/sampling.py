@@ -43,8 +43,8 @@ def next_token_logits(
 # %% ../../nbs/models/sampling.ipynb #a9c67ff1
 def sample_tokens(
     logits: Float[Tensor, "rows vocab"],  # Overwritten
-    temperature: Sequence[float],  # Of each row
-    uniform: Sequence[float],  # Its random number
+    temperature: Sequence[float] | np.ndarray,  # Of each row
+    uniform: Sequence[float] | np.ndarray,  # Its random number
 ) -> tuple[list[int], list[float], list[float]]:  # Token, its log-probability, and the entropy, both at temperature 1
     "The next token of every row."
     token = logits.argmax(-1)

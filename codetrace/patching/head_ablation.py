@@ -35,7 +35,7 @@ from .sweep import split_halves
 class HeadMeans:
     "What heads write on average, in programs of one length and the same names."
 
-    named: Float[Tensor, "layer pos head d_head"]  # By name
+    named: Float[Tensor, "layer name head d_head"]  # By name
     everywhere: Float[Tensor, "layer pos head d_head"]  # By token
     n: int
 

@@ -24,9 +24,9 @@ from .grouped_query_heads import KEY_VALUE_SITES, key_value_module, key_value_vi
 class PatchPair:
     "Two runs of equal length: the base is patched with states of the source."
 
-    base: tuple[int, ...]  # Token ids
-    source: tuple[int, ...]  # Token ids
-    positions: tuple[int, ...] | None = None  # Positions to patch. None: all
+    base: Sequence[int]  # Token ids
+    source: Sequence[int]  # Token ids
+    positions: Sequence[int] | None = None  # Positions to patch. None: all
 
     def __post_init__(self):
         for name in ("base", "source"):

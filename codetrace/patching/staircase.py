@@ -291,7 +291,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
 
 
-def _halves(part: Sequence) -> list[Sequence]:
+def _halves(part: Sequence | _CellRows) -> list[Sequence | _CellRows]:
     "The second half, then the first."
     middle = len(part) // 2
     cut = part.take if isinstance(part, _CellRows) else part.__getitem__

@@ -89,7 +89,7 @@ def _projected_logits(
     source: TokenizedProgram,
     layer: int,
     position_name: str,
-    projectors: Sequence[Float[torch.Tensor, "k d_model"]],
+    projectors: Sequence[Float[torch.Tensor, "_ d_model"]],
 ) -> Float[torch.Tensor, "rows vocab"]:  # One row a projector, and one for the whole state
     "Logits of the base run with part of one state patched."
     old, new = (batch_states(lm, [run], "resid_pre", [position_name])[0, layer, 0].double() for run in (base, source))

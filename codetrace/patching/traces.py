@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ from codetrace.patching.sweep import (
 )
 
 # %% ../../nbs/patching/traces.ipynb #c1bf51b1
+@runtime_checkable
 class RunWriter(Protocol):
     "What a trace needs of the run it is written to; `runs.run.Run` is one."
 

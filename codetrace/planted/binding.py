@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from ..models.lm import LM
@@ -109,7 +109,7 @@ def _write_subspace(space: str) -> Float[Tensor, "width d_model"]:
 _POSITION_FREQUENCIES = math.pi * (torch.arange(17, dtype=torch.float64) + 0.5) / 17
 
 
-def _position_code(positions: Float[Tensor, "pos"]) -> Float[Tensor, "pos 34"]:
+def _position_code(positions: Num[Tensor, "pos"]) -> Float[Tensor, "pos 34"]:
     "The code of positions."
     angles = positions[:, None].double() * _POSITION_FREQUENCIES
     return (torch.cat([angles.cos(), angles.sin()], -1) / math.sqrt(17)).float()

@@ -180,7 +180,7 @@ class BindingTrainingPlan:
     steps: int
     programs: int  # A step
     queries: int  # A program
-    lines: tuple[int, int]  # Fewest and most
+    lines: tuple[int, ...]  # Fewest and most
     max_depth: int
     learning_rate: float  # At its highest
     warmup: int = 10  # Steps

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Int, Num
 
 from ..core.errors import BadInput, look_up_name
 from ..core.files import write_parquet
@@ -70,7 +70,11 @@ def _assign_single_problems(order: Sequence[int], room: dict[str, int]) -> dict[
     return assigned
 
 # %% ../../nbs/tasks/problem_splits.ipynb #13cac0fb
-def _shuffle_within_strata(problems: Sequence[int], difficulty: Sequence[float], rng: np.random.Generator) -> list[int]:
+def _shuffle_within_strata(
+    problems: Int[np.ndarray, "some"],
+    difficulty: Sequence[float] | Num[np.ndarray, "rows"],  # Of each problem, also of those that are not shuffled here
+    rng: np.random.Generator,
+) -> list[int]:
     "Problems by difficulty, shuffled among their neighbours."
     ranked = sorted(map(int, problems), key=lambda problem: difficulty[problem])
     order: list[int] = []
@@ -80,7 +84,7 @@ def _shuffle_within_strata(problems: Sequence[int], difficulty: Sequence[float],
 
 
 def assign_splits(
-    difficulty: Sequence[float],  # Of each problem
+    difficulty: Sequence[float] | Num[np.ndarray, "rows"],  # Of each problem
     groups: Int[np.ndarray, "rows"] | None = None,  # The group of each problem (None: each by itself)
     seed: int = 0,
     shares: dict[str, float] = SPLIT_SHARES,

@@ -220,7 +220,7 @@ def _infer_entry_point(reference: str, tests: tuple[str, ...], where: str) -> st
     return entry_point
 
 # %% ../../nbs/tasks/problems.ipynb #2e59c461
-def _loaded_names(node: ast.stmt) -> set[str]:
+def _loaded_names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 

@@ -163,7 +163,7 @@ class _Assignment:
     rhs: Span
 
 
-def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.stmt]:
     "Every statement at module level, also inside loops, branches and `try`, in the order of the text."
     for node in body:
         yield node
