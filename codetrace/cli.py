@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_parameters', 'run_command', 'merge_command', 'phases_command', 'runs_command', 'show_command',
-           'grade_command', 'doctor_command', 'clean_command', 'cli_main']
+           'robust_command', 'grade_command', 'doctor_command', 'clean_command', 'cli_main']
 
 # %% ../nbs/cli.ipynb #10ddb7e7
 import json
@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from .core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from .core.errors import BadInput
 from .core.files import visible_text
 from .runs.execute import RunFailed, execute_phase
@@ -70,10 +71,6 @@ def parse_parameters(
     return values
 
 # %% ../nbs/cli.ipynb #c1702298
-_GPU_MEMORY_VARIABLE = "CODETRACE_MAX_GPU_MEMORY"
-_HOST_MEMORY_VARIABLE = "CODETRACE_MAX_MEMORY"
-
-
 @dataclass(frozen=True)
 class _Placement:
     "Where a run is done, and by how many processes."
@@ -88,92 +85,123 @@ class _Placement:
         "Is all done in this process?"
         return self.where is None and self.shards is None and not self.requeue
 
-# %% ../nbs/cli.ipynb #30b2cfd9
-@app.command(
-    name="run",
-    epilog="Examples:  codetrace run tracking  |  codetrace run tracking -n 50 --model Qwen/Qwen3-0.6B  |  "
-    "codetrace run tracking -f study.yaml -p num_seqs=20  |  codetrace run tracing --input tracking  |  "
-    "codetrace run tracing --shards 3 --devices 0,1,2  |  codetrace run tracing --shards 30 --cluster slurm --gpus 1  |  "
+# %% ../nbs/cli.ipynb #fb03fb92
+_PhaseOrStudy = Annotated[
+    str, typer.Argument(help="The phase; 'codetrace phases' lists them. Or correctness: the whole study.")
+]
+_Pairs = Annotated[
+    list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
+]
+_File = Annotated[
+    Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file; for a chain: by phase.")
+]
+_Model = Annotated[str | None, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")]
+_Problems = Annotated[
+    str | None, typer.Option(metavar="P", help="The problem set: a name, or a JSON, JSONL or Parquet file.")
+]
+_Count = Annotated[int | None, typer.Option("-n", metavar="N", help="How many programs or problems.")]
+_Start = Annotated[int | None, typer.Option(metavar="I", help="The first problem of a slice, from 0.")]
+_End = Annotated[int | None, typer.Option(metavar="I", help="The first problem after the slice.")]
+_BatchSize = Annotated[int | None, typer.Option(metavar="N", help="How many answers, or states, at a time.")]
+_Input = Annotated[
+    str | None, typer.Option(metavar="RUN", help="The run to read, instead of the newest that fits.")
+]
+_Full = Annotated[bool, typer.Option("--full", help="The settings of the publication, where a phase has them.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+# %% ../nbs/cli.ipynb #411bd453
+_Shards = Annotated[
+    int | None, typer.Option(metavar="N", help="Share the work among N processes; of each temperature.")
+]
+_Devices = Annotated[str | None, typer.Option(metavar="D,…", help="Where they run: 0,1,2 are GPUs; cpu,cpu works.")]
+_Cluster = Annotated[str | None, typer.Option(metavar="slurm", help="Run them as jobs of a cluster.")]
+_Requeue = Annotated[bool, typer.Option("--requeue", help="Continue by itself what was stopped.")]
+_Partition = Annotated[str | None, typer.Option(metavar="P", help="Slurm: the partition.")]
+_Gpus = Annotated[int | None, typer.Option(metavar="N", help="Slurm: GPUs of a job.")]
+_Memory = Annotated[float | None, typer.Option(metavar="GB", help="Slurm: memory of a job.")]
+_Cpus = Annotated[int | None, typer.Option(metavar="N", help="Slurm: processor cores of a job.")]
+_Time = Annotated[str | None, typer.Option(metavar="T", help="Slurm: time of a job, 4:00:00.")]
+_Parallel = Annotated[int | None, typer.Option(metavar="N", help="Slurm: jobs that run at the same time.")]
+_Sbatch = Annotated[
+    list[str] | None,
+    typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab; repeatable."),
+]
+_Detach = Annotated[bool, typer.Option("--detach", help="Slurm: hand everything in and leave.")]
+
+# %% ../nbs/cli.ipynb #14b217c0
+_MaxGpuMemory = Annotated[
+    float, typer.Option(metavar="GB", help="Refuse what needs more of a GPU.", envvar=GPU_MEMORY_VARIABLE)
+]
+_MaxMemory = Annotated[
+    float, typer.Option(metavar="GB", help="Refuse what needs more of the host.", envvar=HOST_MEMORY_VARIABLE)
+]
+_RUN_EXAMPLES = (
+    "codetrace run tracking",
+    "codetrace run tracking -n 50 --model Qwen/Qwen3-0.6B",
+    "codetrace run tracking -f study.yaml -p num_seqs=20",
+    "codetrace run tracing --input tracking",
+    "codetrace run 1.0 --start 100 --end 200 --batch-size 32",
+    "codetrace run tracing --shards 3 --devices 0,1,2",
+    "codetrace run tracing --shards 30 --cluster slurm --gpus 1",
     "codetrace run correctness --problems basics --devices 0,1,2",
 )
+
+# %% ../nbs/cli.ipynb #30b2cfd9
+@app.command(name="run", epilog="Examples:  " + "  |  ".join(_RUN_EXAMPLES))
 def run_command(
-    phase: Annotated[
-        str, typer.Argument(help="The phase; 'codetrace phases' lists them. Or correctness: the whole study.")
-    ],
-    p: Annotated[
-        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
-    ] = None,
-    f: Annotated[
-        Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file; for a chain: by phase.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="The model: a name, a hub name or a folder.")
-    ] = None,
-    problems: Annotated[
-        str | None,
-        typer.Option("--problems", metavar="P", help="The problem set: a name, or a JSON, JSONL or Parquet file."),
-    ] = None,
-    n: Annotated[int | None, typer.Option("-n", metavar="N", help="How many programs or problems.")] = None,
-    input: Annotated[
-        str | None, typer.Option("--input", metavar="RUN", help="The run to read, instead of the newest that fits.")
-    ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="The settings of the publication, where a phase has them.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
-    shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="Share the work among N processes; of each temperature.")
-    ] = None,
-    devices: Annotated[
-        str | None, typer.Option("--devices", metavar="D,…", help="Where they run: 0,1,2 are GPUs; cpu,cpu works.")
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="slurm", help="Run them as jobs of a cluster.")
-    ] = None,
-    requeue: Annotated[bool, typer.Option("--requeue", help="Continue by itself what was stopped.")] = False,
-    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="Slurm: the partition.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Slurm: GPUs of a job.")] = None,
-    memory: Annotated[float | None, typer.Option("--memory", metavar="GB", help="Slurm: memory of a job.")] = None,
-    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="Slurm: processor cores of a job.")] = None,
-    time: Annotated[str | None, typer.Option("--time", metavar="T", help="Slurm: time of a job, 4:00:00.")] = None,
-    parallel: Annotated[
-        int | None, typer.Option("--parallel", metavar="N", help="Slurm: jobs that run at the same time.")
-    ] = None,
-    slurm: Annotated[
-        list[str] | None,
-        typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab; repeatable."),
-    ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Slurm: hand everything in and leave.")] = False,
-    max_gpu_memory: Annotated[
-        float,
-        typer.Option(
-            "--max-gpu-memory", metavar="GB", help="Refuse what needs more of a GPU.", envvar=_GPU_MEMORY_VARIABLE
-        ),
-    ] = 30,
-    max_memory: Annotated[
-        float,
-        typer.Option(
-            "--max-memory", metavar="GB", help="Refuse what needs more of the host.", envvar=_HOST_MEMORY_VARIABLE
-        ),
-    ] = 100,
+    phase: _PhaseOrStudy,
+    p: _Pairs = None,
+    f: _File = None,
+    model: _Model = None,
+    problems: _Problems = None,
+    n: _Count = None,
+    start: _Start = None,
+    end: _End = None,
+    batch_size: _BatchSize = None,
+    input: _Input = None,
+    full: _Full = False,
+    quiet: _Quiet = False,
+    shards: _Shards = None,
+    devices: _Devices = None,
+    cluster: _Cluster = None,
+    requeue: _Requeue = False,
+    partition: _Partition = None,
+    gpus: _Gpus = None,
+    memory: _Memory = None,
+    cpus: _Cpus = None,
+    time: _Time = None,
+    parallel: _Parallel = None,
+    slurm: _Sbatch = None,
+    detach: _Detach = False,
+    max_gpu_memory: _MaxGpuMemory = 30,
+    max_memory: _MaxMemory = 100,
 ):
     "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
-    if problems and Path(problems).is_file():
-        problems = str(Path(problems).resolve())
     _set_memory_limits(max_gpu_memory, max_memory)
     slurm_options = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time}
     slurm_options |= {"parallel": parallel, "slurm": slurm or None, "detach": detach or None}
     placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach)
+    options = {"model": model, "problems": _absolute_path(problems), "n": n}
+    options_of_one_phase = {"start": start, "end": end, "batch_size": batch_size, "input": input, "full": full}
     if phase in studies():
-        for_one_phase = {"-p": p, "--input": input, "--full": full, "--detach": detach}
-        _refuse_options_of_one_phase(phase, [name for name, value in for_one_phase.items() if value])
-        return _run_study(phase, {"model": model, "problems": problems, "num_problems": n}, f, placement, not quiet)
-    shared = shorthand_parameters(phase_parameters(phase), model=model, n=n, input=input, problems=problems, full=full)
-    values = parse_parameters(p or [], f) | shared
-    if placement.is_here:
-        _print_run(execute_phase(phase, values, show_progress=not quiet))
+        _refuse_options_of_one_phase(phase, options_of_one_phase | {"p": p, "detach": detach})
+        _run_study(phase, options, f, placement, not quiet)
     else:
-        _run_sharded(phase, values, placement, not quiet)
+        _run_phase(phase, p or [], f, options | options_of_one_phase, placement, not quiet)
+
+
+def _absolute_path(problems: str | None) -> str | None:
+    "A file of problems by its whole path, so that it is found from wherever the run looks."
+    return str(Path(problems).resolve()) if problems and Path(problems).is_file() else problems
+
+
+def _run_phase(phase: str, pairs: list[str], file: Path | None, options: dict, placement: _Placement, progress: bool):
+    "Run one phase, here or in processes of its own."
+    values = parse_parameters(pairs, file) | shorthand_parameters(phase_parameters(phase), **options)
+    if placement.is_here:
+        _print_run(execute_phase(phase, values, show_progress=progress))
+    else:
+        _run_sharded(phase, values, placement, progress)
 
 # %% ../nbs/cli.ipynb #51f5371f
 def _devices_or_slurm(devices: str | None, cluster: str | None, slurm_options: dict):
@@ -218,11 +246,13 @@ def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress:
     print("the same command without --detach watches them")
 
 # %% ../nbs/cli.ipynb #919f5bf2
-def _refuse_options_of_one_phase(study: str, options: list[str]):
+def _refuse_options_of_one_phase(study: str, options: dict):
     "Refuse options that a whole study cannot be given."
-    if options:
+    given = [name for name, value in options.items() if value not in (None, False, [])]
+    if given:
+        dashes = "-" if len(given[0]) == 1 else "--"
         raise BadInput(
-            f"{options[0]} is for one phase, and {study} is a chain of them: run a phase by its number to give it that, "
+            f"{dashes}{given[0].replace('_', '-')} is for one phase, and {study} is a chain of them: run a phase by its number to give it that, "
             "or write what phases shall be given into a file for -f, such as '3.1: {num_latents: 3}'"
         )
 
@@ -238,7 +268,7 @@ def _read_overrides(file: Path | None) -> dict[str, dict]:
     return overrides
 
 
-def _run_study(name: str, study: dict, file: Path | None, placement: _Placement, show_progress: bool):
+def _run_study(name: str, options: dict, file: Path | None, placement: _Placement, show_progress: bool):
     "Run the phases of a study."
     from codetrace.runs.jobs import parse_devices
     from codetrace.runs.pipeline import run_step_once, run_study
@@ -254,6 +284,7 @@ def _run_study(name: str, study: dict, file: Path | None, placement: _Placement,
     def run_step(number: str, values: dict) -> dict:
         return run_step_once(number, values, report_line, show_progress, where, placement.shards, placement.requeue)
 
+    study = {"model": options["model"], "problems": options["problems"], "num_problems": options["n"]}
     manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
     _print_run(manifests["report"])
     print(Path(manifests["report"]["folder"]) / "report.md")
@@ -269,7 +300,7 @@ def _set_memory_limits(gpu: float, host: float):
         raise BadInput(
             f"--max-memory is {host:g}: expected GB, 1 at least, since Python with its libraries takes half of that"
         )
-    os.environ |= {_GPU_MEMORY_VARIABLE: f"{gpu:g}", _HOST_MEMORY_VARIABLE: f"{host:g}"}
+    os.environ |= {GPU_MEMORY_VARIABLE: f"{gpu:g}", HOST_MEMORY_VARIABLE: f"{host:g}"}
 
 # %% ../nbs/cli.ipynb #588d46e0
 @app.command(name="merge", epilog="Examples:  codetrace merge tracing  |  codetrace merge 20261121T2210")
@@ -392,6 +423,45 @@ def show_command(
         _print_run(
             newest_run(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
         )
+
+# %% ../nbs/cli.ipynb #1ec496d6
+@app.command(name="robust", epilog="Examples:  codetrace robust  |  codetrace robust --model smollm2 --model binding -n 3")
+def robust_command(
+    generator: Annotated[str, typer.Argument(help="The kind of program, a generator's name.")] = "variable_binding",
+    model: Annotated[list[str] | None, typer.Option(metavar="M", help="A model that must answer; repeatable.")] = None,
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Lines of the program.")] = 5,
+    depth: Annotated[int | None, typer.Option(metavar="N", help="Referential depth, where it has one.")] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many programs to find.")] = 1,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many seeds to try.")] = 1000,
+    prompt: Annotated[str, typer.Option(metavar="P", help="A prompt template, or a text with {code}.")] = "bare",
+):
+    "Search for programs that every one of some models answers; exit status 1 where too few are found."
+    from codetrace.runs.checks import check_run
+
+    models = model or ["smollm2"]
+    depths = [] if depth is None else [depth]
+    check = {"generators": [generator], "models": models, "seq_lens": [seq_len], "depths": depths, "prompt": prompt}
+    check_run("tracking", check)
+    found = 0
+    for seed, program in _robust_programs(generator, models, seq_len, depths, seeds, prompt):
+        print(f"seed {seed}\n{program.code}\n# answer: {program.answer}\n", flush=True)
+        found += 1
+        if found == n:
+            return
+    print(f"{found} of {n} programs in {seeds} seeds: give more --seeds, or fewer lines", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _robust_programs(generator: str, names: list[str], seq_len: int, depths: list[int], seeds: int, prompt: str):
+    "Seeds and programs, one after the other."
+    from codetrace.models.loading import load
+    from codetrace.phases.tracking import model_solver
+    from codetrace.tasks.generators import GENERATORS
+    from codetrace.tasks.robust_programs import find_robust_programs
+
+    solvers = [model_solver(load(name), prompt) for name in names]
+    options = {"depth": depths[0]} if depths else {}
+    return find_robust_programs(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
 
 # %% ../nbs/cli.ipynb #e75f49ed
 def _parse_job(text: str, where: str):

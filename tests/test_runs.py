@@ -210,23 +210,173 @@ def test_a_slip_is_one_line_and_status_2(tmp_path, message):
     assert not list(tmp_path.rglob("run.json"))
 
 
-IN_THE_KERNEL = {
-    "unknown generator 'rnage': did you mean 'range'": ["-p", "generators=rnage"],
-    "unknown prompt template 'bear': did you mean 'bare'": ["-p", "prompt=bear"],
-    "has no place for the program": ["-p", "prompt=What is x?"],
-    "num_seqs must be a whole number of at least 1, not 0": ["-n", "0"],
-    "unknown model 'smolm2': did you mean 'smollm2'": ["--model", "smolm2"],
-    "seq_len": ["-p", "seq_lens=[40]"],
-    "is no model": ["--model", str(HOME / "nbs")],
+# Mistakes of values, models, problems and inputs: what is said, and what was typed after `codetrace run`
+SAID_AT_ONCE = {
+    "unknown generator 'rnage': did you mean 'range'": "tracking -p generators=rnage",
+    "unknown prompt template 'bear': did you mean 'bare'": "tracking -p prompt=bear",
+    "has no place for the program": ["tracking", "-p", "prompt=What is x?"],
+    "num_seqs must be a whole number of at least 1, not 0": "tracking -n 0",
+    "num_seqs must be a whole number of at least 1, not -3": "tracking -n -3",
+    "num_shots must be a whole number of at least 0, not -1": "tracking -p num_shots=-1",
+    "unknown model 'smolm2': did you mean 'smollm2'": "tracking --model smolm2",
+    "did you mean 'tiny:llama'": "tracking --model tiny:lama",
+    "seq_len 40 cannot be made": "tracking -p seq_lens=40",
+    "depth 7 does not fit seq_len 3": "tracking -p seq_lens=3 -p depths=7",
+    "models is empty": "tracking -p models=[]",
+    "generators is empty": "tracking -p generators=[]",
+    "unknown query style 'hsah'": "tracking -p query_style=hsah",
+    "unknown scoring 'tokn'": "tracking -p scoring=tokn",
+    "no such model folder": "tracking --model ./nowhere",
+    "is no model: it has no config.json": ["tracking", "--model", str(HOME / "nbs")],
+    "takes float values such as 0.002, not 'fast'": "saes -p lr=fast",
+    "takes float values such as 0.002, not '.nan'": "saes -p lr=.nan",
+    "takes float values such as 0.002, not 'inf'": "saes -p lr=inf",
+    "lr must be more than 0": "saes -p lr=0",
+    "less than one batch of 512": "saes -p tokens=100",
+    "fewer latents are active than there are": "saes -p k=256",
+    "text=completions needs the run": "saes -p text=completions",
+    "no text 'stdlb'": "saes -p text=stdlb",
+    "no SAE './nowhere'": "saes -p sae=./nowhere",
+    "layers=5: 'tiny:llama' has layers 0 to 2": "saes -p layers=5",
+    "seeds is empty": "saes -p seeds=[]",
+    "unknown dtype 'float23'": "saes -p dtype=float23",
+    "layers must be a whole number of at least 0": "generation -p layers=-1",
+    "layers=30: 'smollm2' has layers 0 to 29": "generation -p layers=3,30",
+    "unknown problem set 'basic': did you mean 'basics'": "generation --problems basic",
+    "nowhere.jsonl": "generation --problems nowhere.jsonl",
+    "unknown split 'valid': did you mean 'validation'": "generation -p split=valid",
+    "temperature=12.0: 0 is greedy": "generation -p temperature=12",
+    "temperature must be a whole number of at least 0": "generation -p temperature=-1",
+    "give each temperature once": "generation -p temperature=0.3,0.3 -p samples=2",
+    "temperature is empty": "generation -p temperature=[]",
+    "at temperature 0 would all be the same": "generation -p samples=3",
+    "unknown prompt style 'pvb'": "generation -p prompt=pvb",
+    "an answer has at least 1 token": "generation -p max_new_tokens=0",
+    "has 136 problems, numbered from 0": "generation --start 500",
+    "no problem lies between them": "generation --start 5 --end 5",
+    "start must be a whole number of at least 0": "generation --start=-1",
+    "no complete run of phase 'splits'": "generation -p split=sae",
+    "no complete run of phase 'generation'": "2",
+    "no run '2099'": "3 --input 2099",
+    "no complete run of phase 'tuning'": "3.2",
+    "unknown engine 'fast'": "tracing -p engine=fast",
+    "unknown site 'resid_pro': did you mean 'resid_pre'": "tracing -p sites=resid_pro",
+    "unknown directions 'noize': did you mean 'noise'": "tracing -p directions=noize",
+    "window must be a whole number of at least 1": "tracing -p window=0",
+    "unknown change 'vaule'": "tracing -p change=vaule",
+    "unknown init 'scrach'": "binding -p init=scrach",
+    "give the fewest and the most assignments": "binding -p lines=6,4",
+    "give layers, heads and width": "binding -p scratch_size=4,4",
+    "mastery is a share": "binding -p mastery=2",
+    "unknown stratify_by 'linez': did you mean 'lines'": "0.1 -p stratify_by=linez",
+    "similarity is a share": "0.1 -p similarity=7",
+    "unknown threshold_for 'f2'": "validation -p threshold_for=f2",
+    "unknown where 'generatd'": "tuning -p where=generatd",
+    "shards are numbered from 0": "tracing -p shards=2 -p shard=2",
+    "no device '7' here": "tracing --devices 7",
+    "--shards 0: give how many processes": "tracing --shards 0",
+    "phase 'tracking' is not made to be split": "tracking --shards 2",
+    "--partition is for a cluster": "tracking --partition long",
+    "this phase takes no 'problems'": "tracking --problems basics",
+    "this phase takes no 'start'": "tracking --start 3",
+    "is for one phase, and correctness is a chain": "correctness --start 3",
 }
 
 
-@pytest.mark.parametrize("message", [pytest.param(message, marks=pytest.mark.slow) for message in IN_THE_KERNEL])
-def test_a_slip_that_only_the_notebook_can_see_is_too(tmp_path, message):
-    done = codetrace(tmp_path, *STUDY, *IN_THE_KERNEL[message])
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    (manifest,) = manifests(tmp_path)
-    assert manifest["status"] == "failed" and message in manifest["error"]["message"]
+@pytest.mark.parametrize("message", SAID_AT_ONCE)
+def test_what_is_wrong_is_said_before_a_kernel_starts(tmp_path, monkeypatch, message):
+    "In one line, within two seconds, and no run is left behind."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = SAID_AT_ONCE[message]
+    words = words.split() if isinstance(words, str) else words
+    began = time.monotonic()
+    done = in_process(tmp_path, "run", *words)
+    assert time.monotonic() - began < 2
+    assert isinstance(done.exception, BadInput) and message in str(done.exception), done.exception
+    assert "\n" not in str(done.exception).strip() and not list(tmp_path.rglob("run.json"))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = in_process(tmp_path, "run", "tracking", "--model", "nobody/no-such-model")
+    assert "cannot reach the model hub" in str(done.exception)
+
+
+def test_what_the_checks_know_is_what_the_phases_take():
+    "Words that the checks list, because the modules they belong to need torch."
+    from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS
+    from codetrace.patching.alignment import PATCH_DIRECTIONS
+    from codetrace.patching.cases import COUNTERFACTUAL_CHANGES
+    from codetrace.patching.engine import ENGINES
+    from codetrace.runs import checks
+    from codetrace.sae.linear_probes import THRESHOLD_MEASURES
+    from codetrace.tasks.difficulty import DIFFICULTY_MEASURES
+    from codetrace.tasks.problem_splits import SPLIT_SHARES
+    from codetrace.tasks.program_prompts import PROMPT_TEMPLATES
+    from codetrace.tasks.programs import QUERY_STYLES
+
+    known = {
+        "where": EDIT_PLACES,
+        "kinds": STATE_KINDS,
+        "directions": PATCH_DIRECTIONS,
+        "change": COUNTERFACTUAL_CHANGES,
+        "engine": ENGINES,
+        "threshold_for": THRESHOLD_MEASURES,
+        "stratify_by": DIFFICULTY_MEASURES,
+        "latents.split": SPLIT_SHARES,
+        "query_style": QUERY_STYLES,
+    }
+    assert {name: set(checks._CHOICES[name]) for name in known} == {name: set(words) for name, words in known.items()}
+    assert set(checks._PROMPT_TEMPLATES) == set(PROMPT_TEMPLATES)
+
+
+READ_BY_TYPE = {
+    "temperature=0.3,0.6": [0.3, 0.6],
+    "temperature=[0.3, 0.6]": [0.3, 0.6],
+    "temperature=1e-1": [0.1],
+    "prompt={code}": "{code}",
+    "prompt=010": "010",
+    "prompt=10:30": "10:30",
+    "prompt=null": "null",
+    "prompt=yes": "yes",
+    "prompt=1e3": "1e3",
+    "prompt=": "",
+    "seed=010": 10,
+    "layers=010,2": [10, 2],
+    "layers=": [],
+}
+
+
+@pytest.mark.parametrize("pair", READ_BY_TYPE)
+def test_values_are_read_by_the_type_of_their_parameter(tmp_path, pair):
+    "As they are typed, and as they stand in a file; YAML guesses nothing."
+    from codetrace.cli import parse_parameters
+    from codetrace.runs.parameters import phase_values
+
+    name, _, value = pair.partition("=")
+    quoted = value if value and not value.startswith("{") else json.dumps(value)
+    (tmp_path / "file.yaml").write_text(f"{name}: {quoted}\n")
+    for values in (parse_parameters([pair]), parse_parameters([], tmp_path / "file.yaml")):
+        assert phase_values("generation", values)[name] == READ_BY_TYPE[pair]
+
+
+@pytest.mark.parametrize("value", [".nan", "nan", "inf", "-.inf", "null", "~", "10:30", "true", "", "0x10", "1,2"])
+def test_what_is_no_number_is_refused_for_one(tmp_path, value):
+    from codetrace.cli import parse_parameters
+    from codetrace.runs.parameters import BadParameter, phase_values
+
+    (tmp_path / "file.yaml").write_text(f"lr: {value}\n")
+    for values in (parse_parameters([f"lr={value}"]), parse_parameters([], tmp_path / "file.yaml")):
+        with pytest.raises(BadParameter, match="takes float values such as"):
+            phase_values("saes", values)
+
+
+def test_negative_numbers_are_values(tmp_path):
+    from codetrace.runs.parameters import phase_parameters, phase_values
+
+    name = next(name for name in ("coefficients", "strengths") if name in phase_parameters("tuning"))
+    assert phase_values("tuning", {name: "-0.5,0.5"})[name] == [-0.5, 0.5]
+    assert phase_values("saes", {"lr": "1e-3"})["lr"] == 0.001
 
 
 def test_a_runs_folder_that_cannot_be_written_is_said_at_once(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from ..core.errors import BadInput
 
 # %% ../../nbs/models/limits.ipynb #f763010e
@@ -48,21 +49,17 @@ class MemoryLimits:
 USUAL_LIMITS = MemoryLimits()
 
 # %% ../../nbs/models/limits.ipynb #b0d7b96c
-_GPU_VARIABLE = "CODETRACE_MAX_GPU_MEMORY"
-_HOST_VARIABLE = "CODETRACE_MAX_MEMORY"
-
-
 def memory_limits_from_environment() -> MemoryLimits:
     "The limits that the launcher gave to this process, the usual ones where it gave none."
-    gpu = _read_gigabytes(_GPU_VARIABLE, USUAL_LIMITS.gpu)
-    return MemoryLimits(gpu, _read_gigabytes(_HOST_VARIABLE, USUAL_LIMITS.host))
+    gpu = _read_gigabytes(GPU_MEMORY_VARIABLE, USUAL_LIMITS.gpu)
+    return MemoryLimits(gpu, _read_gigabytes(HOST_MEMORY_VARIABLE, USUAL_LIMITS.host))
 
 
 def memory_limits_to_environment(
     limits: MemoryLimits,
 ) -> dict[str, str]:  # Variables to set for the process that is started
     "What to give to a process so that `memory_limits_from_environment` reads these limits there."
-    return {_GPU_VARIABLE: f"{limits.gpu:g}", _HOST_VARIABLE: f"{limits.host:g}"}
+    return {GPU_MEMORY_VARIABLE: f"{limits.gpu:g}", HOST_MEMORY_VARIABLE: f"{limits.host:g}"}
 
 
 def _read_gigabytes(variable: str, usual: float) -> float:

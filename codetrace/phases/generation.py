@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATION', 'pass_at_k', 'pass_at_k_interval', 'grade_empty_bodies', 'pass_at_k_table', 'pass_at_1_by_difficulty',
-           'verdict_counts', 'parse_whole_numbers', 'read_samples', 'generation_claims', 'generation_headline']
+           'verdict_counts', 'slice_problems', 'parse_whole_numbers', 'read_samples', 'generation_claims',
+           'generation_headline']
 
 # %% ../../nbs/phases/22_generation.ipynb #16e155a2
 import re
@@ -107,6 +108,19 @@ def verdict_counts(
     return counted.reindex([verdict for verdict in order if verdict in counted.index])
 
 # %% ../../nbs/phases/22_generation.ipynb #c3f1853f
+def slice_problems(
+    problems: Sequence[Problem],  # Of a split
+    start: int = 0,  # The first one, from 0
+    end: int = 0,  # The first that is left out again; 0: none
+    limit: int = 0,  # At most so many; 0: all
+) -> Sequence[Problem]:
+    "A slice of the problems; raises `BadInput` where it is empty."
+    chosen = problems[start : end or None][: limit or None]
+    if not chosen:
+        raise BadInput(f"start={start}, end={end}: there are {len(problems)} problems, numbered from 0, and none in that slice")
+    return chosen
+
+# %% ../../nbs/phases/22_generation.ipynb #94a557ec
 def parse_whole_numbers(
     values: Sequence[int | str],  # A parameter
     name: str,  # Its name

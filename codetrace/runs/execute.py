@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import StorageError, file_sha256, read_json
+from .checks import check_run
 from .manifest import RunInterrupted
 from .parameters import phase_values
 from .phases import find_phase
@@ -172,6 +173,7 @@ def execute_phase(
     "Run a phase in batch. Raises `BadInput` for the user's mistakes and `RunFailed` for ours."
     declaration = find_phase(phase)
     values = phase_values(phase, parameters or {})
+    check_run(declaration.name, values)
     run = open_run(declaration.name, values, notebook_code(declaration.notebook), root=root, launcher="codetrace")
     try:
         with interrupt_on_stop_signals(), _progress_bar(run.folder, declaration.name, show_progress):

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from ..core.errors import BadInput
 from ..core.files import digest_values, read_json, storage_errors, write_json
 from ..core.shards import shard_range
+from .checks import check_run
 from .execute import RunFailed
 from .inputs import pin_inputs
 from codetrace.runs.jobs import (
@@ -224,6 +225,7 @@ class ShardedRun:
         declared = phase_parameters(self.phase)
         _check_shard_count(self.phase, declared, shards)
         parameters = phase_values(phase, parameters)
+        check_run(self.phase, parameters)
         self.shards = shards * _num_temperatures(parameters) if "shards" in declared else shards
         self.parameters = self._whole_parameters(parameters)
         self.folder = self.root / ".jobs" / f"{self.phase}-{digest_values(self.parameters)[:8]}"

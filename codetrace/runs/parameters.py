@@ -176,26 +176,23 @@ def run_command_line(
 COUNT_PARAMETERS = ("num_seqs", "num_programs", "num_problems")
 
 
+_OPTION_NAMES = {  # Of an option: the parameters that it may stand for, where it is not named like one
+    "model": ("model", "models"),
+    "n": COUNT_PARAMETERS,
+    "batch_size": ("slots", "batch"),
+}
+
+
 def shorthand_parameters(
     declared: Mapping[str, PhaseParameter],  # What the phase declares
-    model: str | None = None,  # For `model`, or `models`
-    n: int | None = None,  # For the phase's count, `num_seqs` in `tracking`
-    input: str | None = None,  # For `input`
-    problems: str | None = None,  # For `problems`
-    full: bool = False,  # For `full`, the settings of the publication
+    **options,  # `model, n, input, problems, full, start, end, batch_size`; None where it was not given
 ) -> dict:  # Values by parameter name
-    "What the options that every phase shares mean for this one."
-    options = {
-        ("model", "models"): model,
-        COUNT_PARAMETERS: n,
-        ("input",): input,
-        ("problems",): problems,
-        ("full",): full or None,
-    }
+    "What the options that many phases share mean for this one."
     values = {}
-    for names, value in options.items():
-        if value is None:
+    for option, value in options.items():
+        if value is None or value is False:
             continue
+        names = _OPTION_NAMES.get(option, (option,))
         name = next((name for name in names if name in declared), None)
         if name is None:
             raise UnknownName(f"this phase takes no {names[0]!r}; its parameters are {', '.join(declared)}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from ..core.errors import BadInput
+from .checks import check_run
 from .execute import execute_phase
 from .jobs import find_complete_run
 from .launch import ShardedRun
@@ -54,6 +55,14 @@ def _check_overrides(study: str, overrides: Mapping[str, Mapping]) -> None:
             raise BadInput(f"study {study!r} has no phase {number!r}: its phases are {', '.join(numbers)}")
         phase_values(number, values)
 
+
+def _check_steps(numbers: Sequence[str], study: Mapping, overrides: Mapping[str, Mapping]) -> None:
+    "Refuse what a phase cannot work with, before any of them begins."
+    no_runs_yet = dict.fromkeys(numbers, "")
+    for number in numbers:
+        values = study_parameters(number, study, no_runs_yet, overrides.get(number, {}))
+        check_run(number, phase_values(number, values))
+
 # %% ../../nbs/runs/pipeline.ipynb #9a31e454
 def run_step_once(
     number: str,  # Of a phase
@@ -94,6 +103,7 @@ def run_study(
     overrides = overrides or {}
     numbers = study_numbers(name)
     _check_overrides(name, overrides)
+    _check_steps(list(numbers), study, overrides)
     manifests = {}
     failures = {}
     for text, number in numbers.items():

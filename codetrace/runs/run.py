@@ -25,6 +25,7 @@ from fastcore.basics import patch
 import codetrace
 from ..core.errors import BadInput
 from ..core.files import atomic_write, digest_values, file_sha256, read_json, storage_errors, write_json
+from .checks import check_run
 from .inputs import input_records, outcome_digest, pinned_records
 from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_manifest
 from .parameters import BadParameter, check_parameters, phase_parameters
@@ -489,6 +490,8 @@ def start_run(
     parameters = check_parameters(values | unknown, declared, name)
     _refuse_untyped(values, parameters, name)
     launcher = detect_launcher()
+    if launcher not in ("codetrace", "test"):  # which have checked already, and what is right
+        check_run(name, parameters)
     if launcher in ("jupyter", "test"):
         return open_scratch_run(name, parameters, launcher)
     if launcher == "codetrace":
