@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -248,3 +249,32 @@ def test_intervals_cover_as_often_as_they_say(tasks, samples):
     "At nominal 95%: between 92% and 97.5% of 500 studies."
     coverage = covered(tasks, samples, 500, seed=tasks)
     assert all(0.92 <= share <= 0.975 for share in coverage.values()), coverage
+
+
+def noise_activations(n: int = 60, d_model: int = 96):
+    "States that say nothing of the label, with more dimensions than rows: a probe is perfect on what it was fitted on."
+    from codetrace.sae.dataset import LabelledActivations
+    from codetrace.sae.sae import random_sae
+
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(n, d_model)).astype(np.float32)
+    columns = {"task_id": np.arange(n), "group": np.arange(n), "label": rng.random(n) < 0.5, "split": "sae"}
+    columns |= {"prompt_tokens": 10, "generated_tokens": 10, "mean_logprob": -1.0}
+    sae = random_sae(d_model, 32, 4)
+    return LabelledActivations(pd.DataFrame(columns), ("last_prompt",), (0,), lambda *_: states, lambda _: sae)
+
+
+def test_thresholds_of_a_readout_are_of_scores_out_of_fold():
+    "In sample, half-way between the classes looks perfect; out of fold nothing is."
+    from codetrace.sae.linear_probes import best_threshold
+    from codetrace.sae.predictors import probes_at_layer, refit_best_probe
+
+    noise = noise_activations()
+    label = noise.rows["label"].to_numpy()
+    probe = next(p for p in probes_at_layer(noise, "last_prompt", 0) if p.name == "logistic probe")
+    readout = refit_best_probe(probe, noise)
+    in_sample = readout.score(noise)[0]
+    assert auroc(label, in_sample) > 0.95 and auroc(label, probe.out_of_fold) < 0.75
+    threshold = readout.thresholds["correct"][0]
+    assert threshold == best_threshold(label, probe.out_of_fold)
+    assert threshold != best_threshold(label, in_sample)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT_PARTS', 'ATTENTION', 'prompt_token_parts', 'prompt_attention_shares', 'attention_changes',
-           'null_attention_changes', 'random_pushes_like', 'attention_change_sentence', 'component_contributions',
-           'contribution_table', 'contribution_sentence', 'attention_change_claim', 'contribution_claim',
-           'attention_claims', 'attention_headline']
+           'null_attention_changes', 'random_pushes_like', 'attention_change_p', 'attention_change_sentence',
+           'component_contributions', 'contribution_table', 'contribution_sentence', 'attention_change_claim',
+           'contribution_claim', 'attention_claims', 'attention_headline']
 
 # %% ../../nbs/phases/28_attention.ipynb #01913010
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,20 @@ from torch import Tensor
 
 from ..core.files import write_parquet
 from ..core.progress import Progress, no_progress
-from ..core.stats import benjamini_hochberg, bootstrap_interval, sign_flip_p
+from codetrace.core.stats import (
+    SIGNIFICANCE_LEVEL,
+    benjamini_hochberg,
+    bootstrap_interval,
+    sign_flip_p,
+    smallest_sign_flip_p,
+)
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from ..runs.claims import claim_row, read_stored_claims
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..steering.ablation import post_norm_gains
 from ..steering.directions import Direction, Push
+from ..steering.outcomes import MIN_RANDOM_DIRECTIONS
 from ..tasks.problem_prompts import render_problem_prompt
 from ..tasks.problems import Problem
 
@@ -143,7 +150,7 @@ def _mean_intervals(wide: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarr
 def attention_changes(
     table: pd.DataFrame,  # From `prompt_attention_shares`
     seed: int = 0,
-) -> pd.DataFrame:  # One row a layer, head and part: `n, share, pushed, change, low, high, p, q`
+) -> pd.DataFrame:  # One row a layer, head and part: `n, share, pushed, change, low, high, p, q`; p is NaN where the tasks are too few
     "How much a push changes the attention of each head to each part."
     table = table.assign(change=table["pushed"] - table["share"])
     keys = ["layer", "head", "part"]
@@ -151,7 +158,9 @@ def attention_changes(
     low, high = _mean_intervals(wide, seed)
     n_tasks = wide.notna().sum().to_numpy()
     means = table.groupby(keys)[["share", "pushed", "change"]].mean().loc[list(wide.columns)]
-    changes = means.assign(n=n_tasks, low=low, high=high, p=sign_flip_p(wide.to_numpy(), seed=seed))
+    can_be_significant = smallest_sign_flip_p(n_tasks) <= SIGNIFICANCE_LEVEL
+    p = np.where(can_be_significant, sign_flip_p(wide.to_numpy(), seed=seed), np.nan)
+    changes = means.assign(n=n_tasks, low=low, high=high, p=p)
     return changes.assign(q=benjamini_hochberg(changes["p"])).reset_index()
 
 # %% ../../nbs/phases/28_attention.ipynb #f66e3b84
@@ -176,21 +185,40 @@ def random_pushes_like(
     layer = push.direction.layer
     return [replace(push, direction=replace(direction, layer=layer)) for direction in directions]
 
+# %% ../../nbs/phases/28_attention.ipynb #2911c794
+def attention_change_p(
+    n_changed: int,  # Heads and parts that the push changes
+    random_counts: Sequence[int],  # From `null_attention_changes`
+) -> float:  # NaN for fewer than `MIN_RANDOM_DIRECTIONS`
+    "The share of pushes, the chosen one among them, that change as many heads and parts."
+    if len(random_counts) < MIN_RANDOM_DIRECTIONS:
+        return np.nan
+    return (1 + sum(count >= n_changed for count in random_counts)) / (1 + len(random_counts))
+
 
 def attention_change_sentence(
-    n_changed: int,  # Heads and parts that the push changes
-    n_tested: int,
+    changes: pd.DataFrame,  # From `attention_changes`
     random_counts: Sequence[int],  # From `null_attention_changes`
+    kept: bool = True,  # Whether the verdict holds together with all others
 ) -> str:
     "What a number of changed heads and parts says beside what random pushes change."
-    sentence = f"{n_changed} of {n_tested} heads and parts change at a false discovery rate of 5%"
+    n_tasks = int(changes["n"].max())
+    if changes["p"].isna().all():
+        return f"not tested: {n_tasks} tasks cannot give a p below {smallest_sign_flip_p(n_tasks):.2g}"
+    n_changed = int((changes["q"] < SIGNIFICANCE_LEVEL).sum())
+    few = f" (only {n_tasks} tasks)" if n_tasks < 10 else ""
+    sentence = f"{n_changed} of {len(changes)} heads and parts change at a false discovery rate of 5%{few}"
     if not n_changed or not random_counts:
         return sentence
-    low = min(random_counts)
-    high = max(random_counts)
-    if n_changed > high:
-        return f"{sentence}, more than under any of {len(random_counts)} random pushes as strong ({low} to {high})"
-    return f"{sentence}, no more than random pushes as strong change ({low} to {high})"
+    random = f"{len(random_counts)} random pushes as strong change {min(random_counts)} to {max(random_counts)}"
+    p = attention_change_p(n_changed, random_counts)
+    if np.isnan(p):
+        return f"{sentence}; no verdict, as {random} and {MIN_RANDOM_DIRECTIONS} such are needed"
+    if p > SIGNIFICANCE_LEVEL:
+        return f"{sentence}, no more than random pushes do: {random}"
+    if not kept:
+        return f"{sentence}; no verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims; {random}"
+    return f"{sentence}, more than random pushes do: {random}"
 
 # %% ../../nbs/phases/28_attention.ipynb #9bc71bd1
 def _head_contributions(
@@ -286,14 +314,16 @@ def attention_change_claim(
     random_counts: Sequence[int],  # From `null_attention_changes`
 ) -> dict:  # As `claim_row` gives it
     "The largest change of attention, with how many heads and parts change at all."
-    n_changed = int((changes["q"] < 0.05).sum())
+    p = attention_change_p(int((changes["q"] < SIGNIFICANCE_LEVEL).sum()), random_counts)
     return claim_row(
         f"change of attention to {largest['part']} by {_component_name(largest)}, the largest",
         largest["change"],
         (largest["low"], largest["high"]),
-        attention_change_sentence(n_changed, len(changes), random_counts),
+        attention_change_sentence(changes, random_counts),
         baseline=f"{largest['share']:.2f} unpushed",
-        null=f"q = {largest['q']:.2g} over {len(changes)} heads and parts",
+        null="–" if np.isnan(largest["q"]) else f"q = {largest['q']:.2g} over {len(changes)} heads and parts",
+        p=p,
+        without_verdict=attention_change_sentence(changes, random_counts, False) if p <= SIGNIFICANCE_LEVEL else "",
     )
 
 # %% ../../nbs/phases/28_attention.ipynb #e5c5c8b4
@@ -335,7 +365,7 @@ ATTENTION = Phase(
     numbers={
         "3.3": PhaseNumber(
             question="Where does the model look?",
-            settings={"input": "3.1", "num_problems": 0},
+            settings={"input": "3.1", "num_problems": 0, "random_pushes": 79},
             inputs={"input": "3.1", "splits": "0.1"},
         ),
     },
