@@ -30,6 +30,7 @@ from codetrace.patching.heads import (
     patch_heads,
     unchosen_heads_table,
 )
+from codetrace.patching.lookbacks import LOOKBACK_ANSWERS, draw_lookback_pairs, lookback_swaps, lookback_table
 from codetrace.patching.probes import (
     STREAM_SWEEP_POSITIONS,
     LabelledStates,
@@ -555,3 +556,41 @@ def test_needed_heads_are_judged_on_programs_they_were_not_chosen_on():
     needed = needed_heads(pd.DataFrame(rows), top=2)
     assert needed["head"].tolist() == [0, 1] and needed["drop_when_chosen"].tolist() == [1.0, 0.5]
     assert needed["log_prob_drop"].tolist() == [0.0, 0.5] and (needed["n"] == 6).all()
+
+
+# --- lookbacks: a pointer at one place, the payload at another
+
+
+def test_pointer_and_payload_are_told_apart_where_they_were_planted(lm):
+    table = lookback_table(lookback_swaps(lm, draw_lookback_pairs(20, seed=3)))
+    share = table.set_index(["position_name", "layer", "holds"])["share"]
+    assert (table["n"] == 20).all()
+    for layer in range(lm.n_layers):  # hop 1 reads by name in layer 1, hop 2 in layer 3, the read-out in layer 4
+        assert share["rhs 2", layer, "name" if layer < 2 else "payload" if layer < 4 else "nothing"] > 0.9
+        assert share["query", layer, "payload" if layer == 4 else "nothing"] > 0.9
+        assert share["final", layer, "payload" if layer == 5 else "nothing"] > 0.9
+
+
+@pytest.mark.parametrize("holds", LOOKBACK_ANSWERS)
+def test_each_thing_held_leads_to_an_answer_of_its_own(lm, holds, monkeypatch):
+    "A model that acts on payload, name, position or nothing is told apart from the three others."
+    from codetrace.patching import lookbacks
+
+    pairs = draw_lookback_pairs(10, seed=5)
+    said = iter([pair.answers[holds] for pair in pairs])
+
+    def pretend(lm, tokens, site, targets, states):
+        logits = torch.zeros(len(targets), lm.hf.config.vocab_size)
+        logits[:, lm.ids(next(said))[0][-1]] = 1
+        return logits, logits
+
+    monkeypatch.setattr(lookbacks, "patch_states", pretend)
+    swaps = lookback_swaps(lm, pairs, ["final"])
+    assert (swaps["holds"] == holds).all()
+    for pair in pairs:
+        lines = dict(zip(("base", "source"), (pair.base.lines, pair.source.lines)))
+        letter = next(line for line in lines["source"] if line.startswith(f"{pair.base.query} = "))[-1]
+        line = next(i for i, line in enumerate(lines["source"]) if line.startswith(f"{letter} = "))
+        assert pair.answers["payload"] == lines["source"][line][-1]
+        assert pair.answers["position"] == lines["base"][line][-1]
+        assert pair.answers["name"] == next(text for text in lines["base"] if text.startswith(f"{letter} = "))[-1]

@@ -1,5 +1,6 @@
 "What a notebook cannot hold of `tracing`: planted truths, every family of models, several tokenizers, refusals, resuming."
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ from codetrace.patching.cases import (
     exclusion_reasons,
 )
 from codetrace.patching.controls import ControlOptions, patch_states, run_controls
+from codetrace.patching.site_ablation import SiteAblationOptions, ablate_sites, prompted_program
 from codetrace.patching.sites import _site_states, patch_sites
 from codetrace.patching.sweep import PatchSweepOptions, average_by_position, peak_effects, run_sweep, strongest_heads
 from codetrace.patching.traces import PROGRAMS_PER_SWEEP, TraceOptions, trace_cases
@@ -828,3 +830,48 @@ def test_neither_of_an_unfiltered_pair_has_a_shallow_answer():
     shapes = ProgramShapes((8,), (2,), query_style="hash")
     cases = draw_unfiltered_cases(load_binding_model(), 40, shapes, change="reference")
     assert len(cases) == 40 and all(resists_shallow_heuristics(part) for case in cases for part in case.pair)
+
+
+# --- mean and resample ablation
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+def test_site_ablation_is_the_experiment_done_by_hand(arch):
+    lm = models.load(f"tiny:{arch}")
+    cases = [TraceCase(*pair_of(lm, seed=seed), PREFIX) for seed in range(4)]
+    programs = [prompted_program(lm, case) for case in cases]
+    ids = [list(program.token_ids) for program in programs]
+    names, layers = ("rhs 1", "query"), (1, 2)
+    for site in ("resid_pre", "head_out", "mlp_out"):
+        options = SiteAblationOptions(sites=[site], names=names, layers=layers)
+        table = ablate_sites(lm, cases, options)
+        assert set(table["kind"]) == {"mean", "resample"} and set(table["position_name"]) == set(names)
+        for i, layer, name in itertools.product((0, 3), layers, names):
+            states = []
+            for own, program in zip(ids, programs):
+                states.append(lm.capture([own], [(site, layer)])[site, layer][0, program.positions[name]])
+            others = [state for j, state in enumerate(states) if j != i]
+            candidates = {"mean": [torch.stack(others).mean(0)], "resample": others}
+            for kind, replacements in candidates.items():
+                rows = table[(table["program"] == i) & (table["kind"] == kind)]
+                rows = rows[(rows["layer"] == layer) & (rows["position_name"] == name)]
+                for row in rows.to_dict("records"):
+                    only = {"heads": int(row["head"])} if site == "head_out" else {}
+                    drops = []
+                    for state in replacements:
+                        state = state[row["head"]] if only else state
+                        with lm.intervene(
+                            Intervention(site, layer, state, positions=programs[i].positions[name], **only)
+                        ):
+                            after = lm.logits([ids[i]])[0].log_softmax(-1)
+                        before = lm.logits([ids[i]])[0].log_softmax(-1)
+                        drops.append(float((before - after)[programs[i].answer_id]))
+                    assert min(abs(drop - row["log_prob_drop"]) for drop in drops) < 1e-3
+
+
+def test_the_reverse_direction_is_no_evidence_of_its_own(llama, pairs):
+    "`noise` with a pair is `denoise` with the pair exchanged, cell by cell: on pairs drawn alike the two are one experiment."
+    for pair in pairs[:2]:
+        noise = run_sweep(llama, as_cases([pair]), PatchSweepOptions(direction="noise"))
+        exchanged = run_sweep(llama, as_cases([pair[::-1]]), PatchSweepOptions(direction="denoise"))
+        assert np.nanmax((noise["effect"] - exchanged["effect"]).abs()) < 1e-4
