@@ -72,7 +72,7 @@ def make_lookback_pair(
     answers = (payload, constants[target], constants[neighbour], constants[read])
     return LookbackPair(program, source, dict(zip(LOOKBACK_ANSWERS, answers)))
 
-
+# %% ../../nbs/patching/lookbacks.ipynb #08781141
 def _moved_source(
     program: Program,
     constants: dict[str, str],

@@ -194,7 +194,7 @@ def _distractor_columns(predicted: Int[np.ndarray, "rows"], as_distractor: Int[n
         "n_not_distractor": int(elsewhere.sum()),
     }
 
-
+# %% ../../nbs/patching/probes.ipynb #719ed4c0
 def _probe_cell(train: LabelledStates, test: LabelledStates, layer: int, rng: np.random.Generator) -> dict:
     "All probes of one position and layer, judged on the test programs."
     x = train.states[layer]

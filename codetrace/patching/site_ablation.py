@@ -70,7 +70,7 @@ def prompted_program(lm: LM, case: TraceCase) -> PromptedProgram:
     positions = named_positions(token_roles(lm, case.program, prompt))
     return PromptedProgram(tuple(lm.ids(prompt)[0]), answer_id, positions)
 
-
+# %% ../../nbs/patching/site_ablation.ipynb #72dee1dd
 def named_site_states(lm: LM, program: PromptedProgram, site: str) -> NamedStates:
     "A site's states at a program's named positions."
     states = torch.stack(_site_states(lm, program.token_ids, site))

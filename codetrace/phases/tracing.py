@@ -318,7 +318,7 @@ def _unpack_dictionary(pair: Mapping) -> tuple:
         raise BadInput(f"a dictionary with {keys}: it needs 'original', and may have 'counterfactual'")
     return pair["original"], pair.get("counterfactual")
 
-
+# %% ../../nbs/phases/11_tracing.ipynb #463ead05
 def _as_case(program_like, lm: LM, selection: ProgramSelection) -> TraceCase | None:
     "A program in any of the accepted forms, with a counterfactual; None where it has none."
     counterfactual = None

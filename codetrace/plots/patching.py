@@ -108,6 +108,24 @@ def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
     starts += [i + 1 for i, token in enumerate(tokens[:-1]) if "\n" in token]
     return list(zip(starts, (line.rstrip() for line in lines)))
 
+# %% ../../nbs/plots/patching.ipynb #e337d3be
+def _site_metric_matrices(summary: pd.DataFrame, metrics: tuple[str, ...], names: list[str]) -> dict[str, np.ndarray]:
+    "A [position, layer] matrix for each site and metric, by title."
+    layers = sorted(summary["layer"].unique())
+    matrices = {}
+    for site, rows in summary.groupby("site", sort=False):
+        for metric in metrics:
+            title = f"{site}, {'success rate' if metric == 'success' else metric.replace('_', ' ')}"
+            matrix = rows.pivot(index="position_name", columns="layer", values=metric)
+            matrices[title] = matrix.reindex(index=names, columns=layers).to_numpy(float)
+    return matrices
+
+
+def _labels_with_counts(summary: pd.DataFrame, names: list[str]) -> list[str]:
+    "Names of rows; those over fewer programs than the rest say how many."
+    counts = summary.groupby("position_name")["n"].max()
+    return [name if counts[name] == _n_programs(summary) else f"{name} (n = {counts[name]})" for name in names]
+
 # %% ../../nbs/plots/patching.ipynb #94708980
 def plot_position_grid(
     summary: pd.DataFrame,  # One row a cell: `site, layer, head, position_name, n` and the metrics, in the order of the rows
@@ -116,25 +134,10 @@ def plot_position_grid(
     "Layers by named positions, mean over programs."
     summary = summary[summary["head"].isna()] if "head" in summary else summary
     names = list(dict.fromkeys(summary["position_name"]))
-    layers = sorted(summary["layer"].unique())
     with figure_style():
-        values = {}
-        for site, rows in summary.groupby("site", sort=False):
-            for metric in metrics:
-                title = f"{site}, {'success rate' if metric == 'success' else metric.replace('_', ' ')}"
-                values[title] = (
-                    rows.pivot(index="position_name", columns="layer", values=metric)
-                    .reindex(index=names, columns=layers)
-                    .to_numpy(float)
-                )
         caption = f"Mean over {count_in_caption(_n_programs(summary))} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
-        fig, axes = _plot_matrix_panels(values, caption)
-        counts = summary.groupby("position_name")["n"].max()
-        axes[0].set_yticks(
-            range(len(names)),
-            [name if counts[name] == _n_programs(summary) else f"{name} (n = {counts[name]})" for name in names],
-            fontsize=8,
-        )
+        fig, axes = _plot_matrix_panels(_site_metric_matrices(summary, metrics, names), caption)
+        axes[0].set_yticks(range(len(names)), _labels_with_counts(summary, names), fontsize=8)
     return fig
 
 # %% ../../nbs/plots/patching.ipynb #3dbc55ed
