@@ -63,7 +63,7 @@ def _draw_within(
                 bindings.append(draw(share, rng, BindingProgramOptions(length, depth=depth, max_depth=max_depth)))
     return bindings
 
-
+# %% ../../nbs/phases/12_binding.ipynb #cf5b56d3
 def _draw_longer(n: int, lines: tuple[int, int], max_depth: int, rng: np.random.Generator) -> list[BindingPrograms]:
     "Programs of more lines than in training."
     lengths = range(lines[1] + 2, 27, 2)

@@ -89,7 +89,7 @@ class ExperimentConfig:
     num_shots: int = 0  # Solved examples before the question
     depths: Sequence[int] = ()  # Referential depths, for a generator that takes `depth`
     max_new_tokens: int = 12  # Of an answer
-    scoring: str = "auto"  # `decode`: the text; `token`: also the right token's probability; `auto`: where all are one token
+    scoring: str = "auto"  # `decode`: read the text; `token`: its probability too; `auto`: where all are one token
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_template", template_text(self.prompt_template))

@@ -39,7 +39,7 @@ def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str):
     ax.set_xlim(-0.5, last + 0.5)
     range_frame(ax, (0, last), (0, 1))
 
-
+# %% ../../nbs/plots/tracking.ipynb #8ae5361b
 def _beyond_rules(cells: pd.DataFrame) -> pd.DataFrame:
     "The cells by their programs beyond the rules, where there are any."
     beyond = cells[["series", "seq_len"]].copy()
@@ -103,10 +103,10 @@ def plot_accuracy(
         plt.close(fig)
     return fig
 
-
+# %% ../../nbs/plots/tracking.ipynb #9b8d2842
 _ACCURACY_CAPTION = (
-    "; 95% Wilson intervals; grey: the best rule or constant. Beyond rules: programs on which no shallow rule is right; "
-    f"grey: a guess among the constants that no rule names. * fewer than {_FEW} programs."
+    "; 95% Wilson intervals; grey: the best rule or constant. Beyond rules: programs on which no shallow rule is "
+    f"right; grey: a guess among the constants that no rule names. * fewer than {_FEW} programs."
 )
 
 # %% ../../nbs/plots/tracking.ipynb #f4d597c2

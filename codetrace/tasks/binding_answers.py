@@ -120,7 +120,6 @@ def _heuristic_digits(bindings: BindingPrograms) -> dict[str, Int[np.ndarray, "p
     return dict(zip(HEURISTICS, (digit[:, 0], digit[:, -1], digit[rows, last_constant], commonest)))
 
 
-
 def _count_unnamed_digits(
     bindings: BindingPrograms, heuristic_digits: dict[str, Int[np.ndarray, "program"]]
 ) -> Int[np.ndarray, "program"]:

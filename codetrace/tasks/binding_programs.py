@@ -229,7 +229,7 @@ def bindings_of_programs(
         fields["query_lines"].append([names.index(program.query)])
     return BindingPrograms(**{name: np.array(rows) for name, rows in fields.items()})
 
-
+# %% ../../nbs/tasks/binding_programs.ipynb #2bb2cc20
 _BALANCED_BATCH = 64  # Programs, of which a tenth is held out
 
 

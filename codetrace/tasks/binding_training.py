@@ -12,7 +12,7 @@ __all__ = ['ADAPTED_PROJECTIONS', 'PERPLEXITY_MODULES', 'REHEARSAL_MODULES', 'MA
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from io import BytesIO
@@ -232,7 +232,7 @@ def rate(self: BindingTrainingPlan, step: int) -> float:
     warmup = min(1.0, (step + 1) / self.warmup)
     return float(self.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #1a4c1a73
 @patch
 def batch(self: BindingTrainingPlan, step: int, level: int = 0) -> BindingPrograms:
     "The programs of a step."

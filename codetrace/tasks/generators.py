@@ -150,7 +150,7 @@ def _draw_constant_lines(
             return is_constant, roots
     raise NoSuchProgram(f"balanced_binding: no {n_roots} roots in 1000 programs: raise p_constant, now {p_constant}")
 
-
+# %% ../../nbs/tasks/generators.ipynb #a2627784
 def _draw_balanced_digits(
     is_constant: Sequence[bool], roots: Sequence[int], rng: np.random.Generator
 ) -> dict[int, int]:  # By line

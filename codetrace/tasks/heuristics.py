@@ -88,7 +88,7 @@ def _share_with_interval(correct: pd.Series) -> tuple[float, float, float]:
     low, high = wilson(int(correct.sum()), len(correct))
     return float(correct.mean()), float(low), float(high)
 
-
+# %% ../../nbs/tasks/heuristics.ipynb #3765b106
 def accuracy_beside_heuristics(
     correct: pd.Series,  # Is the model right?
     rule_is_right: pd.DataFrame,  # And each rule? One column a rule, in step with `correct`

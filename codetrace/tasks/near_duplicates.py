@@ -64,7 +64,7 @@ def _minhash_candidates(
         index.insert(position, sketch)
     return candidates
 
-
+# %% ../../nbs/tasks/near_duplicates.ipynb #886310c9
 def _positions_by_key(keys: Sequence[str]) -> list[list[int]]:
     "The positions that hold the same key, key by key."
     return pd.Series(range(len(keys))).groupby(list(keys)).apply(list).tolist()

@@ -82,7 +82,7 @@ def _shuffle_within_strata(
         order += rng.permutation(ranked[start : start + STRATUM_SIZE]).tolist()
     return order
 
-
+# %% ../../nbs/tasks/problem_splits.ipynb #de5246ab
 def assign_splits(
     difficulty: Sequence[float] | Num[np.ndarray, "rows"],  # Of each problem
     groups: Int[np.ndarray, "rows"] | None = None,  # The group of each problem (None: each by itself)

@@ -162,7 +162,7 @@ def _read_field(row: dict, names: str, kind: type, where: str, default=None):
         raise BadProblem(f"{where}: no field {expected}; it has {', '.join(row) or 'none'}")
     return _check_field(name, row[name], kind, where)
 
-
+# %% ../../nbs/tasks/problems.ipynb #3dab81f9
 def _check_text(name: str, value: object, where: str) -> str:
     "The value as text that can be written to a file."
     if not isinstance(value, str):
@@ -316,7 +316,7 @@ def _check_levels(tree: ast.AST, what: str) -> None:
     if (levels := _count_levels(tree)) > _MOST_LEVELS:
         raise BadProblem(f"{what} is nested {levels} levels deep: at most {_MOST_LEVELS} are read")
 
-
+# %% ../../nbs/tasks/problems.ipynb #59e62408
 def _check_problem(problem: Problem, where: str) -> None:
     "Raise `BadProblem` where a problem cannot be put to a model or cannot be graded."
     if not problem.text.strip():
@@ -331,7 +331,7 @@ def _check_problem(problem: Problem, where: str) -> None:
         if problem.entry_point not in _loaded_names(parse_python(test, f"{where}: test {n}")):
             raise BadProblem(f"{where}: test {n} does not call {problem.entry_point!r}: {test!r:.80}")
 
-
+# %% ../../nbs/tasks/problems.ipynb #d1c158cd
 def check_problems(
     problems: Sequence[Problem],
     where: str = "problems",  # For messages: the file they come from

@@ -93,7 +93,7 @@ def parse_bool(completion: str) -> str | None:
     "`True` or `False`, at once."
     return _match_at_start(r"True|False", completion)
 
-
+# %% ../../nbs/tasks/program_prompts.ipynb #2800fc0d
 def parse_word(completion: str) -> str | None:
     "One word, at once, with or without quotes."
     word = re.match(r"""\s*(['"]?)([A-Za-z_]\w*)\1(?!\w)""", completion)
