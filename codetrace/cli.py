@@ -103,9 +103,7 @@ _Count = Annotated[int | None, typer.Option("-n", metavar="N", help="How many pr
 _Start = Annotated[int | None, typer.Option(metavar="I", help="The first problem of a slice, from 0.")]
 _End = Annotated[int | None, typer.Option(metavar="I", help="The first problem after the slice.")]
 _BatchSize = Annotated[int | None, typer.Option(metavar="N", help="How many answers, or states, at a time.")]
-_Input = Annotated[
-    str | None, typer.Option(metavar="RUN", help="The run to read, instead of the newest that fits.")
-]
+_Input = Annotated[str | None, typer.Option(metavar="RUN", help="The run to read, instead of the newest that fits.")]
 _Full = Annotated[bool, typer.Option("--full", help="The settings of the publication, where a phase has them.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
@@ -189,7 +187,7 @@ def run_command(
     else:
         _run_phase(phase, p or [], f, options | options_of_one_phase, placement, not quiet)
 
-
+# %% ../nbs/cli.ipynb #9fe74f60
 def _absolute_path(problems: str | None) -> str | None:
     "A file of problems by its whole path, so that it is found from wherever the run looks."
     return str(Path(problems).resolve()) if problems and Path(problems).is_file() else problems
@@ -223,7 +221,7 @@ def _devices_or_slurm(devices: str | None, cluster: str | None, slurm_options: d
         given["minutes"] = parse_slurm_minutes(given.pop("time"))
     return SlurmOptions(**given, sbatch_options={key: str(value) for key, value in sbatch_options.items()})
 
-
+# %% ../nbs/cli.ipynb #8162dbf5
 def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress: bool):
     "Run a phase in processes of its own."
     from codetrace.runs.jobs import parse_devices
@@ -267,7 +265,7 @@ def _read_overrides(file: Path | None) -> dict[str, dict]:
             )
     return overrides
 
-
+# %% ../nbs/cli.ipynb #3c58a522
 def _run_study(name: str, options: dict, file: Path | None, placement: _Placement, show_progress: bool):
     "Run the phases of a study."
     from codetrace.runs.jobs import parse_devices
@@ -425,7 +423,9 @@ def show_command(
         )
 
 # %% ../nbs/cli.ipynb #1ec496d6
-@app.command(name="robust", epilog="Examples:  codetrace robust  |  codetrace robust --model smollm2 --model binding -n 3")
+@app.command(
+    name="robust", epilog="Examples:  codetrace robust  |  codetrace robust --model smollm2 --model binding -n 3"
+)
 def robust_command(
     generator: Annotated[str, typer.Argument(help="The kind of program, a generator's name.")] = "variable_binding",
     model: Annotated[list[str] | None, typer.Option(metavar="M", help="A model that must answer; repeatable.")] = None,
@@ -451,7 +451,7 @@ def robust_command(
     print(f"{found} of {n} programs in {seeds} seeds: give more --seeds, or fewer lines", file=sys.stderr)
     raise typer.Exit(1)
 
-
+# %% ../nbs/cli.ipynb #0aeb1c4e
 def _robust_programs(generator: str, names: list[str], seq_len: int, depths: list[int], seeds: int, prompt: str):
     "Seeds and programs, one after the other."
     from codetrace.models.loading import load

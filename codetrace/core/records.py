@@ -163,7 +163,7 @@ def _load_part(path: Path, expected: str | None = None) -> tuple[Any, str]:
         raise _DamagedPart(f"is damaged (its {len(data)} bytes do not match its hash)")
     return _parse_part(data), digest
 
-
+# %% ../../nbs/core/records.ipynb #ae85bb25
 def _parse_part(data: bytes):
     "The Arrow table in the bytes of a part, which must be one that `Records` writes."
     import pyarrow as pa

@@ -65,7 +65,7 @@ def _read_config(path: Path) -> dict:
         raise NotAModel(f"{path} asks to run code of its own (auto_map), which codetrace never does: use another model")
     return config
 
-
+# %% ../../nbs/models/folders.ipynb #6099b365
 def check_model_folder(
     folder: Path,
 ) -> dict:  # Its configuration
@@ -141,7 +141,9 @@ def cached_hub_folder(
 
 def _check_hub_reachable(name: str) -> None:
     "Raise `NoNetwork` where a model that is not here cannot be downloaded."
-    is_offline = any(os.environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in _OFFLINE_VARIABLES)
+    is_offline = any(
+        os.environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in _OFFLINE_VARIABLES
+    )
     if not is_offline and not any(os.environ.get(variable) for variable in _DETOUR_VARIABLES):
         try:
             socket.create_connection(("huggingface.co", 443), timeout=1.0).close()
@@ -158,7 +160,7 @@ class ModelFacts:
 
     layers: int | None = None  # None where only the hub knows
 
-
+# %% ../../nbs/models/folders.ipynb #2076a6ad
 def check_model_name(
     name: str,  # As `models.load` takes it
 ) -> ModelFacts:
@@ -182,7 +184,7 @@ def check_model_name(
     _check_hub_reachable(name)
     return ModelFacts()
 
-
+# %% ../../nbs/models/folders.ipynb #fa5c3f23
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()

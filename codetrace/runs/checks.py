@@ -51,7 +51,7 @@ def _check_number(phase: str, name: str, value: float) -> None:
     if name in ("lr", "learning_rate") and value <= 0:
         raise BadParameter(f"{name} must be more than 0, such as 0.002, not {value!r} (phase {phase!r})")
 
-
+# %% ../../nbs/runs/checks.ipynb #760244db
 def _check_numbers(phase: str, values: Mapping) -> None:
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -90,7 +90,7 @@ _LABELS = {
     "query_style": "query style",
 }
 
-
+# %% ../../nbs/runs/checks.ipynb #4af7f1a1
 def _check_choices(phase: str, values: Mapping) -> None:
     "Refuse a word that is none of those that its parameter takes."
     for name, value in values.items():
@@ -190,7 +190,7 @@ def _check_generation(values: Mapping) -> None:
     if values["max_new_tokens"] < 1:
         raise BadParameter(f"max_new_tokens={values['max_new_tokens']}: an answer has at least 1 token")
 
-
+# %% ../../nbs/runs/checks.ipynb #4bde0907
 def _check_saes(values: Mapping) -> None:
     "Sizes of an SAE and of its text that go together, and an SAE that can be there."
     if values["text"] == "completions" and not values["input"]:

@@ -98,7 +98,7 @@ def _conflicting_read(manifest: Mapping, resolved: Mapping, declaration: Phase) 
                 return declared.parameter, read
     return None
 
-
+# %% ../../nbs/runs/inputs.ipynb #0d07021e
 def _inherited_read(declared: PhaseInput, resolved: Mapping, declaration: Phase) -> Mapping | None:
     "What the runs found so far have read in the place of this input."
     reads = [read for manifest in resolved.values() for read in manifest["inputs"]]
@@ -119,7 +119,7 @@ def _command_for_input(declared: PhaseInput, agreement: Mapping, resolved: Mappi
     words += [f"-p {name}={value}" for name, value in agreement.items() if name in declared.role or not words]
     return " ".join(["codetrace run", declared.phase, *words])
 
-
+# %% ../../nbs/runs/inputs.ipynb #55707602
 def _search_input(
     declared: PhaseInput, agreement: Mapping, resolved: Mapping, declaration: Phase, root: Path | None
 ) -> dict:
@@ -169,7 +169,7 @@ def _find_input(
         _refuse_other_origin(manifest, declared, resolved, declaration)
     return manifest
 
-
+# %% ../../nbs/runs/inputs.ipynb #e5d349e6
 def _refuse_other_origin(manifest: Mapping, declared: PhaseInput, resolved: Mapping, declaration: Phase) -> None:
     "Refuse a run that was made from other runs than those that the phase reads."
     run_id = manifest["run_id"]
@@ -221,7 +221,7 @@ def input_records(
         for role, m in resolved
     ]
 
-
+# %% ../../nbs/runs/inputs.ipynb #320fa626
 def pinned_records(
     manifest: Mapping,  # Of a run that is to be continued
     root: Path | None = None,  # Default: `runs_root()`
@@ -248,7 +248,7 @@ def pin_inputs(
     ids = {name: manifest["run_id"] for name, manifest in resolve_inputs(phase, parameters, root).items()}
     return dict(parameters) | ids
 
-
+# %% ../../nbs/runs/inputs.ipynb #629f4a7e
 def outcome_digest(
     code: str,  # A hash of the code
     parameters: Mapping,  # Of the run

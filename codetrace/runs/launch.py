@@ -276,7 +276,7 @@ def _parameters_begun_with(self: ShardedRun) -> dict | None:
                 return request["parameters"]
     return None
 
-
+# %% ../../nbs/runs/launch.ipynb #c17b7674
 @patch
 def _can_go_on(self: ShardedRun, parameters: dict) -> bool:
     "Is something left to do with these parameters, and has no mistake of the user ended it?"

@@ -254,7 +254,7 @@ def _command_for(phase: str, parameters: Mapping) -> str:
     command = run_command_line(name, remaining) if is_phase(phase) else f"codetrace run {name}"
     return command + "".join(f" --{key} {value}" for key, value in shared.items())
 
-
+# %% ../../nbs/runs/manifest.ipynb #d63fa5b9
 def complete_runs(
     phase: str,  # Phase name
     root: Path | None = None,  # Default: `runs_root()`

@@ -35,7 +35,7 @@ def _inferred_annotation(value: object) -> str:
         return f"list[{type(value[0]).__name__ if value else 'str'}]"
     return type(value).__name__
 
-
+# %% ../../nbs/runs/parameters.ipynb #c170bd15
 def notebook_parameters(
     notebook: Path,  # A phase notebook
 ) -> dict[str, PhaseParameter]:  # Its parameters, in the order of the cell
@@ -110,7 +110,7 @@ def _list_items(text: str) -> list[str]:
     inner = text.strip().removeprefix("[").removesuffix("]")
     return [item.strip().strip("\"'") for item in inner.split(",")] if inner.strip() else []
 
-
+# %% ../../nbs/runs/parameters.ipynb #a80381c1
 def _read_item(value, annotation: str):
     "One value that is no list; ValueError where it is not of the type."
     if annotation == "str":

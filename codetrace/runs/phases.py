@@ -45,7 +45,7 @@ class PhaseNumber:
     inputs: Mapping[str, str] = field(default_factory=dict)  # In a study: the number whose run each parameter names
     essential: bool = False  # Does a study end where it fails?
 
-
+# %% ../../nbs/runs/phases.ipynb #597f8013
 @dataclass(frozen=True)
 class Phase:
     "All that is known of a phase outside its own notebook; the parameters stand in the notebook's `parameters` cell."
@@ -94,7 +94,7 @@ def _is_declaration(node: ast.stmt) -> bool:
     value = node.value if isinstance(node, ast.Assign) else None
     return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Phase"
 
-
+# %% ../../nbs/runs/phases.ipynb #b32bb279
 def read_declaration(
     notebook: Path,
 ) -> Phase | None:  # None where the notebook declares no phase
@@ -172,7 +172,7 @@ def identifying_parameters(
     number = _number(find_phase(name), name)
     return {key: number.settings[key] for key in number.told_by}
 
-
+# %% ../../nbs/runs/phases.ipynb #1dac5bbd
 def _number(phase: Phase, name: str) -> PhaseNumber:
     text = str(name)
     return phase.numbers.get(text) or phase.numbers.get(f"{text}.0") or PhaseNumber("")
@@ -216,7 +216,7 @@ def study_numbers(
         raise BadInput(f"unknown study {study!r}: expected one of {', '.join(sorted(studies))}")
     return dict(sorted(numbers.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
 
-
+# %% ../../nbs/runs/phases.ipynb #7ba2fddf
 def studies() -> list[str]:
     "Names of all studies."
     return sorted({phase.study for phase in phases().values()} - {""})

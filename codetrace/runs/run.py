@@ -54,7 +54,7 @@ def _code_digest(source: str) -> str:
 # %% ../../nbs/runs/run.ipynb #34937ac4
 _NOT_OUTPUTS = ("run.json", "notebook.ipynb", "progress.json")
 
-
+# %% ../../nbs/runs/run.ipynb #8478a10d
 class Run:
     "One run that is being written."
 
@@ -119,7 +119,7 @@ def _report_progress(folder: Path, **state):
     (folder / "progress.tmp").write_text(json.dumps(state))
     (folder / "progress.tmp").replace(folder / "progress.json")
 
-
+# %% ../../nbs/runs/run.ipynb #77411536
 @patch
 def progress(
     self: Run,
@@ -290,7 +290,14 @@ def _inputs_begun_with(home: Path, code: str, parameters: Mapping) -> list[dict]
     return None
 
 # %% ../../nbs/runs/run.ipynb #fc61a116
-_SUBJECT_PARAMETERS = {"model", "models", "problems", "seed", "dtype", "input"}  # They say what a run is about, not how large it is
+_SUBJECT_PARAMETERS = {
+    "model",
+    "models",
+    "problems",
+    "seed",
+    "dtype",
+    "input",
+}  # They say what a run is about, not how large it is
 
 
 def example_reason(
@@ -476,7 +483,7 @@ def _refuse_untyped(values: dict, checked: dict, phase: str) -> None:
                 f"parameter {name!r} of phase {phase!r} is {value!r} in this kernel: give {checked[name]!r}; with papermill, -y '{name}: {json.dumps(checked[name])}'"
             )
 
-
+# %% ../../nbs/runs/run.ipynb #59f235eb
 def start_run(
     phase: Phase | str,  # The notebook's declaration, or the phase's name
     **values,  # All parameters of the notebook, by name
