@@ -112,7 +112,7 @@ def test_nothing_is_claimed_in_two_hundred_studies():
 
 def test_a_latent_that_only_sees_how_hard_a_task_is_tells_nothing_within_tasks():
     "Latents that only know the task: labels shuffled freely make them look like knowledge, within tasks they do not."
-    claimed = {"within": 0, "freely": 0}
+    claimed = {"within": 0, "within tasks alone": 0, "freely": 0}
     for seed in range(30):
         rng = np.random.default_rng(seed)
         task = np.repeat(np.arange(30), 6)
@@ -125,19 +125,21 @@ def test_a_latent_that_only_sees_how_hard_a_task_is_tells_nothing_within_tasks()
         active = ActiveLatents(180, row, latent, np.ones(len(row)), 40)
         by_task = search_active_latents(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table
         freely = search_active_latents(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99).table
-        claimed["within"] += by_task["family_wise_p_within_tasks"].min() <= 0.05
+        claimed["within"] += by_task["family_wise_p"].min() <= 0.05
+        claimed["within tasks alone"] += by_task["family_wise_p_within_tasks"].min() <= 0.05
         claimed["freely"] += freely["family_wise_p"].min() <= 0.05
-    assert claimed["within"] <= 5 and claimed["freely"] >= 20, claimed
+    assert max(claimed["within"], claimed["within tasks alone"]) <= 5 and claimed["freely"] >= 20, claimed
 
 
 def test_the_null_is_what_a_loop_gives():
+    "One sample a task: the separation itself."
     rng = np.random.default_rng(0)
-    label, task = labels(rng, 30, 3)
+    label, task = labels(rng, 90, 1)
     active = activities(rng, label, task, 1, 200, 0.1, None)[0]
     design = permutation_design(label, task)
     on, shuffled = active.matrix().toarray().T, permute_labels(design, 50)
     slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled.T]
-    assert np.allclose(null_of_maximum(active, design, shuffled, block=7), slow, atol=1e-6)
+    assert np.allclose(null_of_maximum(active, design, shuffled, block=7), slow, atol=1e-5)
 
 
 def at_most(share: float, n: int) -> float:

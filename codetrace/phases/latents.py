@@ -23,7 +23,7 @@ def _largest_separation(best: pd.DataFrame) -> str:
     first = best.loc[best["score"].idxmax()]
     place = f"latent {first['latent']} of layer {first['layer']} at {first['position'].replace('_', ' ')}"
     activity = f"active in {first['correct']:.0%} of correct and {first['incorrect']:.0%} of incorrect solutions"
-    return f"The largest separation is {first['score']:.2f} ({place}, {activity})"
+    return f"The largest adjusted separation is {first['score']:.2f} ({place}, {activity})"
 
 
 def _within_tasks_clause(significant: pd.DataFrame) -> str:
@@ -75,7 +75,7 @@ def _nulls_in_words(p: float, p_within_tasks: float) -> str:
     if np.isnan(p):
         return "–"
     within = "labels do not vary enough" if np.isnan(p_within_tasks) else f"p = {p_within_tasks:.3f}"
-    return f"p = {p:.3f} for the largest separation of all; within tasks: {within}"
+    return f"p = {p:.3f} for the largest adjusted separation of all; within tasks: {within}"
 
 # %% ../../nbs/phases/24_latents.ipynb #fecb6201
 def _latent_claim(card: Mapping) -> dict:

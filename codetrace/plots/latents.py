@@ -49,7 +49,7 @@ def plot_separation_by_layer(
                 ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(0, 1.05 * highest)
             range_frame(ax, (layers[0], layers[-1]), (0, highest))
-        axes[-1, 0].set(xlabel="layer", ylabel="separation")
+        axes[-1, 0].set(xlabel="layer", ylabel="adjusted separation")
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/latents.ipynb #783a17cb
