@@ -34,6 +34,7 @@ from codetrace.patching.lookbacks import LOOKBACK_ANSWERS, draw_lookback_pairs, 
 from codetrace.patching.probes import (
     STREAM_SWEEP_POSITIONS,
     LabelledStates,
+    beyond_rules_p,
     mark_readable,
     probes_sentence,
     probes_with_effects,
@@ -53,6 +54,7 @@ from codetrace.phases.mechanism import (
     training_sentence,
 )
 from codetrace.planted.binding import D_MODEL, RESIDUAL_SUBSPACES, circuit_value_heads, load_binding_model
+from codetrace.plots.mechanism import plot_head_sets
 
 
 @pytest.fixture(scope="module")
@@ -277,13 +279,14 @@ def test_only_the_value_makes_a_cell_readable(carried, claimed):
         assert (probes["low"] > probes["shuffled_high"]).all() and (probes["low"] > probes["control_high"]).all()
         assert (probes["beyond"] < 0.3).all() and (probes["says_distractor"] > 0.4).all()
         assert (probes["distractor_accuracy"] > 0.8).all()
+        assert not probes["above_rules"].any()
     if carried == "control":
-        assert (probes["selectivity"] < 0).all()
+        assert (probes["selectivity"] < 0).all() and not probes["above_rules"].any()
 
 
 def test_random_states_are_rarely_readable():
     studies = 20
-    claims = sum(readable_cells_of("nothing", seed)["readable"].any() for seed in range(studies))
+    claims = sum(readable_cells_of("nothing", seed)["above_rules"].any() for seed in range(studies))
     assert claims <= 0.05 * studies
 
 
@@ -294,10 +297,13 @@ def test_a_study_of_240_null_cells_makes_a_claim_in_at_most_one_in_twenty():
         right, shuffled, control = rng.random((3, 240, 40)) < 0.12
         beyond = rng.random((240, 40)) < 0.5
         p = [readable_p(*rows, 0.12) for rows in zip(right, shuffled, control, beyond)]
-        claims += mark_readable(pd.DataFrame({"p": p}))["readable"].any()
+        q = [beyond_rules_p(r, s, b, 0.12) for r, s, b in zip(right, shuffled, beyond)]
+        marked = mark_readable(pd.DataFrame({"p": p, "p_beyond_rules": q}))
+        claims += (marked["readable"] | marked["above_rules"]).any()
     assert claims <= 0.05 * studies
     true_cell = readable_p(np.ones(40, bool), right[0], control[0], beyond[0], 0.12)
-    assert mark_readable(pd.DataFrame({"p": [*p[1:], true_cell]}))["readable"].tolist()[-1]
+    cells = pd.DataFrame({"p": [*p[1:], true_cell], "p_beyond_rules": [*q[1:], true_cell]})
+    assert mark_readable(cells)["readable"].tolist()[-1]
 
 
 def test_the_probed_layer_is_chosen_and_judged_on_different_programs():
@@ -324,6 +330,7 @@ def test_the_probed_layer_is_chosen_and_judged_on_different_programs():
             "low": 0.5,
             "p": 0.01,
             "readable": [True, True],
+            "above_rules": [True, True],
             "effect_low": [-0.9, -0.01],
             "effect_high": [-0.5, 0.01],
         }
@@ -594,3 +601,14 @@ def test_each_thing_held_leads_to_an_answer_of_its_own(lm, holds, monkeypatch):
         assert pair.answers["payload"] == lines["source"][line][-1]
         assert pair.answers["position"] == lines["base"][line][-1]
         assert pair.answers["name"] == next(text for text in lines["base"] if text.startswith(f"{letter} = "))[-1]
+
+
+def test_one_position_is_not_drawn_twice():
+    sets = pd.DataFrame(
+        {"position_name": ["final", "all"], "kind": "chosen", "effect": 0.5, "low": 0.4, "high": 0.6, "n": 8}
+    )
+    figure = plot_head_sets(sets, "effect")
+    assert [axes.get_title() for axes in figure.axes] == ["final"]
+    assert "n = 8 (fewer than 10) programs" in figure._supxlabel.get_text()
+    three = pd.concat([sets, sets.assign(position_name="query")])
+    assert len(plot_head_sets(three, "effect").axes) == 3

@@ -442,7 +442,7 @@ def _tidy(self: Decoder) -> None:
             places[slot], places[target] = places[target], places[slot]
 
 
-def _attended_columns(lengths: Int[np.ndarray, "slots"]) -> int:
+def _attended_columns(lengths: Int[np.ndarray, "slot"]) -> int:
     "The columns of all blocks, for slots of these lengths."
     starts = range(0, len(lengths), SLOTS_PER_BLOCK)
     return sum(round_columns(int(lengths[i : i + SLOTS_PER_BLOCK].max())) for i in starts)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STREAM_SWEEP_POSITIONS', 'last_constant_before', 'control_digit', 'ProbeLabels', 'probe_labels', 'LabelledStates',
-           'states_by_position', 'fit_linear_probe', 'readable_p', 'run_probes', 'mark_readable', 'probes_with_effects',
-           'probes_sentence']
+           'states_by_position', 'fit_linear_probe', 'beyond_rules_p', 'readable_p', 'run_probes', 'mark_readable',
+           'probes_with_effects', 'probes_sentence']
 
 # %% ../../nbs/patching/probes.ipynb #5e437190
 import zlib
@@ -132,8 +132,8 @@ def fit_linear_probe(x: Float[np.ndarray, "rows d_model"], values: Int[np.ndarra
 
 
 def _probe_predictions(
-    x: Float[np.ndarray, "rows d_model"], labels: Int[np.ndarray, "rows"], x_test: Float[np.ndarray, "test d_model"]
-) -> Int[np.ndarray, "test"]:
+    x: Float[np.ndarray, "rows d_model"], labels: Int[np.ndarray, "rows"], x_test: Float[np.ndarray, "batch d_model"]
+) -> Int[np.ndarray, "batch"]:
     "What a probe trained for some labels says of other states; the one label where there is no other."
     if len(np.unique(labels)) == 1:
         return np.full(len(x_test), labels[0])
@@ -157,6 +157,22 @@ def _more_often_right_p(right: Bool[np.ndarray, "rows"], other: Bool[np.ndarray,
     return float(binomtest(only_first, only_first + only_second, 0.5, alternative="greater").pvalue)
 
 
+def beyond_rules_p(
+    right: Bool[np.ndarray, "rows"],  # Is the probe for the value right?
+    shuffled: Bool[np.ndarray, "rows"],  # And the one for shuffled labels?
+    beyond_rules: Bool[np.ndarray, "rows"],
+    chance: float,  # Of a guess, beyond the rules
+) -> float:  # NaN where no program is beyond the rules
+    "The larger p of two tests: above shuffled labels, above a guess beyond the rules."
+    from scipy.stats import binomtest
+
+    if not beyond_rules.any():
+        return np.nan
+    beyond = right[beyond_rules]
+    guess_p = binomtest(int(beyond.sum()), len(beyond), min(1, chance), alternative="greater").pvalue
+    return max(_more_often_right_p(right, shuffled), float(guess_p))
+
+
 def readable_p(
     right: Bool[np.ndarray, "rows"],  # Is the probe for the value right?
     shuffled: Bool[np.ndarray, "rows"],  # And the one for shuffled labels?
@@ -164,14 +180,9 @@ def readable_p(
     beyond_rules: Bool[np.ndarray, "rows"],
     chance: float,  # Of a guess, beyond the rules
 ) -> float:  # NaN where no program is beyond the rules
-    "The largest p of three tests: above shuffled labels, above the control task, above a guess beyond the rules."
-    from scipy.stats import binomtest
-
-    if not beyond_rules.any():
-        return np.nan
-    beyond = right[beyond_rules]
-    beyond_p = binomtest(int(beyond.sum()), len(beyond), min(1, chance), alternative="greater").pvalue
-    return max(_more_often_right_p(right, shuffled), _more_often_right_p(right, control), float(beyond_p))
+    "The largest p of three tests: those of `beyond_rules_p`, and above the control task."
+    p = beyond_rules_p(right, shuffled, beyond_rules, chance)
+    return p if np.isnan(p) else max(p, _more_often_right_p(right, control))
 
 # %% ../../nbs/patching/probes.ipynb #e181d405
 def _guess_beyond_rules(test: LabelledStates) -> float:
@@ -212,6 +223,7 @@ def _probe_cell(train: LabelledStates, test: LabelledStates, layer: int, rng: np
     row |= _distractor_columns(predicted, _probe_predictions(x, train.distractor, x_test), test)
     row |= {"accuracy_when_chosen": right[::2].mean(), "n_judged": len(right[1::2])}
     row |= _share_columns(right[1::2], "judged_accuracy", "judged_low", "judged_high")
+    row |= {"p_beyond_rules": beyond_rules_p(right, shuffled, test.beyond_rules, chance)}
     return row | {"p": readable_p(right, shuffled, control, test.beyond_rules, chance)}
 
 # %% ../../nbs/patching/probes.ipynb #7db281b1
@@ -233,12 +245,13 @@ def run_probes(
 
 
 def mark_readable(
-    probes: pd.DataFrame,  # One row a cell, with `p`
-    level: float = 0.05,  # Chance that any cell is called readable where none is
-) -> pd.DataFrame:  # With `family_wise_p` and `readable`
+    probes: pd.DataFrame,  # One row a cell, with `p` and `p_beyond_rules`
+    level: float = 0.05,  # Chance that any cell is called so where none is
+) -> pd.DataFrame:  # With `family_wise_p`, `readable`, and `above_rules`, which leaves the control task out
     "Which cells are readable, with Holm's correction over all of them."
     adjusted = holm(probes["p"])
-    return probes.assign(family_wise_p=adjusted, readable=adjusted <= level)
+    above_rules = holm(probes["p_beyond_rules"]) <= level
+    return probes.assign(family_wise_p=adjusted, readable=adjusted <= level, above_rules=above_rules)
 
 # %% ../../nbs/patching/probes.ipynb #2ba86e7a
 def probes_with_effects(
@@ -290,13 +303,12 @@ def probes_sentence(
         return "No program is beyond the rules at any position: probes cannot tell the value from the layout."
     readable = judged[judged["readable"]]
     without_effect = (readable["effect_low"] > -negligible) & (readable["effect_high"] < negligible)
-    above_guess = judged["beyond_low"] > judged["beyond_chance"]
-    unselective = judged[above_guess & ~judged["readable"] & (judged["control_accuracy"] >= judged["low"])]
+    unselective = judged[judged["above_rules"] & ~judged["readable"]]
     not_judged = list(dict.fromkeys(both["position_name"][both["n_beyond"] == 0]))
     sentence = (
         f"{_best_probe(judged)}. Readable, family-wise over {judged['p'].notna().sum()} cells: {_places(readable)}; "
         f"of these without effect: {_places(readable[without_effect])}; "
-        f"above a guess beyond rules but not selective: {_places(unselective)}"
+        f"read beyond the rules, but not told apart from the control task: {_places(unselective)}"
     )
     if not_judged:
         sentence += f"; not judged, for there the answer always is what a rule says: {', '.join(not_judged)}"

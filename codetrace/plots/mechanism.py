@@ -19,7 +19,7 @@ _FEW = 10  # Programs below which a caption says so
 
 def count_in_caption(n: float) -> str:
     "The number of programs, for a caption."
-    return f"n = {n:.0f}" if n >= _FEW else f"n = {n:.0f}, fewer than {_FEW},"
+    return f"n = {n:.0f}" if n >= _FEW else f"n = {n:.0f} (fewer than {_FEW})"
 
 # %% ../../nbs/plots/mechanism.ipynb #65c3dc3d
 def _share_limits(table: pd.DataFrame) -> tuple[float, float]:
@@ -32,7 +32,9 @@ def plot_head_sets(
     value: str,  # Its column
     intact: float | None = None,  # Drawn in grey
 ) -> Figure:
-    "What sets of heads do, a panel a named position."
+    "What sets of heads do, a panel a named position; one position alone is not drawn again as `all`."
+    if table["position_name"].nunique() == 2:
+        table = table[table["position_name"] != "all"]
     panels = list(table.groupby("position_name", sort=False))
     kinds = list(dict.fromkeys(table["kind"]))
     caption = f"{count_in_caption(table['n'].max())} programs, 95% intervals." + (
@@ -66,7 +68,7 @@ def _plot_probe_panel(ax, rows: pd.DataFrame):
         ax.fill_between(rows["layer"], rows[low], rows[high], color=look["color"], alpha=0.18, lw=0)
         ax.plot(rows["layer"], rows[value], **look)
     readable = rows["layer"][rows["readable"]]
-    ax.plot(readable, np.full(len(readable), -0.09), "|", color="k", ms=4, mew=1, clip_on=False)
+    ax.plot(readable, np.full(len(readable), -0.09), "|", color="k", ms=4, mew=1)
 
 # %% ../../nbs/plots/mechanism.ipynb #3e790b1d
 def plot_probes(
@@ -77,11 +79,11 @@ def plot_probes(
     panels = list(table.groupby("position_name", sort=False))
     last = int(table["layer"].max())
     caption = (
-        f"Black: accuracy of a linear probe on {count_in_caption(table['n'].max())} programs, 95% Wilson intervals a cell; dotted: trained on shuffled labels; dash-dotted: a random digit for each letter (control task).\n"
+        f"Black: accuracy of a linear probe, {count_in_caption(table['n'].max())} programs, 95% Wilson intervals of each cell; dotted: shuffled labels; dash-dotted: control task.\n"
         f"Blue, dashed: causal effect of the same state, {count_in_caption(table['effect_n'].max())} programs, 95% bootstrap intervals.\n"
         "Marks below: readable, over all cells at 5%: above both controls, and above a guess where no rule is right."
     )
-    with panel_grid(len(panels), columns, 1.75, 1.4, caption) as axes:
+    with panel_grid(len(panels), columns, 1.75, 1.55, caption) as axes:
         for ax, (name, rows) in zip(axes.flat, panels):
             _plot_probe_panel(ax, rows)
             ax.set_title(name, pad=3)
@@ -146,7 +148,7 @@ def plot_peaks_by_model(
             below.plot(x, rows["layer"], "s", color="k", mfc="w", ms=3)
             above.set_title(name, pad=3)
             below.set_xticks(range(len(models)), models, rotation=90, fontsize=6)
-        axes[0, 0].set(ylabel="effect", yticks=[0, 0.5, 1], ylim=(-0.1, 1.1))
+        axes[0, 0].set(ylabel="effect", yticks=[0, 0.5, 1], ylim=_share_limits(peaks))
         axes[1, 0].set(ylabel="layer", ylim=(-1, peaks["layer"].max() + 1))
     return axes[0, 0].figure
 
