@@ -608,7 +608,7 @@ def test_one_position_is_not_drawn_twice():
         {"position_name": ["final", "all"], "kind": "chosen", "effect": 0.5, "low": 0.4, "high": 0.6, "n": 8}
     )
     figure = plot_head_sets(sets, "effect")
-    assert [axes.get_title() for axes in figure.axes] == ["final"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["final"]
     assert "n = 8 (fewer than 10) programs" in figure._supxlabel.get_text()
     three = pd.concat([sets, sets.assign(position_name="query")])
     assert len(plot_head_sets(three, "effect").axes) == 3
