@@ -148,7 +148,7 @@ def baseline_difference_table(
     table["to_beat"] = table["baseline"].isin(to_beat)
     return table[["target", "name", "measure", "baseline", "to_beat", "value", "low", "high"]]
 
-
+# %% ../../nbs/phases/25_validation.ipynb #2bb701ac
 def strongest_baseline(
     differences: pd.DataFrame,  # As `baseline_difference_table` gives them
     name: str,  # Of a latent

@@ -47,11 +47,11 @@ def simultaneous_differences(
 ) -> pd.DataFrame:  # One row a baseline: `baseline, value, low, high`; NaN ends where the difference has no resamples
     "A measure less that of each baseline, with simultaneous intervals."
     weights, n = _cluster_weights(clusters, n_resamples, seed)
-    own = statistic(weights)
-    value_of_all = np.ones(weights.shape[1])
+    measure_drawn = statistic(weights)
+    equal_weights = np.ones(weights.shape[1])
     names = list(baselines)
-    values = np.array([statistic(value_of_all) - baselines[name](value_of_all) for name in names])
-    drawn = np.array([own - baselines[name](weights) for name in names])
+    values = np.array([statistic(equal_weights) - baselines[name](equal_weights) for name in names])
+    drawn = np.array([measure_drawn - baselines[name](weights) for name in names])
     drawn = drawn[:, ~np.isnan(drawn).any(0)]
     if drawn.shape[1] < 2:
         return pd.DataFrame({"baseline": names, "value": values, "low": np.nan, "high": np.nan})

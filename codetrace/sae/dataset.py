@@ -23,6 +23,7 @@ from .latent_search import P_COLUMNS, LatentSearch, all_latents, largest_of_null
 from .loading import layers_with_saes, load_run_sae
 from .null_of_maximum import family_wise_p
 from .sae import SAE
+from ..sandbox.pool import NOT_JUDGED
 from ..tasks.near_duplicates import near_duplicate_groups
 from ..tasks.problem_splits import SPLIT_SHARES
 
@@ -64,7 +65,7 @@ def labelled_samples(
         raise BadInput(
             f"task {missing!r} is in no split: the splits are of another problem set; run phase 0.1 on this one, or name it with splits=RUN"
         )
-    rows = table[table["split"].isin(names) & (table["verdict"] != "runner_error")]
+    rows = table[table["split"].isin(names) & ~table["verdict"].isin(NOT_JUDGED)]
     if rows["passed"].nunique() < 2:
         right = int(rows["passed"].sum())
         raise BadInput(

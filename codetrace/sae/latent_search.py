@@ -105,9 +105,10 @@ def largest_of_nulls(
     nulls: Iterable[Mapping[str, np.ndarray]],  # Of layers or positions, under the same permutations
 ) -> dict[str, Float[np.ndarray, "shuffles"]]:
     "The nulls of all of them together."
-    nulls = list(nulls)
-    tables = {name: pd.DataFrame([null[name] for null in nulls]) for name in P_COLUMNS}
-    return {name: table.max().to_numpy() for name, table in tables.items()}
+    largest: dict[str, np.ndarray] = {}
+    for null in nulls:
+        largest = {name: np.maximum(null[name], largest.get(name, null[name])) for name in P_COLUMNS}
+    return largest
 
 # %% ../../nbs/sae/latent_search.ipynb #05ea2199
 def search_active_latents(

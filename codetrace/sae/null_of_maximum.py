@@ -36,7 +36,7 @@ class PermutationDesign:
     "Which labels may change places."
 
     solution: np.ndarray  # [rows]: the number of each row's solution; copies share it
-    label: Bool[np.ndarray, "solutions"]
+    label: np.ndarray  # [solutions], true or false
     shapes: tuple[ExchangeableGroups, ...]
     between_groups: bool  # Do whole groups change places too?
     n_tasks: int

@@ -83,7 +83,7 @@ def _length_features(rows: pd.DataFrame) -> Float[np.ndarray, "rows features"]:
 def fit_length_effect(
     rows: pd.DataFrame,  # The choosing rows
     score: Float[np.ndarray, "rows"],
-) -> Float[np.ndarray, "features"]:
+) -> np.ndarray:  # [features]
     "The least-squares effect of prompt and completion length on a score."
     return np.linalg.lstsq(_length_features(rows), np.asarray(score, float), rcond=None)[0]
 
@@ -91,7 +91,7 @@ def fit_length_effect(
 def score_beyond_length(
     rows: pd.DataFrame,  # Any rows
     score: Float[np.ndarray, "rows"],
-    effect: Float[np.ndarray, "features"],  # From `fit_length_effect`
+    effect: np.ndarray,  # [features], from `fit_length_effect`
 ) -> Float[np.ndarray, "rows"]:
     "A score less what length alone makes of it; what is only rounding is 0."
     left_over = score - _length_features(rows) @ effect
