@@ -485,7 +485,7 @@ CHAINED = {  # The planted study needs no more; by phase
     },
     "2": {"text": "{text}", "text_tokens": 1000, "max_density": 1.0, "shuffles": 100},
     "3": {"random_latents": 3, "resamples": 100},
-    "3.1": {"coefficients": [-0.7, 0.7], "refine": 1, "max_new_tokens": 8, "random_directions": 40},
+    "3.1": {"coefficients": [-0.7, 0.7], "refine": 1, "max_new_tokens": 8, "random_directions": 100},
     "3.2": {"temperatures": [0.8], "samples": 1, "prompts": []},
 }
 

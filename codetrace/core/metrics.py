@@ -259,7 +259,10 @@ def cluster_interval(
     n_resamples: int = 2000,
     level: float = 0.95,  # Confidence level
     seed: int = 0,  # Equal seeds draw equal tasks
-    bounds: tuple[float, float] = (-1.0, 1.0),  # Between which the measure lies: (0, 1) for an AUROC, this for a difference
+    bounds: tuple[float, float] = (
+        -1.0,
+        1.0,
+    ),  # Between which the measure lies: (0, 1) for an AUROC, this for a difference
 ) -> tuple[
     float, float, float
 ]:  # Value, low and high end, NaN ends where fewer than two resamples, or tasks, have a value

@@ -16,7 +16,9 @@ from numpy.typing import ArrayLike
 from .errors import BadInput, look_up_name
 
 # %% ../../nbs/core/stats.ipynb #750dbf7d
-SIGNIFICANCE_LEVEL: float = 0.05  # At most so large is a p, adjusted where there are several, for something to be claimed
+SIGNIFICANCE_LEVEL: float = (
+    0.05  # At most so large is a p, adjusted where there are several, for something to be claimed
+)
 
 
 def _check_confidence(level: float) -> None:
@@ -114,7 +116,9 @@ def bootstrap_interval(
     look_up_name(method, ("BCa", "percentile", "basic"), "bootstrap method")
     values = np.asarray(values, float)
     if values.ndim == 0 or np.isinf(values).any() or n_resamples < 2:
-        raise BadInput(f"values of shape {values.shape}, {n_resamples} resamples: give finite values in rows, and 2 or more")
+        raise BadInput(
+            f"values of shape {values.shape}, {n_resamples} resamples: give finite values in rows, and 2 or more"
+        )
     clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
     if clusters.shape != (len(values),):
         raise BadInput(f"{clusters.shape} clusters for {len(values)} rows: one cluster a row")
@@ -146,7 +150,9 @@ def sign_flip_p(
     "Sign-flip test of a mean effect of 0, over programs."
     values = np.asarray(values, float)
     if values.ndim == 0 or np.isinf(values).any() or n_resamples < 1:
-        raise BadInput(f"values of shape {values.shape}, {n_resamples} flips: give finite effects in rows, and 1 or more")
+        raise BadInput(
+            f"values of shape {values.shape}, {n_resamples} flips: give finite effects in rows, and 1 or more"
+        )
     x = np.nan_to_num(_as_columns(values))
     n = len(x)
     exact = 2**n <= n_resamples

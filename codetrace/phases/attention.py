@@ -150,7 +150,9 @@ def _mean_intervals(wide: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarr
 def attention_changes(
     table: pd.DataFrame,  # From `prompt_attention_shares`
     seed: int = 0,
-) -> pd.DataFrame:  # One row a layer, head and part: `n, share, pushed, change, low, high, p, q`; p is NaN where the tasks are too few
+) -> (
+    pd.DataFrame
+):  # One row a layer, head and part: `n, share, pushed, change, low, high, p, q`; p is NaN where the tasks are too few
     "How much a push changes the attention of each head to each part."
     table = table.assign(change=table["pushed"] - table["share"])
     keys = ["layer", "head", "part"]
@@ -217,7 +219,9 @@ def attention_change_sentence(
     if p > SIGNIFICANCE_LEVEL:
         return f"{sentence}, no more than random pushes do: {random}"
     if not kept:
-        return f"{sentence}; no verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims; {random}"
+        return (
+            f"{sentence}; no verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims; {random}"
+        )
     return f"{sentence}, more than random pushes do: {random}"
 
 # %% ../../nbs/phases/28_attention.ipynb #9bc71bd1
@@ -365,7 +369,7 @@ ATTENTION = Phase(
     numbers={
         "3.3": PhaseNumber(
             question="Where does the model look?",
-            settings={"input": "3.1", "num_problems": 0, "random_pushes": 79},
+            settings={"input": "3.1", "num_problems": 0, "random_pushes": 119},
             inputs={"input": "3.1", "splits": "0.1"},
         ),
     },

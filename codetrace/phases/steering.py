@@ -458,7 +458,7 @@ STEERING = Phase(
             unless={"split": "all"},
         ),
     ),
-    figures=("doses.png", "trade_off.png", "tasks.png"),
+    figures=("doses.png", "text_loss.png", "trade_off.png", "tasks.png"),
     claims="steering_claims",
     study="correctness",
     made_up={"input": ""},

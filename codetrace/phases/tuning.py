@@ -56,7 +56,7 @@ from ..tasks.solving import select_problems
 
 # %% ../../nbs/phases/26_tuning.ipynb #8577e4af
 def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int) -> list[Direction]:
-    "The decoder rows of the best latents of each direction, best first."
+    "The decoder rows of the best latents for right and for wrong answers, best first."
     best = top_latents(pool, n).sort_values("score", ascending=False, kind="stable")
     by_latent = {}
     for row in best.to_dict("records"):
@@ -89,7 +89,7 @@ def _probe_directions(choosing: LabelledActivations, layers: Iterable[int]) -> l
 def candidate_directions(
     choosing: LabelledActivations,
     pool: pd.DataFrame,  # Scores of phase 2, with `position`
-    n: int = 3,  # Latents of each direction
+    n: int = 3,  # Latents that predict right answers, and as many that predict wrong ones
     plain: bool = True,  # Also what needs no SAE: difference of means and probe
 ) -> list[Direction]:  # Best first; latents, then what needs no SAE
     "Directions worth trying."
@@ -149,7 +149,7 @@ def best_evaluation(
 class TuningConfig:
     "What is tried in tuning, and how the answers are written."
 
-    num_latents: int = 6  # Latents tried, of each direction
+    num_latents: int = 6  # Latents tried that predict right answers, and as many that predict wrong ones
     plain: bool = False  # Also difference of means and probe
     coefficients: Sequence[float] = (-0.6, 0.6)  # Of the grid, in median norms
     refine: int = 2  # Steps of golden-section search after the grid
@@ -480,7 +480,7 @@ TUNING = Phase(
                 "coefficients": [-1.0, -0.5, -0.2, 0.2, 0.5, 1.0],
                 "refine": 4,
                 "max_new_tokens": 400,
-                "random_directions": 40,
+                "random_directions": 60,
             },
             inputs={"input": "1.0", "splits": "0.1", "dictionaries": "1.5", "latents": "2"},
         ),

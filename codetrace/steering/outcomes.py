@@ -286,18 +286,18 @@ _OUTCOME = "the number of solved tasks"
 def _verdict(row: Mapping, null: Sequence[float], random: str, kept: bool) -> str:
     "What may be said of a push, with the reason where nothing may."
     if not null:
-        return f"changes {_OUTCOME} without a verdict, as nothing random was tried beside it"
+        return "no verdict (nothing random was tried beside it)"
     if len(null) < MIN_RANDOM_DIRECTIONS:
-        return f"changes {_OUTCOME} without a verdict, as {len(null)} {random} were tried and {MIN_RANDOM_DIRECTIONS} are needed"
+        return f"no verdict ({len(null)} {random}, {MIN_RANDOM_DIRECTIONS} are needed)"
     smallest = mcnemar_exact(int(row["n"]), 0)
     if smallest > SIGNIFICANCE_LEVEL:
-        return f"changes {_OUTCOME} without a verdict, as {int(row['n'])} tasks cannot give a p below {smallest:.2g}"
+        return f"no verdict ({int(row['n'])} tasks cannot give a p below {smallest:.2g})"
     if row["p"] > SIGNIFICANCE_LEVEL:
         return f"does not measurably change {_OUTCOME}"
     if steering_p(row, null) > SIGNIFICANCE_LEVEL:
         return f"changes {_OUTCOME} no more than {random}"
     if not kept:
-        return f"changes {_OUTCOME} without a verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims"
+        return f"no verdict (p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims)"
     return f"{'raises' if row['net'] > 0 else 'lowers'} {_OUTCOME}"
 
 
