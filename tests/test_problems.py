@@ -550,3 +550,61 @@ def test_mbpp_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(BadInput, match="give a local copy: --problems"):
         load_problems("mbpp")
+
+
+# rows with more inputs
+
+EVAL_PLUS = {
+    "task_id": "HumanEval/0",
+    "prompt": "def near(numbers, t):\n    ' close? '\n",
+    "canonical_solution": "    return any(abs(a - b) < t for i, a in enumerate(numbers) for b in numbers[:i])\n",
+    "entry_point": "near",
+    "test": """
+
+from math import isclose
+
+unused = 1
+
+def is_float(x) -> bool:
+    return isinstance(x, float)
+
+def assertion(out, exp, atol):
+    if atol == 0 and is_float(exp):
+        atol = 1e-6
+    if out != exp and atol != 0:
+        assert isclose(out, exp, rel_tol=1e-07, abs_tol=atol)
+    else:
+        assert out == exp, f"out: {out}, exp: {exp}"
+
+def check(candidate):
+    inputs = [[[1.0, 2.0], 0.5], [[1.0, 1.1], 0.5]]
+    results = [False, True]
+    for i, (inp, exp) in enumerate(zip(inputs, results)):
+        assertion(candidate(*inp), exp, 0)
+""",
+}
+
+
+def test_checks_that_call_helpers_are_judged(tmp_path):
+    from codetrace.sandbox.pool import GradingJob, grade
+
+    (tmp_path / "x.json").write_text(json.dumps([EVAL_PLUS]))
+    (problem,) = load_problems(str(tmp_path / "x.json"))
+    (test,) = problem.tests
+    assert "def assertion" in test and "def is_float" in test and "isclose" in test and "unused" not in test
+    wrong = problem.reference.replace("any(", "not any(")
+    jobs = [GradingJob(code, problem.entry_point, problem.tests, problem.setup) for code in (problem.reference, wrong)]
+    assert [verdict.verdict for verdict in grade(jobs, workers=1)] == ["passed", "failed_assertion"]
+
+
+def test_further_inputs_that_are_not_used_are_said(tmp_path, caplog):
+    rows = [PLAIN | {"test": "inputs = [[1], [2]]\nfor x in inputs:\n    f(*x)\n"}, PLAIN | {"task_id": 2}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with caplog.at_level("WARNING", logger="codetrace.tasks.problems"):
+        assert len(load_problems(str(tmp_path / "x.json"))) == 2
+    assert "'test' of 1 problems, such as 1, is not used" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="codetrace.tasks.problems"):
+        load_problems("basics")
+        load_problems("humaneval", 3)
+    assert not caplog.text

@@ -10,6 +10,7 @@ __all__ = ['PROBLEM_SETS', 'Problem', 'BadProblem', 'parse_python', 'bound_names
 import ast
 import hashlib
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -249,13 +250,14 @@ class _NameReplacer(ast.NodeTransformer):
 # %% ../../nbs/tasks/problems.ipynb #2b45c798
 def _split_humaneval_test(
     prompt: str,  # HumanEval's prompt: imports, helpers, the head of the function
-    test: str,  # HumanEval's test: `def check(candidate): …`
+    test: str,  # HumanEval's test: `def check(candidate): …`, after the helpers that it calls
     entry_point: str,
 ) -> tuple[str, ...]:
     "The statements of `check` that call the candidate, each with what it depends on."
-    functions = [n for n in parse_python(test, "the test").body if isinstance(n, ast.FunctionDef)]
-    check = next(function for function in functions if function.name == "check")
+    test_body = parse_python(test, "the test").body
+    check = next(n for n in test_body if isinstance(n, ast.FunctionDef) and n.name == "check")
     earlier = [n for n in parse_python(prompt, "the prompt").body if entry_point not in bound_names(n)]
+    earlier += [n for n in test_body[: test_body.index(check)] if bound_names(n)]  # helpers, in HumanEval+
     tests = []
     for node in map(_NameReplacer("candidate", entry_point).visit, check.body):
         if entry_point in _loaded_names(node):
@@ -396,6 +398,24 @@ def problem_set_name(
     "What a problem set is called: `mbpp` for `mbpp`, `data/mbpp.jsonl` and a split of it."
     return re.sub(r"[^\w-]+", "_", Path(name).stem if Path(name).suffix else name)
 
+# %% ../../nbs/tasks/problems.ipynb #e49d9b52
+_log = logging.getLogger(__name__)
+
+
+def _warn_of_unused_tests(rows: Sequence[dict], problems: Sequence[Problem], where: str) -> None:
+    "MBPP+ has further inputs in a field `test`: say that they are not used."
+    unused = []
+    for row, problem in zip(rows, problems):
+        if _row_reader(row) is _from_mbpp and row.get("test"):
+            unused.append(problem.task_id)
+    if unused:
+        _log.warning(
+            "%s: the field 'test' of %d problems, such as %s, is not used: they are graded by 'test_list' alone",
+            where,
+            len(unused),
+            unused[0],
+        )
+
 # %% ../../nbs/tasks/problems.ipynb #53490956
 def load_problems(
     name: str = "basics",  # A key of `PROBLEM_SETS`, or the path of a JSON, JSONL or Parquet file
@@ -414,6 +434,7 @@ def load_problems(
     if not isinstance(limit, int) or limit < 0:
         raise BadInput(f"limit must be a whole number from 0 (all), not {limit!r}")
     problems = [_as_problem(row, problem_set_name(name), licence, name) for row in rows]
+    _warn_of_unused_tests(rows, problems, name)
     return check_problems(problems, name)[: limit or None]
 
 # %% ../../nbs/tasks/problems.ipynb #86539dc4
