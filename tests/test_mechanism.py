@@ -275,6 +275,8 @@ def readable_cells_of(carried: str, seed: int, cells: int = 3) -> pd.DataFrame:
 def test_only_the_value_makes_a_cell_readable(carried, claimed):
     probes = readable_cells_of(carried, 0)
     assert (probes["readable"] == claimed).all()
+    halves = (probes["accuracy_when_chosen"] + probes["judged_accuracy"]) / 2  # two halves, and not one of them twice
+    assert np.allclose(halves, probes["accuracy"]) and (probes["n_judged"] == probes["n"] / 2).all()
     if carried == "distractor":  # the layout trap: far above shuffled labels and the control task, but only by the rule
         assert (probes["low"] > probes["shuffled_high"]).all() and (probes["low"] > probes["control_high"]).all()
         assert (probes["beyond"] < 0.3).all() and (probes["says_distractor"] > 0.4).all()

@@ -29,6 +29,7 @@ from codetrace.patching.batches import (
 )
 from .heads import Head, head_interventions, head_sets
 from .sweep import split_halves
+from ..tasks.heuristics import format_count
 
 # %% ../../nbs/patching/head_ablation.ipynb #bf09b656
 @dataclass(frozen=True, eq=False)
@@ -218,12 +219,14 @@ def heads_sentence(
     for name, heads in _heads_by_position(chosen).items():
         together = _value_with_interval(effects.loc[name, "chosen"], "effect")
         random = _value_with_interval(effects.loc[name, "random heads"], "effect")
-        places.append(f"{name}: {heads}, together {together} of the effect (random heads {random})")
+        count = format_count(int(effects.loc[name, "chosen"]["n"]))
+        places.append(f"{name}: {heads}, together {together} of the effect ({count}; random heads {random})")
     intact = _accuracy(ablated, "", "", "intact")
     without = _accuracy(ablated, "named", "all", "chosen")
     without_random = _accuracy(ablated, "named", "all", "random heads")
+    count = format_count(ablated["program"].nunique())
     return (
-        f"Heads by position: {'; '.join(places)}. With means in their place, accuracy goes from {intact} to {without}; "
+        f"Heads by position: {'; '.join(places)}. With means in their place, accuracy goes from {intact} to {without} ({count}); "
         f"with means of as many random heads, to {without_random}."
     )
 

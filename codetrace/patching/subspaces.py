@@ -25,6 +25,7 @@ from codetrace.patching.batches import (
     tokenize_pair,
 )
 from .sweep import average_by_position, split_halves
+from ..tasks.heuristics import format_count
 
 # %% ../../nbs/patching/subspaces.ipynb #1522fc96
 def subspace_bases(
@@ -196,10 +197,11 @@ def directions_sentence(
 ) -> str:
     "How many directions."
     if needed.empty:
-        return "No position carries the value."
+        return "No named position has an effect large enough to be divided into directions."
     places = []
     for (name, layer), group in needed.groupby(["position_name", "layer"], sort=False):
         rows = group.set_index("basis")
         counts = [f"{_needed_in_words(rows.loc[basis])} {words}" for basis, words in _BASIS_WORDS.items()]
-        places.append(f"{name} at layer {layer}: " + ", ".join(counts))
+        count = format_count(int(group["n"].max()))
+        places.append(f"{name} at layer {layer} ({count}): " + ", ".join(counts))
     return f"Directions for {needed['share'].iloc[0]:.0%} of the whole state's effect: {'; '.join(places)}."

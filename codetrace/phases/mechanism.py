@@ -34,6 +34,7 @@ from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
 from ..runs.manifest import reference_runs
 from ..runs.phases import Phase
+from ..tasks.heuristics import format_count
 
 # %% ../../nbs/phases/13_mechanism.ipynb #5a3c4e2c
 def mechanism_reference_runs() -> dict[str, dict]:
@@ -170,7 +171,8 @@ def _model_sentence(model: str, peaks: pd.DataFrame) -> str:
     effects = []
     for _, peak in peaks[peaks["effect"].notna()].nlargest(2, "effect").iterrows():
         effect = format_with_interval(peak["effect"], peak["low"], peak["high"])
-        effects.append(f"{peak['position_name']} at layer {peak['layer']:.0f} {effect}")
+        count = format_count(int(peak["n"]))
+        effects.append(f"{peak['position_name']} at layer {peak['layer']:.0f} {effect} ({count})")
     described = ", ".join(effects) or "no difference to trace"
     return f"{model} (accuracy {format_with_interval(*accuracy, missing='not measurable')}): {described}"
 
@@ -246,7 +248,7 @@ def _patching_claim(name: str, rows: pd.DataFrame) -> dict:
     random = rows_by_kind.loc["random heads"]
     is_larger = chosen["low"] > random["high"]
     return claim_row(
-        f"effect of patching only the {chosen['heads']} chosen heads, {name}, n={chosen['n']}",
+        f"effect of patching only the {chosen['heads']} chosen heads, {name}, {format_count(chosen['n'])}",
         chosen["effect"],
         (chosen["low"], chosen["high"]),
         "more than random heads" if is_larger else "not told apart from random heads",
@@ -262,7 +264,7 @@ def _ablation_claim(name: str, rows: pd.DataFrame, intact: float) -> dict:
     random = rows_by_kind.loc["random heads"]
     is_lower = chosen["high"] < random["low"]
     return claim_row(
-        f"accuracy with the {chosen['heads']} chosen heads ablated, {name}, n={chosen['n']}",
+        f"accuracy with the {chosen['heads']} chosen heads ablated, {name}, {format_count(chosen['n'])}",
         chosen["correct"],
         (chosen["low"], chosen["high"]),
         "lower than with random heads ablated" if is_lower else "not told apart from random heads ablated",

@@ -55,6 +55,7 @@ from ..runs.phases import Phase, PhaseInput
 from ..runs.run import Run, open_run
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import GENERATORS
+from ..tasks.heuristics import format_count
 from ..tasks.programs import QUERY_STYLES, Program, analyse_program, as_program
 
 # %% ../../nbs/phases/11_tracing.ipynb #bbb0ea61
@@ -164,7 +165,7 @@ def _strongest_phrase(cells: pd.DataFrame, origin: str) -> list[str]:
     effect = format_with_interval(top["effect"], top["low"], top["high"])
     label = "in between" if in_between else "cell"
     return [
-        f"strongest {label}: {top['position_name']} at layer {top['layer']}{head}, effect {effect}, n={top['n']:.0f}"
+        f"strongest {label}: {top['position_name']} at layer {top['layer']}{head}, effect {effect}, {format_count(int(top['n']))}"
     ]
 
 # %% ../../nbs/phases/11_tracing.ipynb #2bde6814
@@ -172,7 +173,7 @@ def tracing_headline(trace: Trace) -> str:
     "One line for the list of runs."
     cells = trace.select().cells
     origin = trace.cases[0].changed_position
-    parts = [f"n={cells['program'].nunique()}"]
+    parts = [format_count(cells["program"].nunique())]
     if cells["head"].isna().all():
         parts += _crossover_phrase(cells, origin)
     return "; ".join(parts + _strongest_phrase(cells, origin))
@@ -205,7 +206,9 @@ def _crossover_claims(manifest: Mapping, origin: str) -> list[dict]:
     for (direction, site), rows in cells[cells["head"] < 0].groupby(["direction", "site"], sort=False):
         layer, *interval = crossover_layer(rows, origin)
         verdict = f"of {rows['layer'].max() + 1} layers" if layer == layer else "it does not"
-        subject = f"layer at which final overtakes {origin}, {site}, {direction}, n={rows['program'].nunique()}"
+        subject = (
+            f"layer at which final overtakes {origin}, {site}, {direction}, {format_count(rows['program'].nunique())}"
+        )
         claims.append(claim_row(subject, layer, tuple(interval), verdict))
     return claims
 
@@ -229,7 +232,11 @@ def tracing_claims(
         interval = (peak["low"], peak["high"])
         null = _control_means(controls, peak)
         effect = claim_row(
-            f"effect of {place}, n={peak['n']:.0f}", peak["effect"], interval, _effect_verdict(*interval), null=null
+            f"effect of {place}, {format_count(int(peak['n']))}",
+            peak["effect"],
+            interval,
+            _effect_verdict(*interval),
+            null=null,
         )
         claims.append(effect)
     return claims
