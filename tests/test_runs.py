@@ -751,7 +751,7 @@ def test_an_example_serves_no_study(study):
     study.command("2")
     example = study.command("tuning")
     assert example["example"] == "made-up data" and example["headline"] == "example (made-up data): done"
-    with pytest.raises(BadInput, match="run this first: codetrace run 3.1"):
+    with pytest.raises(BadInput, match=r"run this first: codetrace run 3\.1"):
         study.reads("3.2")
     chosen = study.command("3.1")
     study.command("tuning", seed=1)
@@ -805,3 +805,35 @@ def test_shards_read_what_the_command_was_begun_with(study):
     assert again.parameters == begun.parameters and again.folder == begun.folder
     assert all(again._task(shard).parameters["input"] == begun.parameters["input"] != newer for shard in range(8))
     assert ShardedRun("1.2", {"seed": 3}, 2, root=study.root).parameters["input"] == newer
+
+
+WRONG_INPUTS = {
+    "nothing": "no run 'nothing' under",
+    "2": "is of phase 'latents'; 'input' of phase 'validation' takes a run of 'generation'",
+    "splits": "is of phase 'splits'",
+    "trackin": "no run 'trackin' under",
+    "failed": "is failed, not complete: repeat the command that started it",
+    "damaged": "is damaged: result.json changed after it was complete",
+    "other model": "was made with model='tiny:llama'",
+    "a folder": "no run '/etc' under",
+    "-5": "no run '-5' under",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_a_wrong_input_is_one_clear_line(study, name):
+    study.command("2")
+    ids = {"a folder": "/etc"}
+    if name == "failed":
+        run = study.begin("1.0", seed=3)
+        run.fail("ValueError", "broken")
+        run.release()
+        ids["failed"] = run.manifest["run_id"]
+    if name == "damaged":
+        ids["damaged"] = study.command("1.0", content="other")["run_id"]
+        (study.root / "generation" / ids["damaged"] / "result.json").write_text("spoilt")
+    if name == "other model":
+        ids["other model"] = study.command("1.0", model="tiny:llama")["run_id"]
+    done = in_process(study.root, "run", "3", "--model", "smollm2", f"--input={ids.get(name, name)}")
+    assert isinstance(done.exception, BadInput) and WRONG_INPUTS[name] in str(done.exception), done.exception
+    assert "\n" not in str(done.exception) and not list(study.root.glob("validation/*/run.json"))

@@ -94,7 +94,7 @@ def check_adapter_folder(
     config = _read_config(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if config.get("peft_type") != "LORA" or not isinstance(base, str) or not base:
-        raise NotAModel(f"{folder} is no LoRA adapter of a named model: its adapter_config.json says otherwise")
+        raise NotAModel(f"{folder} is no adapter that is read here: adapter_config.json must name LoRA and a model")
     odd = [name for name in _ADAPTER_OPTIONS_REFUSED if config.get(name)]
     if odd or not isinstance(config.get("init_lora_weights", True), bool):
         raise NotAModel(f"{folder}: adapters with {(odd or ['init_lora_weights'])[0]!r} are not read")

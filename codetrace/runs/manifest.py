@@ -85,6 +85,7 @@ def _odd_field(manifest: Mapping) -> str | None:
     inputs = manifest.get("inputs", [])
     checks = {
         "parameters": isinstance(manifest.get("parameters", {}), dict),
+        "typed": isinstance(manifest.get("typed", {}), dict),
         "inputs": isinstance(inputs, list) and all(map(_is_input, inputs)),
         "outputs": isinstance(outputs, dict) and all(_is_output(*output) for output in outputs.items()),
         "summary": _is_list_of(manifest.get("summary", []), dict),
