@@ -134,9 +134,8 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     )
     run.finish()
     run = open_run("latents", {"input": generated}, "made up", root=root)
-    labels = table.assign(
-        label=table["passed"], split=table["task_id"].map({t: s for s, ids in split.items() for t in ids})
-    )
+    split_of_task = {task: name for name, tasks in split.items() for task in tasks}
+    labels = table.assign(label=table["passed"], split=table["task_id"].map(split_of_task), group=table["task_id"])
     rows = labels[labels["split"] == "sae"].reset_index(names="row")
     activations = load_labelled_activations(
         States(find_run(generated, root)["folder"]), Path(newest_run("saes", root)["folder"]), rows
