@@ -23,6 +23,7 @@ from fastcore.basics import patch
 
 from ..core.errors import BadInput, look_up_name
 from ..core.files import digest_values, read_json
+from ..core.progress import no_progress
 from ..core.records import Records, table_to_rows
 from ..core.stats import format_with_interval, wilson
 from ..models.lm import LM
@@ -202,7 +203,7 @@ def choose_scoring(
 def _model_outputs(lm: LM, config: ExperimentConfig, prompts: list[str], answer_ids: list[list[int]]) -> list[dict]:
     "What the model answers to each prompt: `completion`, and `log_prob` and `rank` of the right token where it is one."
     stop = () if config.answer_parser is parse_final_answer else ("\n",)
-    texts = lm.generate(prompts, max_new_tokens=config.max_new_tokens, stop=stop)
+    texts = lm.generate(prompts, max_new_tokens=config.max_new_tokens, stop=stop, progress=no_progress)
     token_scores = [{"log_prob": None, "rank": None}] * len(prompts)
     if config.scoring == "token":
         token_scores = score_answer_tokens(lm, prompts, [ids[0] for ids in answer_ids])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ..core.errors import BadInput, look_up_name
+from ..core.progress import no_progress
 from ..models.lm import LM
 from .programs import Program
 
@@ -165,7 +166,7 @@ def score_answer_tokens(
     import torch
 
     with torch.inference_mode():
-        logits = lm.logits(list(prompts)).float()
+        logits = lm.logits(list(prompts), progress=no_progress).float()
     answer_ids = torch.tensor(answers, device=logits.device)[:, None]
     log_probs = logits.log_softmax(-1).gather(1, answer_ids)[:, 0].tolist()
     ranks = (logits > logits.gather(1, answer_ids)).sum(1).tolist()
