@@ -18,9 +18,9 @@ import typer
 
 from .core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from .core.errors import BadInput
-from .core.files import visible_text
 from .runs.execute import RunFailed, execute_phase
-from .runs.manifest import all_runs, changed_outputs, find_run, newest_run
+from .runs.listing import print_run, print_table, run_row
+from .runs.manifest import all_runs, find_run, newest_run
 from .runs.parameters import phase_parameters, shorthand_parameters
 from codetrace.runs.phases import (
     Phase,
@@ -197,7 +197,7 @@ def _run_phase(phase: str, pairs: list[str], file: Path | None, options: dict, p
     "Run one phase, here or in processes of its own."
     values = parse_parameters(pairs, file) | shorthand_parameters(phase_parameters(phase), **options)
     if placement.is_here:
-        _print_run(execute_phase(phase, values, show_progress=progress))
+        print_run(execute_phase(phase, values, show_progress=progress))
     else:
         _run_sharded(phase, values, placement, progress)
 
@@ -235,12 +235,12 @@ def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress:
         shards = len(where) if shards is None else shards
     sharded = ShardedRun(phase, values, 1 if shards is None else shards, where, placement.requeue)
     if not placement.detach:
-        _print_run(sharded.run(show_progress))
+        print_run(sharded.run(show_progress))
         return
     jobs = [
         {"shard": "all" if job.shard < 0 else job.shard, "job": job.job_id, "log": job.log} for job in sharded.submit()
     ]
-    _print_table(jobs)
+    print_table(jobs)
     print("the same command without --detach watches them")
 
 # %% ../nbs/cli.ipynb #919f5bf2
@@ -284,7 +284,7 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
 
     study = {"model": options["model"], "problems": options["problems"], "num_problems": options["n"]}
     manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
-    _print_run(manifests["report"])
+    print_run(manifests["report"])
     print(Path(manifests["report"]["folder"]) / "report.md")
     if failures:
         raise BadInput(f"{len(failures)} phases are not there; the report says why: {', '.join(failures)}")
@@ -310,14 +310,14 @@ def merge_command(
     from codetrace.runs.merge import unsharded_parameters
 
     phase, values = unsharded_parameters(name)
-    _print_run(execute_phase(phase, values, show_progress=not quiet))
+    print_run(execute_phase(phase, values, show_progress=not quiet))
 
 # %% ../nbs/cli.ipynb #53b2e7b4
 @app.command(name="phases", epilog="Examples:  codetrace phases  |  codetrace phases tracking")
 def phases_command(phase: Annotated[str | None, typer.Argument(help="Show this phase's parameters.")] = None):
     "List the phases, or the parameters of one."
     if phase is None:
-        _print_table([_phase_row(declared) for declared in phases().values()])
+        print_table([_phase_row(declared) for declared in phases().values()])
         return
     settings = preset_parameters(phase)
     rows = [
@@ -329,35 +329,13 @@ def phases_command(phase: Annotated[str | None, typer.Argument(help="Show this p
         }
         for p in phase_parameters(phase).values()
     ]
-    _print_table(rows)
+    print_table(rows)
 
 
 def _phase_row(phase: Phase) -> dict:
     "One phase, with the numbers it goes by."
     numbers = ", ".join(phase.numbers)
     return {"phase": phase.name, "number": numbers, "does": phase.subtitle, "notebook": phase.notebook.name}
-
-# %% ../nbs/cli.ipynb #60152174
-def _format_cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else visible_text(str(value))
-
-
-def _print_table(rows: list[dict]):
-    "Rows as an aligned table on standard output."
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold", justify="right" if isinstance(rows[0][name], int | float) else "left")
-    for row in rows:
-        table.add_row(*[_format_cell(row.get(name)).replace("[", r"\[") for name in rows[0]])
-    Console(width=None if sys.stdout.isatty() else 250, highlight=False, force_jupyter=False).print(table)
 
 # %% ../nbs/cli.ipynb #dccb94c2
 @app.command(name="runs", epilog="Examples:  codetrace runs  |  codetrace runs --json | jq '.[-1].headline'")
@@ -367,44 +345,9 @@ def runs_command(as_json: Annotated[bool, typer.Option("--json", help="All manif
     if as_json:
         print(json.dumps(manifests, indent=1))
     elif manifests:
-        _print_table([_run_row(manifest) for manifest in manifests])
+        print_table([run_row(manifest) for manifest in manifests])
     else:
         print(f"no runs under {runs_root()} yet; try: codetrace run tracking")
-
-
-def _run_row(manifest: dict) -> dict:
-    parameters = manifest["parameters"]
-    models = parameters.get("model") or parameters.get("models") or ""
-    finding = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
-    return {
-        "run": manifest["run_id"],
-        "phase": manifest["phase"],
-        "model": ", ".join(map(str, models)) if isinstance(models, list) else models,
-        "started": manifest["started"][:16],
-        "status": manifest["status"],
-        "headline": " ".join(finding.split())[:100],
-    }
-
-# %% ../nbs/cli.ipynb #2bb9a1d5
-def _result_files(manifest: dict) -> list[Path]:
-    "The record, the figures and the tables of a run; not the parts that tables are stored in."
-    names = [name for name in ("notebook.ipynb", *manifest.get("outputs", {})) if "/" not in name]
-    return [path for name in names if (path := Path(manifest["folder"]) / name).is_file()]
-
-
-def _print_run(manifest: dict):
-    "One run on the terminal."
-    _print_table([_run_row(manifest)])
-    if reason := manifest.get("example"):
-        print(f"an example on {reason}: no result of a study")
-    _print_table(manifest.get("summary") or [])
-    _print_table([{"parameter": k, "value": json.dumps(v)} for k, v in manifest.get("parameters", {}).items()])
-    if error := manifest.get("error"):
-        where = f" in cell {error['cell']}" if error.get("cell") else ""
-        print(visible_text(f"error{where}: {error.get('type', '')} {error['message']}"))
-    print(*_result_files(manifest), sep="\n")
-    for name in changed_outputs(manifest):
-        print(f"{name}: not what the run wrote", file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #6189dd55
 @app.command(name="show", epilog="Examples:  codetrace show tracking  |  codetrace show 20261121T2210")
@@ -418,7 +361,7 @@ def show_command(
 ):
     "Show runs: results, parameters, files."
     for name in names:
-        _print_run(
+        print_run(
             newest_run(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
         )
 
@@ -583,7 +526,7 @@ def clean_command(
     from codetrace.runs.clean import removable_folders, remove_folder
 
     folders = removable_folders(phases or [], incomplete)
-    _print_table([_folder_row(folder) for folder in folders])
+    print_table([_folder_row(folder) for folder in folders])
     names = {folder.folder.name for folder in folders}
     if missed := [folder for folder in folders if set(folder.read_by) - names]:
         print(f"runs that stay were made from {len(missed)} of these, and could not be made again as they were")
