@@ -191,7 +191,7 @@ def calibration_error(
     return _ratio(np.abs((weights * (probability - label)) @ bin_indicator).sum(-1), weights.sum(-1), np.nan)
 
 # %% ../../nbs/core/metrics.ipynb #d3a71401
-def _effective_df(contributions: Float[np.ndarray, "tasks"]) -> float:
+def _effective_df(contributions: Float[np.ndarray, "task"]) -> float:
     "Degrees of freedom of a variance that was estimated from contributions: fewer where a few of them are all of it."
     n = len(contributions)
     squares = (contributions - contributions.mean()) ** 2
@@ -248,7 +248,9 @@ def _cluster_numbers(clusters: ArrayLike, n_rows: int | None = None) -> np.ndarr
     return np.unique(clusters, return_inverse=True)[1]
 
 
-def _check_level(level: float) -> None:
+def _check_level(level: float, n_resamples: int = 2) -> None:
+    if n_resamples < 2:
+        raise BadInput(f"n_resamples={n_resamples}: give at least 2; 2000 is usual")
     if not 0 < level < 1:
         raise BadInput(f"level {level}: give a confidence level between 0 and 1, such as 0.95")
 
@@ -267,9 +269,7 @@ def cluster_interval(
     float, float, float
 ]:  # Value, low and high end, NaN ends where fewer than two resamples, or tasks, have a value
     "A measure with its bootstrap interval over tasks."
-    _check_level(level)
-    if n_resamples < 2:
-        raise BadInput(f"n_resamples={n_resamples}: give at least 2; 2000 is usual")
+    _check_level(level, n_resamples)
     member = _cluster_numbers(clusters)
     tasks = int(member.max(initial=-1)) + 1
     value = float(statistic(np.ones(len(member))))
@@ -288,7 +288,7 @@ def cluster_interval(
 # %% ../../nbs/core/metrics.ipynb #3463d1a8
 def _placement_means(
     score: np.ndarray, side: np.ndarray, member: np.ndarray, area: float
-) -> tuple[Float[np.ndarray, "tasks"], int]:
+) -> tuple[Float[np.ndarray, "task"], int]:
     "Of the rows in `side`: what each task adds to the mean of their placements about `area`; number of tasks with such a row."
     opposite = np.sort(score[~side])
     below = np.searchsorted(opposite, score[side], "left")

@@ -36,7 +36,11 @@ def plot_dose_response(
     "What each coefficient does, a row of panels a direction, a column a measure; grey: random pushes as strong."
     names = list(dict.fromkeys(table["name"]))
     measures = list(dict.fromkeys(table["measure"]))
-    null = f"; grey: the extremes and the median of {_random_push_count(band)}random pushes as strong." if len(band) else "."
+    null = (
+        f"; grey: the extremes and the median of {_random_push_count(band)}random pushes as strong."
+        if len(band)
+        else "."
+    )
     caption = f"{caption} ● with 95% intervals{null}".strip()
     with panel_grid(len(names) * len(measures), len(measures), 1.9, 1.5, caption) as axes:
         for axes_of_direction, name in zip(axes, names):
@@ -130,7 +134,7 @@ def plot_correction_vs_corruption(
         ax.set(xlabel="right solutions corrupted", ylabel="wrong solutions corrected")
         ax.set(xlim=(-0.03 * top_x, 1.05 * top_x), ylim=(-0.04 * top_y, 1.06 * top_y))
         range_frame(ax, (0, top_x), (0, top_y))
-        caption_below(fig, f"{caption} Grey: random pushes, as large as there are many.".strip())
+        caption_below(fig, f"{caption} Lines: 95% intervals; grey: random pushes, as large as there are many.".strip())
         plt.close(fig)
     return fig
 

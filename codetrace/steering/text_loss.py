@@ -54,7 +54,7 @@ def _push_interventions(push: Push) -> list[Intervention]:
     return [Intervention("resid_post", push.gate.layer, read_gate), *change]
 
 
-def _sequence_losses(lm: LM, sequences: Sequence[Sequence[int]], batch_size: int) -> Float[np.ndarray, "sequences"]:
+def _sequence_losses(lm: LM, sequences: Sequence[Sequence[int]], batch_size: int) -> Float[np.ndarray, "rows"]:
     "Mean cross-entropy of each sequence's next tokens."
     losses = []
     for start in range(0, len(sequences), batch_size):
