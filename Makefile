@@ -48,6 +48,11 @@ export: $(READY)  ## notebooks -> codetrace/**/*.py, README.md, the index and _q
 	@nbdev_export
 	@python scripts/readme.py
 
+# what an output should not hold: progress bars that stand still, and warnings of libraries
+execute: export TQDM_DISABLE := 1
+execute: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+execute: export TRANSFORMERS_VERBOSITY := error
+execute: export PYTHONWARNINGS := ignore
 execute: $(READY)  ## run notebooks in place (NB="nbs/core/*.ipynb"), so that the docs show what the code gives
 	@IN_TEST=1 jupyter nbconvert --to notebook --execute --inplace --log-level=WARN --ExecutePreprocessor.timeout=600 \
 	  $(if $(NB),$(NB),$$(find nbs -name '*.ipynb' -not -path '*/.*' | sort))

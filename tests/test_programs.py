@@ -176,7 +176,7 @@ def test_depth_of_updates_is_their_number(task):
 
 @tasks
 @pytest.mark.parametrize("seq_len", [0, -1, 100, 10**9, 2.0, "4", None])
-def test_lengths_that_cannot_be_made(task, seq_len, wrong_types_pass):
+def test_lengths_that_cannot_be_made(task, seq_len):
     with pytest.raises(NoSuchProgram, match=r"give a whole number from [12] to (26|99)"):
         GENERATORS[task](seq_len, np.random.default_rng(0))
 

@@ -159,7 +159,7 @@ def test_a_share_is_never_certain(values):
     assert not measured or (0 <= low < high <= 1)
 
 
-def test_what_cannot_be_computed_is_refused():
+def test_what_cannot_be_computed_is_refused(wrong_types_pass):
     for call in (
         lambda: wilson(6, 5),
         lambda: wilson(-1, 5),

@@ -110,6 +110,7 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     run = open_run("splits", {"problems": str(problems)}, "made up", root=root)
     run.write_json("split_metadata.json", {"task_ids": split})
     run.finish()
+    splits = run.folder.name
     given = {
         "model": STEERING_STUDY_NAME,
         "problems": str(problems),
@@ -133,7 +134,8 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
         "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": STEERING_STUDY_NAME} for layer in range(3)}
     )
     run.finish()
-    run = open_run("latents", {"input": generated}, "made up", root=root)
+    read = {"input": generated, "splits": splits, "dictionaries": run.folder.name, "split": "sae"}
+    run = open_run("latents", read, "made up", root=root)
     split_of_task = {task: name for name, tasks in split.items() for task in tasks}
     labels = table.assign(label=table["passed"], split=table["task_id"].map(split_of_task), group=table["task_id"])
     rows = labels[labels["split"] == "sae"].reset_index(names="row")
@@ -204,7 +206,7 @@ def judged(tmp_path_factory):
     "The whole of it: chosen on 24 tasks, judged on 36."
     folder = tmp_path_factory.mktemp("judged")
     study = make_steering_study(120)
-    pool, _ = search_all_positions(study.activations.subset(study.activations.rows["split"] == "sae"), n_shuffles=50)
+    pool, _ = search_all_positions(study.activations.subset((study.activations.rows["split"] == "sae").to_numpy()), n_shuffles=50)
     choose_and_freeze(
         study,
         pool,
@@ -359,7 +361,7 @@ def test_the_planted_push_gets_its_verdict(judged):
 def test_the_threshold_of_a_gate_is_of_the_hyperparameter_split(judged):
     "Chosen where nothing was ranked: readings of the SAE split may be anything."
     study, *_ = judged
-    searched = study.activations.subset(study.activations.rows["split"] == "sae")
+    searched = study.activations.subset((study.activations.rows["split"] == "sae").to_numpy())
     pool, _ = search_all_positions(searched, n_shuffles=20)
     directions = tuning.candidate_directions(study.activations, pool, 3)
     gate, _ = tuning.choose_gate(study.activations, directions, 0)

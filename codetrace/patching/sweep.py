@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
@@ -181,7 +181,7 @@ def _name_order(name: str) -> tuple:
 def can_be_significant(
     n: pd.Series,  # Programs that were measured
     threshold: float = 0.05,
-) -> pd.Series:
+) -> Bool[np.ndarray, "cells"]:
     "Can a sign-flip test over so many programs give a p at most as large as the threshold?"
     return smallest_sign_flip_p(n) <= threshold
 

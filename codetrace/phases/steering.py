@@ -273,7 +273,7 @@ def add_prompt_gated_settings(
 # %% ../../nbs/phases/27_steering.ipynb #e2606d4f
 def matched_null_rows(
     effects: pd.DataFrame,  # From `setting_effects_table`
-    row: Mapping,  # One of them
+    row: Mapping | pd.Series,  # One of them
 ) -> pd.DataFrame:  # Rows of random directions: as strong, after the same layer, behind the same gate; or erased alike
     "The random directions that a setting is to be compared with."
     null = effects[effects["role"] == "null"]
@@ -302,7 +302,7 @@ def _claimed_settings(effects: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[(role_rank * 10 + goal_rank).sort_values(kind="stable").index]
 
 # %% ../../nbs/phases/27_steering.ipynb #880c31cd
-def _text_loss_clause(row: Mapping) -> str:
+def _text_loss_clause(row: Mapping | pd.Series) -> str:
     "What a setting costs on general text."
     if not np.isfinite(row.get("text_loss", np.nan)):
         return ""
@@ -310,7 +310,7 @@ def _text_loss_clause(row: Mapping) -> str:
     return f" Loss on general text: {increase} nats a token more than unpushed."
 
 
-def _steering_claim(row: Mapping, null: Sequence[float], resampled: str) -> dict:
+def _steering_claim(row: Mapping | pd.Series, null: Sequence[float], resampled: str) -> dict:
     "The claim of one setting, beside the net changes of its random directions."
     claim = _CLAIM_WORDS[row["role"]].format(**row)
     subject = claim[0].upper() + claim[1:] + ":"

@@ -17,7 +17,7 @@ from .style import caption_below, figure_style, panel_grid, range_frame
 _FEW = 10  # Programs below which a caption says so
 
 
-def count_in_caption(n: float) -> str:
+def count_in_caption(n: float | np.integer) -> str:
     "The number of programs, for a caption."
     return f"n = {n:.0f}" if n >= _FEW else f"n = {n:.0f} (fewer than {_FEW})"
 

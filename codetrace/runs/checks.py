@@ -7,6 +7,7 @@ __all__ = ['check_run']
 
 # %% ../../nbs/runs/checks.ipynb #2749544e
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -196,7 +197,8 @@ def _check_saes(values: Mapping) -> None:
     if values["text"] == "completions" and not values["input"]:
         raise BadInput("text=completions needs the run that they are in: give input=1.0, or run phase 1.0 first")
     name = values["sae"]
-    if name not in ("train", "released") and ":" not in name and not Path(name.split("{")[0]).exists():
+    place = os.path.dirname(name.split("{")[0]) if "{" in name else name  # what stands before {layer} is part of a name
+    if name not in ("train", "released") and ":" not in name and not Path(place).exists():
         raise BadInput(f"no SAE {name!r}: give train, released, release:id as sae-lens names them, or a folder")
     if name != "train":
         return

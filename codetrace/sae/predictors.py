@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ..core.errors import look_up_name
 from codetrace.core.metrics import (
@@ -240,7 +240,7 @@ def refit_best_probe(
 def latent_score_function(
     position: str,  # Such as last_generated
     layer: int,
-    latents: Sequence[int] | pd.Series,
+    latents: Sequence[int] | Int[np.ndarray, "latents"] | pd.Series,
     signs: Sequence[float],  # 1 for latents of right solutions, -1 of wrong ones
     sae: SAE | None = None,  # None: the layer's
 ) -> Callable[[LabelledActivations], Float[np.ndarray, "scores rows"]]:
