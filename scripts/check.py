@@ -59,6 +59,7 @@ def main() -> int:
         "OMP_NUM_THREADS": "1",  # notebooks and tests run two at a time
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer
     }
     failed = []
     for stage in STAGES:

@@ -79,7 +79,7 @@ def decoded(lm, requests, n=12, **options) -> dict:
 
 def teacher_forced(lm, ids, tokens) -> dict:
     "The states of a run over prompt and answer at once."
-    seen = lm.capture([[*ids, *tokens]], [("resid_post", layer) for layer in range(lm.n_layers)])
+    seen = lm.capture([[*ids, *map(int, tokens)]], [("resid_post", layer) for layer in range(lm.n_layers)])
     whole = torch.stack([seen["resid_post", layer][0] for layer in range(lm.n_layers)]).float()
     n = len(ids)
     return {

@@ -294,7 +294,7 @@ def test_random_states_are_rarely_readable():
 
 def test_a_study_of_240_null_cells_makes_a_claim_in_at_most_one_in_twenty():
     "The case of the sentence `readable`: 40 programs, 240 cells, accuracy 0.12 for value, shuffled labels and control task alike."
-    rng, studies, claims = np.random.default_rng(0), 200, 0
+    rng, studies, claims = np.random.default_rng(0), 60, 0
     for _ in range(studies):
         right, shuffled, control = rng.random((3, 240, 40)) < 0.12
         beyond = rng.random((240, 40)) < 0.5

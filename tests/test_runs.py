@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shards import kernel_of, wait_for
+from shards import kernel_of, wait_for, write_phase
 
 from codetrace.core.errors import BadInput
 
@@ -20,7 +20,7 @@ HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
 LONG = [*STUDY, "-n", "35"]  # 70 programs, two units
-SMALL = [*STUDY, "-n", "2", "--model", "tiny:llama"]
+SMALL = ["run", "letters", "-q", "-p", "n=3"]  # a phase without a model
 
 
 def environment(root: Path, **more: str) -> dict:
@@ -103,10 +103,16 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
+def letters(tmp_path_factory) -> dict[str, str]:
+    "Where the command line finds the small phase."
+    return {"CODETRACE_NOTEBOOKS": str(write_phase(tmp_path_factory.mktemp("letters")))}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, letters) -> Path:
     "Where one small run has ended."
     root = tmp_path_factory.mktemp("small")
-    assert codetrace(root, *SMALL).returncode == 0
+    assert codetrace(root, *SMALL, **letters).returncode == 0
     return root
 
 
@@ -116,8 +122,8 @@ def ended(small, tmp_path) -> Path:
     return shutil.copytree(small, tmp_path / "runs")
 
 
-def test_a_finished_run_is_never_written_again(ended):
-    assert codetrace(ended, *SMALL).returncode == 0
+def test_a_finished_run_is_never_written_again(ended, letters):
+    assert codetrace(ended, *SMALL, **letters).returncode == 0
     first, second = manifests(ended)
     assert first["digest"] == second["digest"] and first["run_id"] != second["run_id"]
     assert first["status"] == second["status"] == "complete"
@@ -428,8 +434,8 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
 
 def test_cleaning_asks_and_leaves_what_is_written(ended):
     (kept,) = manifests(ended)
-    (ended / "reference" / "tracking").mkdir(parents=True)
-    reference = ended / "reference" / "tracking" / kept["run_id"]
+    (ended / "reference" / "letters").mkdir(parents=True)
+    reference = ended / "reference" / "letters" / kept["run_id"]
     Path(kept["folder"]).rename(reference)
     process = begin(ended, *LONG)
     wait_for_rows(ended)

@@ -206,7 +206,9 @@ def judged(tmp_path_factory):
     "The whole of it: chosen on 24 tasks, judged on 36."
     folder = tmp_path_factory.mktemp("judged")
     study = make_steering_study(120)
-    pool, _ = search_all_positions(study.activations.subset((study.activations.rows["split"] == "sae").to_numpy()), n_shuffles=50)
+    pool, _ = search_all_positions(
+        study.activations.subset((study.activations.rows["split"] == "sae").to_numpy()), n_shuffles=50
+    )
     choose_and_freeze(
         study,
         pool,

@@ -431,7 +431,10 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
 
 def start(folder):
     folder.mkdir(exist_ok=True)
-    return Run(folder, {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}, "inputs": []})
+    return Run(
+        folder,
+        {"run_id": "x", "phase": "tracing", "status": "scratch", "launcher": "test", "parameters": {}, "inputs": []},
+    )
 
 
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_answers_of_any_kind_from_a_function_of_ones_own(line):
     assert not marked(config, lambda program: " what?").correct.any()
 
 
-@pytest.mark.parametrize("task", ["boolean", "entity"])
+@pytest.mark.parametrize("task", ["boolean", pytest.param("entity", marks=pytest.mark.slow)])
 def test_the_seeds_own_pattern_scores_as_the_name_does(smollm2, task):
     options = dict(models=["smollm2"], num_seqs=10, seq_lens=[3], num_shots=2)
     rows = {}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -76,8 +77,8 @@ def latent_direction(
 # %% ../../nbs/steering/directions.ipynb #9f74ccfc
 def linear_probe_directions(
     states: Float[np.ndarray, "rows d_model"],
-    label: Sequence[bool],  # Of each row: correct?
-    task: Sequence,  # Of each row
+    label: Sequence[bool] | pd.Series,  # Of each row: correct?
+    task: Sequence | pd.Series,  # Of each row
     layer: int,
     **metadata,
 ) -> list[Direction]:  # Toward correct

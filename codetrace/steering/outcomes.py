@@ -267,7 +267,7 @@ def null_band(
 
 # %% ../../nbs/steering/outcomes.ipynb #bdce2475
 def steering_p(
-    row: Mapping,  # From `steering_effects`: `net, p`
+    row: Mapping | pd.Series,  # From `steering_effects`: `net, p`
     null: Sequence[float],  # Net changes of random directions treated alike
 ) -> float:  # NaN where there are fewer than `MIN_RANDOM_DIRECTIONS`, or no tasks
     "The p of the claim that a push changes answers, and more than random pushes do."
@@ -310,7 +310,7 @@ def _null_clause(net: float, null: Sequence[float], random: str) -> str:
 
 # %% ../../nbs/steering/outcomes.ipynb #b862dd70
 def steering_sentence(
-    row: Mapping,  # From `steering_effects`
+    row: Mapping | pd.Series,  # From `steering_effects`
     push: str,  # Name of what was done
     null: Sequence[float] = (),  # Net changes of random directions treated alike
     random: str = "random pushes as strong",  # What those are called
