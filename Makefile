@@ -54,7 +54,7 @@ execute: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 execute: export TRANSFORMERS_VERBOSITY := error
 execute: export PYTHONWARNINGS := ignore
 execute: $(READY)  ## run notebooks in place (NB="nbs/core/*.ipynb"), so that the docs show what the code gives
-	@IN_TEST=1 jupyter nbconvert --to notebook --execute --inplace --log-level=WARN --ExecutePreprocessor.timeout=600 \
+	@IN_TEST=1 jupyter nbconvert --to notebook --execute --inplace --log-level=ERROR --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False \
 	  $(if $(NB),$(NB),$$(find nbs -name '*.ipynb' -not -path '*/.*' | sort))
 	@nbdev_clean
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ..tasks.pass_at_k import pass_at_k_interval
 
 from ..core.errors import BadInput
 from ..core.stats import format_with_interval
@@ -22,6 +21,7 @@ from ..runs.claims import claim_row
 from ..runs.manifest import resolve_run
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sandbox.pool import NOT_JUDGED, VERDICTS, GradingJob, grade
+from ..tasks.pass_at_k import pass_at_k_interval
 from ..tasks.problem_splits import difficulty_levels
 from ..tasks.problems import Problem
 
