@@ -99,7 +99,7 @@ def test_sign_flip_keeps_its_error_rate():
         assert abs((p <= alpha).mean() - alpha) < 4 * np.sqrt(alpha * (1 - alpha) / 2000)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)  # statsmodels takes most of the time
 @given(st.lists(st.floats(1e-12, 1), min_size=1, max_size=40))
 def test_benjamini_hochberg_is_statsmodels(p):
     from statsmodels.stats.multitest import multipletests
@@ -117,7 +117,7 @@ def test_benjamini_hochberg_keeps_its_rate():
     assert 0.05 < np.mean(shares) < 0.1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)  # statsmodels takes most of the time
 @given(st.lists(st.floats(1e-12, 1), min_size=1, max_size=40))
 def test_holm_is_statsmodels_and_stricter(p):
     from statsmodels.stats.multitest import multipletests

@@ -31,7 +31,7 @@ _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
     "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size components".split()
 )
-_ANY_NUMBER = {"shard", "strengths", "coefficients", "min_effect"}  # Negative ones mean something
+_ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
 
 
 def _lowest(name: str) -> float:
