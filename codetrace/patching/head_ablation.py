@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.stats import bootstrap_interval, format_with_interval, wilson
+from ..core.stats import bootstrap_interval, format_count, format_with_interval, wilson
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from codetrace.patching.batches import (
@@ -29,7 +29,6 @@ from codetrace.patching.batches import (
 )
 from .heads import Head, head_interventions, head_sets
 from .sweep import split_halves
-from ..tasks.heuristics import format_count
 
 # %% ../../nbs/patching/head_ablation.ipynb #bf09b656
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from ..core.progress import Progress, no_progress
-from ..core.stats import format_with_interval, holm, wilson
+from ..core.stats import format_count, format_with_interval, holm, wilson
 from ..models.lm import LM
 from .batches import TokenizedProgram, batch_states, uniform_batches
 from .sweep import average_by_position
 from ..tasks.counterfactuals import constants_by_line
-from ..tasks.heuristics import chance_of_a_guess, format_count, shallow_heuristics
+from ..tasks.heuristics import chance_of_a_guess, shallow_heuristics
 from ..tasks.programs import Program
 
 # %% ../../nbs/patching/probes.ipynb #df9f5c1c

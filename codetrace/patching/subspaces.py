@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+from ..core.stats import format_count
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from .alignment import TraceCase
@@ -25,7 +26,6 @@ from codetrace.patching.batches import (
     tokenize_pair,
 )
 from .sweep import average_by_position, split_halves
-from ..tasks.heuristics import format_count
 
 # %% ../../nbs/patching/subspaces.ipynb #1522fc96
 def subspace_bases(

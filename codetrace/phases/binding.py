@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.files import read_json
 from ..core.progress import Progress, no_progress
 from ..core.records import read_records
-from ..core.stats import wilson
+from ..core.stats import format_count, wilson
 from ..models.lm import LM
 from ..plots.mechanism import plot_shares_by_step
 from ..plots.patching import plot_position_grid
@@ -37,7 +37,6 @@ from codetrace.tasks.heuristics import (
     accuracy_beside_heuristics,
     compare_with_baseline,
     format_beside_heuristics,
-    format_count,
 )
 
 # %% ../../nbs/phases/12_binding.ipynb #b3616dd6

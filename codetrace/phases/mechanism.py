@@ -20,7 +20,7 @@ from .. import models
 from ..core.errors import look_up_name
 from ..core.files import read_json
 from ..core.records import read_records
-from ..core.stats import format_with_interval, wilson
+from ..core.stats import format_count, format_with_interval, wilson
 from ..models.lm import LM
 from ..patching.alignment import TraceCase
 from ..patching.batches import answer_logit_diff, program_means_table, tokenize_program

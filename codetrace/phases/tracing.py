@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
 from ..core.records import read_records
-from ..core.stats import bootstrap_interval, format_with_interval
+from ..core.stats import bootstrap_interval, format_count, format_with_interval
 from ..models.lm import LM
 from ..models.model_cache import ModelCache
 from codetrace.patching.alignment import (
@@ -55,7 +55,6 @@ from ..runs.phases import Phase, PhaseInput
 from ..runs.run import Run, open_run
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import GENERATORS
-from ..tasks.heuristics import format_count
 from ..tasks.programs import QUERY_STYLES, Program, analyse_program, as_program
 
 # %% ../../nbs/phases/11_tracing.ipynb #bbb0ea61

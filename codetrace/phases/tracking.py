@@ -25,7 +25,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.files import digest_values, read_json
 from ..core.progress import no_progress
 from ..core.records import Records, table_to_rows
-from ..core.stats import format_with_interval, wilson
+from ..core.stats import format_count, format_with_interval, wilson
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
 from ..models.model_cache import ModelCache
@@ -42,7 +42,6 @@ from codetrace.tasks.heuristics import (
     chance_beyond_heuristics,
     compare_with_baseline,
     format_beside_heuristics,
-    format_count,
     shallow_heuristics,
 )
 from codetrace.tasks.program_prompts import (

@@ -11,8 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .mechanism import count_in_caption
-from .style import GREY, caption_below, figure_style, panel_grid, range_frame
+from .style import GREY, caption_below, count_in_caption, figure_style, panel_grid, range_frame
 
 # %% ../../nbs/plots/patching.ipynb #ea066932
 def _effect_colormap():

@@ -11,17 +11,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..core.stats import SMALL_SAMPLE
 from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
 
 # %% ../../nbs/plots/tracking.ipynb #66224b2a
-_FEW = 10  # Programs below which a count is marked
-
-
 def _count_label(counts: pd.Series) -> str:
     "The number of programs behind the points of one length."
     smallest = int(counts.min())
     largest = int(counts.max())
-    mark = "*" if smallest < _FEW else ""
+    mark = "*" if smallest < SMALL_SAMPLE else ""
     return f"n={smallest}{mark}" if smallest == largest else f"n={smallest}{mark} to {largest}"
 
 
@@ -106,7 +104,7 @@ def plot_accuracy(
 # %% ../../nbs/plots/tracking.ipynb #9b8d2842
 _ACCURACY_CAPTION = (
     "; 95% Wilson intervals; grey: the best rule or constant. Beyond rules: programs on which no shallow rule is "
-    f"right; grey: a guess among the constants that no rule names. * fewer than {_FEW} programs."
+    f"right; grey: a guess among the constants that no rule names. * fewer than {SMALL_SAMPLE} programs."
 )
 
 # %% ../../nbs/plots/tracking.ipynb #f4d597c2
@@ -158,7 +156,7 @@ def plot_heuristic_agreement(
 # %% ../../nbs/plots/tracking.ipynb #3a3efe20
 _AGREEMENT_CAPTION = (
     "; n: wrong answers on programs on which the rule is wrong too; 95% Wilson intervals; "
-    f"grey: a wrong answer drawn from the program's constants. * fewer than {_FEW}."
+    f"grey: a wrong answer drawn from the program's constants. * fewer than {SMALL_SAMPLE}."
 )
 
 # %% ../../nbs/plots/tracking.ipynb #37731ce5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEURISTICS', 'shallow_heuristics', 'answer_line', 'answer_is_unique', 'resists_shallow_heuristics',
            'no_heuristic_is_right', 'chance_of_a_guess', 'chance_beyond_heuristics', 'accuracy_beside_heuristics',
-           'format_count', 'format_beside_heuristics', 'compare_with_baseline']
+           'format_beside_heuristics', 'compare_with_baseline']
 
 # %% ../../nbs/tasks/heuristics.ipynb #2d06c02e
 from collections import Counter
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..core.stats import format_with_interval, wilson
+from ..core.stats import SMALL_SAMPLE, format_count, format_with_interval, wilson
 from .counterfactuals import constants_by_line, program_constants
 from .programs import Program
 
@@ -114,14 +114,6 @@ def accuracy_beside_heuristics(
     }
 
 # %% ../../nbs/tasks/heuristics.ipynb #e209238f
-_FEW = 10  # Programs below which a share says so
-
-
-def format_count(n: int) -> str:
-    "The number of programs behind a share, with a warning where they are few."
-    return f"n={n}" if n >= _FEW else f"n={n}, fewer than {_FEW}"
-
-
 def format_beside_heuristics(
     cell: Mapping,  # From `accuracy_beside_heuristics`
     digits: int = 2,
@@ -144,8 +136,8 @@ def compare_with_baseline(
 ) -> str:
     "Above, below or not told apart from a baseline."
     low, high = interval
-    if n < _FEW:
-        return f"fewer than {_FEW} programs: no verdict"
+    if n < SMALL_SAMPLE:
+        return f"fewer than {SMALL_SAMPLE} programs: no verdict"
     if not baseline >= 0:
         return f"{name} is not recorded"
     if low > baseline:
