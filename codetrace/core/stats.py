@@ -183,7 +183,7 @@ def smallest_sign_flip_p(
     return np.where(2.0**n <= n_resamples, exact, 1 / (n_resamples + 1))[()]
 
 # %% ../../nbs/core/stats.ipynb #1010f1b7
-def _check_p(p: ArrayLike) -> PerCell:
+def _check_p(p: ArrayLike) -> Float[np.ndarray, "..."]:
     "p-values as an array; NaN is no test."
     p = np.asarray(p, float)
     if ((p < 0) | (p > 1)).any():
@@ -210,7 +210,7 @@ def benjamini_hochberg(
     return _adjust(p, false_discovery_control)
 
 # %% ../../nbs/core/stats.ipynb #8ab3df4f
-def _holm_steps(p: Float[np.ndarray, "out"]) -> Float[np.ndarray, "out"]:
+def _holm_steps(p: Float[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:
     "The formula, in the order of `p`; statsmodels' takes a thousand times as long."
     order = np.argsort(p)
     steps = np.minimum(1, p[order] * np.arange(len(p), 0, -1))
