@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIABLE_LETTERS', 'DIGITS', 'HELD_OUT_PAIRS', 'BINDING_SPLITS', 'BindingPrograms', 'split_hash',
-           'BindingProgramOptions', 'draw_binding_programs', 'bindings_of_programs', 'draw_balanced_bindings',
-           'BindingTokenTable']
+           'BindingProgramOptions', 'draw_binding_programs', 'bindings_of_programs', 'balance_queries',
+           'draw_balanced_bindings', 'BindingTokenTable']
 
 # %% ../../nbs/tasks/binding_programs.ipynb #632a64e6
 import string
@@ -229,28 +229,52 @@ def bindings_of_programs(
         fields["query_lines"].append([names.index(program.query)])
     return BindingPrograms(**{name: np.array(rows) for name, rows in fields.items()})
 
+# %% ../../nbs/tasks/binding_programs.ipynb #0b6e9de9
+def balance_queries(bindings: BindingPrograms, queries: int, rng: np.random.Generator) -> BindingPrograms:
+    "Draw the queries anew, so that each digit of a program is as likely to be the answer of each."
+    same_value = bindings.value[:, :, None] == bindings.value[:, None]
+    same_depth = bindings.depth[:, :, None] == bindings.depth[:, None]
+    odds = 1 / same_depth.sum(2)
+    odds /= (same_value * odds[:, None]).sum(2)  # 1 for the lines of each digit
+    cumulative = odds.cumsum(1)[:, None]
+    drawn = rng.random((len(bindings), queries, 1)) * cumulative[:, :, -1:]
+    return replace(bindings, query_lines=(cumulative > drawn).argmax(2))
+
 # %% ../../nbs/tasks/binding_programs.ipynb #2bb2cc20
 _BALANCED_BATCH = 64  # Programs, of which a tenth is held out
+
+
+def _is_in_split(bindings: BindingPrograms, split: str) -> Bool[np.ndarray, "program"]:
+    "Is each program one of this split: held out, or of training and without a held-out pair?"
+    held_out = split_hash(bindings) == 0
+    if split != "train":
+        return held_out
+    shows_pair = (HELD_OUT_PAIRS[bindings.letter, bindings.digit] & (bindings.source < 0)).any(1)
+    return ~held_out & ~shows_pair
 
 
 def draw_balanced_bindings(
     n: int,  # Programs
     rng: np.random.Generator,
-    options: BindingProgramOptions = BindingProgramOptions(),  # One query, of the split `test`
+    options: BindingProgramOptions = BindingProgramOptions(),  # Of the split `test` or `train`
 ) -> BindingPrograms:
-    "Draw held-out programs in which each constant is as likely to be the answer."
-    if options.split != "test" or options.queries != 1:
-        raise BadInput(f"balanced programs are held out and query one variable, not {options}")
+    "Draw programs in which each constant is as likely to be the answer."
+    if options.split == "pairs" or (options.queries > 1 and options.depth):
+        raise BadInput(
+            f"no balanced programs with {options}: give split='test' or 'train', and a depth to one query only"
+        )
     batches: list[BindingPrograms] = []
     while sum(map(len, batches)) < n:
-        drawn = bindings_of_programs(
-            [
+        programs = []
+        for _ in range(_BALANCED_BATCH if options.split == "test" else n):
+            programs.append(
                 make_balanced_binding_program(options.lines, rng, depth=options.depth, max_depth=options.max_depth)
-                for _ in range(_BALANCED_BATCH)
-            ]
-        )
-        batches.append(drawn.take(split_hash(drawn) == 0))
-    return _join_programs(batches, n)
+            )
+        drawn = bindings_of_programs(programs)
+        batches.append(drawn.take(_is_in_split(drawn, options.split)))
+    balanced = _join_programs(batches, n)
+    further = balance_queries(balanced, options.queries - 1, rng)
+    return replace(balanced, query_lines=np.concatenate([balanced.query_lines, further.query_lines], 1))
 
 # %% ../../nbs/tasks/binding_programs.ipynb #cd53028a
 def _line_text(variable: str, value: str) -> str:

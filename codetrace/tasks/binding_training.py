@@ -46,6 +46,7 @@ from codetrace.tasks.binding_programs import (
     BindingProgramOptions,
     BindingPrograms,
     BindingTokenTable,
+    draw_balanced_bindings,
     draw_binding_programs,
 )
 
@@ -187,6 +188,7 @@ class BindingTrainingPlan:
     curriculum: float = 0.0  # Share of the steps over which programs grow to their full length
     mastery: float = 0.0  # Share of correct answers at which programs grow (0: with the steps, by `curriculum`)
     rehearsed: int = 0  # Stretches of Python source a step
+    balanced: bool = False  # Programs whose constants are each as likely to be the answer
     seed: int = 0
 
     def __post_init__(self):
@@ -247,7 +249,8 @@ def batch(self: BindingTrainingPlan, step: int, level: int = 0) -> BindingProgra
     lines = int(rng.integers(low, most_lines + 1))
     queries = min(self.queries, lines)
     options = BindingProgramOptions(lines, max_depth=min(max_depth, lines - 1), queries=queries, split="train")
-    return draw_binding_programs(self.programs, rng, options)
+    draw = draw_balanced_bindings if self.balanced else draw_binding_programs
+    return draw(self.programs, rng, options)
 
 
 @patch
