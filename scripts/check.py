@@ -9,7 +9,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+
+from codetrace.runs.warm_kernels import warm_kernels
 
 HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
@@ -33,37 +36,44 @@ STAGES = [  # Checks of one stage run side by side; tests, which measure times, 
 ]
 
 
-def run_check(name: str, command: list[str], environment: dict[str, str], quiet: bool) -> bool:
+def run_check(name: str, command: list[str], quiet: bool) -> bool:
     "Run one check, say how long it took, show what it wrote if it failed or is not to be quiet; did it pass?"
     began = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
-    done = subprocess.run(command, cwd=HOME, env=environment, text=True, **pipes)
+    done = subprocess.run(command, cwd=HOME, text=True, **pipes)
     seconds = time.monotonic() - began
     shown = done.stdout if quiet and done.returncode != 0 else ""
     print(f"{shown}== {name}: {'passed' if done.returncode == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
     return done.returncode == 0
 
 
-def run_stage(stage: dict[str, list[str]], environment: dict[str, str]) -> list[str]:
+def run_stage(stage: dict[str, list[str]]) -> list[str]:
     "Run the checks of a stage side by side; names of those that failed."
     for name, command in stage.items():
         print(f"== {name}: {' '.join(command)}", flush=True)
     with ThreadPoolExecutor(len(stage)) as pool:
-        passed = pool.map(lambda check: run_check(*check, environment, len(stage) > 1), stage.items())
+        passed = pool.map(lambda check: run_check(*check, len(stage) > 1), stage.items())
         return [name for name, is_good in zip(stage, passed, strict=True) if not is_good]
 
 
 def main() -> int:
-    environment = os.environ | {
-        "CODETRACE_RUNS": tempfile.mkdtemp(prefix="codetrace-runs-"),
-        "OMP_NUM_THREADS": "1",  # notebooks and tests run two at a time
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer
-    }
-    failed = []
-    for stage in STAGES:
-        failed += run_stage(stage, environment)
+    with ExitStack() as open_until_the_end:
+        scratch = open_until_the_end.enter_context(
+            tempfile.TemporaryDirectory(prefix="codetrace-", ignore_cleanup_errors=True)
+        )
+        os.environ |= {
+            "TMPDIR": scratch,  # examples leave their runs there
+            "CODETRACE_RUNS": f"{scratch}/runs",
+            "OMP_NUM_THREADS": "1",  # notebooks and tests run two at a time
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer
+        }
+        failed = []
+        for stage in STAGES:
+            if "tests" in stage:
+                open_until_the_end.enter_context(warm_kernels())  # its imports are done once
+            failed += run_stage(stage)
     total = sum(map(len, STAGES))
     print(f"{total - len(failed)} passed, {len(failed)} failed" + (f" ({', '.join(failed)})" if failed else ""))
     return 1 if failed else 0

@@ -14,6 +14,7 @@ import yaml
 from codetrace.core.errors import BadInput
 from codetrace.runs.execute import RunFailed, execute_phase
 from codetrace.runs.phases import find_phase
+from codetrace.runs.warm_kernels import warm_kernels
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -43,4 +44,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with warm_kernels():  # phases share its imports
+        sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from codetrace.core.environment import KERNELS_VARIABLE
 from codetrace.runs.manifest import shard_number
 from codetrace.runs.parameters import write_phase_notebook
 
@@ -84,7 +85,8 @@ class Workspace:
     def begin(self, *words: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [BIN / "codetrace", *words]
-        return subprocess.Popen(command, env=self.environment, preexec_fn=restore_sigint, **pipes)
+        own_kernels = self.environment | {KERNELS_VARIABLE: ""}  # children of its own, which can be found
+        return subprocess.Popen(command, env=own_kernels, preexec_fn=restore_sigint, **pipes)
 
     def call(self, *words: str, timeout: float = 900) -> subprocess.CompletedProcess:
         command = [BIN / "codetrace", *words]

@@ -20,6 +20,7 @@ import torch
 from shards import kernel_of, note
 
 from codetrace import models
+from codetrace.core.environment import KERNELS_VARIABLE
 from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256
 from codetrace.core.records import read_records
@@ -699,6 +700,7 @@ MOMENTS = np.random.default_rng(7).uniform(0, 0.8, 20).round(2).tolist()  # Shar
 def start(folder: Path, victim: str) -> subprocess.Popen:
     "A run through papermill, or a shard as the launcher runs it."
     env = os.environ | {"CODETRACE_RUNS": str(folder), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {KERNELS_VARIABLE: ""}  # a child of its own, which can be found
     if victim == "shard":
         given = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
         command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]

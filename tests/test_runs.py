@@ -14,13 +14,16 @@ import psutil
 import pytest
 from shards import kernel_of, wait_for, write_phase
 
+from codetrace.core.environment import KERNELS_VARIABLE
 from codetrace.core.errors import BadInput
+from codetrace.core.records import read_records
 
 HOME = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDY = ["run", "tracking", "-q", "-p", "seq_lens=[3]", "-p", "depths=[1, 2]", "-p", "num_shots=[0]"]
-LONG = [*STUDY, "-n", "35"]  # 70 programs, two units
-SMALL = ["run", "letters", "-q", "-p", "n=3"]  # a phase without a model
+LETTERS = ["run", "letters", "-q"]  # a phase without a model
+LONG = [*LETTERS, "-p", "n=110", "-p", "seconds=0.01"]  # three parts of a table
+SMALL = [*LETTERS, "-p", "n=3"]
 
 
 def environment(root: Path, **more: str) -> dict:
@@ -32,45 +35,52 @@ def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment(root, **more), capture_output=True, text=True, timeout=300)
 
 
-def begin(root: Path, *words: str) -> subprocess.Popen:
+def begin(root: Path, *words: str, **more: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     # what a shell starts in the background ignores Ctrl-C, and its children with it
     def heeds():
         return signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    return subprocess.Popen([BIN / "codetrace", *words], env=environment(root), preexec_fn=heeds, **pipes)
+    own_kernel = environment(root, **{KERNELS_VARIABLE: ""}, **more)  # a child of its own, which can be found
+    return subprocess.Popen([BIN / "codetrace", *words], env=own_kernel, preexec_fn=heeds, **pipes)
 
 
 def manifests(root: Path) -> list[dict]:
     return json.loads(codetrace(root, "runs", "--json").stdout)
 
 
+def rows_of(manifest: dict) -> list[dict]:
+    return read_records(Path(manifest["folder"]) / "letters").to_dict("records")
+
+
 def wait_for_rows(root: Path):
     "Until the first part of a run's rows is on disk."
-    wait_for(lambda: list(root.glob("tracking/*/samples/part-*.parquet")))
+    wait_for(lambda: list(root.glob("letters/*/letters/part-*.parquet")))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> bytes:
+def letters(tmp_path_factory) -> dict[str, str]:
+    "Where the command line finds the small phase."
+    return {"CODETRACE_NOTEBOOKS": str(write_phase(tmp_path_factory.mktemp("letters")))}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, letters) -> list[dict]:
+    "The rows of a run that nobody stopped."
     root = tmp_path_factory.mktemp("whole")
-    done = codetrace(root, *LONG)
+    done = codetrace(root, *LONG, **letters)
     assert done.returncode == 0, done.stderr
     (manifest,) = manifests(root)
     assert manifest["status"] == "complete" and manifest["resumed"] is None
-    assert {"results.json", "summary.json", "accuracy_plot.png"} <= set(manifest["outputs"])
-    assert (Path(manifest["folder"]) / "notebook.ipynb").is_file()
-    assert (
-        manifest["model"]["name"] == "smollm2" and manifest["packages"]["torch"] and manifest["memory"]["host_gb"] > 0
-    )
-    return (Path(manifest["folder"]) / "results.json").read_bytes()
+    return rows_of(manifest)
 
 
 @pytest.mark.parametrize(
     "victim", ["launcher", *(pytest.param(v, marks=pytest.mark.slow) for v in ("kernel", "ctrl-c", "preemption"))]
 )
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupted, victim):
-    process = begin(tmp_path, *LONG)
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, letters, uninterrupted, victim):
+    process = begin(tmp_path, *LONG, **letters)
     kernel = wait_for(lambda: kernel_of(process))
     wait_for_rows(tmp_path)
     kernel.suspend()  # so that it cannot finish first
@@ -92,20 +102,13 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, uninterrupt
         assert "kernel died" in error and "kernel died" in manifest["error"]["message"]
     if victim in ("ctrl-c", "preemption"):
         assert len(error.strip().splitlines()) == 1 and "the same command continues run" in error, error
-    assert not (Path(manifest["folder"]) / "results.json").exists()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
 
-    again = codetrace(tmp_path, *LONG)
+    again = codetrace(tmp_path, *LONG, **letters)
     assert again.returncode == 0, again.stderr
     (resumed,) = manifests(tmp_path)
     assert resumed["run_id"] == manifest["run_id"] and resumed["status"] == "complete" and resumed["resumed"]
-    assert (Path(resumed["folder"]) / "results.json").read_bytes() == uninterrupted
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory) -> dict[str, str]:
-    "Where the command line finds the small phase."
-    return {"CODETRACE_NOTEBOOKS": str(write_phase(tmp_path_factory.mktemp("letters")))}
+    assert rows_of(resumed) == uninterrupted
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +148,10 @@ def test_a_reference_record_leaves_out_what_it_is_told_to(ended, tmp_path):
     assert codetrace(tmp_path / "kept", "show", kept["run_id"]).returncode == 0  # the rest is still verified
 
 
-def test_two_processes_never_write_one_run(tmp_path):
-    first = begin(tmp_path, *LONG)
-    wait_for(lambda: list(tmp_path.glob("tracking/*/run.json")))
-    second = codetrace(tmp_path, *LONG)
+def test_two_processes_never_write_one_run(tmp_path, letters):
+    first = begin(tmp_path, *LONG, **letters)
+    wait_for(lambda: list(tmp_path.glob("letters/*/run.json")))
+    second = codetrace(tmp_path, *LONG, **letters)
     first.kill()
     first.communicate()
     assert second.returncode == 2 and f"is being written by process {first.pid}" in second.stderr
@@ -179,6 +182,9 @@ def test_plain_papermill_leaves_a_valid_run(tmp_path):
         and manifest["launcher"] == "papermill"
         and manifest["parameters"]["num_seqs"] == 2
     )
+    assert {"results.json", "summary.json", "accuracy_plot.png"} <= set(manifest["outputs"])
+    assert manifest["model"]["name"] == "tiny:llama" and manifest["packages"]["torch"]
+    assert manifest["memory"]["host_gb"] > 0
     record = json.loads((Path(manifest["folder"]) / "notebook.ipynb").read_text())
     assert any("image/png" in o.get("data", {}) for c in record["cells"] for o in c.get("outputs", []))
     assert codetrace(tmp_path / "runs", "show", "tracking").returncode == 0
@@ -431,12 +437,12 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
         assert done.returncode == 2 and f"--max-memory is {wrong}: expected GB, 1 at least" in done.stderr
 
 
-def test_cleaning_asks_and_leaves_what_is_written(ended):
+def test_cleaning_asks_and_leaves_what_is_written(ended, letters):
     (kept,) = manifests(ended)
     (ended / "reference" / "letters").mkdir(parents=True)
     reference = ended / "reference" / "letters" / kept["run_id"]
     Path(kept["folder"]).rename(reference)
-    process = begin(ended, *LONG)
+    process = begin(ended, *LONG, **letters)
     wait_for_rows(ended)
     (kernel := kernel_of(process)).suspend()
     held = codetrace(ended, "clean", "--force")
@@ -450,17 +456,18 @@ def test_cleaning_asks_and_leaves_what_is_written(ended):
     wait_for(lambda: "interrupted" in codetrace(ended, "clean", "--dry-run").stdout, 60)
     asked = codetrace(ended, "clean")
     assert asked.returncode == 2 and "Remove 1 folder," in asked.stdout and len(manifests(ended)) == 2
-    assert codetrace(ended, "clean", "tracking", "--incomplete", "--force").returncode == 0
+    assert codetrace(ended, "clean", "letters", "--incomplete", "--force", **letters).returncode == 0
     assert [m["run_id"] for m in manifests(ended)] == [kept["run_id"]] and reference.is_dir()
 
 
 def test_help_answers_at_once():
     timings = []
-    for _ in range(5):
-        began = time.monotonic()
+    for _ in range(3):
+        before = os.times()
         assert codetrace(HOME / "runs", "--help").returncode == 0
-        timings.append(time.monotonic() - began)
-    assert sorted(timings)[2] < 0.5
+        after = os.times()
+        timings.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert sorted(timings)[1] < 0.5  # of a processor, however busy the machine is
 
 
 @pytest.mark.parametrize("command", ["run", "merge", "runs", "show", "phases", "doctor", "clean"])

@@ -25,6 +25,7 @@ from .parameters import phase_values
 from .phases import find_phase
 from .run import Run, notebook_code, open_run
 from .signals import interrupt_on_stop_signals
+from .warm_kernels import warm_kernel_manager
 
 # %% ../../nbs/runs/execute.ipynb #7b12602d
 class RunFailed(RuntimeError):
@@ -129,6 +130,7 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
             parameters=parameters,
             progress_bar=False,
             kernel_name="python3",
+            kernel_manager_class=warm_kernel_manager(),
             start_timeout=300,
             extra_arguments=["--log-level=CRITICAL"],
             # what an interrupted kernel may take to write its records
