@@ -26,7 +26,7 @@ from codetrace.core.metrics import (
     trivial_f1,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 LABEL = [0, 0, 1, 1]
 SCORE = [0.1, 0.4, 0.35, 0.8]
@@ -42,6 +42,25 @@ def test_measures_of_scores():
     assert auprc([1, 0, 1], [2, 2, 1]) == pytest.approx((1 / 2 + 2 / 3) / 2)  # A tie counts as one threshold
     assert auprc([0, 1], [2, 1], [0, 1]) == 1  # The first threshold predicts no row that counts
     assert np.isnan(auroc([1, 1], [0, 1])) and np.isnan(auprc([0, 0], [0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
+def test_scores_of_any_kind_of_number_are_ranked(dtype):
+    "Minus one has no place among unsigned numbers, and minus false is no number."
+    score = np.array([0, 0, 1, 1], dtype)
+    assert auroc([0, 1, 0, 1], score) == auprc([0, 1, 0, 1], score) == 0.5
+    assert auroc([0, 0, 1, 1], score) == auprc([0, 0, 1, 1], score) == 1
+    assert roc_with_band([0, 0, 1, 1], score, range(4), 2)["true_positive_rate"][0] == 1
+
+
+def test_only_shares_of_the_weight_count():
+    "A tenth of a row each is as good as a row each."
+    weights = np.full(10, 0.01)
+    for measure in (f1, mcc, balanced_accuracy):
+        assert measure(*DECIDED, weights) == pytest.approx(measure(*DECIDED))
+    for measure in (auroc, auprc, brier_score, calibration_error):
+        assert measure(LABEL, SCORE, weights[:4]) == pytest.approx(measure(LABEL, SCORE))
+    assert f1([0], [0], [0.01]) == mcc([0], [0], [0.01]) == 0
 
 
 # Three true positives, one false positive, two false negatives, four true negatives
@@ -96,7 +115,7 @@ def test_calibration_is_of_bins_with_equally_many_rows():
 def test_calibration_has_ten_bins():
     "Eleven rows: the tenths of the way from 0 to 1 are edges, and each row from the second has a bin of its own."
     probability = np.linspace(0, 1, 11)
-    label = np.arange(11) % 2
+    label = np.arange(1, 12) % 2
     misses = np.abs(probability - label)
     misses[0] = misses[1] = abs(misses[0] - misses[1]) / 2
     assert calibration_error(label, probability) == pytest.approx(misses.sum() / 11)

@@ -28,7 +28,7 @@ from codetrace.steering.outcomes import (
     verdict_transitions,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 BASE = ["passed", "passed", "passed", "exception", "exception", "exception", "timeout", "exception"]
 PUSHED = ["passed", "exception", "passed", "passed", "passed", "failed_assertion", "exception", "timeout"]
@@ -165,6 +165,7 @@ def test_what_is_no_python(code):
     assert parses_as_python(code) is False
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::SyntaxWarning")
 @pytest.mark.parametrize("code", ["x = 1", "assert (1, 2)", "x is 1", "'\\d'"])
 def test_what_python_warns_of_is_python(code):
     assert parses_as_python(code) is True

@@ -9,7 +9,7 @@ from codetrace.core.errors import BadInput
 from codetrace.sae.sae import random_sae
 from codetrace.sae.separation import ActiveLatents, encode_active_latents, separation_scores
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 # Latent 0 is active in rows 0 and 3, latent 2 in row 3; latent 1 never
 THREE_LATENTS = ActiveLatents(

@@ -263,7 +263,7 @@ def crossover_layer(
     effect = effect.pivot(index="program", columns=["position_name", "layer"], values="effect")
     if not {before, after} <= set(effect.columns.get_level_values(0)):
         return np.nan, np.nan, np.nan
-    ahead = (effect[after] - effect[before]).dropna().to_numpy()
+    ahead = (effect[after] - effect[before]).dropna().reindex(columns=range(cells["layer"].max() + 1)).to_numpy()
     resampled = np.random.default_rng(0).integers(len(ahead), size=(n_resamples, len(ahead)))
     layers = _first_positive(ahead[resampled].mean(1))
     low = high = np.nan
