@@ -10,6 +10,7 @@ __all__ = ['app', 'parse_parameters', 'run_command', 'merge_command', 'phases_co
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -271,6 +272,7 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
     from codetrace.runs.jobs import parse_devices
     from codetrace.runs.pipeline import run_step_once, run_study
     from codetrace.runs.slurm import SlurmOptions
+    from codetrace.runs.warm_kernels import warm_kernels
 
     where = placement.where
     if not isinstance(where, SlurmOptions):
@@ -283,7 +285,8 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
         return run_step_once(number, values, report_line, show_progress, where, placement.shards, placement.requeue)
 
     study = {"model": options["model"], "problems": options["problems"], "num_problems": options["n"]}
-    manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
+    with nullcontext() if isinstance(where, SlurmOptions) else warm_kernels():
+        manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
     print_run(manifests["report"])
     print(Path(manifests["report"]["folder"]) / "report.md")
     if failures:

@@ -18,7 +18,7 @@ HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = ["nbdev_test", "--n_workers", "2", "--timing", *(["--flags", "slow"] if SLOW else [])]
 TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
-TESTS += ["--dist", "loadscope"]  # a file stays with one worker, and with what its tests share
+TESTS += ["--dist", "worksteal"]  # halves, in order: a file and what its tests share mostly stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 STAGES = [  # Checks of one stage run side by side; tests, which measure times, have the machine to themselves
     {

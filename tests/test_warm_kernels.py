@@ -94,10 +94,18 @@ def test_a_kernel_ends_with_its_caller(variables, tmp_path):
 def test_the_process_that_waits_ends_with_its_owner():
     code = "from codetrace.runs.warm_kernels import warm_kernels\nwith warm_kernels() as path: print(path, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    owner = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    alone = os.environ | {KERNELS_VARIABLE: ""}
+    owner = subprocess.Popen([sys.executable, "-c", code], text=True, env=alone, **pipes)
     path = owner.stdout.readline().strip()
     (server,) = wait_for(psutil.Process(owner.pid).children, 20)
     owner.kill()
     owner.communicate()
     wait_for(lambda: not server.is_running(), 60)
     assert not Path(path).exists() or fork_kernel([], {KERNELS_VARIABLE: path}, Path("/")) is None
+
+
+def test_who_has_a_server_starts_no_other(server, monkeypatch):
+    monkeypatch.setenv(KERNELS_VARIABLE, server)
+    with warm_kernels() as path:
+        assert path == server
+    assert os.environ[KERNELS_VARIABLE] == server

@@ -28,7 +28,7 @@ from ..core.files import digest_values
 from .run import library_code
 
 # %% ../../nbs/runs/warm_kernels.ipynb #f1b650d1
-_READ_AT_IMPORT = tuple("HF_ TRANSFORMERS_ TOKENIZERS_ OMP_ MKL_ KMP_ TORCH PYTORCH_ PYTHON MPL LD_".split())  # Beginnings
+_READ_AT_IMPORT = (*"HF_ TRANSFORMERS_ TOKENIZERS_ OMP_ MKL_ KMP_ TORCH PYTORCH_ PYTHON MPL LD_".split(),)
 
 
 def kernel_setting(
@@ -128,24 +128,33 @@ def serve_kernels(
                     connection.close()
 
 # %% ../../nbs/runs/warm_kernels.ipynb #454a37a1
+def _start_server(path: str) -> subprocess.Popen:
+    "Start the process that waits, with the variables that runs have."
+    code = f"from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({path!r})"
+    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment, start_new_session=True
+    )
+
+
 @contextmanager
 def warm_kernels() -> Iterator[str]:
     "Let runs that start in this block, here or in other processes, fork their kernels from one process."
+    before = os.environ.get(KERNELS_VARIABLE, "")
+    connection = _connect(before)
+    if connection is not None:  # one waits already
+        connection.close()
+        yield before
+        return
     with tempfile.TemporaryDirectory(prefix="codetrace-kernels-") as folder:
         path = f"{folder}/socket"
-        code = f"from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({path!r})"
-        command = [sys.executable, "-c", code]
-        environment = {"OMP_WAIT_POLICY": "passive"} | os.environ  # as runs have it
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
-        before = os.environ.get(KERNELS_VARIABLE)
+        process = _start_server(path)
         os.environ[KERNELS_VARIABLE] = path
         try:
             yield path
         finally:
-            if before is None:
-                del os.environ[KERNELS_VARIABLE]
-            else:
-                os.environ[KERNELS_VARIABLE] = before
+            os.environ[KERNELS_VARIABLE] = before
+            process.kill()  # it keeps nothing
             process.communicate()
 
 # %% ../../nbs/runs/warm_kernels.ipynb #bf45396c
@@ -222,7 +231,7 @@ def fork_kernel(
 def warm_kernel_manager() -> type:  # A subclass of `AsyncKernelManager`
     "A kernel manager for papermill whose kernels are forked where that is possible."
     from jupyter_client.manager import AsyncKernelManager
-    from jupyter_client.provisioning import LocalProvisioner
+    from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
     class WarmProvisioner(LocalProvisioner):
         async def launch_kernel(self, cmd, **options):
