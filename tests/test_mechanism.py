@@ -45,7 +45,6 @@ from codetrace.patching.probes import (
 from codetrace.patching.subspaces import choose_subspace_cells, directions_needed, patch_subspace, subspace_bases
 from codetrace.patching.sweep import PatchSweepOptions, run_sweep
 from codetrace.phases.mechanism import (
-    load_model_or_planted,
     pool_effects,
     sweep_units,
     trace_residual_stream,
@@ -53,7 +52,13 @@ from codetrace.phases.mechanism import (
     training_effect_peaks,
     training_sentence,
 )
-from codetrace.planted.binding import D_MODEL, RESIDUAL_SUBSPACES, circuit_value_heads, load_binding_model
+from codetrace.planted.binding import (
+    D_MODEL,
+    RESIDUAL_SUBSPACES,
+    circuit_value_heads,
+    load_binding_model,
+    load_model_or_planted,
+)
 from codetrace.plots.mechanism import plot_head_sets
 
 
