@@ -1,9 +1,12 @@
 "What a notebook cannot hold of `problems`: the prompts to the letter, real completions cut at every character, files that are wrong."
 
 import ast
+import base64
 import hashlib
 import json
+import pickle
 import re
+import zlib
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -351,6 +354,25 @@ OWN = {
     **{"task_id": "a", "text": "t", "reference": "def f(x): return x", "tests": ["assert f(1) == 1"]},
     **{"setup": "", "entry_point": "f", "source": "s", "licence": "l"},
 }
+LIVE = {  # As LiveCodeBench has them
+    "question_content": "Add one to each.",
+    "question_id": "2727",
+    "starter_code": "class Solution:\n    def addOne(self, numbers: List[int]) -> List[int]:\n        ",
+    "public_test_cases": json.dumps([{"input": "[1, 2]", "output": "[2, 3]", "testtype": "functional"}]),
+    "private_test_cases": "[]",
+    "metadata": '{"func_name": "addOne"}',
+}
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def packed(value) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
 DEEP = "assert f(1)" + " + 0" * 3000 + " == 1"
 ODD_ROWS = {  # What a row holds instead, and what the message must name
     "deep code": (PLAIN | {"code": "def f(x): return " + "(" * 3000 + "x" + ")" * 3000}, "not Python"),
@@ -382,8 +404,13 @@ ODD_ROWS = {  # What a row holds instead, and what the message must name
     },
     **{
         f"id {value!r}": (PLAIN | {"task_id": value}, "'task_id' must be")
-        for value in (1.5, float("nan"), float("inf"), True, [1], {})
+        for value in (1.5, float("inf"), True, [1], {})
     },
+    "id nan": (PLAIN | {"task_id": float("nan")}, "no 'task_id'"),
+    "shown": (OWN | {"n_shown": 2}, "'n_shown' must be a number of tests, at most 1"),
+    "live without a name": (LIVE | {"metadata": "{}"}, "func_name"),
+    "live that runs code": (LIVE | {"private_test_cases": packed(Evil())}, "print are not read"),
+    "live tests": (LIVE | {"public_test_cases": "5"}, "list of objects"),
     **{
         f"half of {name}": (PLAIN | {name: "\ud800"}, f"'{name}' holds half")
         for name in ("task_id", "text", "code", "entry_point")
@@ -585,26 +612,117 @@ def check(candidate):
 }
 
 
-def test_checks_that_call_helpers_are_judged(tmp_path):
+PLUS_TEST = """import numpy as np
+from math import inf
+
+def assertion(out, exp, atol):
+    assert out == exp
+
+inputs = [[1], [2], [-5]]
+results = [2, 3, -4]
+for i, (inp, exp) in enumerate(zip(inputs, results)):
+    assertion(inc(*inp), exp, 0)
+"""
+MBPP_PLUS = {
+    **{"task_id": 2, "code": "def inc(x):\n    return x + 1\n", "prompt": "Write inc.", "source_file": "x"},
+    **{"test_imports": [], "test_list": ["assert inc(1) == 2"], "test": PLUS_TEST},
+}
+CHECKS = {  # Further forms of HumanEval's test, and how many tests they are
+    "named for the function": ("def check(f):\n    assert f(1) == 1\n    assert f(2) == 2\n\ncheck(f)\n", 2),
+    "another name": ("def check(fn):\n    assert fn(1) == 1\n", 1),
+    "early return": ("def check(candidate):\n    if candidate(0):\n        return\n    assert candidate(1) == 1\n", 1),
+    "with what changes a value": (
+        "def check(candidate):\n    inputs = []\n    inputs.append(1)\n    for x in inputs:\n        assert candidate(x) == 1\n",
+        1,
+    ),
+    "reference function": (
+        "def ref_func(x):\n    return x\n\ndef check(candidate):\n    for x in [1, 2]:\n        assert candidate(x) == ref_func(x)\n",
+        1,
+    ),
+}
+
+
+def load_rows(folder: Path, *rows: dict) -> list[Problem]:
+    (folder / "x.json").write_text(json.dumps(rows))
+    return load_problems(str(folder / "x.json"))
+
+
+def verdicts(problem: Problem, *codes: str) -> list[str]:
     from codetrace.sandbox.pool import GradingJob, grade
 
-    (tmp_path / "x.json").write_text(json.dumps([EVAL_PLUS]))
-    (problem,) = load_problems(str(tmp_path / "x.json"))
+    jobs = [GradingJob(code, problem.entry_point, problem.tests, problem.setup) for code in codes]
+    return [verdict.verdict for verdict in grade(jobs, workers=1)]
+
+
+def test_checks_that_call_helpers_are_judged(tmp_path):
+    (problem,) = load_rows(tmp_path, EVAL_PLUS)
     (test,) = problem.tests
     assert "def assertion" in test and "def is_float" in test and "isclose" in test and "unused" not in test
     wrong = problem.reference.replace("any(", "not any(")
-    jobs = [GradingJob(code, problem.entry_point, problem.tests, problem.setup) for code in (problem.reference, wrong)]
-    assert [verdict.verdict for verdict in grade(jobs, workers=1)] == ["passed", "failed_assertion"]
+    assert verdicts(problem, problem.reference, wrong) == ["passed", "failed_assertion"]
 
 
-def test_further_inputs_that_are_not_used_are_said(tmp_path, caplog):
-    rows = [PLAIN | {"test": "inputs = [[1], [2]]\nfor x in inputs:\n    f(*x)\n"}, PLAIN | {"task_id": 2}]
-    (tmp_path / "x.json").write_text(json.dumps(rows))
-    with caplog.at_level("WARNING", logger="codetrace.tasks.problems"):
-        assert len(load_problems(str(tmp_path / "x.json"))) == 2
-    assert "'test' of 1 problems, such as 1, is not used" in caplog.text
-    caplog.clear()
-    with caplog.at_level("WARNING", logger="codetrace.tasks.problems"):
-        load_problems("basics")
-        load_problems("humaneval", 3)
-    assert not caplog.text
+@pytest.mark.parametrize("form", CHECKS)
+def test_every_form_of_check_is_read(form, tmp_path):
+    test, n = CHECKS[form]
+    (problem,) = load_rows(tmp_path, EVAL | {"test": test})
+    assert len(problem.tests) == n
+    for part in problem.tests:
+        space = {}
+        exec(problem.reference + part, space)
+        with pytest.raises(AssertionError):
+            exec("def f(x):\n    return [] if x else 0\n" + part, {})
+
+
+@pytest.mark.parametrize("solution", ["def f(x):\n    return x\n", "import math\n\ndef f(x):\n    return x\n"])
+def test_solutions_that_are_whole_functions(solution, tmp_path):
+    "As MBPP is in HumanEval's form: the prompt is words, or a head that the solution states again."
+    for prompt in ("from typing import List\n\ndef f(x):\n    ", "Return the number itself.", '"""\nReturn it.\n"""\n'):
+        (problem,) = load_rows(tmp_path, EVAL | {"prompt": prompt, "canonical_solution": solution})
+        exec(problem.reference + problem.tests[0], {})
+        assert problem.text == prompt and problem.reference.endswith(solution)
+
+
+def test_further_inputs_are_graded_and_not_shown(tmp_path):
+    (problem,) = load_rows(tmp_path, MBPP_PLUS)
+    assert problem.tests == ("assert inc(1) == 2", PLUS_TEST.strip()) and problem.n_shown == 1
+    assert "assert inc(1) == 2" in (text := render_problem_prompt(problem).text) and "inputs" not in text
+    only_shown = "def inc(x):\n    return 2\n"
+    assert verdicts(problem, problem.reference, only_shown) == ["passed", "failed_assertion"]
+    assert load_rows(tmp_path, problem.row()) == [problem]
+
+
+def test_functional_tests_are_read(tmp_path, caplog):
+    hidden = packed(json.dumps([{"input": "[5]", "output": "[6]", "testtype": "functional"}]))
+    program = LIVE | {
+        "question_id": "abc301_a",
+        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]',
+    }
+    (problem,) = load_rows(tmp_path, LIVE | {"private_test_cases": hidden}, program)
+    assert problem.tests == ("assert Solution().addOne([1, 2]) == [2, 3]", "assert Solution().addOne([5]) == [6]")
+    assert problem.shown_tests == problem.tests[:1] and problem.task_id == "2727"
+    assert "1 of 2 problems read standard input" in caplog.text and "1 problems come without a solution" in caplog.text
+    right = "class Solution:\n    def addOne(self, numbers):\n        return [n + 1 for n in numbers]\n"
+    for test in problem.tests:
+        exec(right + test, {})
+
+
+def test_tables_of_any_text_type_and_with_gaps(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [PLAIN | {"test_setup_code": None, "task_id": 1.0}, EVAL | {"task_id": 2.0, "entry_point": "f"}]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    plain = pa.table(columns)
+    large = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.large_list(pa.large_string())}
+    schema = pa.schema([field.with_type(large.get(field.type, field.type)) for field in plain.schema])
+    coded = plain.set_column(1, "text", plain["text"].dictionary_encode())
+    for table in (plain, plain.cast(schema), coded):
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert [p.task_id for p in load_problems(str(tmp_path / "x.parquet"))] == ["1", "2"]
+    lines = [
+        json.dumps({name: float("nan") if value is None else value for name, value in row.items()}) for row in rows
+    ]
+    (tmp_path / "x.jsonl").write_text("\ufeff" + "\n\ufeff".join(lines), encoding="utf-8-sig")
+    assert [p.task_id for p in load_problems(str(tmp_path / "x.jsonl"))] == ["1", "2"]

@@ -44,7 +44,7 @@ PROMPT_PARTS: tuple[str, ...] = ("first", "text", "asserts", "marker", "rest")
 def _part_spans(prompt: str, problem: Problem) -> dict[str, tuple[int, int]]:
     "The characters of each part of a prompt, from start to end."
     spans = {}
-    for part, content in (("text", problem.text), ("asserts", "\n".join(problem.tests))):
+    for part, content in (("text", problem.text), ("asserts", "\n".join(problem.shown_tests))):
         start = prompt.rfind(content)
         if start >= 0:
             spans[part] = (start, start + len(content))

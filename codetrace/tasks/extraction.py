@@ -8,198 +8,329 @@ __all__ = ['extract_code', 'is_answer_complete']
 # %% ../../nbs/tasks/extraction.ipynb #a7e3c892
 import ast
 import re
-import symtable
-import textwrap
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
-from .problem_prompts import Prompt
-from .problems import BadProblem, bound_names, normalise_text, parse_python
+from fastcore.basics import patch
+
+from .problem_prompts import THOUGHT_TAGS, Prompt
+from .problems import normalise_text
+from .statements import BUILTIN_NAMES, Statement, changed_names, split_statements
+
+# %% ../../nbs/tasks/extraction.ipynb #2ccc7972
+_TAG = "|".join(map(re.escape, THOUGHT_TAGS))
+_THOUGHTS_PATTERN = re.compile(rf"^[ \t]*<({_TAG})>.*?(?:</\1>|\Z)", re.M | re.S)
+_OPENED_PATTERN = re.compile(rf"<(?:{_TAG})>\s*\Z")
+_ONLY_CLOSED_PATTERN = re.compile(rf"\A.*?</(?:{_TAG})>[ \t]*$", re.M | re.S)
+
+
+def _drop_thoughts(text: str, prompt: str) -> str:
+    "The text without what stands between `<think>` and `</think>`."
+    if opened := _OPENED_PATTERN.search(prompt):
+        text = opened.group().strip() + text
+    return _ONLY_CLOSED_PATTERN.sub("", _THOUGHTS_PATTERN.sub("", text))
 
 # %% ../../nbs/tasks/extraction.ipynb #28cd1057
-_FENCE_PATTERN = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$", re.M)
+_FENCE_PATTERN = re.compile(r"^(?P<before>[^\n`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)$", re.M)
 
 
-def _defines_name(text: str, name: str) -> bool:
-    return bool(re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name} *=(?!=)", text, re.M))
+@dataclass(frozen=True, eq=False)
+class _Block:
+    "What stands between two fences, or before the first one, or after the last."
+
+    text: str
+    fenced: bool
+    closed: bool  # Does a fence end it, whatever follows?
+
+    @cached_property
+    def statements(self) -> list[Statement]:
+        return list(split_statements(self.text))
+
+    def tries_to_define(self, name: str) -> bool:
+        "Does a line begin to define the name, whether Python can read it or not?"
+        return bool(re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name} *=(?!=)", self.text, re.M))
 
 
-def _defines_any_function(text: str) -> bool:
-    return bool(re.search(r"^def ", text, re.M))
-
-
-def _code_blocks(text: str, fences: list[re.Match]) -> list[tuple[str, bool]]:
-    "The fenced blocks of an answer, and whether a fence closes each."
-    ends = [*(fence.start() for fence in fences[1:]), len(text)]
-    blocks = []
-    for opening, end in list(zip(fences, ends))[::2]:  # every second fence closes a block
-        block = text[opening.end() : end]
-        indented = opening.group()[0].isspace()  # a fence in a list
-        blocks.append((textwrap.dedent(block) if indented else block, end < len(text)))
-    return blocks
+def _first_fence(text: str) -> re.Match | None:
+    "The first fence that stands in no statement."
+    pieces = split_statements(text)
+    piece = next(pieces, None)
+    for fence in _FENCE_PATTERN.finditer(text):
+        while piece and piece.end <= fence.start("fence"):
+            piece = next(pieces, None)
+        if not (piece and piece.body and piece.start <= fence.start("fence")):
+            return fence
+    return None
 
 # %% ../../nbs/tasks/extraction.ipynb #970b9c87
-def _select_code_block(
-    text: str,  # An answer
-    entry_point: str,
-    fenced: bool,  # Does it begin as code?
-) -> tuple[str, bool]:  # The piece that counts, and whether a fence closes it
-    "What stands before the first fence, if that is code, else the first block that defines the function, or any."
-    fences = list(_FENCE_PATTERN.finditer(text))
-    before = text[: fences[0].start()] if fences else text
-    if not fences or fenced or _defines_name(before, entry_point):
-        return before, bool(fences)
-    blocks = _code_blocks(text, fences)
-    for is_wanted in (partial(_defines_name, name=entry_point), _defines_any_function):
-        for block, closed in blocks:
-            if is_wanted(block):
-                return block, closed
-    return blocks[0]
-
-# %% ../../nbs/tasks/extraction.ipynb #8a4c3a0d
-_CONTINUATION_PATTERN = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
-_CODE_PATTERN = re.compile(
-    r"(?:async )?def \w|class \w+ *[:(]|import \w|from [\w.]+ import|@\w|[\w., ]+ *[-+*/|&]?=(?!=)"
-)
-_OPENING_PATTERN = re.compile(
-    r"[(\[{]|\\$|\"\"\"|'''|^(?:if|for|while|with|try|match)\b"
-)  # may need the lines that follow
+def _opens_block(fence: re.Match, block: _Block) -> bool:
+    "Does a block begin after the fence that ends this one?"
+    names_language = bool(re.fullmatch(r"[ \t]*\S+[ \t]*", fence["info"]))
+    if block.fenced:
+        return names_language or not any(piece.body for piece in block.statements)
+    return names_language or not any(piece.is_all(*_DEFINITIONS) for piece in block.statements)
 
 
-def _try_parse(text: str) -> list[ast.stmt] | None:
-    try:
-        return parse_python(text, "").body
-    except BadProblem:
-        return None
-
-
-def _is_blank_or_comment(line: str) -> bool:
-    return bool(re.match(r"\s*(#|$)", line))
-
-# %% ../../nbs/tasks/extraction.ipynb #ccb727e5
-def _shortest_statement(lines: list[str], starts: list[int], index: int) -> tuple[int, list[ast.stmt] | None]:
-    "Where the statement that begins at `starts[index]` ends (an index into `starts`), and its parsed body or None."
-    first = lines[starts[index]]
-    may_continue = _CODE_PATTERN.match(first) or _OPENING_PATTERN.search(first)
-    last_index = len(starts) if may_continue else index + 2
-    for end in range(index + 1, last_index):
-        body = _try_parse("\n".join(lines[starts[index] : starts[end]]))
-        if body is not None:
-            return end, body
-    return index + 1, None
-
-
-def _split_statements(
-    text: str,
-) -> Iterator[tuple[str, list[ast.stmt] | None, bool]]:  # Text, statements or None, and whether its first line is ended
-    "Cut text into top-level statements and what is none."
-    lines = text.split("\n")
-    starts = [i for i, line in enumerate(lines) if not _CONTINUATION_PATTERN.match(line)] + [len(lines)]
-    only_comments_first = all(map(_is_blank_or_comment, lines[: starts[0]]))
-    piece_start = 0 if only_comments_first else starts[0]  # comments and blank lines go with what follows
-    index = 0
-    while index < len(starts) - 1:
-        end, body = _shortest_statement(lines, starts, index)
-        yield "\n".join(lines[piece_start : starts[end]]), body, starts[index] + 1 < len(lines)
-        index = end
-        piece_start = starts[end]
+def _split_blocks(text: str, fenced: bool) -> Iterator[_Block]:
+    "Cut an answer at its fences."
+    while fence := _first_fence(text):
+        certain = not fence["before"] or fence.end() < len(text)  # a fence at the margin, or a line that has ended
+        block = _Block(text[: fence.start("fence")], fenced, closed=certain)
+        yield block
+        fenced = _opens_block(fence, block)
+        text = text[fence.end() + 1 :]
+        if not fence["before"].strip():  # a fence in a list is indented, and so is what follows
+            text = re.sub(rf"^{fence['before']}", "", text, flags=re.M)
+    yield _Block(text, fenced, closed=False)
 
 # %% ../../nbs/tasks/extraction.ipynb #f26f9e88
-def _allowed_after_function(node: ast.stmt) -> bool:
-    "Can this statement be part of an answer, once the function is there?"
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
-    return isinstance(node, kinds | ast.Assign | ast.AnnAssign | ast.AugAssign)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
+_ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 
-def _allowed_before_function(node: ast.stmt) -> bool:
-    "Can it be part of one before the function is there? Not an assert, a print, or a word that happens to parse."
-    if isinstance(node, ast.Expr):
-        call = node.value
-        return isinstance(call, ast.Call) and getattr(call.func, "id", "") != "print"
-    return not isinstance(node, ast.Assert)
-
-# %% ../../nbs/tasks/extraction.ipynb #40341fa8
-Piece = tuple[str, list[ast.stmt]]  # Text and its statements (none where it does not parse)
+def _does_nothing(node: ast.stmt) -> bool:
+    "`pass`, `…`, a docstring, `raise NotImplementedError`."
+    if isinstance(node, ast.Raise):
+        return "NotImplementedError" in ast.dump(node)
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
-def _binds(body: list[ast.stmt], name: str) -> bool:
-    return any(name in bound_names(node) for node in body)
+def _is_stub(node: ast.stmt) -> bool:
+    return isinstance(node, _FUNCTIONS) and all(map(_does_nothing, node.body))
 
 
-def _has_bare_expression(body: list[ast.stmt]) -> bool:
-    return any(isinstance(node, ast.Expr) for node in body)
+def _defines(statement: Statement, name: str) -> bool:
+    "Is the name bound, and not to a function with an empty body?"
+    return name in statement.binds and not any(map(_is_stub, statement.body))
+
+# %% ../../nbs/tasks/extraction.ipynb #41f3f65e
+_SETTINGS = {"setrecursionlimit", "set_int_max_str_digits", "stack_size", "seed", "filterwarnings", "simplefilter"}
 
 
-def _select_statements(text: str, entry_point: str) -> tuple[list[Piece], bool]:
-    "The pieces that count, and whether what follows them was seen to be something else."
-    selected: list[Piece] = []
-    defined = False
-    for piece, body, ended in _split_statements(text):
-        looks_like_code = bool(_CODE_PATTERN.match(piece.lstrip("\n")))
-        if defined and (body is None or not all(map(_allowed_after_function, body))):
-            return selected, ended and (body is not None or not looks_like_code)
-        if body is None:
-            if looks_like_code:  # broken code stays
-                selected.append((piece, []))
-        elif defined or all(map(_allowed_before_function, body)):
-            selected.append((piece, body))
-            defined = defined or _binds(body, entry_point)
-    if not defined:  # without the function, no expression is worth running
-        selected = [(piece, body) for piece, body in selected if not _has_bare_expression(body)]
-    return selected, False
-
-# %% ../../nbs/tasks/extraction.ipynb #3ce4bcb3
-def _globals_of_table(table: symtable.SymbolTable) -> set[str]:
-    "Names that a scope and the scopes inside it look up at module level."
-    names: set[str] = set()
-    if table.get_type() == "function":
-        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-    return names.union(*map(_globals_of_table, table.get_children()))
+def _called_names(statement: Statement) -> set[str]:
+    "The last part of the name of each call: `seed` for `np.random.seed(0)`."
+    calls = [node.func for part in statement.body for node in ast.walk(part) if isinstance(node, ast.Call)]
+    return {getattr(function, "attr", getattr(function, "id", "")) for function in calls}
 
 
-def _is_assignment(body: list[ast.stmt]) -> bool:
-    return bool(body) and all(isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) for node in body)
+def _is_setting(statement: Statement) -> bool:
+    "Does it only set the interpreter up?"
+    return statement.is_all(ast.Expr) and bool(_called_names(statement) & _SETTINGS)
+
+# %% ../../nbs/tasks/extraction.ipynb #3049fe05
+def _changes_of_functions(statements: Iterable[Statement]) -> dict[str, set[str]]:
+    "Names of the module that each function changes when it is called."
+    changes = {}
+    for statement in statements:
+        for function in statement.body:
+            if isinstance(function, _FUNCTIONS):
+                declared = [node.names for node in ast.walk(function) if isinstance(node, ast.Global)]
+                changes[function.name] = changed_names(function.body) & statement.reads | set(chain(*declared))
+    return changes
 
 
-def _drop_unused_assignments(selected: list[Piece], entry_point: str) -> list[str]:
-    "Leave out assignments after the function that no function reads."
-    code = "\n".join(piece for piece, body in selected if body)
-    try:
-        names_read = _globals_of_table(symtable.symtable(code, "answer", "exec")) | {entry_point}
-    except SyntaxError:  # a `return` outside a function parses, and does not compile: the answer stays as it is
-        return [piece for piece, _ in selected]
-    defined = False
-    pieces = []
-    for piece, body in selected:
-        unused = _is_assignment(body) and not set().union(*map(bound_names, body)) & names_read
-        if not (defined and unused):
-            pieces.append(piece)
-        defined = defined or _binds(body, entry_point)
-    return pieces
+def _effects(statements: Sequence[Statement]) -> list[set[str]]:
+    "The names whose values each statement changes, itself or through a function."
+    functions = _changes_of_functions(statements)
+    imported = set().union(*(s.binds for s in statements if s.is_all(ast.Import, ast.ImportFrom)))
+    effects = []
+    for statement in statements:
+        is_call = statement.is_all(ast.Expr)
+        changes = statement.changes - imported if is_call else statement.changes
+        called = _called_names(statement) & functions.keys() if is_call else set()
+        effects.append(changes.union(*(functions[name] for name in called)))
+    return effects
+
+# %% ../../nbs/tasks/extraction.ipynb #edc7450e
+def _only_runs(statement: Statement, effects: set[str], name: str) -> bool:
+    "Is it an example, a test, the program's main part: nothing that a function could need?"
+    if statement.is_all(*_DEFINITIONS, *_ASSIGNMENTS) or _is_setting(statement):
+        return False
+    tests = any(isinstance(node, ast.Assert) for part in statement.body for node in ast.walk(part))
+    runs = tests or "__name__" in statement.reads or bool(_called_names(statement) & {name, "print"})
+    return runs or not (statement.binds - {name} or effects)
+
+
+def _may_come_first(statement: Statement, defined: set[str]) -> bool:
+    "Is it code that can run before the function is there? `defined`: the names that are defined by then."
+    if statement.is_all(*_DEFINITIONS):
+        return True
+    for node in statement.body:
+        is_word = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call)
+        if is_word or isinstance(node, ast.Assert):
+            return False
+    is_print = statement.is_all(ast.Expr) and "print" in _called_names(statement)
+    knows_all = "*" in defined or statement.reads <= defined | BUILTIN_NAMES
+    return bool(statement.body) and not is_print and knows_all
+
+# %% ../../nbs/tasks/extraction.ipynb #48f8211d
+Place = tuple[int, int]  # Of a statement: its block, and its place in it
+
+
+@dataclass
+class _Answer:
+    "Statements of a completion that belong to an answer."
+
+    name: str  # The function to define
+    statements: dict[Place, Statement] = field(default_factory=dict)
+
+    @property
+    def binds(self) -> set[str]:
+        return set().union(*(statement.binds for statement in self.statements.values()))
+
+    @property
+    def reads(self) -> set[str]:
+        return {self.name}.union(*(statement.reads for statement in self.statements.values()))
+
+    @property
+    def missing(self) -> set[str]:
+        "Names that it reads and nothing defines."
+        binds = self.binds
+        return set() if "*" in binds else self.reads - binds - BUILTIN_NAMES
+
+    def text(self) -> str:
+        "In the order in which they were written."
+        return "\n".join(statement.text for _, statement in sorted(self.statements.items()))
+
+# %% ../../nbs/tasks/extraction.ipynb #b3ad0ac5
+Candidates = list[tuple[Place, Statement]]
+
+
+@patch
+def _add_first(self: _Answer, candidates: Candidates) -> None:
+    "Take what stands before the function and is code."
+    defined = self.binds
+    for place, statement in candidates:
+        if _may_come_first(statement, defined):
+            self.statements[place] = statement
+            defined |= statement.binds
+
+
+@patch
+def _add_needed(self: _Answer, candidates: Candidates) -> None:
+    "Take what binds or changes a name that the answer reads, until there is no more."
+    effects = _effects([statement for _, statement in candidates])
+    size = -1
+    while len(self.statements) > size:
+        size = len(self.statements)
+        for (place, statement), changes in zip(candidates, effects):
+            wanted = self.reads | ({"*"} if self.missing else set())
+            if (statement.binds | changes) & wanted or _is_setting(statement):
+                self.statements[place] = statement
+
+
+@patch
+def _add_missing(self: _Answer, candidates: Candidates) -> None:
+    "Take the first definition of each name that the answer reads and does not define, and what that reads."
+    definitions = [(place, s) for place, s in candidates if s.is_all(*_DEFINITIONS, *_ASSIGNMENTS)]
+    size = -1
+    while len(self.statements) > size:
+        size = len(self.statements)
+        for place, statement in definitions:
+            if statement.binds & (self.missing | {"*"}) and self.missing:
+                self.statements[place] = statement
+
+# %% ../../nbs/tasks/extraction.ipynb #167f8eb8
+def _places(blocks: Sequence[_Block], number: int) -> Candidates:
+    return [((number, i), statement) for i, statement in enumerate(blocks[number].statements)]
+
+
+def _answer_at(blocks: Sequence[_Block], number: int, index: int, answer: _Answer) -> bool:
+    "Collect the answer whose function is defined at a place, and tell whether something stands behind it."
+    here = _places(blocks, number)
+    effects = _effects([statement for _, statement in here])
+    end = index + 1
+    while end < len(here) and here[end][1].body and not _only_runs(here[end][1], effects[end], answer.name):
+        end += 1
+    answer._add_first(here[:index])
+    answer.statements[here[index][0]] = here[index][1]
+    answer._add_needed(here[:end])
+    earlier = [place for n in reversed(range(number)) for place in reversed(_places(blocks, n))]
+    later = [place for n in range(number + 1, len(blocks)) for place in _places(blocks, n)]
+    answer._add_missing([*earlier, *here[end:], *later])
+    ended = blocks[number].closed or (end < len(here) and not here[end][1].unfinished)
+    return ended and not any(s.unfinished and not blocks[n].closed for (n, _), s in answer.statements.items() if n >= 0)
 
 # %% ../../nbs/tasks/extraction.ipynb #c80fef14
-def _cut_at_stop(text: str, stop_sequences: Sequence[str]) -> tuple[str, bool]:
+def _cut_at_stop(text: str, prompt: Prompt) -> tuple[str, bool]:
     "The text before the first stop sequence, and whether there was one."
     stopped = False
-    for stop in stop_sequences:
-        text, separator, _ = text.partition(stop)
-        stopped = stopped or bool(separator)
+    for stop in prompt.stop:
+        if not (prompt.fenced and stop.strip() == "```"):  # which fence ends a block is for `_split_blocks` to say
+            text, separator, _ = text.partition(stop)
+            stopped = stopped or bool(separator)
     return text, stopped
 
 
-def _extract_answer(completion: str, prompt: Prompt, entry_point: str) -> tuple[str, bool]:
+def _unindent(text: str, name: str) -> str:
+    "The text with the function at the margin, where all of the answer is indented."
+    definition = re.search(rf"^([ \t]*)(?:async )?def {name}\b", text, re.M)
+    if not definition or not definition[1]:
+        return text
+    if any(piece.body and piece.start <= definition.start() < piece.end for piece in split_statements(text)):
+        return text  # a method, or a function inside another
+    return re.sub(rf"^{definition[1]}", "", text, flags=re.M)
+
+# %% ../../nbs/tasks/extraction.ipynb #6be36f94
+def _continued(blocks: list[_Block], prefix: str, name: str) -> list[_Block]:
+    "The blocks, of which the first that completes the prompt's code stands behind it."
+    for number, block in enumerate(blocks):
+        whole = replace(block, text=prefix + block.text)
+        if any(_defines(statement, name) for statement in whole.statements):
+            return [*blocks[:number], whole, *blocks[number + 1 :]]
+    number = next((n for n, block in enumerate(blocks) if block.fenced), 0)
+    return [*blocks[:number], replace(blocks[number], text=prefix + blocks[number].text), *blocks[number + 1 :]]
+
+
+def _blocks_of(text: str, prompt: Prompt, name: str) -> tuple[list[_Block], str]:
+    "The blocks of an answer, and the part of the prompt that belongs to it whatever it is."
+    if prompt.fenced and prompt.prefix:
+        block = _Block(text, True, False)
+        if not block.tries_to_define(name):
+            return list(_split_blocks(prompt.prefix + text, True)), ""
+    else:
+        text = _unindent(text, name)
+    blocks = list(_split_blocks(text, prompt.fenced))
+    if prompt.prefix and not any(block.tries_to_define(name) for block in blocks):
+        return _continued(blocks, prompt.prefix, name), ""
+    return blocks, re.split(rf"^(?:async )?def {name}\b", prompt.prefix, maxsplit=1, flags=re.M)[0]
+
+# %% ../../nbs/tasks/extraction.ipynb #79119462
+_CODE_PATTERN = re.compile(
+    r"(?:async )?def \w|class \w+ *[:(]|import \w|from [\w.]+ import|@\w|[\w., ]+ *[-+*/|&]?=(?!=)"
+)
+
+
+def _broken_answer(blocks: Sequence[_Block], name: str) -> Iterator[str]:
+    "What looks like code in the first block that tries to define the function, else in the first that defines one."
+    tries = [block for block in blocks if block.tries_to_define(name)]
+    defining = [block for block in blocks if re.search(r"^def ", block.text, re.M)]
+    fenced = [block for block in blocks if block.fenced]
+    for statement in [*tries, *defining, *fenced, *blocks][0].statements:
+        is_code = bool(_CODE_PATTERN.match(re.sub(r"\A(\s*(#.*)?\n)*", "", statement.text)))
+        runs = any(isinstance(node, ast.Expr | ast.Assert) for node in statement.body)
+        if not runs and (statement.body or is_code):
+            yield statement.text
+
+# %% ../../nbs/tasks/extraction.ipynb #5d4dbdc5
+def _extract_answer(completion: str, prompt: Prompt, name: str) -> tuple[str, bool]:
     "The code of an answer, and whether it is certain that nothing written after it could change it."
-    text, stopped = _cut_at_stop(normalise_text(completion), prompt.stop)
-    text, closed = _select_code_block(text, entry_point, prompt.fenced)
-    defined = _defines_name(text, entry_point)
-    if prompt.prefix:  # an answer that states the whole function needs only what stands before it
-        head = re.split(rf"^(?:async )?def {entry_point}\b", prompt.prefix, maxsplit=1, flags=re.M)[0]
-        text = (head if defined else prompt.prefix) + text
-    selected, ended = _select_statements(text, entry_point)
-    code = "\n".join(_drop_unused_assignments(selected, entry_point)).lstrip("\n")
-    code = re.sub(r"(\n(#.*)?)+\Z", "", code)  # comments on code that was left out
-    complete = stopped or ended or (closed and (prompt.fenced or defined))
-    return code + "\n" if code else "", complete
+    text = _drop_thoughts(normalise_text(completion), prompt.text)
+    text, stopped = _cut_at_stop(text, prompt)
+    blocks, head = _blocks_of(text, prompt, name)
+    answer = _Answer(name, {(-1, i): statement for i, statement in enumerate(split_statements(head))})
+    found = [(n, i) for n, block in enumerate(blocks) for i, s in enumerate(block.statements) if _defines(s, name)]
+    if found:
+        ended = _answer_at(blocks, *found[0], answer)
+        code = answer.text()
+    else:
+        ended = False
+        code = head + "\n".join(_broken_answer(blocks, name))
+    code = re.sub(r"(\n(#.*)?)+\Z", "", code.lstrip("\n"))  # comments on code that was left out
+    return code + "\n" if code else "", stopped or (ended and not answer.missing)
 
 # %% ../../nbs/tasks/extraction.ipynb #bc60ab9b
 def extract_code(
