@@ -121,7 +121,7 @@ def test_rates_where_nothing_was_wrong():
 
 def test_p_is_of_the_tasks_that_changed():
     "Six corrected, none corrupted: 2 / 2**6."
-    pairs = pd.DataFrame({"base_passed": [False] * 6 + [True] * 4, "passed": [True] * 10})
+    pairs = pd.DataFrame({"base_passed": [0] * 6 + [1] * 4, "passed": [1] * 10})
     assert steering_rates(pairs)["p"] == pytest.approx(2 / 64)
 
 
@@ -220,6 +220,8 @@ def test_a_prompt_is_read_once_and_its_answers_in_batches(lm, monkeypatch):
     answers = [[i] * (1 + i % 3) for i in range(3, 12)]
     mean_answer_logprobs(lm, [[1, 2, 3]] * 9, answers, progress=bar)
     assert passes == [(1, 3), (8, 3), (1, 3)] and shown == [("perplexity", 1)]
+    mean_answer_logprobs(lm, [[1, 2, 3]] * 9, answers, batch_size=3)
+    assert passes[3:] == [(1, 3), (3, 1), (3, 2), (3, 3)]  # Those of one length together
 
 
 def some_answers() -> pd.DataFrame:
