@@ -69,12 +69,13 @@ def prepare_namespaced_process(
     gid: int,
     disk: int,  # Bytes that fit into /tmp
 ):
-    "In new namespaces: keep the user, get an empty /tmp, lose /proc and all capabilities."
+    "In new namespaces: keep the user, get an empty /tmp, lose /proc, our own code and all capabilities."
     _write_file("/proc/self/setgroups", "deny")
     _write_file("/proc/self/uid_map", f"{uid} {uid} 1")
     _write_file("/proc/self/gid_map", f"{gid} {gid} 1")
     _mount_tmpfs(b"tmp", "/tmp", _MOUNT_NOSUID_NODEV, f"size={disk},nr_inodes=1024,mode=700".encode())
-    _mount_tmpfs(b"none", "/proc", _MOUNT_READONLY_NOSUID_NODEV, b"size=4k,nr_inodes=1")
+    for path in ("/proc", "/codetrace"):
+        _mount_tmpfs(b"none", path, _MOUNT_READONLY_NOSUID_NODEV, b"size=4k,nr_inodes=1")
     no_capabilities = ctypes.create_string_buffer(struct.pack("IIIIII", *[0] * 6))
     version = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
     syscall("capset", version, no_capabilities)

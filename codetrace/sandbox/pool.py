@@ -21,6 +21,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -28,7 +29,25 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import visible_text
-from . import candidate, isolation, judge, landlock, protocol, seccomp, supervisor, system_calls
+from codetrace.sandbox import (
+    awaiting,
+    candidate,
+    candidate_connection,
+    connection,
+    isolation,
+    judge,
+    judge_connection,
+    landlock,
+    object_graph,
+    protocol,
+    remote_objects,
+    resource_use,
+    seccomp,
+    supervisor,
+    system_calls,
+    test_rewriting,
+    value_types,
+)
 from .landlock import landlock_abi
 from .protocol import ChannelClosed, receive_frame, send_frame
 from .system_calls import SYSCALL_COLUMN
@@ -44,7 +63,7 @@ class GradingJob:
     code: str  # Python source, written by a model
     entry_point: str  # The function it is to define
     tests: tuple[str, ...]  # Asserts, or longer pieces of Python with asserts in them
-    setup: str = ""  # Run in the candidate after its source
+    setup: str = ""  # Run before the tests, where they run; the program sees what it mentions of it
     name: str = ""  # For messages
 
 
@@ -70,7 +89,7 @@ class SandboxLimits:
     file_size: int = 8 << 20  # Of each file
     disk: int = 32 << 20  # Of all files together
     output: int = 1 << 20  # Printed, in all
-    answer: int = 1 << 20  # One answer, packed
+    answer: int = 8 << 20  # One answer, packed
 
 # %% ../../nbs/sandbox/pool.ipynb #225ad4cf
 VERDICTS = {
@@ -153,7 +172,10 @@ def find_readable_paths() -> ReadablePaths:
     )
 
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
-_SANDBOX_MODULES = (protocol, system_calls, seccomp, landlock, isolation, candidate, judge, supervisor)
+_ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, candidate, supervisor)
+_VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, object_graph, connection)
+_JUDGING_MODULES = (candidate_connection, judge_connection, test_rewriting, judge)
+_SANDBOX_MODULES = _ISOLATION_MODULES + _VALUE_MODULES + _JUDGING_MODULES
 _SANDBOX_FILES = [module.__file__ for module in _SANDBOX_MODULES]
 _BOOT_CODE = (
     "import sys, types; package = types.ModuleType('codetrace.sandbox'); package.__path__ = [sys.argv[1]]; "
@@ -336,12 +358,14 @@ class SandboxWorker:
 
     def close(self):
         "End the worker, and with it everything in it."
-        for pipe in (self.process.stdin, self.process.stdout):
-            pipe.close()
+        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+            with suppress(OSError):
+                pipe.close()
         _wait_or_kill(self.process)
-        self.errors.close()
         if self.tier == 2:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                resource_use.empty_folder(self.folder)
+                os.rmdir(self.folder)
 
 # %% ../../nbs/sandbox/pool.ipynb #e3dd694e
 def _start_worker_process(tier: int, folder: str, errors) -> subprocess.Popen:

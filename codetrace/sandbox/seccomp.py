@@ -14,7 +14,7 @@ from .system_calls import PR_SET_SECCOMP, SYSCALL_COLUMN, prctl, syscall_numbers
 # %% ../../nbs/sandbox/seccomp.ipynb #81312c90
 _ALLOWED_CALLS = """
 read:0:63 write:1:64 close:3:57 fstat:5:80 lseek:8:62 mmap:9:222 mprotect:10:226 munmap:11:215 brk:12:214
-rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 ioctl:16:29 pread64:17:67 pwrite64:18:68
+rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 pread64:17:67 pwrite64:18:68
 readv:19:65 writev:20:66 preadv:295:69 pwritev:296:70 preadv2:327:286 pwritev2:328:287 sched_yield:24:124
 mremap:25:216 msync:26:227 mincore:27:232 madvise:28:233 dup:32:23 dup2:33:- dup3:292:24 nanosleep:35:101
 getitimer:36:102 setitimer:38:103 alarm:37:- pause:34:- getpid:39:172 sendfile:40:71 socketpair:53:199
@@ -63,7 +63,7 @@ pidfd_getfd:438:438 memfd_secret:447:447
 """
 _SPECIAL_CALLS = """
 prlimit64:302:261 clone3:435:435 pidfd_send_signal:424:424 landlock_create_ruleset:444:444
-landlock_add_rule:445:445 landlock_restrict_self:446:446 pidfd_open:434:434 capset:126:91
+landlock_add_rule:445:445 landlock_restrict_self:446:446 pidfd_open:434:434 capset:126:91 ioctl:16:29
 """
 
 # %% ../../nbs/sandbox/seccomp.ipynb #eda3720e
@@ -76,15 +76,19 @@ _SECCOMP_ALLOW = 0x7FFF0000
 _SECCOMP_KILL = 0x80000000
 _SECCOMP_EPERM = 0x00050001
 _SECCOMP_ENOSYS = 0x00050026
+_SECCOMP_PRETEND = 0x00050000  # Nothing is done, and no error said
 _ALLOW = ((_BPF_RETURN, 0, 0, _SECCOMP_ALLOW),)
 _KILL = ((_BPF_RETURN, 0, 0, _SECCOMP_KILL),)
 _REFUSE = ((_BPF_RETURN, 0, 0, _SECCOMP_EPERM),)
 _MISSING = ((_BPF_RETURN, 0, 0, _SECCOMP_ENOSYS),)
+_PRETEND = ((_BPF_RETURN, 0, 0, _SECCOMP_PRETEND),)
 _AUDIT_ARCHITECTURES = {1: 0xC000003E, 2: 0xC00000B7}
 _NAMESPACE_FLAGS = 0x7E020000
 _NUMBER_OFFSET = 0
 _ARCHITECTURE_OFFSET = 4
 _FIRST_ARGUMENT_OFFSET = 16
+_SECOND_ARGUMENT_OFFSET = 24
+_SOCKET_REQUESTS = (0x8900, 0x8A00)  # Of `ioctl`: interfaces, addresses, routes
 
 # %% ../../nbs/sandbox/seccomp.ipynb #8f00be37
 def _search_instructions(intervals: list[tuple[int, tuple]]) -> list[tuple[int, int, int, int]]:
@@ -104,14 +108,20 @@ def _call_actions(
 ) -> dict[int, tuple]:  # Instructions by number of the system call
     "What is done for each system call that the filter names."
     special = syscall_numbers(_SPECIAL_CALLS, column)
-    allowed_calls = _ALLOWED_CALLS + (_FILE_METADATA_CALLS if may_touch else "")
-    actions = dict.fromkeys(syscall_numbers(allowed_calls, column).values(), _ALLOW)
+    actions = dict.fromkeys(syscall_numbers(_ALLOWED_CALLS, column).values(), _ALLOW)
+    metadata_action = _ALLOW if may_touch else _PRETEND
+    actions |= dict.fromkeys(syscall_numbers(_FILE_METADATA_CALLS, column).values(), metadata_action)
     load_argument = (_BPF_LOAD, 0, 0, _FIRST_ARGUMENT_OFFSET)
     if role == "candidate":
         process_calls = syscall_numbers(_PROCESS_CALLS, column)
         actions |= dict.fromkeys(process_calls.values(), _ALLOW)
         has_namespace_flag = (_BPF_JUMP_MASKED, 0, 1, _NAMESPACE_FLAGS)
         actions[process_calls["clone"]] = (load_argument, has_namespace_flag, *_KILL, *_ALLOW)
+    first, end = _SOCKET_REQUESTS
+    is_above = (_BPF_JUMP_AT_LEAST, 2, 0, end)
+    is_below = (_BPF_JUMP_AT_LEAST, 0, 1, first)
+    load_request = (_BPF_LOAD, 0, 0, _SECOND_ARGUMENT_OFFSET)
+    actions[special["ioctl"]] = (load_request, is_above, is_below, *_REFUSE, *_ALLOW)
     is_own_process = (_BPF_JUMP_EQUAL, 1, 0, 0)
     actions[special["prlimit64"]] = (load_argument, is_own_process, *_REFUSE, *_ALLOW)  # its own limits only
     actions |= dict.fromkeys(syscall_numbers(_KILLED_CALLS, column).values(), _KILL)

@@ -13,16 +13,17 @@ import signal
 import socket
 import sys
 import time
-from ast import unparse
 from dataclasses import dataclass, field
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
 from .isolation import set_resource_limits
-from .judge import rewrite_test, run_judge
+from .judge import run_judge
 from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
+from .resource_use import DiskUse, empty_folder, missing_cpu_seconds
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
 from .system_calls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from .test_rewriting import rewrite_test
 
 # %% ../../nbs/sandbox/supervisor.ipynb #884be588
 class Supervisor:
@@ -32,6 +33,7 @@ class Supervisor:
         self.config = config
         self.limits = config["limits"]
         self.rulesets = rulesets  # Of Landlock, or none in tier 1
+        self.is_spent = False  # Is to be replaced before the next job
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.zygote = os.fork()
         if self.zygote == 0:
@@ -40,7 +42,7 @@ class Supervisor:
             os.dup2(config["null"], 1)
             run_zygote(theirs, config, rulesets)
         theirs.close()
-        unparse(rewrite_test("assert f(1) == 2", "f"))  # what has run once runs faster in every fork
+        compile(rewrite_test("assert f(1) == 2"), "<test>", "exec")  # what has run once runs faster in every fork
         for name in PRELOADED_MODULES:
             __import__(name)
         gc.collect()
@@ -78,26 +80,14 @@ def start_judge(supervisor: Supervisor, job: dict, channel: int) -> tuple[int, i
         os.dup2(report, 4)
         if supervisor.rulesets:
             enforce_landlock(supervisor.rulesets["judge"])
-        os.closerange(5, MAX_DESCRIPTORS)
+        kept_descriptor = supervisor.config.get("keep", 5)  # leads to the interpreter
+        os.closerange(5, kept_descriptor)
+        os.closerange(kept_descriptor + 1, MAX_DESCRIPTORS)
         set_resource_limits(supervisor.limits | {"file_size": 1 << 20}, 1 << 20)
         install_seccomp(supervisor.filter)
         run_judge(job, 3, 4, supervisor.limits["answer"])
     finally:
         os._exit(0)
-
-# %% ../../nbs/sandbox/supervisor.ipynb #ef20f26a
-def _missing_cpu_seconds(pid: int, seconds: float, tier: int) -> float:
-    "Seconds of processor time that a process, ready to run, has not had yet."
-    try:
-        if tier == 2:  # behind its guardian
-            with open(f"/proc/{pid}/task/{pid}/children") as file:
-                pid = int((file.read().split() or [pid])[0])
-        with open(f"/proc/{pid}/stat", errors="replace") as file:  # a process names itself as it likes
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return max(0.0, 0.95 * seconds - used) if fields[0] in "RD" else 0.0
 
 # %% ../../nbs/sandbox/supervisor.ipynb #154a7479
 @dataclass
@@ -119,8 +109,8 @@ def _extend_deadline(job: _WatchedJob) -> float:
     limits = job.config["limits"]
     candidate, judge = job.pids
     missing = max(
-        _missing_cpu_seconds(candidate, limits["wall"], job.config["tier"]),
-        _missing_cpu_seconds(judge, limits["wall"], 1),
+        missing_cpu_seconds(candidate, limits["wall"]),
+        missing_cpu_seconds(judge, limits["wall"]),
     )
     job.deadline = min(time.monotonic() + missing, job.began + limits["patience"] * limits["wall"])
     return job.deadline - time.monotonic()
@@ -143,7 +133,7 @@ def _read_available(job: _WatchedJob, open_fds: set[int], timeout: float) -> set
 def _watch_job(job: _WatchedJob) -> str | None:
     "Read the judge's report; why the wait ended."
     limits = job.config["limits"]
-    watches_disk = job.config["tier"] == 2
+    disk = DiskUse(job.config["folder"], job.pids[0]) if job.config["tier"] == 2 else None
     job.deadline = job.began + limits["wall"]
     open_fds = {job.report, job.output}
     reason = None
@@ -153,8 +143,8 @@ def _watch_job(job: _WatchedJob) -> str | None:
             seconds_left = _extend_deadline(job)
             if seconds_left <= 0.01:
                 return "timeout"
-        open_fds -= _read_available(job, open_fds, min(seconds_left, 0.05) if watches_disk else seconds_left)
-        if watches_disk and _disk_used(job.config["folder"]) > limits["disk"]:
+        open_fds -= _read_available(job, open_fds, min(seconds_left, 0.05) if disk else seconds_left)
+        if disk and disk.measure() > limits["disk"]:
             reason = "crashed"
         if job.report not in open_fds and job.output in open_fds:
             job.printed += _drain_pipe(job.output, limits["output"])
@@ -173,33 +163,6 @@ def _drain_pipe(fd: int, limit: int) -> int:
     except BlockingIOError:
         pass
     return total
-
-# %% ../../nbs/sandbox/supervisor.ipynb #edb1bf94
-def _disk_used(folder: str) -> int:
-    "Bytes under a folder; what cannot be looked at counts nothing."
-    total = 0
-    unvisited = [folder]
-    while unvisited:
-        try:
-            with os.scandir(unvisited.pop()) as entries:
-                for entry in entries:
-                    total += entry.stat(follow_symlinks=False).st_size
-                    if entry.is_dir(follow_symlinks=False):
-                        unvisited.append(entry.path)
-        except OSError:
-            pass
-    return total
-
-
-def _empty_folder(folder: str):
-    "Remove whatever a candidate left in its folder, however it guarded it."
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            os.chmod(entry.path, 0o700)
-            _empty_folder(entry.path)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
 
 # %% ../../nbs/sandbox/supervisor.ipynb #7c26d9b4
 def _exit_verdict(status: int, cpu: float, limits: dict) -> tuple[str, str]:
@@ -221,7 +184,7 @@ _STOP_DETAILS = {
 # %% ../../nbs/sandbox/supervisor.ipynb #aeff953d
 _OUTCOME_WORDS = (
     "passed failed_assertion exception syntax_error memory output_limit sandbox_violation no_function runner_error "
-    "gone done"
+    "unsupported gone done"
 ).split()
 
 
@@ -230,7 +193,7 @@ def _parse_outcomes(report: bytes, num_tests: int) -> list[list[str]]:
     outcomes = []
     for line in report.split(b"\n")[: num_tests + 2]:
         try:
-            outcome, detail = from_json(line.decode())
+            outcome, detail = from_json(line.decode("utf-8", "surrogatepass"))
         except (ValueError, TypeError, RecursionError):
             break
         if not (isinstance(outcome, str) and isinstance(detail, str) and outcome in _OUTCOME_WORDS):
@@ -267,7 +230,8 @@ def _combine_verdict(
     failed = [index for index, (outcome, _) in enumerate(outcomes) if outcome != "passed"]
     if not failed and len(outcomes) == num_tests + 1:
         return {"verdict": "passed", "per_test": per_test, "detail": ""}
-    first = failed[0]
+    decisive = [index for index in failed if outcomes[index][0] != "unsupported"]
+    first = (decisive or failed)[0]
     verdict, detail = outcomes[first]
     return {"verdict": verdict, "per_test": per_test, "detail": f"test {first}: {detail}" if first else detail}
 
@@ -289,12 +253,20 @@ def supervise_job(supervisor: Supervisor, job: dict) -> dict:
     for fd in (report, output, handle):
         os.close(fd)
     if config["tier"] == 2:
-        _empty_folder(config["folder"])
+        _clean_up(supervisor)
     exit_verdict = _exit_verdict(status, cpu_seconds, supervisor.limits)
     verdict = _combine_verdict(len(job["tests"]), outcomes, stop_reason, exit_verdict, judge_status)
     return verdict | {"seconds": time.monotonic() - began}
 
 # %% ../../nbs/sandbox/supervisor.ipynb #dbf26bb9
+def _clean_up(supervisor: Supervisor):
+    "Empty the candidate's folder; a worker that cannot judges no more."
+    try:
+        empty_folder(supervisor.config["folder"])
+    except OSError:
+        supervisor.is_spent = True
+
+
 def _end_judge(pid: int) -> int:
     "Kill a judge; its exit status."
     os.kill(pid, signal.SIGKILL)
@@ -321,13 +293,21 @@ def _drop_privileges(config: dict) -> dict[str, int]:
         if config["tier"] == 2:
             os.chown(config["folder"], uid, uid)
             config["keep"] = os.open(config["prefix"], os.O_PATH)
-            sys.path[:] = [_path_through_descriptor(path, config["prefix"], config["keep"]) for path in sys.path]
+            _redirect_imports(config["prefix"], config["keep"])
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)
     return rulesets
+
+
+def _redirect_imports(prefix: str, handle: int):
+    "Have modules found, and submodules of those already loaded, through an open directory."
+    sys.path[:] = [_path_through_descriptor(path, prefix, handle) for path in sys.path]
+    for module in list(sys.modules.values()):
+        if isinstance(folders := getattr(module, "__path__", None), list):
+            folders[:] = [_path_through_descriptor(path, prefix, handle) for path in folders]
 
 
 def _path_through_descriptor(path: str, prefix: str, handle: int) -> str:
@@ -357,12 +337,15 @@ def run_supervisor():
             os._exit(0)
         try:
             verdict = supervise_job(supervisor, job)
-        except OSError as error:
+        except Exception as error:  # whatever a job does, the next one has a worker
             verdict = _runner_error(job, error)
+            supervisor.is_spent = True
         send_frame(1, to_json(verdict))
+        if supervisor.is_spent:
+            os._exit(1)
 
 # %% ../../nbs/sandbox/supervisor.ipynb #ba39c855
-def _runner_error(job: dict, error: OSError) -> dict:
+def _runner_error(job: dict, error: Exception) -> dict:
     "The verdict where the sandbox itself has failed."
     per_test = [None] * len(job["tests"])
     return {"verdict": "runner_error", "per_test": per_test, "detail": str(error), "seconds": 0.0}
