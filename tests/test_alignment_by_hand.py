@@ -10,8 +10,8 @@ import torch
 
 from codetrace import models
 from codetrace.patching.alignment import (
+    CELL_COLUMNS,
     PATCH_METRICS,
-    VECTOR_SITES,
     AlignedPair,
     CannotTrace,
     Misaligned,
@@ -273,7 +273,8 @@ def made_pair(names: tuple[str, ...] = ("lhs 1", "", "rhs 1", "end other")) -> A
 
 def test_positions_with_a_name_of_their_own():
     assert named_positions(made_pair().roles) == pair_positions(made_pair()) == {"lhs 1": 4, "rhs 1": 6}
-    assert made_pair().first_difference == 0
+    assert {type(position) for position in pair_positions(made_pair()).values()} == {int}
+    assert made_pair().first_difference == 0 and "roles" not in repr(made_pair())
 
 
 def test_metrics_of_a_patch():
@@ -301,10 +302,11 @@ def test_cells_are_rows_layer_by_layer_head_by_head():
     assert table["token"].tolist() == list("a=1\n") * 6
     assert table["position_name"].tolist() == ["lhs 1", "", "rhs 1", "end other"] * 6
     assert np.array_equal(table[list(PATCH_METRICS)].to_numpy(), cells.double().reshape(24, 5))
+    assert CELL_COLUMNS == ("site", "layer", "head", "position_name")
     assert set(table["program"]) == {7} and set(table["site"]) == {"head_out"}
 
 
-@pytest.mark.parametrize("site", VECTOR_SITES)
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
 def test_a_site_of_one_vector_has_no_heads(site):
     table = cell_rows(made_pair(), 0, site, torch.zeros(2, 1, 4, 5))
     assert table["head"].isna().all() and table["head"].dtype == "Int64" and len(table) == 8

@@ -252,7 +252,17 @@ def test_intervals_of_coherence_are_bootstraps_of_the_mean_and_of_the_log():
     assert table.loc[("b", "generated_tokens"), ["low", "high"]].tolist() == [low, high]
     low, high = bootstrap_interval(np.log([1.0, 4]), n_resamples=300)
     assert table.loc[("b", "perplexity"), ["low", "high"]].tolist() == pytest.approx([np.exp(low), np.exp(high)])
-    pd.testing.assert_frame_equal(coherence_table(some_answers()), coherence_table(some_answers(), n_resamples=1000))
+    many = pd.DataFrame(
+        {"setting": 0} | {name: np.random.default_rng(1).gamma(2, size=30) for name in COHERENCE_MEASURES}
+    )
+    pd.testing.assert_frame_equal(coherence_table(many), coherence_table(many, n_resamples=1000))
+
+
+def test_coherence_of_answers_of_which_some_were_not_measured():
+    "What is None in a column of objects is left out, like what is NaN."
+    objects = some_answers().astype({"perplexity": object})
+    objects.loc[2:, "perplexity"] = None
+    pd.testing.assert_frame_equal(coherence_table(objects), coherence_table(some_answers()))
 
 
 def test_coherence_by_several_columns():
@@ -273,6 +283,7 @@ def test_the_p_among_random_directions_counts_the_chosen_one():
 
 def test_the_band_of_random_directions_is_from_the_least_to_the_most():
     effects = pd.DataFrame({"coefficient": [2, 1, 1, 1, 1], "net": [0.1, 0.4, np.nan, -0.2, 0.0], "p": [1, 2, 3, 4, 5]})
+    effects["layer"] = [np.nan, 0, 0, 0, np.nan]  # of no concern
     band = null_band(effects)
     assert list(band) == ["coefficient", "n", "middle", "low", "high"]
     assert band.to_numpy().tolist() == [[1, 3, 0, -0.2, 0.4], [2, 1, 0.1, 0.1, 0.1]]
