@@ -576,7 +576,6 @@ def plant_run(root: Path, run_id: str = "20260102T000000000Z-0123abcd", **facts)
 def test_an_odd_manifest_takes_down_nothing(tmp_path, monkeypatch, text):
     "Whatever stands in one run.json, the others are listed, shown, reported and cleaned."
     from codetrace.phases.report import study_claims_table, study_runs
-    from codetrace.runs.manifest import all_runs
 
     plain = plant_run(tmp_path)
     (tmp_path / "tracking" / ODD_ID).mkdir()
@@ -591,12 +590,18 @@ def test_an_odd_manifest_takes_down_nothing(tmp_path, monkeypatch, text):
     assert not list(tmp_path.glob("tracking/*"))
     plant_run(tmp_path)
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    study_claims_table(study_runs(all_runs()))
+    study_claims_table(study_runs(report_folders()))
+
+
+def report_folders() -> dict[str, Path]:
+    "The runs that a report would read, by parameter."
+    from codetrace.runs.inputs import resolve_inputs
+
+    return {name: Path(manifest["folder"]) for name, manifest in resolve_inputs("report", {}).items()}
 
 
 def test_the_report_survives_an_odd_run(tmp_path, monkeypatch):
     from codetrace.phases.report import study_claims_table, study_runs
-    from codetrace.runs.manifest import all_runs
 
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
     greedy = {"split": "all", "temperature": [0.0], "samples": 1}
@@ -608,7 +613,7 @@ def test_the_report_survives_an_odd_run(tmp_path, monkeypatch):
             parameters=greedy,
             summary=summary,
         )
-        claims = study_claims_table(study_runs(all_runs()))
+        claims = study_claims_table(study_runs(report_folders()))
         assert "cannot be read" in " ".join(claims["verdict"]) or not len(claims)
         for path in tmp_path.glob("generation/*"):
             shutil.rmtree(path)

@@ -8,7 +8,7 @@ __all__ = ['REPORT', 'study_questions', 'study_runs', 'study_claims_table', 'stu
 # %% ../../nbs/phases/29_report.ipynb #71b2fae6
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,101 +18,22 @@ from ..core.errors import BadInput
 from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
 from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
-from ..runs.phases import Phase, find_phase, number_of_run, study_numbers
+from ..runs.manifest import read_manifest
+from ..runs.phases import Phase, PhaseInput, find_phase, study_numbers
 
 # %% ../../nbs/phases/29_report.ipynb #770d495d
 def study_questions() -> dict[str, str]:
     "The numbers of the study and what each asks, in order."
     return {text: number.question for text, number in study_numbers("correctness").items()}
 
-
-def _parent_runs(manifest: Mapping) -> set[str]:
-    "Ids of the runs that a run was made from."
-    return {parent["run_id"] for parent in manifest.get("inputs", [])}
-
-# %% ../../nbs/phases/29_report.ipynb #52b5c6c9
-def _is_complete_run_of_study(manifest: Mapping) -> bool:
-    "Whether a run is complete, of one of the study's phases, no shard, and no reference record."
-    if manifest["status"] != "complete" or manifest.get("parameters", {}).get("shard", -1) >= 0:
-        return False
-    return "reference" not in Path(manifest["folder"]).parts and number_of_run(manifest) in study_questions()
-
-
-def _ancestors(run_ids: Iterable[str], runs: Mapping[str, Mapping]) -> set[str]:
-    "Runs, and what they were made from, and so on."
-    ancestors = set()
-    frontier = set(run_ids)
-    while frontier:
-        ancestors |= frontier
-        parents = set()
-        for run_id in frontier & runs.keys():
-            parents |= _parent_runs(runs[run_id])
-        frontier = parents - ancestors
-    return ancestors & runs.keys()
-
-# %% ../../nbs/phases/29_report.ipynb #3d226a41
-def _sampled_runs(root: Mapping | None, lineage: set[str], runs: Mapping[str, Mapping]) -> set[str]:
-    "Runs of sampled answers to the splits of a study, by the model of its run of phase 1.0."
-    splits = {run_id for run_id in lineage if number_of_run(runs[run_id]) == "0.1"}
-    sampled = set()
-    for run_id, manifest in runs.items():
-        if number_of_run(manifest) != "1.2" or not splits & _ancestors([run_id], runs):
-            continue
-        if root is None or manifest["parameters"]["model"] == root["parameters"]["model"]:
-            sampled.add(run_id)
-    return sampled
-
-# %% ../../nbs/phases/29_report.ipynb #c4e5d6ac
-def _problem_runs(problems: str | None, lineage: set[str], runs: Mapping[str, Mapping]) -> set[str]:
-    "Runs of difficulty and splits of the same problems, where a study was not made from such runs."
-    numbers_in_lineage = {number_of_run(runs[run_id]) for run_id in lineage}
-    wanted_numbers = {"0", "0.1"} - numbers_in_lineage
-    return {
-        run_id
-        for run_id, manifest in runs.items()
-        if number_of_run(manifest) in wanted_numbers and manifest["parameters"].get("problems") == problems
-    }
-
-
-def _study_members(target: str, runs: Mapping[str, Mapping]) -> set[str]:
-    "Ids of all runs that belong to the study of a run."
-    lineage = _ancestors([target], runs)
-    roots = [run_id for run_id in sorted(lineage) if number_of_run(runs[run_id]) == "1.0"]
-    root = runs[roots[-1]] if roots else None
-    if root is not None:
-        descendants = {run_id for run_id in runs if root["run_id"] in _ancestors([run_id], runs)}
-        lineage |= _ancestors(descendants, runs)
-    problems = (root or runs[target])["parameters"].get("problems")
-    return lineage | _sampled_runs(root, lineage, runs) | _problem_runs(problems, lineage, runs)
-
-# %% ../../nbs/phases/29_report.ipynb #d02c5b9e
-def _named_runs(name: str, runs: Mapping[str, Mapping]) -> list[str]:
-    "The run ids in a comma-separated list."
-    names = [run_id for run_id in name.split(",") if run_id]
-    if unknown := [run_id for run_id in names if run_id not in runs]:
-        numbers = ", ".join(study_questions())
-        raise BadInput(f"run {unknown[0]!r} is no complete run of phases {numbers}: `codetrace runs` lists them")
-    return names
-
-# %% ../../nbs/phases/29_report.ipynb #0688391b
+# %% ../../nbs/phases/29_report.ipynb #7d231a8e
 def study_runs(
-    manifests: Sequence[Mapping],  # All runs, oldest first, as `all_runs` gives them
-    name: str = "",  # Any run of the study; empty: the newest of the furthest phase; several, with commas: just these
-) -> dict[str, Mapping]:  # Number of a phase: its run
+    folders: Mapping[str, Path],  # Of the runs that a report reads, by parameter, as `run.inputs` has them
+) -> dict[str, dict]:  # Number of a phase: the manifest of its run, in the order of the numbers
     "The runs of one study."
-    runs = {manifest["run_id"]: manifest for manifest in manifests if _is_complete_run_of_study(manifest)}
-    names = _named_runs(name, runs)
-    if not runs:
-        return {}
-    order = list(study_questions())
-    if not names:
-        names = [max(runs, key=lambda run_id: (order.index(number_of_run(runs[run_id])), run_id))]
-    lineage = _ancestors(names, runs)
-    members = set(names) if len(names) > 1 else _study_members(names[0], runs)
-    newest = {}
-    for run_id in sorted(members, key=lambda run_id: (run_id in lineage, run_id)):  # what the target was made from wins
-        newest[number_of_run(runs[run_id])] = runs[run_id]
-    return {number: newest[number] for number in order if number in newest}
+    reads = find_phase("report").reads
+    runs = {read.phase: read_manifest(folders[read.parameter]) for read in reads if read.parameter in folders}
+    return {number: runs[number] for number in study_questions() if number in runs}
 
 # %% ../../nbs/phases/29_report.ipynb #a2c15219
 def _run_claims(phase: Phase, manifest: Mapping) -> list[dict]:
@@ -200,4 +121,31 @@ def report_headline(
     return " ".join(judged["verdict"].head(3)) or f"{len(claims)} claims of {n_phases} phases"
 
 # %% ../../nbs/phases/29_report.ipynb #51c63aa0
-REPORT = Phase(name="report", headline="report_headline")
+REPORT = Phase(
+    name="report",
+    headline="report_headline",
+    reads=(
+        PhaseInput(parameter="attention", phase="3.3", default="newest"),
+        PhaseInput(parameter="steering", phase="3.2", role={"on_model": "", "on_problems": ""}, default="newest"),
+        PhaseInput(parameter="tuning", phase="3.1", default="newest"),
+        PhaseInput(parameter="validation", phase="3", default="newest"),
+        PhaseInput(parameter="latents", phase="2", role={"split": "sae"}, default="newest"),
+        PhaseInput(parameter="dictionaries", phase="1.5", same=("model",), default="newest"),
+        PhaseInput(
+            parameter="input",
+            phase="1.0",
+            same=("model", "problems"),
+            role={"split": "all", "temperature": [0.0], "samples": 1},
+            default="newest",
+        ),
+        PhaseInput(
+            parameter="temperatures",
+            phase="1.2",
+            same=("model", "problems"),
+            role={"split": "validation"},
+            default="newest",
+        ),
+        PhaseInput(parameter="splits", phase="0.1", same=("problems",), default="newest"),
+        PhaseInput(parameter="difficulty", phase="0", same=("problems",), default="newest"),
+    ),
+)
