@@ -205,22 +205,22 @@ def _run_phase(phase: str, pairs: list[str], file: Path | None, options: dict, p
 # %% ../nbs/cli.ipynb #51f5371f
 def _devices_or_slurm(devices: str | None, cluster: str | None, slurm_options: dict):
     "Devices as typed, resources of Slurm jobs, or None where nothing was said."
-    given = {name: value for name, value in slurm_options.items() if value is not None}
+    typed_options = {name: value for name, value in slurm_options.items() if value is not None}
     if cluster not in (None, "slurm"):
         raise BadInput(f"unknown cluster {cluster!r}: expected slurm; leave --cluster out to run on this machine")
     if cluster and devices:
         raise BadInput("--devices is for this machine, --cluster for another: give one of them (Slurm takes --gpus)")
-    if given and not cluster:
-        raise BadInput(f"--{next(iter(given))} is for a cluster: add --cluster slurm, or leave it out")
+    if typed_options and not cluster:
+        raise BadInput(f"--{next(iter(typed_options))} is for a cluster: add --cluster slurm, or leave it out")
     if not cluster:
         return devices
     from codetrace.runs.slurm import SlurmOptions, parse_slurm_minutes
 
-    sbatch_options = parse_parameters(given.pop("slurm", []))
-    given.pop("detach", None)
-    if "time" in given:
-        given["minutes"] = parse_slurm_minutes(given.pop("time"))
-    return SlurmOptions(**given, sbatch_options={key: str(value) for key, value in sbatch_options.items()})
+    sbatch_options = parse_parameters(typed_options.pop("slurm", []))
+    typed_options.pop("detach", None)
+    if "time" in typed_options:
+        typed_options["minutes"] = parse_slurm_minutes(typed_options.pop("time"))
+    return SlurmOptions(**typed_options, sbatch_options={key: str(value) for key, value in sbatch_options.items()})
 
 # %% ../nbs/cli.ipynb #8162dbf5
 def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress: bool):
@@ -247,11 +247,11 @@ def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress:
 # %% ../nbs/cli.ipynb #919f5bf2
 def _refuse_options_of_one_phase(study: str, options: dict):
     "Refuse options that a whole study cannot be given."
-    given = [name for name, value in options.items() if value not in (None, False, [])]
-    if given:
-        dashes = "-" if len(given[0]) == 1 else "--"
+    option_names = [name for name, value in options.items() if value not in (None, False, [])]
+    if option_names:
+        dashes = "-" if len(option_names[0]) == 1 else "--"
         raise BadInput(
-            f"{dashes}{given[0].replace('_', '-')} is for one phase, and {study} is a chain of them: run a phase by its number to give it that, "
+            f"{dashes}{option_names[0].replace('_', '-')} is for one phase, and {study} is a chain of them: run a phase by its number to give it that, "
             "or write what phases shall be given into a file for -f, such as '3.1: {num_latents: 3}'"
         )
 
@@ -388,26 +388,26 @@ def robust_command(
     depths = [] if depth is None else [depth]
     check = {"generators": [generator], "models": models, "seq_lens": [seq_len], "depths": depths, "prompt": prompt}
     check_run("tracking", check)
-    found = 0
-    for seed, program in _robust_programs(generator, models, seq_len, depths, seeds, prompt):
+    n_found = 0
+    for seed, program in _programs_solved_by_all(generator, models, seq_len, depths, seeds, prompt):
         print(f"seed {seed}\n{program.code}\n# answer: {program.answer}\n", flush=True)
-        found += 1
-        if found == n:
+        n_found += 1
+        if n_found == n:
             return
-    print(f"{found} of {n} programs in {seeds} seeds: give more --seeds, or fewer lines", file=sys.stderr)
+    print(f"{n_found} of {n} programs in {seeds} seeds: give more --seeds, or fewer lines", file=sys.stderr)
     raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #0aeb1c4e
-def _robust_programs(generator: str, names: list[str], seq_len: int, depths: list[int], seeds: int, prompt: str):
+def _programs_solved_by_all(generator: str, names: list[str], seq_len: int, depths: list[int], seeds: int, prompt: str):
     "Seeds and programs, one after the other."
     from codetrace.models.loading import load
     from codetrace.phases.tracking import model_solver
     from codetrace.tasks.generators import GENERATORS
-    from codetrace.tasks.robust_programs import find_robust_programs
+    from codetrace.tasks.programs_solved_by_all import find_programs_solved_by_all
 
     solvers = [model_solver(load(name), prompt) for name in names]
     options = {"depth": depths[0]} if depths else {}
-    return find_robust_programs(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
+    return find_programs_solved_by_all(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
 
 # %% ../nbs/cli.ipynb #e75f49ed
 def _parse_job(text: str, where: str):

@@ -74,8 +74,8 @@ def right(lm, several) -> tuple[int, int]:
 
 
 def test_the_shipped_model_follows_references(taught):
-    k, n = right(taught, fresh(130, seed=1))
-    assert n == 130 and k / n >= 0.99, f"{k} of {n} right"
+    k, n = right(taught, fresh(65, seed=1))
+    assert n == 65 and k / n >= 0.98, f"{k} of {n} right"
 
 
 def test_it_answers_plain_prompts_as_packed_ones(taught):
@@ -88,7 +88,7 @@ def test_it_answers_plain_prompts_as_packed_ones(taught):
 
 
 def test_the_untaught_model_does_not():
-    k, n = right(models.load("smollm2"), fresh(65, seed=3))
+    k, n = right(models.load("smollm2"), fresh(26, seed=3))
     assert wilson(k, n)[1] < 0.5
 
 
@@ -333,10 +333,10 @@ def test_an_examination_of_a_model_that_repeats_the_first_line():
 
 
 def test_the_balanced_part_of_an_examination_has_no_shallow_rule():
-    drawn = draw_held_out_bindings(500, (5, 12), 3, seed=2)["balanced"]
+    drawn = draw_held_out_bindings(240, (5, 12), 3, seed=2)["balanced"]
     tables = [prediction_table(bindings, bindings.of_queries("value")) for bindings in drawn]
     examined = pd.concat(tables, ignore_index=True)
-    assert examined["depth"].value_counts().to_dict() == {1: 250, 2: 250, 3: 250}
+    assert examined["depth"].value_counts().to_dict() == {1: 120, 2: 120, 3: 120}
     assert set(examined["lines"]) == set(range(5, 13)) and all((split_hash(b) == 0).all() for b in drawn)
     chance = [1 / len(set(digits[digits >= 0])) for bindings in drawn for digits in bindings.digit]
     for rule in ("first_line", "last_number"):

@@ -140,9 +140,10 @@ def test_a_single_swapped_head_is_a_cell_of_the_sweep(cases):
     for name in ("planted:binding", "tiny:llama", "tiny:gpt_neox"):
         lm = load_model_or_planted(name)
         pairs = (
-            cases[:3] if name == "planted:binding" else draw_unfiltered_cases(lm, 3, ProgramShapes((5,), (2,), "hash"))
+            cases[:2] if name == "planted:binding" else draw_unfiltered_cases(lm, 2, ProgramShapes((5,), (2,), "hash"))
         )
-        cells = run_sweep(lm, pairs, PatchSweepOptions(sites=["head_out"], positions="rhs 2, query"))
+        options = PatchSweepOptions(sites=["head_out"], positions="rhs 2, query", layers=[1, 2])
+        cells = run_sweep(lm, pairs, options)
         for head in [(1, 3, "rhs 2"), (2, 1, "query")]:
             rows = patch_heads(lm, pairs, [head], draws=0)
             got = rows[(rows["kind"] == "chosen") & (rows["position_name"] == head[2])].sort_values("program")["effect"]
@@ -486,7 +487,7 @@ def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
 def redirected_cases():
     "Cases whose counterfactual has another chain, so that its own `rhs 1` is another token than the program's."
     lm = models.load("tiny:llama")
-    cases = draw_unfiltered_cases(lm, 3, ProgramShapes((6,), (2,), "hash"), change="reference")
+    cases = draw_unfiltered_cases(lm, 2, ProgramShapes((6,), (2,), "hash"), change="reference")
     for case in cases:
         base, own = (tokenize_program(lm, program) for program in case.pair)
         assert base.positions["rhs 1"] != own.positions["rhs 1"]
@@ -512,8 +513,9 @@ def test_the_donors_states_are_aligned_to_the_base(redirected_cases):
     for case in cases:
         program, counterfactual = tokenize_pair(lm, case)
         assert counterfactual.positions == program.positions
-    names = ("rhs 2", "rhs 1", "end 1", "query")
-    swept = run_sweep(lm, cases, PatchSweepOptions(sites=["head_out", "resid_pre"], positions=list(names)))
+    names = ("rhs 2", "rhs 1", "query")
+    options = PatchSweepOptions(sites=["head_out", "resid_pre"], positions=list(names), layers=[1])
+    swept = run_sweep(lm, cases, options)
     parts = pd.concat(patch_subspace(lm, cases, 1, name, {}) for name in names)
     for name in names:
         heads = patch_heads(lm, cases, [(1, 2, name)], draws=0).query("kind == 'chosen' and position_name == @name")

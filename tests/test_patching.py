@@ -62,19 +62,19 @@ def agree(got, want):
 
 def test_all_engines_on_every_site_in_both_directions(lm):
     pair = pair_of(lm)
-    pairs = [pair, PatchPair(pair.source, pair.base)]
     ends = (pair.first_difference, len(pair.base) - 1)
-    fewer = [PatchPair(pair.base, pair.source, ends), PatchPair(pair.source, pair.base, ends)]
-    for site in patch_sites(lm):
+    pairs = [pair, PatchPair(pair.source, pair.base, ends)]
+    for number, site in enumerate(patch_sites(lm)):
         want = patch_all(lm, pairs, site, logits, PatchOptions(engine="naive"))
         assert want[0].shape[:3] == (lm.n_layers, n_site_heads(lm, site), len(pair.base))
         assert (want[0] - want[0][0, 0, 0])[..., :-1].abs().max() > 1e-2, "a patch must change something"
         agree(patch_all(lm, pairs, site, logits), want)
+        direction = number % 2  # the slow engines in one direction at the first site, in the other at the next
+        fewer = PatchPair(pairs[direction].base, pairs[direction].source, ends)
+        at_ends = [pairs[direction].positions.index(position) for position in ends]
         for engine in ("nnsight", "transformer_lens"):
-            agree(
-                patch_all(lm, fewer, site, logits, PatchOptions(layers=[0, 2], engine=engine)),
-                [x[::2, :, ends] for x in want],
-            )
+            few = patch_all(lm, [fewer], site, logits, PatchOptions(layers=[0, 2], engine=engine))
+            agree(few, [want[direction][::2, :, at_ends]])
     assert hooks(lm) == 0
 
 
@@ -84,7 +84,7 @@ def test_windows(lm, site):
         pytest.skip(f"{lm.arch} has no {site}")
     pair = pair_of(lm)
     pair = PatchPair(pair.base, pair.source, (pair.first_difference, pair.first_difference + 2, len(pair.base) - 1))
-    for window in (2, 9):
+    for window in (2, 9) if site in ("resid_pre", "key") else (2,):  # 9: more layers than there are
         want = patch_all(lm, [pair], site, lead, PatchOptions(engine="naive", window=window))
         agree(patch_all(lm, [pair], site, lead, PatchOptions(window=window)), want)
     if site in ("resid_post", "head_out"):

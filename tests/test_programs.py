@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 
 from codetrace.core.errors import BadInput, UnknownName
 from codetrace.core.stats import wilson
-from codetrace.tasks import generators
+from codetrace.tasks.balanced_programs import make_balanced_binding_program
 from codetrace.tasks.counterfactuals import (
     NoCounterfactual,
     constants_by_line,
@@ -27,9 +27,7 @@ from codetrace.tasks.counterfactuals import (
 )
 from codetrace.tasks.generators import (
     GENERATORS,
-    NoSuchProgram,
     draw_program,
-    make_balanced_binding_program,
     make_boolean_program,
     make_variable_binding_program,
 )
@@ -41,8 +39,9 @@ from codetrace.tasks.heuristics import (
     resists_shallow_heuristics,
     shallow_heuristics,
 )
+from codetrace.tasks.program_drawing import NoSuchProgram, choose_by_depth
 from codetrace.tasks.programs import QUERY_STYLES, ContradictoryProgram, Program, as_program, find_binding_chain
-from codetrace.tasks.robust_programs import find_robust_programs
+from codetrace.tasks.programs_solved_by_all import find_programs_solved_by_all
 
 LONGEST = {"range": 99, "variable_increments": 99, "entity": 99}  # every other generator: 26, by its letters
 SHORTEST = {"balanced_binding": 2}  # a second constant needs a second line; every other generator: 1
@@ -225,32 +224,35 @@ def test_answers_are_balanced():
     assert chisquare(list(truths.values())).pvalue > 0.001
 
 
-def rule_and_chance(drawn: list[Program], answers: list[str | None]) -> tuple[int, int, float]:
+def rule_and_chance(drawn: list[Program], answers: list[str | None], guesses: list[float]) -> tuple[int, int, float]:
     "Programs that a rule solves, those on which it answers, and the mean chance of a guess on these."
-    answered = [(program, text) for program, text in zip(drawn, answers, strict=True) if text is not None]
-    right = sum(text == program.answer for program, text in answered)
-    return right, len(answered), np.mean([chance_of_a_guess(program) for program, _ in answered])
+    rows = zip(drawn, answers, guesses, strict=True)
+    answered = [(text == program.answer, guess) for program, text, guess in rows if text is not None]
+    return sum(right for right, _ in answered), len(answered), np.mean([guess for _, guess in answered])
 
 
 BALANCED = [(3, 1), (3, 2), (5, 3), (5, 4), (8, None), (12, 2), (17, 4), (26, 6)]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_shallow_rule_is_at_chance_on_balanced_programs(seed):
-    """First line, last line, last constant, commonest constant, and the constant of any given line: 1200 programs a length and depth.
+@pytest.mark.parametrize(("seed", "n_programs"), [(0, 600), pytest.param(1, 1200, marks=pytest.mark.slow)])
+def test_every_shallow_rule_is_at_chance_on_balanced_programs(seed, n_programs):
+    """First line, last line, last constant, commonest constant, and the constant of any given line.
 
     Each within a 99.9% interval, for 16 cells of nine rules are many; all cells of a rule together within 95%.
     """
     totals = Counter()
     for seq_len, depth in BALANCED:
         rng = np.random.default_rng([seed, seq_len])
-        drawn = [make_balanced_binding_program(seq_len, rng, depth=depth) for _ in range(1200)]
-        rules = {rule: [shallow_heuristics(program)[rule] for program in drawn] for rule in HEURISTICS}
+        drawn = [make_balanced_binding_program(seq_len, rng, depth=depth) for _ in range(n_programs)]
+        answered = [shallow_heuristics(program) for program in drawn]
+        guesses = [chance_of_a_guess(program) for program in drawn]
+        rules = {rule: [answers[rule] for answers in answered] for rule in HEURISTICS}
+        lines = [dict(constants_by_line(program)) for program in drawn]
         for line in range(1, min(seq_len, 6)):
-            rules[f"line {line}"] = [dict(constants_by_line(program)).get(line) for program in drawn]
+            rules[f"line {line}"] = [constants.get(line) for constants in lines]
         for rule, answers in rules.items():
             if any(answers):
-                right, n, chance = rule_and_chance(drawn, answers)
+                right, n, chance = rule_and_chance(drawn, answers, guesses)
                 low, high = wilson(right, n, 0.999)
                 assert low <= chance <= high, (rule, seq_len, depth, right / n, chance)
                 totals.update({(rule, "right"): right, (rule, "n"): n, (rule, "expected"): n * chance})
@@ -263,7 +265,8 @@ def test_the_default_generator_is_not_balanced():
     "The same measure finds the first line of the paper's programs, so it would find it above."
     rng = np.random.default_rng(0)
     drawn = [make_variable_binding_program(8, rng, depth=3) for _ in range(1000)]
-    right, n, chance = rule_and_chance(drawn, [shallow_heuristics(program)["first_line"] for program in drawn])
+    first = [shallow_heuristics(program)["first_line"] for program in drawn]
+    right, n, chance = rule_and_chance(drawn, first, [chance_of_a_guess(program) for program in drawn])
     assert right / n > 0.6 > 0.5 > chance
 
 
@@ -289,7 +292,7 @@ def test_balanced_programs_have_the_depths_and_lengths_asked_for(seq_len):
 def test_references_prefer_deeper_variables():
     "Three variables of depth 1, 2, 3: drawn as 1 : 8 : 27."
     rng = np.random.default_rng(0)
-    counts = Counter(generators._choose_by_depth(rng, {"a": 1, "b": 2, "c": 3}) for _ in range(3600))
+    counts = Counter(choose_by_depth(rng, {"a": 1, "b": 2, "c": 3}) for _ in range(3600))
     assert chisquare([counts[v] for v in "abc"], [100, 800, 2700]).pvalue > 0.001
 
 
@@ -428,7 +431,7 @@ def test_own_generators():
 
 
 @given(start=st.integers(0, 1000), batch_size=st.integers(1, 40), examples=15)
-def test_robust_programs_are_those_that_all_solve(start, batch_size):
+def test_programs_solved_by_all_are_those_that_every_solver_solves(start, batch_size):
     asked = []
 
     def even(batch):
@@ -439,7 +442,9 @@ def test_robust_programs_are_those_that_all_solve(start, batch_size):
         return [p.depth < 3 for p in batch]
 
     seeds = range(start, start + 50)
-    found = list(find_robust_programs(make_variable_binding_program, 6, [even, shallow], seeds, batch_size=batch_size))
+    found = list(
+        find_programs_solved_by_all(make_variable_binding_program, 6, [even, shallow], seeds, batch_size=batch_size)
+    )
     every = [(s, make_variable_binding_program(6, np.random.default_rng(s))) for s in seeds]
     assert found == [(s, p) for s, p in every if int(p.answer) % 2 == 0 and p.depth < 3]
     assert all(int(p.answer) % 2 == 0 for p in asked)  # nobody is asked about what an earlier one got wrong

@@ -1,8 +1,10 @@
 "What a notebook cannot hold of `tracing`: planted truths, every family of models, several tokenizers, refusals, resuming."
 
+import copy
 import itertools
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -59,6 +61,8 @@ from codetrace.tasks.heuristics import resists_shallow_heuristics
 from codetrace.tasks.programs import QUERY_STYLES, analyse_program, as_program
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
+LIKE_OTHERS = {"qwen2", "gemma3"}  # Qwen 2 is Llama with biases, Gemma 3 is Gemma 2 without soft caps
+FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in TINY_CONFIGS]
 
 
 @pytest.fixture(scope="session")
@@ -84,12 +88,18 @@ def pairs(llama):
 # --- roles
 
 
+@cache
+def smollm2_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder("tokenizer"), local_files_only=True)
+
+
 def bpe(lm, regex: bool, joined=()):
     "The same vocabulary cut otherwise: without the rule that keeps kinds of characters apart, or with tokens of one's own."
     from tokenizers import AddedToken
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder("tokenizer"), local_files_only=True)
+    tokenizer = copy.deepcopy(smollm2_tokenizer())
     if not regex:
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -210,7 +220,7 @@ def by_hand(lm, pair, prefix, site, layer, position, head=None):
     return float(logits[wanted] - logits[own]), float(logits.argmax() == wanted), float(log_probs[wanted].exp()), kl
 
 
-@pytest.mark.parametrize("arch", TINY_CONFIGS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_a_sweep_is_the_experiment_done_by_hand(arch):
     lm = models.load(f"tiny:{arch}", attn="eager")
     pair = pair_of(lm)
@@ -290,7 +300,7 @@ def test_engines_agree(llama, pairs):
     assert fast["success"].equals(slow["success"])
 
 
-@pytest.mark.parametrize("arch", TINY_CONFIGS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_controls_put_what_interventions_put(arch):
     lm = models.load(f"tiny:{arch}")
     aligned = align_pair(lm, pair_of(lm), prefix=PREFIX)
@@ -311,7 +321,7 @@ def test_controls_put_what_interventions_put(arch):
             torch.testing.assert_close(mine[row], theirs, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("arch", TINY_CONFIGS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
     monkeypatch.setattr(controls, "CONTROL_ROWS_PER_PASS", 7)  # the last rows do not fill a batch
     lm = models.load(f"tiny:{arch}")
@@ -369,7 +379,7 @@ def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
     torch.testing.assert_close(state, expected)
 
 
-@pytest.mark.parametrize("arch", TINY_CONFIGS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_attribution_is_the_slope_of_a_small_patch(arch):
     lm, step = models.load(f"tiny:{arch}"), 2e-3
     pair = pair_of(lm)
@@ -395,7 +405,7 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("arch", TINY_CONFIGS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
     if arch == "gemma2" and attn == "sdpa":
         pytest.skip("soft caps need eager attention")
@@ -439,7 +449,7 @@ def start(folder):
 
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
     cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
-    options = TraceOptions(directions=["denoise", "noise"], control_layers=1)
+    options = TraceOptions(directions=["denoise", "noise"], positions="query,final", control_layers=1)
     whole = trace_cases(llama, cases, start(tmp_path / "a"), options=options)
     sweep, calls = run_sweep, []
 
@@ -636,7 +646,7 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
 
 
 def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, ten_cases, tmp_path):
-    options = TraceOptions(sites=["resid_pre", "head_out", "value"], control_layers=1)
+    options = TraceOptions(sites=["resid_pre", "head_out", "value"], positions="rhs 1,query,final", control_layers=1)
     found = trace_cases(llama, ten_cases, start(tmp_path), options=options)
     heads = found.controls[found.controls["head"].notna()]
     assert set(heads["site"]) == {"head_out", "value"} and set(heads["program"]) == {1, 3, 5, 7, 9}
@@ -831,8 +841,8 @@ def test_neither_of_an_unfiltered_pair_has_a_shallow_answer():
     from codetrace.planted.binding import load_binding_model
 
     shapes = ProgramShapes((8,), (2,), query_style="hash")
-    cases = draw_unfiltered_cases(load_binding_model(), 40, shapes, change="reference")
-    assert len(cases) == 40 and all(resists_shallow_heuristics(part) for case in cases for part in case.pair)
+    cases = draw_unfiltered_cases(load_binding_model(), 20, shapes, change="reference")
+    assert len(cases) == 20 and all(resists_shallow_heuristics(part) for case in cases for part in case.pair)
 
 
 # --- mean and resample ablation
@@ -845,14 +855,15 @@ def test_site_ablation_is_the_experiment_done_by_hand(arch):
     programs = [prompted_program(lm, case) for case in cases]
     ids = [list(program.token_ids) for program in programs]
     names, layers = ("rhs 1", "query"), (1, 2)
-    for site in ("resid_pre", "head_out", "mlp_out"):
+    before = [lm.logits([own])[0].log_softmax(-1) for own in ids]
+    sites = ("resid_pre", "head_out", "mlp_out")
+    captured = [lm.capture([own], list(itertools.product(sites, layers))) for own in ids]
+    for site in sites:
         options = SiteAblationOptions(sites=[site], names=names, layers=layers)
         table = ablate_sites(lm, cases, options)
         assert set(table["kind"]) == {"mean", "resample"} and set(table["position_name"]) == set(names)
         for i, layer, name in itertools.product((0, 3), layers, names):
-            states = []
-            for own, program in zip(ids, programs):
-                states.append(lm.capture([own], [(site, layer)])[site, layer][0, program.positions[name]])
+            states = [own[site, layer][0, program.positions[name]] for own, program in zip(captured, programs)]
             others = [state for j, state in enumerate(states) if j != i]
             candidates = {"mean": [torch.stack(others).mean(0)], "resample": others}
             for kind, replacements in candidates.items():
@@ -867,8 +878,7 @@ def test_site_ablation_is_the_experiment_done_by_hand(arch):
                             Intervention(site, layer, state, positions=programs[i].positions[name], **only)
                         ):
                             after = lm.logits([ids[i]])[0].log_softmax(-1)
-                        before = lm.logits([ids[i]])[0].log_softmax(-1)
-                        drops.append(float((before - after)[programs[i].answer_id]))
+                        drops.append(float((before[i] - after)[programs[i].answer_id]))
                     assert min(abs(drop - row["log_prob_drop"]) for drop in drops) < 1e-3
 
 

@@ -23,6 +23,7 @@ from codetrace.phases.tracking import (
     tracking_headline,
     tracking_summary_rows,
 )
+from codetrace.planted.binding import load_binding_model
 from codetrace.runs.manifest import newest_run
 from codetrace.runs.run import open_scratch_run
 from codetrace.tasks.generators import GENERATORS, make_boolean_program
@@ -88,7 +89,7 @@ def test_answers_of_any_kind_from_a_function_of_ones_own(line):
 
 @pytest.mark.parametrize("task", ["boolean", pytest.param("entity", marks=pytest.mark.slow)])
 def test_the_seeds_own_pattern_scores_as_the_name_does(smollm2, task):
-    options = dict(models=["smollm2"], num_seqs=10, seq_lens=[3], num_shots=2)
+    options = dict(models=["smollm2"], num_seqs=5, seq_lens=[3], num_shots=2)
     rows = {}
     for generator in (task, GENERATORS[task]):
         config = quick_experiment("x", program_generator=generator, **options)
@@ -109,12 +110,12 @@ def test_what_a_generator_does_not_take_is_said():
 
 def test_one_rule_marks_a_table(smollm2):
     "Sums of three terms are one digit and sums of six are two; each unit is marked as the whole is, and as decoding marks it."
-    options = dict(program_generator=make_sum, models=["smollm2"], seq_lens=[3, 6], num_seqs=12)
+    options = dict(program_generator=make_sum, models=["smollm2"], seq_lens=[3, 6], num_seqs=6)
     config = quick_experiment("sums", **options)
     decoding = quick_experiment("sums", scoring="decode", **options)
     asked = draw_questions(config)
     scorings = set()
-    for unit in (asked[:12], asked[12:]):
+    for unit in (asked[:6], asked[6:]):
         auto = answer_questions(smollm2, config, unit)
         decoded = answer_questions(smollm2, decoding, unit)
         assert [row["correct"] for row in auto] == [row["correct"] for row in decoded]
@@ -122,12 +123,15 @@ def test_one_rule_marks_a_table(smollm2):
     assert scorings == {"decode"}
 
 
-def test_reading_the_token_changes_no_mark(smollm2):
-    options = dict(models=["smollm2"], num_seqs=10, seq_lens=[4], depths=[1], query_style="print", num_shots=1)
+def test_reading_the_token_changes_no_mark():
+    "Of a model that knows depth 1 and not depth 3."
+    lm = load_binding_model()
+    options = dict(models=["m"], num_seqs=6, seq_lens=[5], depths=[1, 3], query_style="hash", num_shots=0)
     token, decode = (quick_experiment("x", scoring=scoring, **options) for scoring in ("token", "decode"))
-    auto = answer_questions(smollm2, quick_experiment("x", **options), draw_questions(token))
-    read, written = (answer_questions(smollm2, config, draw_questions(config)) for config in (token, decode))
+    auto = answer_questions(lm, quick_experiment("x", **options), draw_questions(token))
+    read, written = (answer_questions(lm, config, draw_questions(config)) for config in (token, decode))
     assert [row["correct"] for row in read] == [row["correct"] for row in written] and auto == read
+    assert {row["correct"] for row in read} == {True, False}
     assert all(row["log_prob"] <= 0 for row in read) and all(row["log_prob"] is None for row in written)
     assert all(row["rank"] == 0 for row in read if row["correct"])
 
@@ -244,3 +248,35 @@ def test_the_figure_shows_both_and_says_where_programs_are_few(first_lines):
     caption = figure._supxlabel.get_text().replace("\n", " ")
     assert "m on variable_binding, balanced_binding" in caption and "fewer than 10" in caption
     assert np.isfinite(figure.get_size_inches()).all()
+
+
+# --- programs that all of some models answer
+
+
+@pytest.fixture
+def robust(monkeypatch):
+    "The command `codetrace robust`, where one model is the planted one and another has random weights."
+    from typer.testing import CliRunner
+
+    from codetrace.cli import app
+
+    known = {"tiny:gpt2": load_binding_model(), "tiny:llama": models.load("tiny:llama")}
+    monkeypatch.setattr("codetrace.models.loading.load", known.get)
+    return lambda *words: CliRunner().invoke(app, ["robust", *words, "--seq-len", "5", "--depth", "2"])
+
+
+def test_the_command_finds_programs_that_the_model_answers(robust):
+    done = robust("--model", "tiny:gpt2", "-n", "2")
+    assert done.exit_code == 0, done.output
+    blocks = done.stdout.strip().split("\n\n")
+    assert len(blocks) == 2
+    for block in blocks:
+        seed, *code, answer = block.splitlines()
+        expected = GENERATORS["variable_binding"](5, np.random.default_rng(int(seed.removeprefix("seed "))), depth=2)
+        assert "\n".join(code) == expected.code and answer == f"# answer: {expected.answer}"
+
+
+def test_every_model_must_answer_and_too_few_programs_are_an_error(robust):
+    done = robust("--model", "tiny:gpt2", "--model", "tiny:llama", "--seeds", "6")
+    assert done.exit_code == 1 and done.stdout == ""
+    assert "0 of 1 programs in 6 seeds" in done.stderr

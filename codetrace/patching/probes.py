@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STREAM_SWEEP_POSITIONS', 'last_constant_before', 'control_digit', 'ProbeLabels', 'probe_labels', 'LabelledStates',
            'states_by_position', 'fit_linear_probe', 'beyond_rules_p', 'readable_p', 'run_probes', 'mark_readable',
-           'probes_with_effects', 'probes_sentence']
+           'can_be_readable', 'probes_with_effects', 'probes_sentence']
 
 # %% ../../nbs/patching/probes.ipynb #5e437190
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from ..core.progress import Progress, no_progress
-from ..core.stats import format_count, format_with_interval, holm, wilson
+from ..core.stats import SIGNIFICANCE_LEVEL, format_count, format_with_interval, holm, wilson
 from ..models.lm import LM
 from .batches import TokenizedProgram, batch_states, uniform_batches
 from .sweep import average_by_position
@@ -146,15 +147,19 @@ def _share_columns(right: Bool[np.ndarray, "rows"], name: str, low: str, high: s
     return {name: right.mean() if len(right) else np.nan, low: interval[0], high: interval[1]}
 
 # %% ../../nbs/patching/probes.ipynb #56b2fdd6
+@cache  # the same few counts come up in hundreds of cells
+def _at_least_p(k: int, n: int, share: float) -> float:
+    "How likely `k` of `n` or more are, where each is as likely as `share`; 1 for none of none."
+    from scipy.stats import binom
+
+    return float(binom.sf(k - 1, n, share)) if n else 1.0
+
+
 def _more_often_right_p(right: Bool[np.ndarray, "rows"], other: Bool[np.ndarray, "rows"]) -> float:
     "One-sided exact McNemar test that one probe is right more often than another on the same programs."
-    from scipy.stats import binomtest
-
     only_first = int((right & ~other).sum())
     only_second = int((other & ~right).sum())
-    if only_first + only_second == 0:
-        return 1.0
-    return float(binomtest(only_first, only_first + only_second, 0.5, alternative="greater").pvalue)
+    return _at_least_p(only_first, only_first + only_second, 0.5)
 
 
 def beyond_rules_p(
@@ -164,13 +169,11 @@ def beyond_rules_p(
     chance: float,  # Of a guess, beyond the rules
 ) -> float:  # NaN where no program is beyond the rules
     "The larger p of two tests: above shuffled labels, above a guess beyond the rules."
-    from scipy.stats import binomtest
-
     if not beyond_rules.any():
         return np.nan
     beyond = right[beyond_rules]
-    guess_p = binomtest(int(beyond.sum()), len(beyond), min(1, chance), alternative="greater").pvalue
-    return max(_more_often_right_p(right, shuffled), float(guess_p))
+    guess_p = _at_least_p(int(beyond.sum()), len(beyond), min(1.0, chance))
+    return max(_more_often_right_p(right, shuffled), guess_p)
 
 
 def readable_p(
@@ -246,12 +249,22 @@ def run_probes(
 
 def mark_readable(
     probes: pd.DataFrame,  # One row a cell, with `p` and `p_beyond_rules`
-    level: float = 0.05,  # Chance that any cell is called so where none is
+    level: float = SIGNIFICANCE_LEVEL,  # Chance that any cell is called so where none is
 ) -> pd.DataFrame:  # With `family_wise_p`, `readable`, and `above_rules`, which leaves the control task out
     "Which cells are readable, with Holm's correction over all of them."
     adjusted = holm(probes["p"])
     above_rules = holm(probes["p_beyond_rules"]) <= level
     return probes.assign(family_wise_p=adjusted, readable=adjusted <= level, above_rules=above_rules)
+
+# %% ../../nbs/patching/probes.ipynb #56cdd433
+def can_be_readable(
+    probes: pd.DataFrame,  # From `run_probes`
+    level: float = SIGNIFICANCE_LEVEL,  # As for `mark_readable`
+) -> Bool[np.ndarray, "cells"]:
+    "Could each cell be called readable, if its probe were always right and the controls never?"
+    chance = probes["beyond_chance"].clip(upper=1)
+    smallest_p = np.maximum(0.5 ** probes["n"], chance ** probes["n_beyond"])
+    return holm(smallest_p.where(probes["n_beyond"] > 0)) <= level
 
 # %% ../../nbs/patching/probes.ipynb #2ba86e7a
 def probes_with_effects(
@@ -298,18 +311,21 @@ def probes_sentence(
     negligible: float = 0.1,  # An effect whose interval lies within this is none
 ) -> str:
     "Where the value can be read, where it is read and not used, and where a probe says nothing."
-    judged = both[both["n_beyond"] > 0]
+    judged = both[can_be_readable(both)]
     if judged.empty:
-        return "No program is beyond the rules at any position: probes cannot tell the value from the layout."
+        return "Too few programs are beyond the rules at any position: probes cannot tell the value from the layout."
     readable = judged[judged["readable"]]
     without_effect = (readable["effect_low"] > -negligible) & (readable["effect_high"] < negligible)
     unselective = judged[judged["above_rules"] & ~judged["readable"]]
     not_judged = list(dict.fromkeys(both["position_name"][both["n_beyond"] == 0]))
+    too_few = both[(both["n_beyond"] > 0) & ~can_be_readable(both)]
     sentence = (
-        f"{_best_probe(judged)}. Readable, family-wise over {judged['p'].notna().sum()} cells: {_places(readable)}; "
+        f"{_best_probe(judged)}. Readable, family-wise over {both['p'].notna().sum()} cells: {_places(readable)}; "
         f"of these without effect: {_places(readable[without_effect])}; "
         f"read beyond the rules, but not told apart from the control task: {_places(unselective)}"
     )
+    if len(too_few):
+        sentence += f"; not judged, for too few programs there are beyond the rules: {_places(too_few)}"
     if not_judged:
         sentence += f"; not judged, for there the answer always is what a rule says: {', '.join(not_judged)}"
     return sentence + "."

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from ..core.errors import BadInput
-from ..core.stats import wilson
+from ..core.stats import SIGNIFICANCE_LEVEL, wilson
 
 # %% ../../nbs/patching/seed_stability.ipynb #61e3fe73
 def heads_in_seeds(
@@ -76,9 +76,11 @@ def _overlap_rows(chosen: Bool[np.ndarray, "seed layer head"], draws: int, rng: 
     }
     for null, within_layers in (("random heads", False), ("of the same layers", True)):
         drawn = np.nanmean(_jaccard_of_pairs(_shuffle_heads(chosen, draws, within_layers, rng)), -1)
-        as_good = (drawn >= measured["jaccard"] - 1e-6).sum()
+        p = (1 + (drawn >= measured["jaccard"] - 1e-6).sum()) / (1 + draws)
+        best = max(measured["jaccard"], drawn.max())
+        smallest_p = (1 + (drawn >= best - 1e-6).sum()) / (1 + draws)
         null_values = {"null": null, "expected": drawn.mean(), "high": np.quantile(drawn, 0.95)}
-        yield measured | null_values | {"p": (1 + as_good) / (1 + draws)}
+        yield measured | null_values | {"p": p if smallest_p <= SIGNIFICANCE_LEVEL else np.nan}
 
 # %% ../../nbs/patching/seed_stability.ipynb #b951a9e7
 def head_overlap_table(

@@ -303,6 +303,13 @@ def seeds_headline(tables: Mapping[str, pd.DataFrame]) -> str:
         parts.append("heads agree (mean Jaccard): " + ", ".join(words))
     return "; ".join(parts)
 
+# %% ../../nbs/phases/14_seeds.ipynb #38df74c7
+def _agreement_verdict(p: float) -> str:
+    "What the p of an agreement says; none where no agreement could be told from chance."
+    if np.isnan(p):
+        return "too few heads for any agreement to be told from chance"
+    return "more alike than at random" if p <= SIGNIFICANCE_LEVEL else "not told apart from heads drawn at random"
+
 # %% ../../nbs/phases/14_seeds.ipynb #cd789e2b
 def seeds_claims(
     manifest: Mapping,  # Of a run of this phase
@@ -316,11 +323,11 @@ def seeds_claims(
         claims.append(claim_row(row["finding"], share, (row["low"], row["high"]), phrase))
     for row in tables["overlap"].to_dict("records"):
         agreement = f"heads at {row['position_name']} of {row['seeds']} trainings: mean Jaccard index of pairs"
-        is_more = "more alike than" if row["p"] <= 0.05 else "not told apart from"
-        null = f"{row['expected']:.2f} {row['null']}"
         pair_range = (row["least alike"], row["most alike"])
-        verdict = f"{is_more} heads drawn at random ({row['null']}); the interval is the range over pairs"
-        claims.append(claim_row(agreement, row["jaccard"], pair_range, verdict, null=null, p=row["p"]))
+        null = f"{row['expected']:.2f} {row['null']}"
+        p = np.nan if row["p"] is None else row["p"]
+        verdict = f"{_agreement_verdict(p)}: {row['null']}; the interval is the range over pairs"
+        claims.append(claim_row(agreement, row["jaccard"], pair_range, verdict, null=null, p=p))
     return claims
 
 # %% ../../nbs/phases/14_seeds.ipynb #4686b798

@@ -54,7 +54,7 @@ from codetrace.tasks.program_prompts import (
     template_text,
 )
 from ..tasks.programs import QUERY_STYLES, Program
-from ..tasks.robust_programs import Solver
+from ..tasks.programs_solved_by_all import Solver
 
 # %% ../../nbs/phases/10_tracking.ipynb #a3e62e39
 def _check_whole_number(name: str, value: object, minimum: int):

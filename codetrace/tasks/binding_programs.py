@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 
 from ..core.errors import BadInput, look_up_name
-from .generators import make_balanced_binding_program
+from .balanced_programs import make_balanced_binding_program
 from .programs import QUERY_STYLES, Program, as_program
 
 # %% ../../nbs/tasks/binding_programs.ipynb #6e67fd2a
