@@ -7,6 +7,7 @@ __all__ = ['AWAITING_OPERATIONS', 'AwaitableRun', 'await_remote', 'stand_in_coro
 
 # %% ../../nbs/sandbox/awaiting.ipynb #b050cb98
 from collections.abc import Generator
+from typing import Any
 
 # %% ../../nbs/sandbox/awaiting.ipynb #0a6f2af0
 _SLICE = 0.01  # Seconds that a loop runs before it gives the other process its turn
@@ -15,7 +16,7 @@ _SLICE = 0.01  # Seconds that a loop runs before it gives the other process its 
 class AwaitableRun:
     "An awaitable of this process, taken forward whenever the other process asks."
 
-    def __init__(self, awaitable: object):
+    def __init__(self, awaitable: Any):
         import asyncio
 
         try:
@@ -34,7 +35,7 @@ class AwaitableRun:
             self.loop.run_until_complete(asyncio.wait({self.task}, timeout=_SLICE))
         return self.task.done()
 
-    def result(self) -> object:
+    def result(self) -> Any:
         "What the awaitable gave; raises what it raised."
         return self.task.result()
 
@@ -47,7 +48,7 @@ class AwaitableRun:
 _loops: list = []
 
 
-def _own_loop() -> object:
+def _own_loop() -> Any:
     "The event loop of this process for what the other one awaits."
     import asyncio
 
@@ -57,8 +58,8 @@ def _own_loop() -> object:
 
 # %% ../../nbs/sandbox/awaiting.ipynb #c3a89f26
 def await_remote(
-    connection: object,  # To the process of the awaitable
-    awaitable: object,  # Its stand-in
+    connection: Any,  # To the process of the awaitable
+    awaitable: Any,  # Its stand-in
 ) -> Generator:
     "The steps of awaiting: between them the loop of this process does what else it has to do."
     run = connection.request("start", awaitable)
@@ -73,7 +74,7 @@ def await_remote(
 
 
 class _Awaited:
-    def __init__(self, connection: object, awaitable: object):
+    def __init__(self, connection: Any, awaitable: Any):
         self.connection = connection
         self.awaitable = awaitable
 
@@ -82,9 +83,9 @@ class _Awaited:
 
 # %% ../../nbs/sandbox/awaiting.ipynb #baa0386c
 async def stand_in_coroutine(
-    connection: object,  # To the process of the real coroutine
+    connection: Any,  # To the process of the real coroutine
     number: int,  # By which both know it
-) -> object:
+) -> Any:
     "A coroutine of this process that stands in for one of the other."
     return await _Awaited(connection, connection.graph.objects[number])
 

@@ -12,6 +12,7 @@ import random
 import sys
 import types
 from contextlib import suppress
+from typing import Any
 
 from .connection import OPERATIONS, Connection
 from .protocol import from_json, receive_frame, send_frame, to_json
@@ -52,9 +53,9 @@ class CandidateConnection(Connection):
         text = to_json([self.token, kind, *values, news] if news else [self.token, kind, *values])
         if len(text) > self.longest:
             text = to_json([self.token, "long", None])
-        for name in ("stdout", "stderr"):
-            with suppress(BaseException):
-                self.streams[name].flush()
+        with suppress(BaseException):
+            self.streams["stdout"].flush()
+            self.streams["stderr"].flush()
         send_frame(self.fd, text)
 
     def receive(self):
@@ -99,7 +100,7 @@ def _mentioned_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def _load_source(connection: CandidateConnection, request: dict) -> tuple[str, object]:
+def _load_source(connection: CandidateConnection, request: dict) -> tuple[str, Any]:
     "Run the program's source; the kind of the reply, and the entry point where it is there."
     try:
         source, entry_point = request["values"]
@@ -138,7 +139,7 @@ def serve_requests(
         connection.answer(request, *connection.understand(request))
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #ffa19ba6
-def _global(connection: CandidateConnection, name: str) -> object:
+def _global(connection: CandidateConnection, name: str) -> Any:
     "A global of the program."
     if name not in connection.namespace:
         raise NameError(f"name {name!r} is not defined")
@@ -155,9 +156,9 @@ def _define(connection: CandidateConnection, **values):
     connection.namespace.update(values)
 
 
-def _surroundings(connection: CandidateConnection, recursion_limit: int, **streams):
-    "Have the program use what the test has put in place of standard streams, `input` and `print`."
-    if recursion_limit:
+def _surroundings(connection: CandidateConnection, recursion_limit: int | None = None, **streams):
+    "Have the program use what the test has put in place of standard streams, `input`, `print` and the recursion limit."
+    if recursion_limit is not None:
         sys.setrecursionlimit(recursion_limit)
     for name, original in connection.streams.items():
         setattr(sys, name, streams.get(name) or original)
@@ -180,10 +181,10 @@ def _set_chance(_: CandidateConnection, state: tuple, numpy_state: tuple | None)
     if numpy_state is not None:
         import numpy
 
-        numpy.random.set_state(numpy_state)
+        numpy.random.set_state(numpy_state)  # noqa: NPY002 - what the test has set
 
 
-def _open(_: CandidateConnection, /, *args, **names) -> object:
+def _open(_: CandidateConnection, /, *args, **names) -> Any:
     "Open a file in the program's folder."
     return open(*args, **names)
 

@@ -9,36 +9,38 @@ __all__ = ['OPERATIONS', 'Connection']
 import copy
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from .awaiting import AWAITING_OPERATIONS
 from .object_graph import ObjectGraph, read_news, read_value, write_values
 from .remote_objects import find_special, is_remote
 
 # %% ../../nbs/sandbox/connection.ipynb #e9f641ab
-def _get(target: object, name: str) -> object:
+def _get(target: Any, name: str) -> Any:
     return getattr(target, name)
 
 
-def _set(target: object, name: str, value: object):
+def _set(target: Any, name: str, value: Any):
     setattr(target, name, value)
 
 
-def _delete(target: object, name: str):
+def _delete(target: Any, name: str):
     delattr(target, name)
 
 
-def _special(name: str, target: object, *args) -> object:
+def _special(name: str, target: Any, *args) -> Any:
     "What an operator does with an object: the method that its class has."
+    subject = target  # for whoever checks types: a class of any kind
     cls = type(target)
     method = find_special(cls, name)
     if method is None and isinstance(target, type) and name == "__getitem__":
-        return target[args[0]]
+        return subject[args[0]]
     if method is None:
         raise TypeError(f"{cls.__name__!r} object has no {name}")
     return method.__get__(target, cls)(*args) if hasattr(method, "__get__") else method(*args)
 
 
-def _call(target: Callable, /, *args, **names) -> object:
+def _call(target: Callable, /, *args, **names) -> Any:
     return target(*args, **names)
 
 
@@ -79,11 +81,11 @@ class Connection:
         "The next message: `kind`, `values`, `names` and its news, all still JSON."
         raise NotImplementedError
 
-    def perform(self, operation: str, values: list, names: dict) -> object:
+    def perform(self, operation: str, values: list, names: dict) -> Any:
         "Do what the other process asks for."
         return OPERATIONS[operation](*values, **names)
 
-    def tell(self, kind: str, values: list, names: dict):
+    def tell(self, kind: str, values: list | tuple, names: dict):
         "Send values."
         written, news = write_values(self.graph, [*values, *names.values()])
         count = len(values)
@@ -97,7 +99,7 @@ class Connection:
         names = {name: read_value(self.graph, value) for name, value in message["names"].items()}
         return values, names
 
-    def request(self, operation: str, /, *values, **names) -> object:
+    def request(self, operation: str, /, *values, **names) -> Any:
         "Have the other process do something; its value, or the exception that it raised."
         self.tell(operation, values, names)
         while True:
@@ -130,15 +132,15 @@ class Connection:
         "The exception to raise for one that the other process raised."
         return error
 
-    def is_unsent(self, value: object) -> bool:
+    def is_unsent(self, value: Any) -> bool:
         "Whether an object may not have a stand-in in the other process."
         return False
 
-    def is_mixed(self, value: object) -> bool:
+    def is_mixed(self, value: Any) -> bool:
         "Whether an object of the other process came of arithmetic with a plain value."
         return bool(self.mixed) and is_remote(value) and self.graph.numbers[id(value)] in self.mixed
 
-    def mark_mixed(self, name: str, value: object):
+    def mark_mixed(self, name: str, value: Any):
         "Note what came of an object and a plain value: it must be an object itself."
         if not is_remote(value):
             raise TypeError(f"{name} of an object of the program and a plain value gives a {type(value).__name__}")

@@ -9,6 +9,7 @@ __all__ = ['TEST_MODULE', 'StoppedCall', 'check_readable', 'JudgeConnection']
 import os
 import types
 from collections.abc import Callable
+from typing import NoReturn
 
 from .connection import OPERATIONS, Connection
 from .object_graph import write_values
@@ -58,7 +59,7 @@ class JudgeConnection(Connection):
         self,
         fd: int,
         longest: int,  # Bytes of an answer
-        finish: Callable[[str, str], None],  # Ends the job with an outcome and a detail; does not return
+        finish: Callable[[str, str], NoReturn],  # Ends the job with an outcome and a detail; does not return
     ):
         super().__init__(sign=1)
         self.fd = fd
@@ -127,7 +128,7 @@ class JudgeConnection(Connection):
     def request(self, operation, /, *values, **names):
         result = super().request(operation, *values, **names)
         if operation == "get" and values[1] in _ENDING_METHODS:
-            self.iterator_methods.add(self.graph.numbers.get(id(result)))
+            self.iterator_methods.add(self.graph.numbers.get(id(result), 0))
         return result
 
     def raised(self, operation, values, error, names):

@@ -7,8 +7,11 @@ __all__ = ['ObjectGraph', 'write_value', 'write_values', 'read_value', 'read_new
 
 # %% ../../nbs/sandbox/object_graph.ipynb #f3ec0552
 import math
+import operator
 import sys
 import types
+from functools import cache
+from typing import Any
 
 from .awaiting import stand_in_coroutine
 from codetrace.sandbox.remote_objects import (
@@ -44,7 +47,9 @@ def _same_parts(old: list, new: list) -> bool:
     "Whether an object holds the very objects that it held; bytes are compared by content."
     if len(old) != len(new):
         return False
-    return all(a is b or (type(a) is type(b) is bytes and a == b) for a, b in zip(old, new))
+    if all(map(operator.is_, old, new)):
+        return True
+    return all(a is b or (type(a) is type(b) is bytes and a == b) for a, b in zip(old, new, strict=True))
 
 
 def _references_of_a_kept_object() -> int:
@@ -59,7 +64,7 @@ _KEPT_ONLY = _references_of_a_kept_object()
 class ObjectGraph:
     "The objects that have crossed between this process and another, by the numbers that both know them by."
 
-    def __init__(self, peer: object, sign: int):
+    def __init__(self, peer: Any, sign: int):
         self.peer = peer
         self.sign = sign  # Of the numbers that this process gives
         self.count = 0
@@ -71,7 +76,7 @@ class ObjectGraph:
         self.lasting: set[int] = set()  # Numbers that are never given up
         self.undescribed: list[int] = []
 
-    def _keep(self, number: int, value: object):
+    def _keep(self, number: int, value: Any):
         self.objects[number] = value
         self.numbers[id(value)] = number
 
@@ -93,7 +98,7 @@ class ObjectGraph:
         return unused
 
 # %% ../../nbs/sandbox/object_graph.ipynb #417094cc
-def _introduce(graph: ObjectGraph, value: object) -> int:
+def _introduce(graph: ObjectGraph, value: Any) -> int:
     "A number for an object that is new to the other process."
     graph.count += graph.sign
     graph._keep(graph.count, value)
@@ -101,7 +106,7 @@ def _introduce(graph: ObjectGraph, value: object) -> int:
     return graph.count
 
 
-def _name_for(graph: ObjectGraph, value: object) -> list | None:
+def _name_for(graph: ObjectGraph, value: Any) -> list | None:
     "The name of a type, function, module or constant that both processes have."
     if name := harmless_name(value):
         return ["name", name]
@@ -112,7 +117,7 @@ def _name_for(graph: ObjectGraph, value: object) -> list | None:
     return None
 
 
-def write_value(graph: ObjectGraph, value: object) -> object:
+def write_value(graph: ObjectGraph, value: Any) -> Any:
     "JSON for a value; objects that the other process does not know yet are put down to be described."
     cls = type(value)
     if cls in _PLAIN_TYPES:
@@ -137,12 +142,12 @@ def _write_parts(graph: ObjectGraph, parts: list) -> list:
     return parts if _all_written_as_they_are(parts) else [write_value(graph, part) for part in parts]
 
 # %% ../../nbs/sandbox/object_graph.ipynb #7fc80117
-def _exception_arguments(error: BaseException) -> tuple:
+def _exception_arguments(error: BaseException) -> tuple[Any, ...]:
     "What the constructor of an exception takes."
     if isinstance(error, BaseExceptionGroup):
         return error.message, tuple(error.exceptions)
     if isinstance(error, OSError):
-        return OSError.__reduce__(error)[1]
+        return tuple(OSError.__reduce__(error)[1])
     return error.args
 
 
@@ -161,7 +166,7 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
     return [number, "exception", _write_parts(graph, parts)]
 
 
-def _describe_object(graph: ObjectGraph, number: int, value: object) -> list:
+def _describe_object(graph: ObjectGraph, number: int, value: Any) -> list:
     "An object that is no value: its class, and its hash where its class has its own idea of it."
     if graph.peer.is_judge and (isinstance(value, _UNSENT_TYPES) or graph.peer.is_unsent(value)):
         raise Unsupported(f"an object of type {type(value).__name__!r} cannot be passed on")
@@ -179,7 +184,7 @@ def _describe_class(graph: ObjectGraph, number: int, cls: type) -> list:
 # %% ../../nbs/sandbox/object_graph.ipynb #8e52f5f6
 def _describe(graph: ObjectGraph, number: int) -> list:
     "One object for the other process."
-    value = graph.objects[number]
+    value: Any = graph.objects[number]
     cls = type(value)
     if cls is float:
         return [number, "nan", []]
@@ -237,7 +242,7 @@ def write_values(
 _SCALARS = {"int": (int, 16), "float": (float,), "bytes": (bytes.fromhex,)}
 
 
-def read_value(graph: ObjectGraph, data: object) -> object:
+def read_value(graph: ObjectGraph, data: Any) -> Any:
     "The value that JSON stands for."
     if type(data) is not list:
         if type(data) not in _WIRE_TYPES:
@@ -285,7 +290,7 @@ def _unread_parts(graph: ObjectGraph, nodes: dict, number: int) -> list[int]:
     return [number for number in needed if number not in graph.objects]
 
 # %% ../../nbs/sandbox/object_graph.ipynb #c714c61f
-def _read_class(graph: ObjectGraph, parts: list, _: int) -> object:
+def _read_class(graph: ObjectGraph, parts: list, _: int) -> Any:
     name, specials, overridden, hashing, kind_name, *bases = parts
     texts = [*name, *specials, *overridden, hashing]
     if len(name) != 2 or not all(type(text) is str for text in texts) or len(texts) > 10_000:
@@ -297,17 +302,21 @@ def _read_class(graph: ObjectGraph, parts: list, _: int) -> object:
     return make_stand_in(graph.peer, name, specials, overridden, hashing, kind_name, classes)
 
 
+_describe_standard = cache(describe_class)  # of classes that both processes have, which do not change
+
+
 def _stand_in_class(graph: ObjectGraph, cls: type) -> type:
     "The class of stand-ins for objects of a class, which may be one that both processes have."
     if type(cls) is RemoteClass:
         return cls
     if cls not in graph.peer.stand_ins:
-        *facts, _ = describe_class(cls)
-        graph.peer.stand_ins[cls] = make_stand_in(graph.peer, *facts, [], cls)
+        name, specials, overridden, hashing, kind_name, _ = _describe_standard(cls)
+        made = make_stand_in(graph.peer, name, specials, overridden, hashing, kind_name, [], cls)
+        graph.peer.stand_ins[cls] = made
     return graph.peer.stand_ins[cls]
 
 # %% ../../nbs/sandbox/object_graph.ipynb #47aace27
-def _read_object(graph: ObjectGraph, parts: list, number: int) -> object:
+def _read_object(graph: ObjectGraph, parts: list, number: int) -> Any:
     cls = read_value(graph, parts[0])
     if cls is types.CoroutineType:
         return stand_in_coroutine(graph.peer, number)
@@ -344,7 +353,7 @@ def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
 _SPECIAL_READERS = {"class": _read_class, "object": _read_object, "nan": _read_nan, "exception": _read_exception}
 
 # %% ../../nbs/sandbox/object_graph.ipynb #2c26c235
-def _make(graph: ObjectGraph, number: int, name: str, parts: list, cls: list) -> object:
+def _make(graph: ObjectGraph, number: int, name: str, parts: list, cls: list) -> Any:
     "An object from its description, without its parts where they can change."
     if name in _SPECIAL_READERS:
         return _SPECIAL_READERS[name](graph, parts, number)
@@ -380,6 +389,7 @@ def _fill(graph: ObjectGraph, number: int, data: list):
     "Give an object its parts."
     kind = graph.kinds[number]
     value = graph.objects[number]
+    assert kind.fill is not None
     kind.fill(value, _read_parts(graph, data))
     graph.snapshots[number] = kind.take(value)
 

@@ -28,7 +28,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import BadInput
-from ..core.files import visible_text
 from codetrace.sandbox import (
     awaiting,
     candidate,
@@ -75,6 +74,11 @@ class Verdict:
     per_test: tuple[str | None, ...]  # The same for each test, or None where it was not run
     detail: str  # Why, for people
     seconds: float  # Wall time
+
+# %% ../../nbs/sandbox/pool.ipynb #09507e5e
+def _printable(message: str) -> str:
+    "A message in which what a terminal would obey, and what is no text, is written out."
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
 
 # %% ../../nbs/sandbox/pool.ipynb #63ed87a3
 @dataclass(frozen=True)
@@ -354,11 +358,11 @@ class SandboxWorker:
         message = {"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)}
         _send_message(self, message)
         answer = json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
-        return Verdict(answer["verdict"], tuple(answer["per_test"]), visible_text(answer["detail"]), answer["seconds"])
+        return Verdict(answer["verdict"], tuple(answer["per_test"]), _printable(answer["detail"]), answer["seconds"])
 
     def close(self):
         "End the worker, and with it everything in it."
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+        for pipe in filter(None, (self.process.stdin, self.process.stdout, self.errors)):
             with suppress(OSError):
                 pipe.close()
         _wait_or_kill(self.process)
@@ -510,7 +514,7 @@ def _grade_with_worker(pool: SandboxPool, job: GradingJob) -> Verdict:
                 worker.process.kill()
                 worker.close()
                 worker = SandboxWorker(pool.tier, pool.limits)
-        return Verdict("runner_error", (None,) * len(job.tests), reason, 0.0)
+        return Verdict("runner_error", (None,) * len(job.tests), _printable(reason), 0.0)
     finally:
         pool.idle.put(worker)
 

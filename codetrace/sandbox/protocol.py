@@ -9,15 +9,31 @@ __all__ = ['to_json', 'from_json', 'ChannelClosed', 'MessageTooLong', 'receive_f
 import json
 import os
 import struct
+from json.encoder import c_make_encoder, encode_basestring
+from typing import Any
 
 # %% ../../nbs/sandbox/protocol.ipynb #740239a8
-def _refuse_constant(name: str):
-    "Infinity and NaN are no JSON."
-    raise ValueError(f"{name} is not JSON")
+def _refuse(value: object):
+    "What is no JSON: objects, infinity, NaN."
+    raise ValueError(f"{value} is not JSON")
 
 
-to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
-from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+# made once: `json.dumps` makes an encoder for every message
+_write_json = c_make_encoder(None, _refuse, encode_basestring, None, ":", ",", False, False, False)
+_read_json = json.JSONDecoder(parse_constant=_refuse).raw_decode
+
+
+def to_json(value: object) -> str:
+    "JSON without blanks."
+    return "".join(_write_json(value, 0))
+
+
+def from_json(text: str) -> Any:
+    "What JSON stands for; ValueError for anything else."
+    value, end = _read_json(text)
+    if end != len(text):
+        raise ValueError("more than one value")
+    return value
 
 # %% ../../nbs/sandbox/protocol.ipynb #05292a03
 class ChannelClosed(Exception):

@@ -16,6 +16,7 @@ import operator
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 from .awaiting import await_remote
 from .value_types import base_kind, named_kind
@@ -140,7 +141,7 @@ _OF_VALUES = frozenset(
 )
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #43accf5e
-def find_special(cls: type, name: str) -> object:
+def find_special(cls: type, name: str) -> Any:
     "A special method as Python finds it: in the class and its bases, never in an object; None where there is none."
     for base in type.__dict__["__mro__"].__get__(cls):
         namespace = type.__dict__["__dict__"].__get__(base)
@@ -169,15 +170,17 @@ def hash_style(cls: type) -> str:
 def overridden_names(cls: type) -> list[str]:
     "Plain methods of a value type that a subclass replaces."
     kind = base_kind(cls)
+    if kind is None:
+        return []
     names = set()
     for base in type.__dict__["__mro__"].__get__(cls):
-        if kind is None or base is kind.base:
+        if base is kind.base:
             break
         names |= set(vars(base))
     return sorted(name for name in names if not name.startswith("__") and hasattr(kind.base, name))
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #6711011c
-def _peer_of(value: object) -> object:
+def _peer_of(value: Any) -> Any:
     "The connection to the process in which the real object lives."
     cls = value if isinstance(type(value), type) and issubclass(type(value), RemoteClass) else type(value)
     return type.__getattribute__(cls, "_remote_peer")
@@ -449,7 +452,7 @@ def make_stand_in(
         return local
     layout = _layout(kind_name, bases)
     wanted = [special for special in specials if special in SPECIAL_METHODS]
-    if kind_name is not None:
+    if kind_name is not None and layout is not None:
         namespace = _value_methods(wanted, layout)
         namespace |= {key: _RemoteAttribute(key) for key in overridden if not key.startswith("_remote_")}
     elif layout is not None:

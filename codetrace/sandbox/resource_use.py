@@ -66,7 +66,7 @@ def _file_use(entry: os.stat_result, seen: set) -> int:
     return max(_BLOCK, entry.st_blocks * 512)
 
 
-def _open_folder(name: str, parent: int) -> int:
+def _open_folder(name: str | bytes, parent: int) -> int:
     "A descriptor of a folder, whatever its mode."
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

@@ -108,7 +108,7 @@ def _call_actions(
 ) -> dict[int, tuple]:  # Instructions by number of the system call
     "What is done for each system call that the filter names."
     special = syscall_numbers(_SPECIAL_CALLS, column)
-    actions = dict.fromkeys(syscall_numbers(_ALLOWED_CALLS, column).values(), _ALLOW)
+    actions: dict[int, tuple] = dict.fromkeys(syscall_numbers(_ALLOWED_CALLS, column).values(), _ALLOW)
     metadata_action = _ALLOW if may_touch else _PRETEND
     actions |= dict.fromkeys(syscall_numbers(_FILE_METADATA_CALLS, column).values(), metadata_action)
     load_argument = (_BPF_LOAD, 0, 0, _FIRST_ARGUMENT_OFFSET)

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
 from .isolation import set_resource_limits
-from .judge import run_judge
+from .judge import run_judge, warm_up_judge
 from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
 from .resource_use import DiskUse, empty_folder, missing_cpu_seconds
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
 from .system_calls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
-from .test_rewriting import rewrite_test
 
 # %% ../../nbs/sandbox/supervisor.ipynb #884be588
 class Supervisor:
@@ -42,7 +41,7 @@ class Supervisor:
             os.dup2(config["null"], 1)
             run_zygote(theirs, config, rulesets)
         theirs.close()
-        compile(rewrite_test("assert f(1) == 2"), "<test>", "exec")  # what has run once runs faster in every fork
+        warm_up_judge()
         for name in PRELOADED_MODULES:
             __import__(name)
         gc.collect()

@@ -14,6 +14,7 @@ from array import array
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/sandbox/value_types.ipynb #7abf1e47
 @dataclass(frozen=True)
@@ -28,45 +29,45 @@ class ValueKind:
     is_final: bool = False  # Objects of subclasses are no values
 
 # %% ../../nbs/sandbox/value_types.ipynb #cb556245
-def _container_kind(base: type) -> ValueKind:
+def _container_kind(base: Any) -> ValueKind:
     "Lists and sets: their parts are their items."
 
-    def fill(value: object, parts: list):
+    def fill(value: Any, parts: list):
         base.clear(value)
         extend(value, parts)
 
-    def make(cls: type, _: list) -> object:
+    def make(cls: type, _: list) -> Any:
         return base.__new__(cls)
 
-    def take(value: object) -> list:
+    def take(value: Any) -> list:
         return [*base.__iter__(value)]
 
     extend = getattr(base, "extend", None) or base.update
     return ValueKind(base.__name__, base, take, make, fill)
 
 
-def _fixed_kind(base: type) -> ValueKind:
+def _fixed_kind(base: Any) -> ValueKind:
     "Tuples and frozen sets: made at once from their items."
 
-    def take(value: object) -> list:
+    def take(value: Any) -> list:
         return [*base.__iter__(value)]
 
-    def make(cls: type, parts: list) -> object:
+    def make(cls: type, parts: list) -> Any:
         return base.__new__(cls, parts)
 
     return ValueKind(base.__name__, base, take, make)
 
 # %% ../../nbs/sandbox/value_types.ipynb #2904564a
-def _mapping_kind(base: type) -> ValueKind:
+def _mapping_kind(base: Any) -> ValueKind:
     "Dictionaries: keys, then as many values."
 
-    def take(value: object) -> list:
+    def take(value: Any) -> list:
         return [*base.keys(value), *base.values(value)]
 
-    def make(cls: type, _: list) -> object:
+    def make(cls: type, _: list) -> Any:
         return base.__new__(cls)
 
-    def fill(value: object, parts: list):
+    def fill(value: Any, parts: list):
         half, odd = divmod(len(parts), 2)
         if odd:
             raise ValueError("a key without a value")
@@ -77,13 +78,19 @@ def _mapping_kind(base: type) -> ValueKind:
     return ValueKind(base.__name__, base, take, make, fill)
 
 # %% ../../nbs/sandbox/value_types.ipynb #cd84315d
+def _fill_dict(value: dict, parts: list):
+    half = len(parts) // 2
+    dict.clear(value)
+    dict.update(value, zip(parts[:half], parts[half:], strict=True))
+
+
 def _take_defaultdict(value: defaultdict) -> list:
     return [value.default_factory, *dict.keys(value), *dict.values(value)]
 
 
 def _fill_defaultdict(value: defaultdict, parts: list):
     value.default_factory = parts[0]
-    _DICT.fill(value, parts[1:])
+    _fill_dict(value, parts[1:])
 
 
 def _take_deque(value: deque) -> list:
@@ -116,7 +123,7 @@ _CONTAINER_KINDS = [
 ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #71c6c0ea
-def _take_viewed(view: object) -> list:
+def _take_viewed(view: Any) -> list:
     "The dictionary behind a view."
     return gc.get_referents(view)[:1]
 
@@ -126,7 +133,7 @@ def _view_kinds(base: type) -> list[ValueKind]:
     kinds = []
     for method in ("keys", "values", "items"):
 
-        def make(_: type, parts: list, method: str = method) -> object:
+        def make(_: type, parts: list, method: str = method) -> Any:
             return getattr(base, method)(parts[0])
 
         kinds.append(ValueKind(f"{base.__name__}_{method}", type(getattr(base(), method)()), _take_viewed, make))
@@ -144,13 +151,13 @@ _VIEW_KINDS = [
 ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #0be1e00c
-def _scalar_kind(base: type, plain: Callable) -> ValueKind:
+def _scalar_kind(base: Any, plain: Callable) -> ValueKind:
     "A subclass of a scalar type, with the plain value as its part."
 
-    def take(value: object) -> list:
+    def take(value: Any) -> list:
         return [plain(value)]
 
-    def make(cls: type, parts: list) -> object:
+    def make(cls: type, parts: list) -> Any:
         return base.__new__(cls, *parts)
 
     return ValueKind(base.__name__, base, take, make)
@@ -176,10 +183,10 @@ _SCALAR_KINDS = [
 ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #f2573298
-def _built_kind(name: str, base: type, take: Callable) -> ValueKind:
+def _built_kind(name: str, base: Any, take: Callable) -> ValueKind:
     "A type whose constructor takes back the parts."
 
-    def make(cls: type, parts: list) -> object:
+    def make(cls: type, parts: list) -> Any:
         return base.__new__(cls, *parts)
 
     return ValueKind(name, base, take, make)
@@ -188,7 +195,7 @@ def _built_kind(name: str, base: type, take: Callable) -> ValueKind:
 def _attributes(*names: str) -> Callable:
     "A function that takes these attributes of a value."
 
-    def take(value: object) -> list:
+    def take(value: Any) -> list:
         return [getattr(value, name) for name in names]
 
     return take
@@ -230,7 +237,7 @@ def _fill_array(value: array, parts: list):
     array.frombytes(value, parts[1])
 
 
-def _take_memoryview(value: memoryview) -> list:
+def _take_memoryview(value: Any) -> list:
     return [value.obj if isinstance(value.obj, bytes | bytearray) and value.contiguous else value.tobytes()]
 
 
@@ -245,16 +252,16 @@ _BUFFER_KINDS = [
 ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #c1307f89
-def _take_attributes(value: object) -> list:
+def _take_attributes(value: Any) -> list:
     return _DICT.take(vars(value))
 
 
-def _make_bare(cls: type, _: list) -> object:
+def _make_bare(cls: type, _: list) -> Any:
     return object.__new__(cls)
 
 
-def _fill_attributes(value: object, parts: list):
-    _DICT.fill(vars(value), parts)
+def _fill_attributes(value: Any, parts: list):
+    _fill_dict(vars(value), parts)
 
 
 def _make_namespace(cls: type, _: list) -> types.SimpleNamespace:
@@ -305,7 +312,7 @@ def _datetime_kinds() -> list[ValueKind]:
     ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #0183c240
-def _take_text(value: object) -> list:
+def _take_text(value: Any) -> list:
     return [str(value)]
 
 
@@ -337,7 +344,7 @@ def _path_kinds() -> list[ValueKind]:
 def _network_kinds() -> list[ValueKind]:
     import ipaddress
 
-    def make(cls: type, parts: list) -> object:
+    def make(cls: type, parts: list) -> Any:
         return cls(parts[0])
 
     names = ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network", "IPv4Interface", "IPv6Interface")
@@ -378,7 +385,7 @@ def _field_kinds() -> list[ValueKind]:
     return [ValueKind("Field", dataclasses.Field, _attributes("name", *flags), make, is_final=True)]
 
 # %% ../../nbs/sandbox/value_types.ipynb #c6c926a3
-def _take_ndarray(value: object) -> list:
+def _take_ndarray(value: Any) -> list:
     shape = [value.ndim, *value.shape]
     if value.dtype.hasobject:
         return ["O", *shape, *value.ravel().tolist()]
@@ -386,7 +393,7 @@ def _take_ndarray(value: object) -> list:
     return [kind, *shape, value.tobytes()]
 
 
-def _read_dtype(name: object) -> object:
+def _read_dtype(name: Any) -> Any:
     "A numpy type from its name, or from the list that describes a structured one."
     import ast
 
@@ -395,7 +402,7 @@ def _read_dtype(name: object) -> object:
     return np.dtype(ast.literal_eval(name) if name.startswith("[") else name)
 
 
-def _make_ndarray(cls: type, parts: list) -> object:
+def _make_ndarray(cls: type, parts: list) -> Any:
     import numpy as np
 
     dtype = _read_dtype(parts[0])
@@ -407,7 +414,7 @@ def _make_ndarray(cls: type, parts: list) -> object:
     return np.ndarray.__new__(cls, shape, dtype)
 
 
-def _fill_ndarray(value: object, parts: list):
+def _fill_ndarray(value: Any, parts: list):
     import numpy as np
 
     held = parts[2 + parts[1] :]
