@@ -172,6 +172,7 @@ def test_without_variance_the_interval_is_what_so_many_tasks_can_tell(value, low
     assert _t_interval(value, 1e-12, 9, 10, level, (0.0, 1.0)) == pytest.approx((low, high))
     widened = _t_interval(2 * value - 1, 0.0, 9, 10, level, (-1.0, 1.0))
     assert widened == pytest.approx((2 * low - 1, 2 * high - 1))
+    assert _t_interval(2 * value - 1, 1.5e-12, 9, 10, level, (-1.0, 1.0)) == pytest.approx(widened)
 
 
 def test_resamples_are_measured_in_batches_of_four_million_weights():
@@ -216,7 +217,13 @@ def test_intervals_have_the_defaults_that_are_documented():
     assert all(np.array_equal(band[name], expected[name]) for name in band)
 
 
+def total_of_x(weights):
+    return (weights * X).sum(-1) / 8
+
+
 def test_an_interval_needs_two_tasks_and_two_values():
+    value, low, high = cluster_interval(total_of_x, ["t"] * 8, 50)
+    assert value == X.mean() and np.isnan([low, high]).all()
     both = [1, 0, 1, 0]
     measure = partial(auroc, both, [1, 0, 0, 1])
     assert np.isfinite(cluster_interval(measure, [0, 0, 1, 1], 50, bounds=(0, 1))).all()
@@ -252,10 +259,11 @@ def test_two_resamples_and_a_value_on_its_bound_are_enough():
 
 
 def clustered_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Labels, scores with ties and five tasks, one of them with one label."
-    label = np.array([1, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0]).astype(bool)
-    score = np.array([3, 1, 2, 2, 5, 4, 1, 1, 4, 3, 2, 0.0])
-    return label, score, np.array([7, 7, 7, 2, 2, 2, 5, 5, 9, 9, 1, 1])
+    "Labels, scores with ties and twelve tasks, one of them with as many samples as all others."
+    rng = np.random.default_rng(2)
+    task = np.repeat(np.arange(12), [12, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1])
+    label = rng.random(len(task)) < 0.5
+    return label, rng.integers(0, 6, len(task)) + 2.0 * label * (task < 1), task
 
 
 def se_by_pairs(label, score, task) -> tuple[float, float]:
@@ -283,7 +291,8 @@ def test_the_interval_of_an_auroc_is_obuchowskis():
     label, score, task = clustered_rows()
     se, df = se_by_pairs(label, score, task)
     area = skm.roc_auc_score(label, score)
-    expected = _t_interval(area, se, df, 5, 0.8, (0.0, 1.0))
+    assert df < 10
+    expected = _t_interval(area, se, df, 12, 0.8, (0.0, 1.0))
     assert auroc_interval(label, score, task, 0.8) == pytest.approx((area, *expected))
 
 
@@ -294,6 +303,11 @@ def test_with_a_task_a_row_the_standard_error_is_delongs():
     assert (value, low, high) == pytest.approx((0.75, *_t_interval(0.75, se, 3, 4, 0.95, (0.0, 1.0))))
 
 
+def test_in_perfect_order_the_interval_is_what_so_many_tasks_can_tell():
+    value, low, high = auroc_interval([0, 0, 1, 1], [0, 1, 2, 3], range(4))
+    assert value == high == 1 and low == pytest.approx(0.025 ** (1 / 4))
+
+
 def test_one_task_with_a_label_has_no_small_sample_factor():
     "Both true rows are of task 0: it alone has a placement, and its deviations add up to nothing."
     value, low, high = auroc_interval(LABEL, SCORE, [1, 2, 0, 0])
@@ -302,22 +316,34 @@ def test_one_task_with_a_label_has_no_small_sample_factor():
     assert np.isnan(auroc_interval(LABEL, SCORE, [3] * 4)[1:]).all()
 
 
-def test_a_band_is_the_quantiles_of_the_curves_of_resampled_tasks():
-    label, score, task = clustered_rows()
+@pytest.mark.parametrize("rows", [clustered_rows(), (np.array(LABEL, bool), np.array(SCORE), np.arange(4))])
+def test_a_band_is_the_quantiles_of_the_curves_of_resampled_tasks(rows):
+    "Of four tasks with one row each, many resamples have one label, and are left out."
+    label, score, task = rows
+    tasks = len(set(task))
     grid = np.linspace(0, 1, 101)
-    member = np.unique(task, return_inverse=True)[1]
     curves = []
-    for counts in np.random.default_rng(4).multinomial(5, [1 / 5] * 5, 30):
-        rows = np.repeat(np.arange(12), counts[member])
-        if len(set(label[rows])) == 2:
-            fpr, tpr, _ = skm.roc_curve(label[rows], score[rows], drop_intermediate=False)
+    for counts in np.random.default_rng(4).multinomial(tasks, [1 / tasks] * tasks, 30):
+        drawn = np.repeat(np.arange(len(label)), counts[task])
+        if len(set(label[drawn])) == 2:
+            fpr, tpr, _ = skm.roc_curve(label[drawn], score[drawn], drop_intermediate=False)
             curves.append(np.interp(grid, fpr, tpr))
+    assert tasks == 12 or len(curves) < 30
     band = roc_with_band(label, score, task, 30, 0.8, 4)
     fpr, tpr, _ = skm.roc_curve(label, score, drop_intermediate=False)
     expected = {"false_positive_rate": grid, "true_positive_rate": np.interp(grid, fpr, tpr)}
     expected |= {"low": np.quantile(curves, 0.1, axis=0), "high": np.quantile(curves, 0.9, axis=0)}
     assert list(band) == list(expected)
     assert all(np.allclose(band[name], expected[name]) for name in expected)
+
+
+def test_a_band_needs_two_resamples_with_both_labels():
+    "Two tasks of one label each, two resamples: how many of them hold both tasks depends on the seed."
+    for seed in range(20):
+        both = (np.random.default_rng(seed).multinomial(2, [1 / 2] * 2, 2) == 1).all(1).sum()
+        band = roc_with_band([0, 1], [0, 1], [0, 1], 2, seed=seed)
+        assert np.isfinite(band["low"]).all() == (both == 2), seed
+        assert band["true_positive_rate"].tolist() == [1] * 101
 
 
 def test_a_curve_needs_both_labels_and_a_band_two_tasks():
