@@ -10,6 +10,8 @@ import os
 import stat
 from contextlib import suppress
 
+from .isolation import MOST_FILES
+
 # %% ../../nbs/sandbox/resource_use.ipynb #c22a9d49
 def process_family(
     pid: int,
@@ -148,7 +150,8 @@ class DiskUse:
             except OSError:
                 pass  # it has ended
         self.hidden = self.hidden + 1 if is_hidden else 0
-        return _TOO_MUCH if self.hidden > _PATIENT_MEASUREMENTS else total
+        is_too_much = len(seen) > MOST_FILES or self.hidden > _PATIENT_MEASUREMENTS
+        return _TOO_MUCH if is_too_much else total
 
 
 _PATIENT_MEASUREMENTS = 40

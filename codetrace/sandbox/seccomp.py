@@ -49,6 +49,10 @@ rt_tgsigqueueinfo:297:240
 _FILE_METADATA_CALLS = """
 chmod:90:- fchmod:91:52 fchmodat:268:53 utime:132:- utimes:235:- futimesat:261:- utimensat:280:88 fchmodat2:452:452
 """
+_ATTRIBUTE_CALLS = """
+setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11
+llistxattr:195:12 flistxattr:196:13 removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16
+"""
 _KILLED_CALLS = """
 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440 kcmp:312:272
 mount:165:40 umount2:166:39 pivot_root:155:41 chroot:161:51 unshare:272:97 setns:308:268 bpf:321:280
@@ -76,11 +80,13 @@ _SECCOMP_ALLOW = 0x7FFF0000
 _SECCOMP_KILL = 0x80000000
 _SECCOMP_EPERM = 0x00050001
 _SECCOMP_ENOSYS = 0x00050026
+_SECCOMP_ENOTSUP = 0x0005005F
 _SECCOMP_PRETEND = 0x00050000  # Nothing is done, and no error said
 _ALLOW = ((_BPF_RETURN, 0, 0, _SECCOMP_ALLOW),)
 _KILL = ((_BPF_RETURN, 0, 0, _SECCOMP_KILL),)
 _REFUSE = ((_BPF_RETURN, 0, 0, _SECCOMP_EPERM),)
 _MISSING = ((_BPF_RETURN, 0, 0, _SECCOMP_ENOSYS),)
+_UNSUPPORTED = ((_BPF_RETURN, 0, 0, _SECCOMP_ENOTSUP),)
 _PRETEND = ((_BPF_RETURN, 0, 0, _SECCOMP_PRETEND),)
 _AUDIT_ARCHITECTURES = {1: 0xC000003E, 2: 0xC00000B7}
 _NAMESPACE_FLAGS = 0x7E020000
@@ -111,6 +117,7 @@ def _call_actions(
     actions: dict[int, tuple] = dict.fromkeys(syscall_numbers(_ALLOWED_CALLS, column).values(), _ALLOW)
     metadata_action = _ALLOW if may_touch else _PRETEND
     actions |= dict.fromkeys(syscall_numbers(_FILE_METADATA_CALLS, column).values(), metadata_action)
+    actions |= dict.fromkeys(syscall_numbers(_ATTRIBUTE_CALLS, column).values(), _UNSUPPORTED)
     load_argument = (_BPF_LOAD, 0, 0, _FIRST_ARGUMENT_OFFSET)
     if role == "candidate":
         process_calls = syscall_numbers(_PROCESS_CALLS, column)
