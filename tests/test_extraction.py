@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codetrace.models.smollm2 import load_smollm2_tokenizer, smollm2_folder
+from codetrace.models.smollm2 import smollm2_folder
+from codetrace.models.tokenizer import load_tokenizer
 from codetrace.tasks.extraction import extract_code, is_answer_complete
 from codetrace.tasks.problem_prompts import Prompt, render_chat_turn, render_problem_prompt
 from codetrace.tasks.problems import load_problems
@@ -318,7 +319,7 @@ def test_any_answer_stays_once_it_is_complete(pieces, fenced):
 
 @pytest.mark.parametrize("switch", ["enable_thinking", "thinking", None])
 def test_thinking_is_switched_off_where_the_template_has_a_switch(switch):
-    tokenizer = load_smollm2_tokenizer(smollm2_folder("tokenizer"))
+    tokenizer = load_tokenizer(smollm2_folder("tokenizer"))
     closed = "{% if " + str(switch) + " is defined and not " + str(switch) + " %}<think>\n\n</think>\n\n{% endif %}"
     tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>" + closed * bool(
         switch
@@ -328,7 +329,7 @@ def test_thinking_is_switched_off_where_the_template_has_a_switch(switch):
 
 
 def test_an_answer_that_begins_as_code_has_no_thoughts():
-    tokenizer = load_smollm2_tokenizer(smollm2_folder("tokenizer"))
+    tokenizer = load_tokenizer(smollm2_folder("tokenizer"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<assistant><think>"
     problem = load_problems("basics", 1)[0]
     assert render_problem_prompt(problem, "chat", tokenizer).text.endswith("<assistant><think>")

@@ -16,13 +16,15 @@ from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
 from codetrace.models import loading as models_loading
 from codetrace.models import smollm2 as models_smollm2
-from codetrace.models.architectures import UnsupportedArchitecture
-from codetrace.models.cache import cached_folder
+from codetrace.models import tiny
+from codetrace.models.architectures import ARCHITECTURES, UnsupportedArchitecture
+from codetrace.models.built_folders import cached_folder
 from codetrace.models.interventions import Intervention
 from codetrace.models.limits import MemoryLimits, NotEnoughMemory
 from codetrace.models.loading import CannotQuantize, NoNetwork, NotAModel, available_models
 from codetrace.models.smollm2 import MissingWheel, smollm2_folder
 from codetrace.models.tiny import TINY_CONFIGS
+from codetrace.models.tokenizer import load_tokenizer
 
 TEXTS = ["a = 3\nb = a\nc = 17\nprint(b)  # prints ", "x = 12", "def f(x):\n    return x + 1\n", "p = 4\nq = p\n#q:"]
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
@@ -495,6 +497,91 @@ def test_unknown_architectures_are_refused(saved, model_type):
     (saved / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     with pytest.raises(UnsupportedArchitecture, match=model_type):
         models.load(str(saved))
+
+
+# --- families that have no row of their own
+
+GRANITE = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 0.25, "logits_scaling": 1.0}
+LIKE_LLAMA = {  # What a row for Llama's layout computes as Hugging Face does
+    "mistral": ("mistral", {"sliding_window": None}),
+    "granite without multipliers": ("granite", GRANITE),
+    "granite, before the layers and in attention": (
+        "granite",
+        GRANITE | {"attention_multiplier": 0.7, "embedding_multiplier": 3.0, "tie_word_embeddings": True},
+    ),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.05}),
+}
+UNLIKE_LLAMA = {  # What it does not, and what differs
+    "granite, logits": ("granite", GRANITE | {"logits_scaling": 8.0}, "logits"),
+    "granite, residual": ("granite", GRANITE | {"residual_multiplier": 0.5}, "resid_mid of layer 0"),
+    "olmo2, norms after": ("olmo2", {}, "resid_mid of layer 0"),
+    "cohere": ("cohere", {}, "does not fit"),
+}
+
+
+@pytest.fixture
+def saved_family(tmp_path, monkeypatch, llama):
+    "Writes a tiny random model of any family, with a row that says its layout is Llama's."
+
+    def save(family: str, options: dict) -> str:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **tiny._COMMON, **({"num_key_value_heads": 2} | options))
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+        llama.tokenizer.save_pretrained(tmp_path)
+        if family not in ARCHITECTURES:
+            monkeypatch.setitem(ARCHITECTURES, family, ARCHITECTURES["llama"])
+        return str(tmp_path)
+
+    return save
+
+
+@pytest.mark.parametrize("kind", LIKE_LLAMA)
+def test_a_row_loads_a_family_that_computes_as_it_says(saved_family, kind):
+    lm = models.load(saved_family(*LIKE_LLAMA[kind]), dtype="float32")
+    ids = [list(range(100, 120))]
+    close(lm.logits(ids), lm.hf(input_ids=torch.tensor(ids)).logits[:, -1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", UNLIKE_LLAMA)
+def test_a_row_for_a_family_that_computes_something_else_is_refused(saved_family, kind):
+    family, options, differs = UNLIKE_LLAMA[kind]
+    folder = saved_family(family, options)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UnsupportedArchitecture, match=differs):
+            models.load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("attn", ["auto", "eager"])
+def test_gemma2_without_a_cap_on_attention(saved_family, attn):
+    config = TINY_CONFIGS["gemma2"] | {"attn_logit_softcapping": None}
+    folder = saved_family("gemma2", config)
+    lm = models.load(folder, attn=attn, dtype="float32")
+    ids = [list(range(100, 120))]
+    close(lm.logits(ids), lm.hf(input_ids=torch.tensor(ids)).logits[:, -1], **TOLERANCE)
+    with pytest.raises(BadInput, match="use attn='eager'"):
+        models.load(folder, attn="sdpa")
+
+
+def test_a_tokenizer_that_ends_every_text_is_opened_or_refused(saved):
+    from tokenizers.processors import BertProcessing, TemplateProcessing
+
+    tokenizer = load_tokenizer(saved)
+    plain = tokenizer("x = 12")["input_ids"]
+    pieces = dict(single="$A <|im_end|>", pair="$A $B <|im_end|>", special_tokens=[("<|im_end|>", 2)])
+    for processor, says in (
+        (TemplateProcessing(**pieces), None),
+        (BertProcessing(("a", 2), ("b", 1)), "after every text"),
+    ):
+        tokenizer.backend_tokenizer.post_processor = processor
+        tokenizer.save_pretrained(saved)
+        if says is None:
+            lm = models.load(str(saved))
+            assert lm.ids("x = 12") == [plain] and len(lm.offsets("x = 12")) == len(plain)
+        else:
+            with pytest.raises(BadInput, match=says):
+                models.load(str(saved))
 
 
 @pytest.mark.parametrize(

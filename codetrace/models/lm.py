@@ -420,6 +420,16 @@ def nn(self: LM):  # An nnsight model
         self._nn = TransformersModel(self.hf, tokenizer=self.tokenizer, task="text-generation")
     return self._nn
 
+# %% ../../nbs/models/lm.ipynb #f9df0955
+@patch(as_prop=True)
+def tl(self: LM):  # A TransformerLens bridge
+    "The model in TransformerLens's bridge."
+    if not hasattr(self, "_tl"):
+        from codetrace.models.transformer_lens_bridge import transformer_lens_bridge
+
+        self._tl = transformer_lens_bridge(self)
+    return self._tl
+
 # %% ../../nbs/models/lm.ipynb #60745bfa
 @patch(as_prop=True)
 def revision(self: LM) -> str:  # A package version, a commit, a seed, or the hash of a folder's files

@@ -19,7 +19,8 @@ import torch
 
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
 from ..core.files import file_sha256
-from .architectures import choose_attention, model_family
+from .architectures import choose_attention, computes_with_sdpa, model_family
+from .family_check import check_family
 from codetrace.models.folders import (
     NoNetwork,
     NotAModel,
@@ -30,8 +31,9 @@ from codetrace.models.folders import (
 )
 from .limits import USUAL_LIMITS, MemoryLimits, NotEnoughMemory, free_memory, process_memory
 from .lm import LM
-from .smollm2 import MissingWheel, gguf_file, load_smollm2_tokenizer, smollm2_folder
+from .smollm2 import MissingWheel, gguf_file, smollm2_folder
 from .tiny import TINY_CONFIGS, TINY_LAYERS, freeze_weights, tiny_lm
+from .tokenizer import load_tokenizer
 
 # %% ../../nbs/models/loading.ipynb #93d904ee
 def available_models() -> dict[str, str]:  # Name: what it is
@@ -270,16 +272,17 @@ def _load_folder(request: _LoadRequest) -> LM:
 
     folder, commit = _find_model_folder(request, check)
     check_model_folder(folder)
-    soft_cap = getattr(check(folder), "attn_logit_softcapping", None)
+    config = check(folder)
     options = dict(
         dtype=request.weight_dtype,
-        attn_implementation=choose_attention(request.attn, request.name, soft_cap),
+        attn_implementation=choose_attention(request.attn, request.name, computes_with_sdpa(config)),
         device_map=request.device_map or {"": request.device},
         quantization_config=quantization,
     )
     hf = freeze_weights(_read_weights(folder, options))
-    tokenizer = load_smollm2_tokenizer(smollm2_folder("tokenizer") if request.name == "smollm2" else folder)
-    return LM(request.name, hf, tokenizer, commit, folder, request.limits)
+    tokenizer = load_tokenizer(smollm2_folder("tokenizer") if request.name == "smollm2" else folder)
+    lm = LM(request.name, hf, tokenizer, commit, folder, request.limits)
+    return lm if lm.arch in TINY_CONFIGS else check_family(lm)  # families with a tiny model are tested at length
 
 # %% ../../nbs/models/loading.ipynb #dfb8b073
 _DATA_ONLY = {"local_files_only": True, "trust_remote_code": False, "weights_only": True}  # No code of a folder runs

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..core.errors import look_up_name
-from .architectures import choose_attention
+from .architectures import choose_attention, computes_with_sdpa
 from .limits import USUAL_LIMITS, MemoryLimits
 from .lm import LM
-from .smollm2 import load_smollm2_tokenizer, smollm2_folder
+from .smollm2 import smollm2_folder
+from .tokenizer import load_tokenizer
 
 # %% ../../nbs/models/tiny.ipynb #415fa4dc
 TINY_LAYERS = 3
@@ -50,11 +51,12 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {  # family: what its configuration ad
 }
 
 # %% ../../nbs/models/tiny.ipynb #1d7a613d
-def _build_tiny(arch: str, seed: int, attention: str) -> torch.nn.Module:
+def _build_tiny(name: str, arch: str, seed: int, attn: str) -> torch.nn.Module:
     "A small random model of a family, the same for the same seed whatever the library's own initialisation."
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model({"gemma3": "gemma3_text"}.get(arch, arch), **_COMMON, **TINY_CONFIGS[arch])
+    attention = choose_attention(attn, name, computes_with_sdpa(config))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,6 +82,5 @@ def tiny_lm(
 ) -> LM:
     "A tiny model with SmolLM2's tokenizer."
     arch = look_up_name(name, {f"tiny:{arch}": arch for arch in TINY_CONFIGS}, "model")
-    attention = choose_attention(attn, name, TINY_CONFIGS[arch].get("attn_logit_softcapping"))
-    hf = freeze_weights(_build_tiny(arch, seed=0, attention=attention).to(device, dtype))
-    return LM(name, hf, load_smollm2_tokenizer(smollm2_folder("tokenizer")), revision="seed=0", limits=limits)
+    hf = freeze_weights(_build_tiny(name, arch, seed=0, attn=attn).to(device, dtype))
+    return LM(name, hf, load_tokenizer(smollm2_folder("tokenizer")), revision="seed=0", limits=limits)

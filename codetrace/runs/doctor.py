@@ -98,7 +98,7 @@ def _processor_name() -> str:
 # %% ../../nbs/runs/doctor.ipynb #e3f942bd
 def diagnose_disk() -> Iterator[DiagnosticResult]:
     "Space where runs and models are kept, and whether it can be written to."
-    from codetrace.models.cache import cache_dir
+    from codetrace.models.built_folders import cache_dir
 
     yield _diagnose_folder("disk for runs", runs_root(), "free some space, or set CODETRACE_RUNS")
     yield _diagnose_folder("disk for cache", cache_dir(), "free some space, or set XDG_CACHE_HOME")
@@ -201,7 +201,7 @@ def diagnose_model(
 ) -> Iterator[DiagnosticResult]:
     "The model loads, and answers."
     from codetrace import models
-    from codetrace.models.cache import cache_dir
+    from codetrace.models.built_folders import cache_dir
 
     began = time.monotonic()
     try:
