@@ -63,7 +63,7 @@ def judge_twice(programs: list, tier: int, limits: SandboxLimits = QUICK):
     with SandboxPool(2, limits, tier) as pool:
         for _ in range(2):
             assert misjudged(programs, list(pool.grade(jobs))) == []
-        assert pool.restarts == 0
+        assert pool.restarts == 0  # also where a program leaves what is hard to remove
 
 
 def test_names_are_unique():
@@ -119,10 +119,12 @@ for part in (job["code"], job["setup"], *job["tests"]):
 def test_honest_programs_pass_in_plain_python(tmp_path):
     "The collection itself is held to Python: what is to pass does pass where nothing stands between."
     failed = []
-    for job, expected in PROGRAMS:
-        if expected == ["passed"] and job.name != "shadow helper":
+    for number, (job, expected) in enumerate(PROGRAMS):
+        if expected == ["passed"] and job.name != "shadow helper":  # in the grader, builtins stay what they are
+            folder = tmp_path / str(number)
+            folder.mkdir()
             message = json.dumps({"code": job.code, "setup": job.setup, "tests": job.tests})
-            start = {"input": message, "text": True, "capture_output": True, "cwd": tmp_path}
+            start = {"input": message, "text": True, "capture_output": True, "cwd": folder}
             done = subprocess.run([sys.executable, "-c", PLAIN], **start)
             failed += [(job.name, done.stderr[-200:])] if done.returncode else []
     assert failed == []

@@ -8,6 +8,7 @@ __all__ = ['PROGRAM_OPERATIONS', 'CandidateConnection', 'serve_requests']
 # %% ../../nbs/sandbox/candidate_connection.ipynb #b303a7ac
 import _thread
 import builtins
+import importlib
 import random
 import sys
 import types
@@ -43,6 +44,7 @@ class CandidateConnection(Connection):
         self.names: set[str] = set()  # That the program mentions
         self.token = ""  # Of the last message received
         self.turn = _thread.RLock()  # Held by the thread that waits for the judge
+        self.replaced: dict[tuple[str, str], Any] = {}  # What stood where the test has put something else
         self.streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
 
     def send(self, kind, values, names, news):
@@ -166,6 +168,13 @@ def _surroundings(connection: CandidateConnection, recursion_limit: int | None =
         setattr(builtins, name, streams.get(name) or original)
 
 
+def _replace(connection: CandidateConnection, module: str, attribute: str, *replacement):
+    "Put what the test has replaced in a module in its place here too, or back what was there."
+    found = importlib.import_module(module)
+    original = connection.replaced.setdefault((module, attribute), getattr(found, attribute))
+    setattr(found, attribute, replacement[0] if replacement else original)
+
+
 _ORIGINAL_FUNCTIONS = {"input": input, "print": print}
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #ecdb3cc7
@@ -194,6 +203,7 @@ PROGRAM_OPERATIONS = {
     "mentioned": _mentioned,
     "define": _define,
     "surroundings": _surroundings,
+    "replace": _replace,
     "get_chance": _get_chance,
     "set_chance": _set_chance,
     "open": _open,

@@ -6,8 +6,12 @@
 __all__ = ['TestNamespace', 'SharingConnection', 'warm_up_judge', 'run_judge']
 
 # %% ../../nbs/sandbox/judge.ipynb #6de9bf5d
+import ast
 import builtins
+import contextlib
+import importlib
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -17,7 +21,7 @@ from .connection import Connection
 from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
 from .object_graph import ObjectGraph, read_news, read_value, write_values
 from .protocol import to_json
-from .remote_objects import RemoteClass, Unsupported, is_remote
+from .remote_objects import RemoteClass, Unsupported, is_remote, is_standard_module
 from codetrace.sandbox.test_rewriting import (
     CAUGHT_TYPES,
     NOTE_CAUGHT,
@@ -25,6 +29,7 @@ from codetrace.sandbox.test_rewriting import (
     TYPE_OF,
     bound_names,
     literal_texts,
+    replaceable_names,
     rewrite_test,
 )
 
@@ -159,6 +164,39 @@ class _SharedState:
             named = zip(_SURROUNDINGS, now, self.original, strict=True)
             self.connection.request("surroundings", **{name: new for name, new, old in named if new != old})
 
+# %% ../../nbs/sandbox/judge.ipynb #134b1292
+_MAY_REPLACE = re.compile(r"patch|^\s*\w+\.\w+\s*=[^=]", re.MULTILINE)
+
+
+class _ReplacedAttributes:
+    "Attributes of modules that a test has replaced, for the program to use."
+
+    def __init__(self, connection: JudgeConnection):
+        self.connection = connection
+        self.originals: dict[tuple[str, str], object] = {}
+        self.told: dict[tuple[str, str], object] = {}
+
+    def watch(self, test: str, namespace: dict):
+        "Before a test runs: remember what it may replace."
+        tree = ast.parse(test)
+        aliases = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        imported = {alias.asname: alias.name for alias in aliases if alias.asname}
+        for name, attribute in replaceable_names(tree):
+            module = getattr(namespace.get(name), "__name__", imported.get(name, name))
+            if is_standard_module(str(module)) and attribute not in _SURROUNDINGS:
+                with contextlib.suppress(Exception):
+                    original = getattr(importlib.import_module(module), attribute)
+                    self.originals.setdefault((module, attribute), original)
+
+    def tell(self):
+        "Before the program works: tell it what is replaced, and what no longer is."
+        for (module, attribute), original in self.originals.items():
+            value = getattr(sys.modules[module], attribute, original)
+            if value is not self.told.get((module, attribute), original):
+                self.told[module, attribute] = value
+                replacement = () if value is original else (value,)
+                self.connection.request("replace", module, attribute, *replacement)
+
 # %% ../../nbs/sandbox/judge.ipynb #4be6030b
 class SharingConnection(JudgeConnection):
     "A connection that keeps standard streams and random numbers of both processes alike."
@@ -166,6 +204,7 @@ class SharingConnection(JudgeConnection):
     def __init__(self, *args):
         super().__init__(*args)
         self.shared = _SharedState(self)
+        self.replaced = _ReplacedAttributes(self)
         self.is_sharing = False
         self.uses_chance = False
 
@@ -175,6 +214,7 @@ class SharingConnection(JudgeConnection):
         self.is_sharing = True
         try:
             self.shared.tell()
+            self.replaced.tell()
             if self.uses_chance:
                 _push_chance(self)
             try:
@@ -246,6 +286,8 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
     "Run one test; its outcome and a detail."
     try:
         code = compile(rewrite_test(test), "<test>", "exec", dont_inherit=True)
+        if _MAY_REPLACE.search(test):
+            connection.replaced.watch(test, namespace)
     except BaseException as error:
         return "exception", f"the test cannot be read: {type(error).__name__}: {error}"
     notes = _TestNotes(connection)

@@ -162,12 +162,11 @@ def empty_folder(
 ):
     "Remove everything in a folder, however deep, long-named or closed it is; its processes must have ended."
     root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    count = 0
     try:
         while names := [os.fsencode(name) for name in os.listdir(root)]:
             for name in names:
                 if not _remove_file(name, root):
-                    count = _move_up(name, root, count)
+                    _move_up(name, root)
                     os.rmdir(name, dir_fd=root)
     finally:
         os.close(root)
@@ -181,16 +180,14 @@ def _remove_file(name: bytes, root: int) -> bool:
     return True
 
 
-def _move_up(name: bytes, root: int, count: int) -> int:
-    "Move the folders in a folder up to the top, under new names, and remove the files; how many names were used."
+def _move_up(name: bytes, root: int):
+    "Move the folders in a folder up to the top, under names that nobody can have taken, and remove the files."
     os.chmod(name, 0o700, dir_fd=root)
     inside = _open_folder(name, root)
     try:
         for inner in map(os.fsencode, os.listdir(inside)):
             if not _remove_file(inner, inside):
-                count += 1
                 os.chmod(inner, 0o700, dir_fd=inside)
-                os.rename(inner, b"..%d" % count, src_dir_fd=inside, dst_dir_fd=root)
+                os.rename(inner, os.urandom(16).hex().encode(), src_dir_fd=inside, dst_dir_fd=root)
     finally:
         os.close(inside)
-    return count
