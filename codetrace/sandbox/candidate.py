@@ -16,7 +16,7 @@ from .candidate_connection import serve_requests
 from .connection import Connection
 from .isolation import fork_into_namespaces, prepare_namespaced_process, set_resource_limits
 from .landlock import enforce_landlock
-from .object_graph import ObjectGraph, read_news, read_value, write_values
+from .object_graph import ObjectGraph, read_news, value_from_json, write_values
 from .protocol import send_frame, to_json
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
 from .system_calls import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
@@ -73,7 +73,7 @@ def _warm_up():
     judge, candidate = ObjectGraph(Connection(-1), 1), ObjectGraph(Connection(1), -1)
     written, news = write_values(judge, [[1, "a", {2.5: (None,)}], ValueError("a")])
     read_news(candidate, news)
-    write_values(candidate, [_warm_up, *[read_value(candidate, value) for value in written]])
+    write_values(candidate, [_warm_up, *[value_from_json(candidate, value) for value in written]])
     gc.collect()
     gc.freeze()
 

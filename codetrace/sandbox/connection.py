@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .awaiting import AWAITING_OPERATIONS
-from .object_graph import ObjectGraph, read_news, read_value, write_values
+from .object_graph import ObjectGraph, read_news, value_from_json, write_values
 from .remote_objects import find_special, is_remote
 
 # %% ../../nbs/sandbox/connection.ipynb #e9f641ab
@@ -95,8 +95,8 @@ class Connection:
         "Values and named values of a message."
         if message["news"]:
             read_news(self.graph, message["news"])
-        values = [read_value(self.graph, value) for value in message["values"]]
-        names = {name: read_value(self.graph, value) for name, value in message["names"].items()}
+        values = [value_from_json(self.graph, value) for value in message["values"]]
+        names = {name: value_from_json(self.graph, value) for name, value in message["names"].items()}
         return values, names
 
     def request(self, operation: str, /, *values, **names) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 from .connection import Connection
 from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
-from .object_graph import ObjectGraph, read_news, read_value, write_values
+from .object_graph import ObjectGraph, read_news, value_from_json, write_values
 from .protocol import to_json
 from .remote_objects import RemoteClass, Unsupported, is_remote, is_standard_module
 from codetrace.sandbox.test_rewriting import (
@@ -385,7 +385,7 @@ def warm_up_judge():
     candidate = ObjectGraph(Connection(1), -1)
     written, news = write_values(candidate, [warm_up_judge, [1, "a", {2.5: (None,)}], ValueError("a")])
     read_news(connection.graph, news)
-    values = [read_value(connection.graph, value) for value in written]
+    values = [value_from_json(connection.graph, value) for value in written]
     write_values(connection.graph, values)
     connection.graph.give_up_unused(0)
     namespace = _test_namespace(connection, {"setup": "", "tests": (), "entry_point": "f"}, abs)
