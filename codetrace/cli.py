@@ -58,7 +58,7 @@ def parse_parameters(
         try:
             text = Path(file).read_text(encoding="utf-8")
             values = yaml.load(text, Loader=yaml.BaseLoader) or {}  # texts: the declared type says what they mean
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise BadInput(f"cannot read parameters from {file}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise BadInput(
@@ -196,7 +196,11 @@ def _absolute_path(problems: str | None) -> str | None:
 
 def _run_phase(phase: str, pairs: list[str], file: Path | None, options: dict, placement: _Placement, progress: bool):
     "Run one phase, here or in processes of its own."
-    values = parse_parameters(pairs, file) | shorthand_parameters(phase_parameters(phase), **options)
+    values = parse_parameters(pairs, file)
+    values_of_options = shorthand_parameters(phase_parameters(phase), **options)
+    if twice := sorted(parse_parameters(pairs).keys() & values_of_options.keys()):
+        raise BadInput(f"{twice[0]} is given twice, by -p and by an option: give one of them")
+    values |= values_of_options
     if placement.is_here:
         print_run(execute_phase(phase, values, show_progress=progress))
     else:
@@ -285,7 +289,7 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
         return run_step_once(number, values, report_line, show_progress, where, placement.shards, placement.requeue)
 
     study = {"model": options["model"], "problems": options["problems"], "num_problems": options["n"]}
-    with nullcontext() if isinstance(where, SlurmOptions) else warm_kernels():
+    with warm_kernels() if where is None else nullcontext():
         manifests, failures = run_study(name, study, _read_overrides(file), run_step, report_line)
     print_run(manifests["report"])
     print(Path(manifests["report"]["folder"]) / "report.md")
@@ -418,7 +422,7 @@ def _parse_job(text: str, where: str):
 
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where} is not JSON: {error}") from None
     row = row if isinstance(row, dict) else {}
     code, answer, entry, tests = (row.get(key) for key in ("code", "completion", "entry_point", "tests"))

@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.errors import BadInput
 from ..core.files import read_json
 from ..core.records import compute_missing_units
-from ..core.stats import format_count
+from ..core.stats import SIGNIFICANCE_LEVEL, format_count
 from ..models.lm import LM
 from ..patching.alignment import CannotTrace, TraceCase
 from codetrace.patching.batches import (

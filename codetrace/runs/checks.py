@@ -223,10 +223,13 @@ def _check_text(phase: str, values: Mapping) -> None:
 
 
 def _check_sites(phase: str, values: Mapping) -> None:
-    "Sites and positions of a sweep."
+    "Sites of a sweep, or of the states that are kept; the one site that SAEs read and pushes change."
     known = ("resid_pre", "head_out", "attn_out", "resid_mid", "mlp_out", "resid_post", "key", "value")
+    residual = ("resid_pre", "resid_mid", "resid_post")
     for site in values.get("sites", []):
-        look_up_name(site, known, "site")
+        look_up_name(site, residual if phase == "generation" else known, "site")
+    if values.get("site"):
+        look_up_name(values["site"], residual, "site of the residual stream")
 
 
 def _check_training(phase: str, values: Mapping) -> None:

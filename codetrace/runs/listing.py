@@ -28,6 +28,7 @@ def print_table(
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         return
@@ -35,7 +36,7 @@ def print_table(
     for name in rows[0]:
         table.add_column(name, overflow="fold", justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
-        table.add_row(*[_format_cell(row.get(name)).replace("[", r"\[") for name in rows[0]])
+        table.add_row(*[Text(_format_cell(row.get(name))) for name in rows[0]])
     Console(width=None if sys.stdout.isatty() else 250, highlight=False, force_jupyter=False).print(table)
 
 # %% ../../nbs/runs/listing.ipynb #7e70262a

@@ -365,7 +365,11 @@ _RECORDED_PACKAGES = (
 def run_provenance() -> dict:
     "Commit, package versions, interpreter and machine, as they are now."
     changes = _git_output("status", "--porcelain")
-    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
+    installed = {
+        package.metadata["Name"].lower(): package.version
+        for package in metadata.distributions()
+        if package.metadata["Name"]
+    }
     return {
         "commit": _git_output("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),

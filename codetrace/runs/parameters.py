@@ -103,7 +103,7 @@ def _list_items(text: str) -> list[str]:
     "The items of a list as it is typed: `a,b`, `[a, b]` or JSON."
     try:
         items = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         items = None
     if isinstance(items, list) and all(isinstance(item, str) for item in items):
         return items
@@ -153,7 +153,7 @@ def check_parameters(
         except ValueError:
             example = json.dumps(parameter.default)
             raise BadParameter(
-                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values[name]!r}"
+                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values.get(name, parameter.default)!r}"
             ) from None
     return checked
 

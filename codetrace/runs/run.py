@@ -9,6 +9,7 @@ __all__ = ['notebook_code', 'library_code', 'Run', 'peak_memory', 'acquire_run_l
 # %% ../../nbs/runs/run.ipynb #0529233f
 import ast
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ from ..core.files import atomic_write, digest_values, file_sha256, read_json, st
 from .checks import check_run
 from .inputs import input_records, outcome_digest, pinned_records
 from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_manifest
+from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
 from .phases import MADE_UP_DATA, Phase, find_phase, is_phase, runs_root
 from .signals import STOP_SIGNALS
@@ -42,9 +44,10 @@ def notebook_code(
 
 
 def library_code() -> str:
-    "The source of the package."
+    "The source of the package, and hashes of the data that come with it."
     home = Path(codetrace.__file__).resolve().parent
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(home.rglob("*.py")))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(home.rglob("*.py"))]
+    return "\n".join([*sources, content_digest(home / "data")])
 
 # %% ../../nbs/runs/run.ipynb #06ac0133
 def _code_digest(source: str) -> str:
@@ -53,6 +56,31 @@ def _code_digest(source: str) -> str:
 
 # %% ../../nbs/runs/run.ipynb #34937ac4
 _NOT_OUTPUTS = ("run.json", "notebook.ipynb", "progress.json")
+
+# %% ../../nbs/runs/run.ipynb #f0090a7d
+def _plain(value):
+    "A fact in JSON's types: NumPy's numbers are numbers, what is no number or infinite is null, all else is its text."
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _check_same_model(before: Mapping | None, now: object):
+    "Refuse to go on with rows of one model where they were begun with another, or with numbers of another precision."
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return
+    for name in ("name", "revision", "dtype"):
+        if name in before and before[name] != _plain(now.get(name)):
+            raise BadInput(
+                f"this run was begun with {name}={before[name]}, and here it is {now.get(name)}: "
+                f"continue it where it was begun, or begin another with -p {name if name == 'dtype' else 'model'}=…"
+            )
 
 # %% ../../nbs/runs/run.ipynb #8478a10d
 class Run:
@@ -91,10 +119,11 @@ class Run:
 
     def _save(self, **facts):
         self.manifest |= facts
-        atomic_write(self.folder / "run.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
+        atomic_write(self.folder / "run.json", json.dumps(_plain(self.manifest), indent=1) + "\n")
 
     def describe(self, **facts):
-        "Add facts to the manifest, `model=lm.provenance()` for one."
+        "Add facts to the manifest, `model=lm.provenance()` for one; a resumed run must have begun with the same model."
+        _check_same_model(self.manifest.get("model"), facts.get("model"))
         self._save(**facts)
 
     def write_json(self, name: str, value: object) -> Path:
@@ -235,8 +264,8 @@ def _find_unfinished_run(folder: Path, key: str) -> Path | None:
     return None
 
 
-def acquire_run_lock(folder: Path, name: str = ".lock", patience: float = 0):
-    "The lock of a run, or an error that says who holds it."
+def acquire_run_lock(folder: Path, name: str = ".lock", patience: float = 0.5):
+    "The lock of a run, or an error that says who holds it; who only looks whether it is held lets go within `patience`."
     from filelock import Timeout
 
     lock = run_lock(folder, name)
@@ -279,13 +308,26 @@ def _claim_folder(home: Path, key: str) -> tuple[Path, dict, object]:
     return folder, read_json(folder / "run.json") if unfinished else {}, lock
 
 # %% ../../nbs/runs/run.ipynb #a5ac1862
+def _named_files(phase: str, parameters: Mapping) -> dict[str, str]:
+    "A hash of every file and folder that the parameters name, but for runs."
+    runs = {declared.parameter for declared in find_phase(phase).reads} if is_phase(phase) else set()
+    return named_file_digests({name: value for name, value in parameters.items() if name not in runs})
+
+
+def _run_key(code: str, parameters: Mapping, inputs: Sequence[Mapping], files: Mapping[str, str]) -> str:
+    "What decides the outcome of a run, as one hash."
+    return digest_values(outcome_digest(code, parameters, inputs), files)
+
+
 def _inputs_begun_with(home: Path, code: str, parameters: Mapping) -> list[dict] | None:
     "The inputs of the newest unfinished run that was given these parameters; None where there is none to continue."
+    files = _named_files(home.name, parameters)
     for path in sorted(home.glob("*/run.json"), reverse=True):
         with suppress(BadInput):
             manifest = stored_manifest(path.parent)
             is_unfinished = manifest["status"] != "complete" and not (manifest.get("error") or {}).get("user")
-            if is_unfinished and manifest.get("code") == code and manifest.get("typed") == dict(parameters):
+            is_same = manifest.get("code") == code and manifest.get("typed") == dict(parameters)
+            if is_unfinished and is_same and manifest.get("files", {}) == files:
                 return pinned_records(manifest, home.parent)
     return None
 
@@ -310,8 +352,11 @@ def example_reason(
         return ""
     made_up = find_phase(phase).made_up
     is_made_up = bool(made_up) and all(parameters.get(name) == value for name, value in made_up.items())
-    if is_made_up or any(_is_made_up(Path(read["folder"])) for read in inputs):
+    reasons = [_example_reason_of(Path(read["folder"])) for read in inputs]
+    if is_made_up or _has_planted_model(parameters) or MADE_UP_DATA in reasons:
         return MADE_UP_DATA
+    if any(reasons):
+        return "it reads an example"
     declared = phase_parameters(phase)
     if not {"model", "models"} & set(declared):
         return ""
@@ -319,12 +364,18 @@ def example_reason(
     return "default settings" if all(parameters.get(name) == declared[name].default for name in sizes) else ""
 
 
-def _is_made_up(folder: Path) -> bool:
-    "Was a run made on made-up data?"
+def _example_reason_of(folder: Path) -> str:
+    "Why the run in a folder is an example; empty where it is none."
     try:
-        return stored_manifest(folder).get("example") == MADE_UP_DATA
+        return stored_manifest(folder).get("example") or ""
     except BadInput:
-        return False
+        return ""
+
+
+def _has_planted_model(parameters: Mapping) -> bool:
+    "Is one of the models made so that there is something to find?"
+    names = [parameters.get("model"), *(parameters.get("models") or []), *(parameters.get("compared") or [])]
+    return any(str(name).startswith("planted:") for name in names)
 
 # %% ../../nbs/runs/run.ipynb #9ece426d
 def open_run(
@@ -341,24 +392,26 @@ def open_run(
     inputs = _inputs_begun_with(root / phase, code, parameters)
     if inputs is None:
         inputs = input_records(phase, parameters, root)
-    key = outcome_digest(code, parameters, inputs)
+    files = _named_files(phase, parameters)
+    key = _run_key(code, parameters, inputs, files)
+    facts = {
+        "phase": phase,
+        "status": "running",
+        "digest": key,
+        "code": code,
+        "parameters": dict(parameters) | {i["parameter"]: i["run_id"] for i in inputs if "parameter" in i},
+        "typed": dict(parameters),
+        "example": example_reason(phase, parameters, inputs),
+        "inputs": inputs,
+        "files": files,
+        "launcher": launcher,
+        "pid": os.getpid(),
+    }
     with _opening(root / phase, key):
         folder, earlier, lock = _claim_folder(root / phase, key)
-        manifest = {
-            "run_id": folder.name,
-            "phase": phase,
-            "status": "running",
-            "digest": key,
-            "code": code,
-            "parameters": dict(parameters) | {i["parameter"]: i["run_id"] for i in inputs if "parameter" in i},
-            "typed": dict(parameters),
-            "example": example_reason(phase, parameters, inputs),
-            "started": earlier.get("started", _utc_now()),
-            "resumed": _utc_now() if earlier else None,
-            "inputs": inputs,
-            "launcher": launcher,
-            "pid": os.getpid(),
-        }
+        times = {"started": earlier.get("started", _utc_now()), "resumed": _utc_now() if earlier else None}
+        begun_with = {name: earlier[name] for name in ("model",) if name in earlier}
+        manifest = {"run_id": folder.name} | facts | times | begun_with
         run = Run(folder, manifest | run_provenance() | {"error": None}, lock)
         with storage_errors(folder):
             run._save()
@@ -379,7 +432,8 @@ def run_digest(
 ) -> str:  # The digest that `open_run` would give a run now
     "What decides the outcome of a run, as one hash: code, parameters, inputs."
     code = phase_code_digest(phase)
-    return outcome_digest(code, parameters, input_records(phase, parameters, Path(root or runs_root())))
+    inputs = input_records(phase, parameters, Path(root or runs_root()))
+    return _run_key(code, parameters, inputs, _named_files(phase, parameters))
 
 
 def runs_with_digest(
@@ -518,5 +572,7 @@ def _attach_to_run(folder: Path, parameters: dict) -> Run:
         signal.signal(name, signal.SIG_IGN)
     run = Run(folder, read_json(folder / "run.json"), None)
     run._kernel = lock
+    if run.manifest["code"] != phase_code_digest(run.manifest["phase"]):
+        raise BadInput("the library or the notebook was changed while this run began: repeat the command")
     assert run.parameters == parameters, "the kernel's parameters are not those that the run was opened with"
     return run

@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 import codetrace
 from ..core.environment import KERNELS_VARIABLE
@@ -28,7 +31,9 @@ from ..core.files import digest_values
 from .run import library_code
 
 # %% ../../nbs/runs/warm_kernels.ipynb #f1b650d1
-_READ_AT_IMPORT = (*"HF_ TRANSFORMERS_ TOKENIZERS_ OMP_ MKL_ KMP_ TORCH PYTORCH_ PYTHON MPL LD_".split(),)
+_READ_AT_IMPORT = (
+    *"HF_ HUGGINGFACE_ TRANSFORMERS_ TOKENIZERS_ OMP_ OPENBLAS_ MKL_ KMP_ TORCH PYTORCH_ PYTHON MPL LD_ XDG_ HOME TMPDIR TZ".split(),
+)
 
 
 def kernel_setting(
@@ -68,9 +73,11 @@ def _become_kernel(request: dict, connection: socket.socket, outputs: Sequence[i
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    np.random.seed()  # noqa: NPY002, else all forks would draw the same numbers
     for number, output in enumerate([os.open(os.devnull, os.O_RDONLY), *outputs]):
         os.dup2(output, number)
         os.close(output)
+    connection.sendall(f"{os.getpid()}\n".encode())  # by the fork itself: whoever dies, the caller notices
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     sys.argv = ["ipykernel_launcher", *request["arguments"]]
     IPKernelApp.launch_instance(request["arguments"])
@@ -78,30 +85,30 @@ def _become_kernel(request: dict, connection: socket.socket, outputs: Sequence[i
 # %% ../../nbs/runs/warm_kernels.ipynb #e92620b1
 def _read_request(connection: socket.socket) -> tuple[dict, list[int]]:
     "A caller's line, and its standard output and error."
+    connection.settimeout(5)  # one caller must not keep the others waiting
     line, outputs, *_ = socket.recv_fds(connection, 2**20, 2)
     while not line.endswith(b"\n"):
-        more = connection.recv(2**20)
-        if not more:
+        received = connection.recv(2**20)
+        if not received:
             raise EOFError("the caller went away")
-        line += more
+        line += received
     return json.loads(line), outputs
 
 
-def _answer(connection: socket.socket, listener: socket.socket, setting: str) -> bool:
-    "Fork a kernel where the setting is the caller's. True in the fork, once its kernel has ended."
+def _answer(connection: socket.socket, listener: socket.socket, setting: str):
+    "Fork a kernel where the setting is the caller's; the fork never returns."
     request, outputs = _read_request(connection)
-    pid = 0
-    if request["setting"] == setting:
-        pid = os.fork()
-        if pid == 0:
-            listener.close()
+    if request["setting"] != setting:
+        connection.sendall(b"0\n")
+    elif os.fork() == 0:
+        listener.close()
+        try:
             _become_kernel(request, connection, outputs)
-            return True
-    connection.sendall(f"{pid}\n".encode())
+            sys.exit()
+        except Exception:  # it must not go on as if it were the process that waits
+            os._exit(1)
     for output in outputs:
         os.close(output)
-    connection.close()
-    return False
 
 # %% ../../nbs/runs/warm_kernels.ipynb #86384bc6
 def serve_kernels(
@@ -121,17 +128,16 @@ def serve_kernels(
         while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [])[0]):
             if ready:
                 connection, _ = listener.accept()
-                try:
-                    if _answer(connection, listener, setting):
-                        return
-                except (OSError, EOFError, ValueError):  # of the one caller
-                    connection.close()
+                with connection, suppress(OSError, EOFError, ValueError, LookupError, TypeError):  # of the one caller
+                    _answer(connection, listener, setting)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #454a37a1
 def _start_server(path: str) -> subprocess.Popen:
     "Start the process that waits, with the variables that runs have."
-    code = f"from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({path!r})"
+    modules = [folder for folder in sys.path if folder]  # not those of the working directory
+    code = f"import sys; sys.path[:] = {modules!r}; from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({path!r})"
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
+    environment.pop("JPY_PARENT_PID", None)  # a fork ends with its caller, not with who started this
     return subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment, start_new_session=True
     )
@@ -146,7 +152,9 @@ def warm_kernels() -> Iterator[str]:
         connection.close()
         yield before
         return
-    with tempfile.TemporaryDirectory(prefix="codetrace-kernels-") as folder:
+    # the name of a socket is a hundred characters at most
+    short = "/tmp" if len(tempfile.gettempdir()) > 60 else None
+    with tempfile.TemporaryDirectory(prefix="codetrace-kernels-", dir=short) as folder:
         path = f"{folder}/socket"
         process = _start_server(path)
         os.environ[KERNELS_VARIABLE] = path
@@ -167,16 +175,20 @@ class ForkedKernel:
         self.pid = pid
         self._connection = connection  # the kernel ends when this is closed
         self._handle = os.pidfd_open(pid)
+        self._end = select.poll()
+        self._end.register(self._handle, select.POLLIN)
 
     def poll(self) -> int | None:
         "None while it runs, then 0; how it ended, only its parent knows."
-        return 0 if select.select([self._handle], [], [], 0)[0] else None
+        return 0 if self._handle is None or self._end.poll(0) else None
 
     def wait(self) -> int:
         "Wait until it has ended."
-        select.select([self._handle], [], [])
-        os.close(self._handle)
-        self._connection.close()
+        if self._handle is not None:
+            self._end.poll()
+            os.close(self._handle)
+            self._handle = None
+            self._connection.close()
         return 0
 
     def send_signal(self, number: int):
@@ -222,12 +234,20 @@ def fork_kernel(
     try:
         sent = socket.send_fds(connection, [line], [1, 2])
         connection.sendall(line[sent:])
+        connection.settimeout(120)  # the imports may take a minute
         pid = int(connection.makefile().readline())
+        connection.settimeout(None)
         return ForkedKernel(pid, connection) if pid else None
     except (OSError, ValueError):
         return None
 
 # %% ../../nbs/runs/warm_kernels.ipynb #8ef0a3ac
+def _is_this_python(command: str) -> bool:
+    "Does a kernel's command start the interpreter that runs here?"
+    path = shutil.which(command)
+    return path is not None and Path(path).parent.resolve() == Path(sys.executable).parent.resolve()
+
+
 def warm_kernel_manager() -> type:  # A subclass of `AsyncKernelManager`
     "A kernel manager for papermill whose kernels are forked where that is possible."
     from jupyter_client.manager import AsyncKernelManager
@@ -235,7 +255,7 @@ def warm_kernel_manager() -> type:  # A subclass of `AsyncKernelManager`
 
     class WarmProvisioner(LocalProvisioner):
         async def launch_kernel(self, cmd, **options):
-            is_python = cmd[1:3] == ["-m", "ipykernel_launcher"]
+            is_python = _is_this_python(cmd[0]) and cmd[1:3] == ["-m", "ipykernel_launcher"]
             folder = options.get("cwd") or Path.cwd()
             kernel = fork_kernel(cmd[3:], options["env"], folder) if is_python else None
             if kernel is None:
