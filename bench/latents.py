@@ -24,7 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
-from codetrace.sae.null_of_maximum import null_of_maximum, null_of_maximum_t, permutation_design, permute_labels
+from codetrace.sae.null_of_maximum import (
+    null_of_maximum,
+    null_of_maximum_t,
+    permutation_design,
+    permute_labels,
+    weighted_labels,
+)
 from codetrace.sae.sae import SAE
 from codetrace.sae.separation import encode_active_latents, separation_scores
 
@@ -78,7 +84,7 @@ def child(folder: Path, layers: int, d_sae: int) -> None:
     for layer in range(layers):
         active = encode_active_latents(sae, read(folder, layer))
         separation_scores(active, label)
-        null_of_maximum(active, design, shuffled)
+        null_of_maximum(active, weighted_labels(design, shuffled))
         null_of_maximum_t(active, shuffled)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
 
@@ -111,7 +117,7 @@ def main() -> None:
             table = separation_scores(active, label)
             seconds["pass"] += time.perf_counter() - began
             began = time.perf_counter()
-            null_of_maximum(active, design, shuffled)
+            null_of_maximum(active, weighted_labels(design, shuffled))
             null_of_maximum_t(active, shuffled)
             seconds["null"] += time.perf_counter() - began
             apart = np.abs(table["separation"] - separation) > 1e-6  # a row at the threshold but for rounding

@@ -103,7 +103,7 @@ def test_text_and_states_are_those_of_one_pass(tiny, arch):
         forced = teacher_forced(lm, row, got[i].tokens)
         for kind in STATE_KINDS:
             torch.testing.assert_close(got[i].states[kind], forced[kind], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(got[i].per_token[1], forced["each"][1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[i].per_token["resid_post", 1], forced["each"][1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3"])

@@ -10,7 +10,6 @@ from sklearn import metrics as skm
 
 from codetrace.core.errors import BadInput
 from codetrace.core.metrics import (
-    _effective_df,
     _statistic_in_batches,
     _t_interval,
     auprc,
@@ -25,6 +24,7 @@ from codetrace.core.metrics import (
     roc_with_band,
     trivial_f1,
 )
+from codetrace.core.stats import effective_df
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -150,10 +150,10 @@ def test_a_refusal_names_the_value_and_what_to_give(message, wrong_types_pass):
 
 def test_degrees_of_freedom_are_few_where_one_task_is_all_of_the_variance():
     "A kurtosis of 1/pq - 3 for one of twenty; with equal sizes, one less than there are tasks."
-    assert _effective_df(np.r_[1.0, np.zeros(19)]) == pytest.approx(40 / (1 / (0.05 * 0.95) - 4))
-    assert _effective_df(np.array([1.0, -1, 1, -1])) == 3
-    assert _effective_df(np.full(7, 0.25)) == 6
-    assert _effective_df(np.array([0.5, 1.5])) == 1
+    assert effective_df(np.r_[1.0, np.zeros(19)]) == pytest.approx(40 / (1 / (0.05 * 0.95) - 4))
+    assert effective_df(np.array([1.0, -1, 1, -1])) == 3
+    assert effective_df(np.full(7, 0.25)) == 6
+    assert effective_df(np.array([0.5, 1.5])) == 1
 
 
 @pytest.mark.parametrize(("value", "bounds", "place"), [(0.5, (0.0, 1.0), 0.5), (0.5, (-1.0, 1.0), 0.75)])
@@ -203,7 +203,7 @@ def test_an_interval_over_tasks_is_what_repeated_rows_give():
     drawn = [np.concatenate([np.repeat(X[TASKS == name], k) for name, k in zip(names, row)]).mean() for row in counts]
     left_out = np.array([X[TASKS != name].mean() for name in names])
     se = np.std(drawn) * np.sqrt(4 / 3)
-    expected = _t_interval(X.mean(), se, _effective_df(left_out), 4, 0.9, (-1.0, 1.0))
+    expected = _t_interval(X.mean(), se, effective_df(left_out), 4, 0.9, (-1.0, 1.0))
     assert cluster_interval(mean_of_x, TASKS, 50, 0.9, 3) == pytest.approx((X.mean(), *expected))
 
 
@@ -284,7 +284,7 @@ def se_by_pairs(label, score, task) -> tuple[float, float]:
     variance = tasks_m / (tasks_m - 1) * (from_positives**2).sum() / m**2
     variance += tasks_n / (tasks_n - 1) * (from_negatives**2).sum() / n**2
     variance += 2 * len(names) / (len(names) - 1) * (from_positives * from_negatives).sum() / (m * n)
-    return np.sqrt(variance), _effective_df(from_positives / m + from_negatives / n)
+    return np.sqrt(variance), effective_df(from_positives / m + from_negatives / n)
 
 
 def test_the_interval_of_an_auroc_is_obuchowskis():
@@ -311,7 +311,7 @@ def test_in_perfect_order_the_interval_is_what_so_many_tasks_can_tell():
 def test_one_task_with_a_label_has_no_small_sample_factor():
     "Both true rows are of task 0: it alone has a placement, and its deviations add up to nothing."
     value, low, high = auroc_interval(LABEL, SCORE, [1, 2, 0, 0])
-    expected = _t_interval(0.75, np.sqrt(0.125 / 2), _effective_df(np.array([0, 0.125, -0.125])), 3, 0.95, (0.0, 1.0))
+    expected = _t_interval(0.75, np.sqrt(0.125 / 2), effective_df(np.array([0, 0.125, -0.125])), 3, 0.95, (0.0, 1.0))
     assert (value, low, high) == pytest.approx((0.75, *expected))
     assert np.isnan(auroc_interval(LABEL, SCORE, [3] * 4)[1:]).all()
 

@@ -14,7 +14,13 @@ from codetrace.sae.baseline_differences import simultaneous_differences, verdict
 from codetrace.sae.dataset import search_all_positions
 from codetrace.sae.latent_cards import selection_adjusted_level
 from codetrace.sae.latent_search import P_COLUMNS, search_active_latents, top_latents
-from codetrace.sae.null_of_maximum import family_wise_p, null_of_maximum, permutation_design, permute_labels
+from codetrace.sae.null_of_maximum import (
+    family_wise_p,
+    null_of_maximum,
+    permutation_design,
+    permute_labels,
+    weighted_labels,
+)
 from codetrace.sae.separation import ActiveLatents
 
 
@@ -139,7 +145,23 @@ def test_the_null_is_what_a_loop_gives():
     design = permutation_design(label, task)
     on, shuffled = active.matrix().toarray().T, permute_labels(design, 50)
     slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled.T]
-    assert np.allclose(null_of_maximum(active, design, shuffled, block=7), slow, atol=1e-5)
+    assert np.allclose(null_of_maximum(active, weighted_labels(design, shuffled), block=7), slow, atol=1e-5)
+
+
+def test_labels_are_weighed_once_for_all_layers(monkeypatch):
+    "What a permutation weighs does not depend on the layer; it is computed for the two nulls, not for each layer."
+    rng = np.random.default_rng(0)
+    label, task = labels(rng, 30, 3)
+    active = activities(rng, label, task, 5, 40, 0.1, None)
+    computed = []
+
+    def spy(design, permuted):
+        computed.append(permuted.shape[1])
+        return weighted_labels(design, permuted)
+
+    monkeypatch.setattr("codetrace.sae.latent_search.weighted_labels", spy)
+    search_active_latents(lambda layer: active[layer], range(5), label, task, n_shuffles=19)
+    assert computed == [19, 19]
 
 
 def at_most(share: float, n: int) -> float:
@@ -188,7 +210,7 @@ def test_rows_and_tasks_as_units_would_claim_too_much():
     }
     for design, unit in ignored.items():
         claimed = []
-        for seed in range(30):
+        for seed in range(20):
             study = NULL_DESIGNS[design](np.random.default_rng([9, seed]))
             units = {name: values for name, values in study.units.items() if name != unit}
             units.setdefault("task", np.arange(study.active.rows))

@@ -83,6 +83,21 @@ class Told:
         return self.real(pool, job)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def graded_once():
+    "A program is graded once, however many settings write it: most of their answers are the same few."
+    real, verdicts = SandboxPool.submit, {}
+
+    def submit(pool, job):
+        if job not in verdicts or not verdicts[job].done() or verdicts[job].exception():
+            verdicts[job] = real(pool, job)
+        return verdicts[job]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SandboxPool, "submit", submit)
+        yield
+
+
 @pytest.fixture
 def told(monkeypatch):
     spy = Told(SandboxPool.submit)
@@ -203,9 +218,9 @@ def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_p
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    "The whole of it: chosen on 24 tasks, judged on 36."
+    "The whole of it: chosen on 18 tasks, judged on 27."
     folder = tmp_path_factory.mktemp("judged")
-    study = make_steering_study(120)
+    study = make_steering_study(90)
     pool, _ = search_all_positions(
         study.activations.subset((study.activations.rows["split"] == "sae").to_numpy()), n_shuffles=50
     )
@@ -268,7 +283,8 @@ def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_
         others = matched_null_rows(found, row)
         others = others[others["setting"] != row["setting"]]["net"].tolist()
         assert len(others) >= MIN_RANDOM_DIRECTIONS
-        spoken.append("no more than random pushes as strong" not in steering_sentence(row, "The push", others))
+        sentence = steering_sentence(row.to_dict(), "The push", others)
+        spoken.append("no more than random pushes as strong" not in sentence)
     assert np.mean(spoken) <= 0.5, gaussian
 
 

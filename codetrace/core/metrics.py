@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Num
 from numpy.typing import ArrayLike
 
 from .errors import BadInput
+from .stats import effective_df
 
 PerResample = Float[np.ndarray, "*resamples"] | float  # One value; with rows of weights, one for each
 
@@ -192,16 +193,6 @@ def calibration_error(
     bin_indicator = np.eye(len(edges) + 1)[np.searchsorted(edges, probability, side="left")]
     return _ratio(np.abs((weights * (probability - label)) @ bin_indicator).sum(-1), weights.sum(-1), np.nan)
 
-# %% ../../nbs/core/metrics.ipynb #d3a71401
-def _effective_df(contributions: Float[np.ndarray, "task"]) -> float:
-    "Degrees of freedom of a variance that was estimated from contributions: fewer where a few of them are all of it."
-    n = len(contributions)
-    squares = (contributions - contributions.mean()) ** 2
-    if not squares.sum() > 0:
-        return n - 1.0
-    kurtosis = n * (squares**2).sum() / squares.sum() ** 2
-    return float(np.clip(2 * n / max(kurtosis - 1, 1e-9), 1, n - 1))
-
 # %% ../../nbs/core/metrics.ipynb #8e032b5d
 def _t_interval(
     value: float,
@@ -285,7 +276,7 @@ def cluster_interval(
     if min(len(drawn), len(jackknife)) < 2:
         return value, np.nan, np.nan
     se = drawn.std() * np.sqrt(tasks / (tasks - 1))
-    return value, *_t_interval(value, se, _effective_df(jackknife), tasks, level, bounds)
+    return value, *_t_interval(value, se, effective_df(jackknife), tasks, level, bounds)
 
 # %% ../../nbs/core/metrics.ipynb #3463d1a8
 def _placement_means(
@@ -318,7 +309,7 @@ def _auroc_se(
     variance = _small_sample_factor(positive_tasks) * (positive**2).sum()
     variance += _small_sample_factor(negative_tasks) * (negative**2).sum()
     variance += 2 * _small_sample_factor(member.max() + 1) * (positive * negative).sum()
-    return float(np.sqrt(max(variance, 0.0))), _effective_df(positive + negative)
+    return float(np.sqrt(max(variance, 0.0))), effective_df(positive + negative)
 
 # %% ../../nbs/core/metrics.ipynb #7ba491e9
 def auroc_interval(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
 from ..core.files import StorageError, atomic_write, file_sha256, storage_errors
+from .architectures import RESIDUAL_SITES, Place
 
 # %% ../../nbs/models/activations.ipynb #3a18f784
 _log = logging.getLogger(__name__)
@@ -77,11 +78,11 @@ def _encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: M
 
 # %% ../../nbs/models/activations.ipynb #61e52ebb
 _PART_PATTERN = re.compile(r"part-([0-9a-f]{16})\.safetensors")
-_SITE = "resid_post"
 
 
-def _tensor_name(layer: int, kind: str = "") -> str:
-    return f"{kind}.{_SITE}.{layer}" if kind else f"{_SITE}.{layer}"
+def _tensor_name(place: Place, kind: str = "") -> str:
+    name = f"{place[0]}.{place[1]}"
+    return f"{kind}.{name}" if kind else name
 
 
 def _read_header(path: Path) -> dict:
@@ -149,9 +150,9 @@ def only(
 def append(
     self: StateParts,
     keys: Sequence[tuple],  # Of the rows
-    states: Mapping[str, Sequence[Float[Tensor, "layer d_model"]]],  # By kind: of each row
-    layers: Sequence[int],  # What the rows of a state are
-    per_token: Mapping[int, Sequence[Float[Tensor, "pos d_model"]]] | None = None,  # By layer: of each row
+    states: Mapping[str, Sequence[Float[Tensor, "place d_model"]]],  # By kind: of each row
+    places: Sequence[Place],  # What the rows of a state are
+    per_token: Mapping[Place, Sequence[Float[Tensor, "pos d_model"]]] | None = None,  # By place: of each row
 ) -> Path:
     "Write a part."
     from safetensors.torch import save
@@ -159,9 +160,9 @@ def append(
     tensors = {}
     for kind, rows in states.items():
         stacked = torch.stack(list(rows)).cpu()
-        tensors |= {_tensor_name(layer, kind): stacked[:, i].contiguous() for i, layer in enumerate(layers)}
-    for layer, rows in (per_token or {}).items():
-        tensors[_tensor_name(layer, "tokens")] = torch.cat(list(rows)).cpu()
+        tensors |= {_tensor_name(place, kind): stacked[:, i].contiguous() for i, place in enumerate(places)}
+    for place, rows in (per_token or {}).items():
+        tensors[_tensor_name(place, "tokens")] = torch.cat(list(rows)).cpu()
         tensors["tokens.offsets"] = torch.tensor([0, *np.cumsum([len(x) for x in rows])])
     data = save(tensors, {"keys": json.dumps(keys), "format": "1"})
     with storage_errors(self._home):
@@ -182,14 +183,14 @@ class _RowSource:
     to: Int[np.ndarray, "rows"]  # Where they go
 
 
-def _gather_layer(sources: Sequence[_RowSource], layer: int, n: int) -> Tensor:
-    "One layer of all rows."
+def _gather_place(sources: Sequence[_RowSource], place: Place, n: int) -> Tensor:
+    "One place of all rows."
     from safetensors import safe_open
 
     out = None
     for source in sources:
         with safe_open(source.path, "pt") as file:
-            x = file.get_tensor(source.prefix + _tensor_name(layer))
+            x = file.get_tensor(source.prefix + _tensor_name(place))
         out = torch.zeros(n, x.shape[1], dtype=x.dtype) if out is None else out
         out[source.to] = x[source.rows]
     return out
@@ -202,27 +203,28 @@ def _row_places(keys: Sequence[tuple], order: dict[tuple, int]) -> tuple[np.ndar
     return np.array(rows, int), np.array(places, int)
 
 # %% ../../nbs/models/activations.ipynb #645eef15
-def _layers_in_header(header: dict, prefix: str = "") -> list[int]:
-    "The layers in a file, for a kind."
-    start = prefix + _SITE + "."
-    return sorted(int(name.removeprefix(start)) for name in header if name.startswith(start))
+def _places_in_header(header: dict, prefix: str = "") -> list[Place]:
+    "The places in a file, for a kind, site by site."
+    names = [re.fullmatch(re.escape(prefix) + r"(resid_\w+)\.(\d+)", name) for name in header]
+    places = [(match[1], int(match[2])) for match in names if match]
+    return sorted(places, key=lambda place: (RESIDUAL_SITES.index(place[0]), place[1]))
 
 
-def _declare_tensors(source: _RowSource, n: int) -> dict[int, tuple[str, tuple[int, int]]]:
-    "By layer: dtype and shape of a tensor with `n` rows, otherwise as in a source."
+def _declare_tensors(source: _RowSource, n: int) -> dict[Place, tuple[str, tuple[int, int]]]:
+    "By place: dtype and shape of a tensor with `n` rows, otherwise as in a source."
     header = _read_header(source.path)
     declared = {}
-    for layer in _layers_in_header(header, source.prefix):
-        entry = header[source.prefix + _tensor_name(layer)]
-        declared[layer] = (_torch_dtype(entry), (n, entry["shape"][1]))
+    for place in _places_in_header(header, source.prefix):
+        entry = header[source.prefix + _tensor_name(place)]
+        declared[place] = (_torch_dtype(entry), (n, entry["shape"][1]))
     return declared
 
 
 def _write_kind(path: Path, sources: Sequence[_RowSource], n: int, metadata: dict) -> Path:
     "The file of one kind."
     declared = _declare_tensors(sources[0], n)
-    shapes = {_tensor_name(layer): shape for layer, shape in declared.items()}
-    return _write_tensors(path, shapes, (_gather_layer(sources, layer, n) for layer in declared), metadata)
+    shapes = {_tensor_name(place): shape for place, shape in declared.items()}
+    return _write_tensors(path, shapes, (_gather_place(sources, place, n) for place in declared), metadata)
 
 # %% ../../nbs/models/activations.ipynb #b3ec99a7
 def _token_offsets(sources: Sequence[_RowSource], n: int) -> tuple[np.ndarray, list[tuple[Path, int, int]]]:
@@ -240,14 +242,14 @@ def _token_offsets(sources: Sequence[_RowSource], n: int) -> tuple[np.ndarray, l
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ordered
 
 
-def _gather_tokens(sources: Sequence[_RowSource], layer: int, spans: Sequence[tuple[Path, int, int]]) -> Tensor:
-    "One layer of all tokens."
+def _gather_tokens(sources: Sequence[_RowSource], place: Place, spans: Sequence[tuple[Path, int, int]]) -> Tensor:
+    "One place of all tokens."
     from safetensors import safe_open
 
     tensors = {}
     for source in sources:
         with safe_open(source.path, "pt") as file:
-            tensors[source.path] = file.get_tensor(source.prefix + _tensor_name(layer))
+            tensors[source.path] = file.get_tensor(source.prefix + _tensor_name(place))
     return torch.cat([tensors[path][start:end] for path, start, end in spans])
 
 # %% ../../nbs/models/activations.ipynb #6d6b2f62
@@ -255,11 +257,11 @@ def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, metad
     "The file of states for every token."
     offsets, spans = _token_offsets(sources, n)
     declared = _declare_tensors(sources[0], int(offsets[-1]))
-    shapes = {_tensor_name(layer): shape for layer, shape in declared.items()}
+    shapes = {_tensor_name(place): shape for place, shape in declared.items()}
 
     def values() -> Iterator[Tensor]:
-        for layer in declared:
-            yield _gather_tokens(sources, layer, spans)
+        for place in declared:
+            yield _gather_tokens(sources, place, spans)
         yield torch.from_numpy(offsets)
 
     return _write_tensors(path, shapes | {"offsets": ("int64", (n + 1,))}, values(), metadata)
@@ -378,18 +380,31 @@ class States:
         return tuple(kind for kind in self.files if kind != "tokens")
 
     def __repr__(self) -> str:
-        return f"States({self.folder.name}: {len(self)} rows, layers {self.layers[0]}–{self.layers[-1]}, {', '.join(self.files)})"
+        sites = "" if self.sites == ("resid_post",) else f" of {', '.join(self.sites)}"
+        layers = f"layers {self.layers[0]}–{self.layers[-1]}"
+        return f"States({self.folder.name}: {len(self)} rows, {layers}{sites}, {', '.join(self.files)})"
 
 # %% ../../nbs/models/activations.ipynb #0af65b77
 @patch(as_prop=True)
+def places(self: States) -> tuple[Place, ...]:
+    "The sites and layers whose states were kept."
+    return tuple(_places_in_header(_read_header(self.files[self.kinds[0]])))
+
+
+@patch(as_prop=True)
+def sites(self: States) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(site for site, _ in self.places))
+
+
+@patch(as_prop=True)
 def layers(self: States) -> tuple[int, ...]:
-    "The layers whose states were kept."
-    return tuple(_layers_in_header(_read_header(self.files[self.kinds[0]])))
+    "The layers whose states were kept, whatever the site."
+    return tuple(sorted({layer for _, layer in self.places}))
 
 
 @patch(as_prop=True)
 def d_model(self: States) -> int:
-    return _read_header(self.files[self.kinds[0]])[_tensor_name(self.layers[0])]["shape"][1]
+    return _read_header(self.files[self.kinds[0]])[_tensor_name(self.places[0])]["shape"][1]
 
 
 @patch
@@ -403,25 +418,30 @@ def states(
     kind: str,  # `last_prompt`, `last_generated` or `mean_generated`
     layer: int,
     rows: Sequence[int] | Int[np.ndarray, "rows"] | None = None,  # Numbers of rows. None: all
+    site: str = "resid_post",
 ) -> Float[np.ndarray, "rows d_model"]:  # float32
-    "One layer at one place, read from the disk now."
+    "One kind of states, read from the disk now."
     from safetensors import safe_open
 
     with (
         storage_errors(self.folder),
         safe_open(self.files[look_up_name(kind, self.kinds, "kind of state")], "pt") as file,
     ):
-        x = file.get_tensor(_tensor_name(self._kept(layer, self.layers)))
+        x = file.get_tensor(_tensor_name(self._kept((site, layer), self.places)))
     return (x if rows is None else x[np.array(rows)]).float().numpy()
 
 
 @patch
-def _kept(self: States, layer: int, layers: Sequence[int]) -> int:
-    if layer not in layers:
+def _kept(self: States, place: Place, places: Sequence[Place]) -> Place:
+    if place not in places:
+        site, layer = place
+        layers = ", ".join(str(other) for kept, other in places if kept == site)
+        held = f"those of {layers}" if layers else f"states of {', '.join(self.sites)}"
         raise BadInput(
-            f"{self.folder} holds no states of layer {layer!r}; it holds those of {', '.join(map(str, layers))}"
+            f"{self.folder} holds no states of {site} of layer {layer!r}; it holds {held}: "
+            "phase 1.0 keeps what sites=… and layers=… say"
         )
-    return layer
+    return place
 
 # %% ../../nbs/models/activations.ipynb #724d2cce
 @patch
@@ -429,6 +449,7 @@ def tokens(
     self: States,
     layer: int,
     row: int,
+    site: str = "resid_post",
 ) -> Float[np.ndarray, "pos d_model"]:  # float32
     "The states of every token that was written in one answer."
     from safetensors import safe_open
@@ -437,10 +458,10 @@ def tokens(
         raise BadInput(
             f"{self.folder} kept no states of single tokens: run phase generation with per_token_layers={layer}"
         )
-    self._kept(layer, _layers_in_header(_read_header(self.files["tokens"])))
+    place = self._kept((site, layer), _places_in_header(_read_header(self.files["tokens"])))
     with storage_errors(self.folder), safe_open(self.files["tokens"], "pt") as file:
         start, end = file.get_slice("offsets")[row : row + 2].tolist()
-        return file.get_slice(_tensor_name(layer))[start:end].float().numpy()
+        return file.get_slice(_tensor_name(place))[start:end].float().numpy()
 
 
 def read_states(

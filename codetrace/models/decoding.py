@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
+from .architectures import RESIDUAL_SITES, Place, residual_places
 from .interventions import register_hook
 from .limits import free_memory
 from .lm import LM
@@ -62,8 +63,8 @@ class Continuation:
     finish: str  # `answered`: `over` was true, `eos`: the model ended the text, `length`: the limit was reached
     logprob: float  # Mean over what was written, the end of text included, in nats at temperature 1
     entropy: float  # Of the distribution, likewise
-    states: dict[str, Float[Tensor, "layer d_model"]] = field(repr=False)  # By kind, empty where none were kept
-    per_token: dict[int, Float[Tensor, "pos d_model"]] = field(repr=False)  # By layer: of each token written
+    states: dict[str, Float[Tensor, "place d_model"]] = field(repr=False)  # By kind, empty where none were kept
+    per_token: dict[Place, Float[Tensor, "pos d_model"]] = field(repr=False)  # By place: of each token written
     seconds: dict[str, float] = field(repr=False)  # `prefill`: reading the prompt, `generation`: until it was over
 
 # %% ../../nbs/models/decoding.ipynb #22dabb70
@@ -74,12 +75,18 @@ EDIT_PLACES = ("prompt", "last_prompt", "generated", "all")
 class ResidualEdit:
     "A change of the residual stream while an answer is written."
 
-    layer: int  # From 0: after this layer
+    layer: int  # From 0
     change: Callable[[Float[Tensor, "rows d_model"], Sequence[Request]], Float[Tensor, "rows d_model"]]
     where: str = "generated"  # One of `EDIT_PLACES`
+    site: str = "resid_post"  # One of `RESIDUAL_SITES`
 
     def __post_init__(self):
         look_up_name(self.where, EDIT_PLACES, "place of an edit")
+        look_up_name(self.site, RESIDUAL_SITES, "site of an edit")
+
+    @property
+    def place(self) -> Place:
+        return self.site, self.layer
 
     @property
     def reads_prompt(self) -> bool:
@@ -87,41 +94,41 @@ class ResidualEdit:
 
 # %% ../../nbs/models/decoding.ipynb #93eb3ac9
 class _LayerHooks:
-    "Hooks on the layers: what came out of each in the last forward pass, after edits."
+    "Hooks on places of the residual stream: what each held in the last forward pass, after edits."
 
-    def __init__(self, lm: LM, layers: Sequence[int], edits: Sequence[ResidualEdit]):
+    def __init__(self, lm: LM, places: Sequence[Place], edits: Sequence[ResidualEdit]):
         self.lm = lm
-        self.layers = tuple(layers)
+        self.places = tuple(places)
         self.edits = tuple(edits)
-        self.last_states: dict[int, Tensor] = {}  # By layer
+        self.last_states: dict[Place, Tensor] = {}
         self.requests: list[Request | None] = []  # Of the pass under way: one a row, None for an empty slot
         self.reads_prompt = False  # Is the pass under way over a prompt?
 
     def __enter__(self) -> "_LayerHooks":
         with ExitStack() as stack:
-            for layer in sorted({*self.layers, *(edit.layer for edit in self.edits)}):
-                module, side = self.lm.site_module("resid_post", layer)
-                stack.callback(register_hook(module, side, partial(self._visit, layer)).remove)
+            for place in sorted({*self.places, *(edit.place for edit in self.edits)}):
+                module, side = self.lm.site_module(*place)
+                stack.callback(register_hook(module, side, partial(self._visit, place)).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_):
         self._stack.close()
 
-    def states(self) -> Float[Tensor, "layer batch d_model"]:
-        "What the layers held at the last position."
-        return torch.stack([self.last_states[layer].to(self.lm.device) for layer in self.layers])
+    def states(self) -> Float[Tensor, "place batch d_model"]:
+        "What the places held at the last position."
+        return torch.stack([self.last_states[place].to(self.lm.device) for place in self.places])
 
 # %% ../../nbs/models/decoding.ipynb #f618fc58
 @patch
-def _visit(self: _LayerHooks, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-    "Apply the edits of a layer, and keep its states; None where nothing is changed."
+def _visit(self: _LayerHooks, place: Place, x: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+    "Apply the edits of a place, and keep its states; None where nothing is changed."
     new = x
     for edit in self.edits:
-        if edit.layer == layer:
+        if edit.place == place:
             new = self._edited(edit, new)
-    if layer in self.layers:
-        self.last_states[layer] = new[:, -1]
+    if place in self.places:
+        self.last_states[place] = new[:, -1]
     return None if new is x else new
 
 
@@ -129,7 +136,7 @@ def _visit(self: _LayerHooks, layer: int, x: Float[Tensor, "batch pos d_model"])
 def _edited(self: _LayerHooks, edit: ResidualEdit, x: Tensor) -> Tensor:
     if self.reads_prompt != edit.reads_prompt and edit.where != "all":
         return x
-    new = x.clone()
+    new = x if edit.site == "resid_mid" else x.clone()  # the layer reads resid_mid twice: it is written where it stands
     if self.reads_prompt:
         tokens = slice(-1, None) if edit.where == "last_prompt" else slice(None)
         new[0, tokens] = edit.change(x[0, tokens], self.requests * x[0, tokens].shape[0]).to(x)
@@ -145,7 +152,7 @@ class _PrefilledPrompt:
 
     cache: dict[int, tuple[Tensor, Tensor]]  # Keys and values by layer
     hidden: Float[Tensor, "1 d_model"]  # After the final norm, at the last token
-    states: Float[Tensor, "layer d_model"] | None
+    states: Float[Tensor, "place d_model"] | None
     seconds: float
 
 
@@ -158,7 +165,7 @@ def _prefill_prompt(lm: LM, request: Request, hooks: _LayerHooks) -> _PrefilledP
     hooks.requests = [request]
     hooks.reads_prompt = True
     hidden = lm._hidden({"input_ids": ids}, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    states = hooks.states()[:, 0] if hooks.layers else None
+    states = hooks.states()[:, 0] if hooks.places else None
     keys_and_values = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
     return _PrefilledPrompt(keys_and_values, hidden, states, time.perf_counter() - began)
 
@@ -169,13 +176,13 @@ class _AnswerInProgress:
 
     request: Request
     uniform: Float[np.ndarray, "pos"]
-    prompt: Float[Tensor, "layer d_model"] | None  # State of the last prompt token
+    prompt: Float[Tensor, "place d_model"] | None  # State of the last prompt token
     seconds: dict[str, float]
     began: float
     tokens: list[int] = field(default_factory=list)
     choices: list[tuple[float, float]] = field(default_factory=list)  # Log-probability and entropy of each choice
     finish: str = ""  # Why it is over, once it is
-    last: Float[Tensor, "layer d_model"] | None = None
+    last: Float[Tensor, "place d_model"] | None = None
     per_token: list[Tensor] = field(default_factory=list)
 
 # %% ../../nbs/models/decoding.ipynb #b0b1e895
@@ -190,6 +197,7 @@ class Decoder:
     layers: Sequence[int] | None = ()  # Whose states are kept. None: of all
     per_token: Sequence[int] = ()  # Whose states are kept for every token written
     edits: Sequence[ResidualEdit] = ()  # Changes of the residual stream
+    sites: Sequence[str] = ("resid_post",)  # At which states are kept: some of `RESIDUAL_SITES`
 
     def __post_init__(self):
         if self.layers is None:
@@ -198,7 +206,9 @@ class Decoder:
         self.waiting = iter(self.requests)
         self.returned: deque[Request] = deque()  # lost their slot when memory ran out
         self.somebody_waits = True  # for a slot
-        self.kept_layers = tuple(dict.fromkeys((*self.layers, *self.per_token)))
+        self.places = residual_places(self.sites, self.layers)
+        self.token_places = residual_places(self.sites, self.per_token)
+        self.kept_places = tuple(dict.fromkeys((*self.places, *self.token_places)))
         self.end_tokens = self.lm._ends()
         self.packed = PackedLinears(self.lm, self.slots)
         self.token_count = 0  # written so far
@@ -213,8 +223,9 @@ def _check(self: Decoder) -> None:
         raise BadInput(f"max_new_tokens={self.max_new_tokens}, slots={self.slots}: at least 1 each")
     if self.lm._interventions:
         raise BadInput("answers in slots know no `lm.intervene`: positions differ from slot to slot; give `edits`")
-    for layer in {*self.layers, *self.per_token, *(edit.layer for edit in self.edits)}:
-        self.lm.site_module("resid_post", layer)
+    kept = residual_places(self.sites, (*self.layers, *self.per_token))
+    for place in {*kept, *(edit.place for edit in self.edits)}:
+        self.lm.site_module(*place)
 
 
 @patch
@@ -223,7 +234,7 @@ def _open(self: Decoder, n: int) -> None:
     self.cache = SlotCache(n, sliding_windows(self.lm))
     self.answers: list[_AnswerInProgress | None] = [None] * n
     self.step_count = 0
-    self.sums = torch.zeros(len(self.layers), n, self.lm.d_model, device=self.lm.device)
+    self.sums = torch.zeros(len(self.places), n, self.lm.d_model, device=self.lm.device)
     self._last_prompt: tuple[tuple, _PrefilledPrompt] | None = None  # the last one that was read, by its name
 
 # %% ../../nbs/models/decoding.ipynb #460d7bbe
@@ -298,7 +309,7 @@ def _text(self: Decoder, answer: _AnswerInProgress) -> str:
 @patch
 def _is_read(self: Decoder, answer: _AnswerInProgress) -> bool:
     "Has the model read the last token of a finished answer, as far as its states are kept?"
-    return answer.finish == "eos" or not self.kept_layers
+    return answer.finish == "eos" or not self.kept_places
 
 # %% ../../nbs/models/decoding.ipynb #fd97241a
 @patch
@@ -340,10 +351,10 @@ def _release(self: Decoder, slot: int) -> Continuation:
 # %% ../../nbs/models/decoding.ipynb #41bbda56
 @patch
 def _states_by_kind(
-    self: Decoder, answer: _AnswerInProgress, total: Float[Tensor, "layer d_model"]
-) -> dict[str, Float[Tensor, "layer d_model"]]:
+    self: Decoder, answer: _AnswerInProgress, total: Float[Tensor, "place d_model"]
+) -> dict[str, Float[Tensor, "place d_model"]]:
     "The states of an answer at each of `STATE_KINDS`."
-    rows = [self.kept_layers.index(layer) for layer in self.layers]
+    rows = [self.kept_places.index(place) for place in self.places]
     count = len(answer.tokens)
     mean = total / count if count else answer.prompt[rows].float()
     last = answer.last if count else answer.prompt
@@ -351,12 +362,12 @@ def _states_by_kind(
 
 
 @patch
-def _states_by_token(self: Decoder, answer: _AnswerInProgress) -> dict[int, Float[Tensor, "pos d_model"]]:
-    "The states of each token written, by layer."
+def _states_by_token(self: Decoder, answer: _AnswerInProgress) -> dict[Place, Float[Tensor, "pos d_model"]]:
+    "The states of each token written, by place."
     if answer.per_token:
-        return dict(zip(self.per_token, torch.stack(answer.per_token, 1)))
+        return dict(zip(self.token_places, torch.stack(answer.per_token, 1)))
     empty = torch.zeros(0, self.lm.d_model, dtype=self.lm.dtype, device=self.lm.device)
-    return {layer: empty for layer in self.per_token}
+    return {place: empty for place in self.token_places}
 
 # %% ../../nbs/models/decoding.ipynb #902c4c31
 @patch
@@ -366,7 +377,7 @@ def _step(self: Decoder, hooks: _LayerHooks) -> None:
     hooks.reads_prompt = False
     hidden = slot_step(self.lm, self.cache, [answer.tokens[-1] if answer else 0 for answer in self.answers])
     self.cache.lengths += [answer is not None for answer in self.answers]
-    if self.kept_layers:
+    if self.kept_places:
         self._keep(hooks.states())
     self.step_count += 1
     if any(answer and not answer.finish for answer in self.answers):
@@ -386,10 +397,10 @@ def _choose_tokens(self: Decoder, hidden: Float[Tensor, "slot d_model"]) -> None
 
 # %% ../../nbs/models/decoding.ipynb #7a77ac95
 @patch
-def _keep(self: Decoder, states: Float[Tensor, "layer slot d_model"]) -> None:
+def _keep(self: Decoder, states: Float[Tensor, "place slot d_model"]) -> None:
     "Add the states of a step to what is kept of each answer."
-    self.sums += states[: len(self.layers)]
-    rows = [self.kept_layers.index(layer) for layer in self.per_token]
+    self.sums += states[: len(self.places)]
+    rows = [self.kept_places.index(place) for place in self.token_places]
     for slot, answer in enumerate(self.answers):
         if answer is None:
             continue
@@ -406,7 +417,7 @@ def _finished(self: Decoder) -> list[int]:
     slots = []
     for slot, answer in enumerate(self.answers):
         if answer and answer.finish and (self._is_read(answer) or answer.last is not None):
-            if self.kept_layers and answer.last is None and answer.tokens:
+            if self.kept_places and answer.last is None and answer.tokens:
                 answer.last = self._states[:, slot].clone()
             slots.append(slot)
     return slots
@@ -503,7 +514,7 @@ def _halve(self: Decoder, error: RuntimeError) -> None:
 def __iter__(self: Decoder) -> Iterator[Continuation]:
     while True:
         done = []
-        with _LayerHooks(self.lm, self.kept_layers, self.edits) as hooks, self.packed, torch.no_grad():
+        with _LayerHooks(self.lm, self.kept_places, self.edits) as hooks, self.packed, torch.no_grad():
             try:
                 done += self._fill(hooks)
                 if any(self.answers):

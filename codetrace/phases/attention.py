@@ -27,6 +27,7 @@ from codetrace.core.stats import (
     sign_flip_p,
     smallest_sign_flip_p,
 )
+from ..models.architectures import Place
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from ..runs.claims import claim_row, read_stored_claims
@@ -107,7 +108,7 @@ def _sum_over_parts(
 def _pushed_attention(lm: LM, ids: Sequence[int], push: Push) -> Float[Tensor, "layer head pos"]:
     "What the last token attends to when all tokens are pushed."
     added = push.added_norm * push.direction.vector.to(lm.device)
-    add = Intervention("resid_post", push.direction.layer, lambda x: (x.float() + added).to(x.dtype))
+    add = Intervention(*push.direction.place, lambda x: (x.float() + added).to(x.dtype))
     with lm.intervene(add):
         return _last_token_attention(lm, ids)
 
@@ -182,10 +183,10 @@ def null_attention_changes(
 def random_pushes_like(
     push: Push,
     directions: Sequence[Direction],  # Random ones
-) -> list[Push]:  # After the same layer, as strong
+) -> list[Push]:  # At the same layer and site, as strong
     "A push with other directions in its place."
-    layer = push.direction.layer
-    return [replace(push, direction=replace(direction, layer=layer)) for direction in directions]
+    site, layer = push.direction.place
+    return [replace(push, direction=replace(direction, layer=layer, site=site)) for direction in directions]
 
 # %% ../../nbs/phases/28_attention.ipynb #2911c794
 def attention_change_p(
@@ -240,38 +241,47 @@ def _head_contributions(
 
 # %% ../../nbs/phases/28_attention.ipynb #61ccf4a8
 def _task_contributions(
-    lm: LM, seen: Mapping[tuple[str, int], Float[Tensor, "..."]], layer: int, weight: Float[Tensor, "d_model"]
+    lm: LM, seen: Mapping[Place, Float[Tensor, "..."]], parts: Sequence[Place], weight: Float[Tensor, "d_model"]
 ) -> list[tuple[str, int, int, float]]:
-    "Part, layer, head and value of each component up to a layer, from what was captured of one prompt."
+    "Part, layer, head and value of each of some components, from what was captured of one prompt."
     rows = [("embedding", -1, -1, float(seen["resid_pre", 0].float() @ weight))]
-    for index in range(layer + 1):
+    for part, index in parts:
+        if part == "mlp_out":
+            rows.append(("mlp", index, -1, float(seen["mlp_out", index].float() @ weight)))
+            continue
         attention = seen["attn_out", index]
         by_head = _head_contributions(lm, index, seen["head_out", index], attention, weight)
         rows += [("head", index, head, float(value)) for head, value in enumerate(by_head)]
         rows.append(("bias", index, -1, float(attention.float() @ weight - by_head.sum())))
-        rows.append(("mlp", index, -1, float(seen["mlp_out", index].float() @ weight)))
     return rows
+
+# %% ../../nbs/phases/28_attention.ipynb #ad78c37d
+def _parts_before(layer: int, site: str) -> list[Place]:
+    "The attention (`attn_out`) and MLP (`mlp_out`) of each layer that has written by a place."
+    parts = [(part, index) for index in range(layer + 1) for part in ("attn_out", "mlp_out")]
+    unwritten = {"resid_pre": 2, "resid_mid": 1, "resid_post": 0}[site]
+    return parts[: len(parts) - unwritten]
 
 # %% ../../nbs/phases/28_attention.ipynb #8f91ce5a
 @torch.no_grad()
 def component_contributions(
     lm: LM,
     problems: Sequence[Problem],
-    layer: int,  # After which the weight reads
+    layer: int,  # At which the weight reads
     weight: Float[Tensor, "d_model"],
     style: str = "pva",
     progress: Progress = no_progress,
+    site: str = "resid_post",  # Where in that layer
 ) -> pd.DataFrame:  # One row a task and component: `part` (`embedding`, `head`, `mlp` or `bias`), `layer, head, value`
     "What each component writes along a weight at the last prompt token."
     weight = weight.float().to(lm.device)
-    sites = [("resid_pre", 0)]
-    for index in range(layer + 1):
-        sites += [("head_out", index), ("attn_out", index), ("mlp_out", index)]
+    parts = _parts_before(layer, site)
+    sites = [("resid_pre", 0), *parts, *(("head_out", index) for part, index in parts if part == "attn_out")]
     rows = []
     for problem in progress(list(problems), desc="what feeds the latent"):
         batch = lm.tokenize([lm.ids([render_problem_prompt(problem, style, lm.tokenizer).text])[0]])
         seen = {site: x[0, 0] for site, x in lm.capture(batch, sites, positions=-1).items()}
-        rows += [(problem.task_id, *row) for row in _task_contributions(lm, seen, layer, weight)]
+        rows += [(problem.task_id, *row) for row in _task_contributions(lm, seen, parts, weight)]
     return pd.DataFrame(rows, columns=["task_id", "part", "layer", "head", "value"])
 
 # %% ../../nbs/phases/28_attention.ipynb #add0dcbe

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.files import read_json, write_json, write_parquet
 from ..core.progress import Progress, no_progress
+from ..models.architectures import Place
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from ..runs.claims import NO_INTERVAL, claim_row
@@ -55,13 +56,13 @@ def _replace_states(x: Float[Tensor, "batch pos d_model"], value: Float[Tensor, 
     return torch.where(keep[..., None], x, value.to(x))
 
 
-def _loss_with(lm: LM, sequences: Sequence[list[int]], layer: int, replacement: Callable[[Tensor], Tensor]) -> float:
-    "The next-token loss with the states after a layer replaced."
+def _loss_with(lm: LM, sequences: Sequence[list[int]], place: Place, replacement: Callable[[Tensor], Tensor]) -> float:
+    "The next-token loss with the states of a place replaced."
 
     def swap(x: Tensor) -> Tensor:
         return _replace_states(x, replacement(x.float()))
 
-    with lm.intervene(Intervention("resid_post", layer, swap)):
+    with lm.intervene(Intervention(*place, swap)):
         return next_token_loss(lm, sequences)
 
 # %% ../../nbs/phases/23_saes.ipynb #b708a901
@@ -75,13 +76,15 @@ def loss_recovered(
     saes: Mapping[str, SAE],  # By name
     layer: int,
     mean: Float[Tensor, "d_model"],  # The mean state
+    site: str = "resid_post",
 ) -> dict[str, float]:  # By name: 1 is nothing lost, 0 is as bad as the mean
     "How much of the model's prediction survives reconstruction."
     intact = next_token_loss(lm, sequences)
-    ablated = _loss_with(lm, sequences, layer, lambda x: mean.float().expand_as(x))
+    place = (site, layer)
+    ablated = _loss_with(lm, sequences, place, lambda x: mean.float().expand_as(x))
     recovered = {}
     for name, sae in saes.items():
-        loss = _loss_with(lm, sequences, layer, partial(_reconstruct, sae))
+        loss = _loss_with(lm, sequences, place, partial(_reconstruct, sae))
         recovered[name] = 1 - (loss - intact) / (ablated - intact)
     return recovered
 
@@ -92,15 +95,16 @@ def sae_quality_table(
     sequences: Sequence[list[int]],  # Held-out pieces
     layer: int,
     n_loss_sequences: int = 16,  # So many of them for the loss recovered
+    site: str = "resid_post",
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a name: `tokens, explained_variance, l0, dead, dense, loss_recovered`
     "How well SAEs reconstruct the states of a model."
     stats = {name: ReconstructionStats(sae) for name, sae in saes.items()}
-    for x in stream_states(lm, sequences, layer, progress=progress):
+    for x in stream_states(lm, sequences, layer, site, progress=progress):
         for reconstruction in stats.values():
             reconstruction.add(x.cpu())
     mean = next(iter(stats.values())).mean
-    recovered = loss_recovered(lm, sequences[:n_loss_sequences], saes, layer, mean)
+    recovered = loss_recovered(lm, sequences[:n_loss_sequences], saes, layer, mean, site)
     rows = {name: stats[name].result() | {"loss_recovered": recovered[name]} for name in saes}
     return pd.DataFrame(rows).T
 
@@ -112,15 +116,16 @@ class LayerTraining:
     config: SAETrainingConfig
     folder: Path  # Where the SAE is saved; an unfinished training goes on from what it holds
     chunk_tokens: int = 500_000  # States in memory at a time
+    site: str = "resid_post"  # One of `RESIDUAL_SITES`
     metadata: dict = field(default_factory=dict)  # What else shall be written into the SAE
     progress: Progress = no_progress
 
 
-def _saved_training(lm: LM, layer: int, folder: Path) -> tuple[SAE, pd.DataFrame] | None:
+def _saved_training(lm: LM, place: Place, folder: Path) -> tuple[SAE, pd.DataFrame] | None:
     "The SAE of a layer and its training, where a folder holds them."
     if not (folder / "cfg.json").is_file():
         return None
-    sae = load_sae_folder(folder).check_site("resid_post", layer, lm.name)
+    sae = load_sae_folder(folder).check_site(*place, lm.name)
     return sae, pd.DataFrame(read_json(folder / "training.json"))
 
 # %% ../../nbs/phases/23_saes.ipynb #d4cc8b9d
@@ -133,7 +138,8 @@ def _chunk_reader(
 
     def read_chunk(index: int) -> Float[Tensor, "rows d_model"]:
         title = f"layer {layer}: states of chunk {index + 1} of {len(chunks)}"
-        states = stream_states(lm, chunks[index], layer, progress=partial(training.progress, desc=title))
+        progress = partial(training.progress, desc=title)
+        states = stream_states(lm, chunks[index], layer, training.site, progress=progress)
         return torch.cat([x.cpu() for x in states])
 
     return read_chunk, len(chunks)
@@ -145,9 +151,9 @@ def train_layer_sae(
     sequences: Sequence[list[int]],  # Pieces to train on
     training: LayerTraining,
 ) -> tuple[SAE, pd.DataFrame]:  # The SAE; the training: `seen, loss, dead`
-    "An SAE of the residual stream after a layer, trained on text; what is in the folder already is not trained again."
+    "An SAE of the residual stream at a layer, trained on text; what is in the folder already is not trained again."
     folder = Path(training.folder)
-    if saved := _saved_training(lm, layer, folder):
+    if saved := _saved_training(lm, (training.site, layer), folder):
         return saved
     folder.mkdir(parents=True, exist_ok=True)
     read_chunk, n_chunks = _chunk_reader(lm, layer, sequences, training)
@@ -158,7 +164,7 @@ def train_layer_sae(
     write_json(folder / "training.json", log.to_dict("records"))
     metadata = {
         "model_name": lm.name,
-        "hook_name": hook_name("resid_post", layer),
+        "hook_name": hook_name(training.site, layer),
         "model_revision": lm.revision,
         "context_size": len(sequences[0]),
         "seed": training.config.seed,

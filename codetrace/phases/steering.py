@@ -44,7 +44,7 @@ def choice_directions(
 ) -> tuple[list[Direction], list[Direction], list[Direction]]:  # Chosen, after a wrong layer, random
     "The directions of a choice."
     directions = [
-        Direction(d["name"], d["kind"], d["layer"], vector, d["max_activation_norm"], d["metadata"])
+        Direction(d["name"], d["kind"], d["layer"], vector, d["max_activation_norm"], d["metadata"], d["site"])
         for d, vector in zip(choice["directions"], vectors["directions"])
     ]
     null_start = choice["chosen"] + choice["misplaced"]
@@ -56,7 +56,7 @@ def choice_gate(choice: Mapping, vectors: Mapping[str, torch.Tensor]) -> Gate | 
     values = choice["gate"]
     if values is None:
         return None
-    return Gate(values["layer"], vectors["gate"], values["bias"], values["threshold"])
+    return Gate(values["layer"], vectors["gate"], values["bias"], values["threshold"], values["site"])
 
 # %% ../../nbs/phases/27_steering.ipynb #7cb596ae
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _check_layers(directions: Sequence[Direction], n_layers: int) -> None:
     for direction in directions:
         if direction.layer >= n_layers:
             raise BadInput(
-                f"{direction.name} is pushed after layer {direction.layer}, and the model has {n_layers}, from 0: choose another model"
+                f"{direction.name} is pushed at layer {direction.layer}, and the model has {n_layers}, from 0: choose another model"
             )
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEERING_GOALS', 'TUNING', 'candidate_directions', 'evaluate_pushes', 'best_evaluation', 'TuningConfig',
-           'tune_pushes', 'choose_gate', 'control_directions', 'encode_choice', 'choose_and_freeze', 'study_from_runs',
-           'tuning_claims', 'tuning_headline']
+           'tune_pushes', 'choose_gate', 'control_directions', 'encode_choice', 'choose_and_freeze', 'check_push_site',
+           'study_from_runs', 'tuning_claims', 'tuning_headline']
 
 # %% ../../nbs/phases/26_tuning.ipynb #a18e88cc
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,13 @@ from ..planted.steering import STEERING_STUDY_NAME, SteeringStudy
 from ..runs.claims import claim_row
 from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
-from ..sae.dataset import LabelledActivations, labelled_samples, load_labelled_activations, read_task_splits
+from codetrace.sae.dataset import (
+    LabelledActivations,
+    labelled_samples,
+    load_labelled_activations,
+    read_task_groups,
+    read_task_splits,
+)
 from ..sae.latent_search import top_latents
 from ..sae.linear_probes import best_threshold
 from codetrace.steering.directions import (
@@ -67,7 +73,7 @@ def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int
         states = choosing.states(row["position"], layer)
         family_wise_p = float(row.get("family_wise_p_all_positions", np.nan))
         metadata = {"predicts": row["predicts"], "position": row["position"], "family_wise_p": family_wise_p}
-        direction = latent_direction(choosing.sae(layer), latent, layer, states, **metadata)
+        direction = latent_direction(choosing.sae(layer), latent, layer, states, site=choosing.site, **metadata)
         name = f"latent {latent} of layer {layer} ({row['predicts']})"
         by_latent[layer, latent] = replace(direction, name=name)
     return list(by_latent.values())
@@ -78,10 +84,11 @@ def _probe_directions(choosing: LabelledActivations, layers: Iterable[int]) -> l
     searched = choosing.subset((choosing.rows["split"] == "sae").to_numpy())
     position = "last_generated" if "last_generated" in searched.positions else searched.positions[0]
     label = searched.rows["label"]
-    task = searched.rows["task_id"]
+    group = searched.rows["group"]
     directions = []
     for layer in layers:
-        fits = linear_probe_directions(searched.states(position, layer), label, task, layer, position=position)
+        states = searched.states(position, layer)
+        fits = linear_probe_directions(states, label, group, layer, choosing.site, position=position)
         directions += [replace(d, name=f"{d.kind} of layer {layer}") for d in fits]
     return directions
 
@@ -265,7 +272,7 @@ def choose_gate(
     if not candidates or not 0 < tuning_wrong.sum() < len(tuning_wrong):
         return None
     wrong = ~choosing.rows["label"].to_numpy(bool)
-    gates = [latent_gate(choosing.sae(d.layer), d.metadata["latent"], d.layer) for d in candidates]
+    gates = [latent_gate(choosing.sae(d.layer), d.metadata["latent"], d.layer, site=d.site) for d in candidates]
     aurocs = [float(auroc(wrong, _gate_readings(gate, d, choosing))) for gate, d in zip(gates, candidates)]
     best = int(np.argmax(aurocs))
     latent = candidates[best]
@@ -288,9 +295,9 @@ def _random_directions(
     if latents:
         latent = latents[0].metadata["latent"]
         states = choosing.states(latents[0].metadata["position"], layer)
-        random += density_matched_directions(choosing.sae(layer), latent, layer, states, n, seed)
+        random += density_matched_directions(choosing.sae(layer), latent, layer, states, n, seed, choosing.site)
     d_model = choosing.sae(layer).d_model
-    return random + gaussian_directions(d_model, layer, n, seed)
+    return random + gaussian_directions(d_model, layer, n, seed, choosing.site)
 
 # %% ../../nbs/phases/26_tuning.ipynb #a4c1ecea
 def control_directions(
@@ -319,6 +326,7 @@ def _direction_values(direction: Direction) -> dict:
         "name": direction.name,
         "kind": direction.kind,
         "layer": direction.layer,
+        "site": direction.site,
         "max_activation_norm": direction.max_activation_norm,
         "metadata": direction.metadata,
     }
@@ -348,7 +356,8 @@ def encode_choice(
     gate_values = None
     if gate is not None:
         vectors["gate"] = gate[0].weight
-        gate_values = gate[1] | {"layer": gate[0].layer, "bias": gate[0].bias, "threshold": gate[0].threshold}
+        reading = {"layer": gate[0].layer, "site": gate[0].site, "bias": gate[0].bias, "threshold": gate[0].threshold}
+        gate_values = gate[1] | reading
     choice = {
         "goals": {goal: _goal_values(goal, row, used) for goal, row in best.items()},
         "directions": [_direction_values(d) for d in used],
@@ -392,7 +401,7 @@ def choose_and_freeze(
     config = config.for_study(study)
     directions = candidate_directions(study.activations, pool, config.num_latents, config.plain)
     prompts = [render_problem_prompt(p, config.style, lm.tokenizer).text for p in tasks]
-    norms = median_norms(lm, prompts, config.progress)
+    norms = median_norms(lm, prompts, config.progress, study.activations.site)
     config = _with_slots_that_fit(config, lm, prompts, len(directions) * len(config.coefficients) * len(tasks))
     evaluations, best = tune_pushes(lm, tasks, directions, norms, folder, config)
     by_name = {d.name: d for d in reversed(directions)}
@@ -401,12 +410,25 @@ def choose_and_freeze(
     gate = choose_gate(study.activations, directions, picked[0].layer)
     conditions = _conditions(config, lm) | {
         "problems": problems,
+        "site": study.activations.site,
         "norms": norms.tolist(),
         "tuned_on": [p.task_id for p in tasks],
         "evaluations": len(evaluations),
     }
     digest = freeze_choice(folder, *encode_choice(best, directions, *controls, gate, **conditions))
     return evaluations, best, digest
+
+# %% ../../nbs/phases/26_tuning.ipynb #25091434
+def check_push_site(
+    site: str,  # That was asked for; empty: whatever there is
+    read_site: str,  # Where in a layer states and SAEs are
+) -> None:
+    "A push is added where its direction was found; raises `BadInput` for another site."
+    if site and site != read_site:
+        raise BadInput(
+            f"site={site}: the directions of this study are of {read_site}, where its states were saved and its SAEs "
+            f"read; run phase 1.0 with sites={site}, 1.5 with site={site}, then 2 and 3.1"
+        )
 
 # %% ../../nbs/phases/26_tuning.ipynb #1a6dd8d0
 def study_from_runs(
@@ -416,7 +438,8 @@ def study_from_runs(
     "A study from runs."
     parameters = read_manifest(folders["input"])["parameters"]
     saved = States(folders["input"])
-    rows = labelled_samples(saved.table, read_task_splits(folders["splits"]), ["sae", "hyperparams"])
+    splits = read_task_splits(folders["splits"])
+    rows = labelled_samples(saved.table, splits, ["sae", "hyperparams"], read_task_groups(folders["splits"]))
     choosing = load_labelled_activations(saved, folders["dictionaries"], rows)
     tune_on = select_problems(parameters["problems"], "hyperparams", 0, [folders["splits"]])
     pool = pd.read_parquet(folders["latents"] / "scores.parquet")

@@ -33,8 +33,7 @@ def _critical_value(deviations: Float[np.ndarray, "out resamples"], n: int, leve
     "How many standard errors cover all differences at once, for `n` clusters."
     from scipy.stats import norm, t
 
-    tail = (1 + level) / 2
-    return float(np.quantile(deviations.max(0), level) * t.ppf(tail, n - 1) / norm.ppf(tail))
+    return float(t.isf(norm.sf(np.quantile(deviations.max(0), level)), n - 1))
 
 # %% ../../nbs/sae/baseline_differences.ipynb #6f4cd36f
 def simultaneous_differences(

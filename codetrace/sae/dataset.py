@@ -20,7 +20,7 @@ from ..core.files import read_json
 from ..core.progress import Progress, no_progress
 from ..models.activations import States
 from .latent_search import P_COLUMNS, LatentSearch, all_latents, largest_of_nulls, search_latents
-from .loading import layers_with_saes, load_run_sae
+from .loading import layers_with_saes, load_run_sae, run_sae_site
 from .null_of_maximum import family_wise_p
 from .sae import SAE
 from ..sandbox.pool import NOT_JUDGED
@@ -84,6 +84,7 @@ class LabelledActivations:
     layers: tuple[int, ...]
     states: Callable[[str, int], Float[np.ndarray, "rows d_model"]]  # Of these rows by position and layer, read now
     sae: Callable[[int], SAE]
+    site: str = "resid_post"  # Where in a layer states and SAEs are
 
     def subset(self, mask: Bool[np.ndarray, "rows"]) -> "LabelledActivations":
         "Some of the rows."
@@ -94,6 +95,22 @@ class LabelledActivations:
 
         return replace(self, rows=self.rows[mask].reset_index(drop=True), states=masked_states)
 
+# %% ../../nbs/sae/dataset.ipynb #dae8eb14
+def _layers_with_both(saved: States, sae_folder: Path, site: str) -> list[int]:
+    "The layers that have states and SAEs of a site."
+    if site not in saved.sites:
+        raise BadInput(
+            f"the SAEs read {site}, and the states that were saved are of {', '.join(saved.sites)}: "
+            f"run phase 1.0 with sites={site}, or phase 1.5 with site={saved.sites[-1]}"
+        )
+    kept = [layer for kept_site, layer in saved.places if kept_site == site]
+    layers = sorted(set(kept) & set(layers_with_saes(sae_folder)))
+    if not layers:
+        raise BadInput(
+            f"states were saved for layers {kept}, SAEs exist for {layers_with_saes(sae_folder)}: run phase 1.5 with layers of the first list"
+        )
+    return layers
+
 # %% ../../nbs/sae/dataset.ipynb #e1afa078
 def load_labelled_activations(
     saved: States,  # Of a run of phase generation
@@ -102,22 +119,19 @@ def load_labelled_activations(
     positions: Sequence[str] = (),  # Positions (empty: all)
 ) -> LabelledActivations:
     "The labelled activations of a run."
-    layers = sorted(set(saved.layers) & set(layers_with_saes(sae_folder)))
-    if not layers:
-        raise BadInput(
-            f"states were saved for layers {list(saved.layers)}, SAEs exist for {layers_with_saes(sae_folder)}: run phase 1.5 with layers of the first list"
-        )
+    site = run_sae_site(sae_folder)
+    layers = _layers_with_both(saved, sae_folder, site)
     for position in positions:
         look_up_name(position, saved.kinds, "position")
     row_numbers = rows["row"].to_numpy()
 
     def read_states(position: str, layer: int) -> Float[np.ndarray, "rows d_model"]:
-        return saved.states(position, layer, rows=row_numbers)
+        return saved.states(position, layer, rows=row_numbers, site=site)
 
     def read_sae(layer: int) -> SAE:
         return load_run_sae(sae_folder, layer)
 
-    return LabelledActivations(rows, tuple(positions or saved.kinds), tuple(layers), read_states, read_sae)
+    return LabelledActivations(rows, tuple(positions or saved.kinds), tuple(layers), read_states, read_sae, site)
 
 # %% ../../nbs/sae/dataset.ipynb #2b18d4c7
 def _search_position(

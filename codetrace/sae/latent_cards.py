@@ -55,10 +55,11 @@ def token_activations(
     latent: int,
     text: str,
     max_tokens: int = 512,  # Tokens read, the last ones
+    site: str = "resid_post",
 ) -> tuple[list[str], list[float]]:  # Tokens, and how active the latent is at each
     "A latent's activation along a text."
     ids = lm.ids([text])[0][-max_tokens:]
-    x = lm.capture(lm.tokenize([ids]), [("resid_post", layer)])["resid_post", layer][0]
+    x = lm.capture(lm.tokenize([ids]), [(site, layer)])[site, layer][0]
     return [lm.tokenizer.decode([i]) for i in ids], sae.encode(x.cpu().float())[:, latent].tolist()
 
 
@@ -150,11 +151,15 @@ def add_card_examples(
     activation: ArrayLike,  # [rows]: how active the latent is
     texts: Sequence[str],  # Of the rows, up to where the states were taken
     n: int = 3,  # Samples shown
+    site: str = "resid_post",
 ) -> dict:  # The card with `promoted_tokens` and `top_examples`
     "Add the tokens that a latent promotes, and the samples in which it is most active."
     latent = int(card["latent"])
     layer = int(card["layer"])
     activation = np.asarray(activation)
     strongest_rows = [row for row in np.argsort(-activation, kind="stable")[:n] if activation[row] > 0]
-    examples = [peak_window(*token_activations(lm, sae, layer, latent, texts[row])) for row in strongest_rows]
+    examples = []
+    for row in strongest_rows:
+        tokens, values = token_activations(lm, sae, layer, latent, texts[row], site=site)
+        examples.append(peak_window(tokens, values))
     return card | {"promoted_tokens": promoted_tokens(lm, sae.W_dec[latent]), "top_examples": examples}

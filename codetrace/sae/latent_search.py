@@ -9,6 +9,7 @@ __all__ = ['P_COLUMNS', 'Permutations', 'draw_permutations', 'LatentSearch', 'se
 # %% ../../nbs/sae/latent_search.ipynb #ffba8042
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from ..core.errors import BadInput, look_up_name
 from codetrace.sae.null_of_maximum import (
     NOMINAL_LEVEL,
     PermutationDesign,
+    WeightedLabels,
     adjusted_separation,
     describe_unit,
     family_wise_p,
@@ -27,6 +29,7 @@ from codetrace.sae.null_of_maximum import (
     permutation_design,
     permute_labels,
     refusal_of_null,
+    weighted_labels,
 )
 from .sae import SAE
 from .separation import ActiveLatents, encode_active_latents, separation_scores
@@ -50,6 +53,11 @@ class Permutations:
     def refused(self) -> bool:
         "Is there no null?"
         return self.labels.shape[1] == 0
+
+    @cached_property
+    def weighted(self) -> WeightedLabels:
+        "What all layers are searched with, computed once."
+        return weighted_labels(self.design, self.labels)
 
 
 def draw_permutations(
@@ -94,10 +102,10 @@ def _nulls_of_layer(latents: ActiveLatents, between: Permutations, within: Permu
     "The largest score of a layer under each permutation, by column of `P_COLUMNS`."
     nulls = {name: np.zeros(0) for name in P_COLUMNS}
     if not between.refused:
-        nulls["family_wise_p"] = null_of_maximum(latents, between.design, between.labels)
+        nulls["family_wise_p"] = null_of_maximum(latents, between.weighted)
         nulls["family_wise_p_of_t"] = null_of_maximum_t(latents, between.labels)
     if not within.refused:
-        nulls["family_wise_p_within_tasks"] = null_of_maximum(latents, within.design, within.labels)
+        nulls["family_wise_p_within_tasks"] = null_of_maximum(latents, within.weighted)
     return nulls
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOMINAL_LEVEL', 'BETWEEN_TASKS_WEIGHT', 'ExchangeableGroups', 'PermutationDesign', 'permutation_design',
            'permute_labels', 'count_exchangeable', 'refusal_of_null', 'describe_unit', 'expected_label',
-           'weighted_labels', 'adjusted_separation', 'null_of_maximum', 'null_of_maximum_t', 'family_wise_p']
+           'WeightedLabels', 'weighted_labels', 'adjusted_separation', 'null_of_maximum', 'null_of_maximum_t',
+           'family_wise_p']
 
 # %% ../../nbs/sae/null_of_maximum.ipynb #aa5ef941
 from collections.abc import Iterator
@@ -222,11 +223,25 @@ def _stratum_of_row(design: PermutationDesign) -> np.ndarray:
     return stratum_of_solution[design.solution]
 
 
+@dataclass(frozen=True)
+class WeightedLabels:
+    "Labels about their expectation, what is between tasks at its weight."
+
+    design: PermutationDesign
+    values: Float[np.ndarray, "rows shuffles"]
+    scale: float  # The same for all permutations
+
+    @property
+    def can_move(self) -> bool:
+        "Does any label change places?"
+        return self.scale >= 1e-6
+
+
 def weighted_labels(
     design: PermutationDesign,
     labels: Bool[np.ndarray, "rows shuffles"],  # From `permute_labels`
-) -> tuple[Float[np.ndarray, "rows shuffles"], float]:  # And the scale, the same for all permutations
-    "Labels about their expectation, what is between tasks at its weight."
+) -> WeightedLabels:
+    "What is summed over the rows in which a latent is active; the same for every layer."
     from scipy.sparse import csr_array
 
     stratum = _stratum_of_row(design)
@@ -236,7 +251,7 @@ def weighted_labels(
     if design.between_groups:
         weighted += BETWEEN_TASKS_WEIGHT * (mean - expected_label(design)[:, None])
     scale = float(weighted[:, 0] @ labels[:, 0]) if labels.shape[1] else 0.0
-    return weighted.astype(np.float32), scale
+    return WeightedLabels(design, weighted.astype(np.float32), scale)
 
 # %% ../../nbs/sae/null_of_maximum.ipynb #272ffa14
 def adjusted_separation(
@@ -244,10 +259,10 @@ def adjusted_separation(
     design: PermutationDesign,
 ) -> Float[np.ndarray, "d_sae"]:  # NaN where no label can move
     "Separation scores beyond what the design gives."
-    weighted, scale = weighted_labels(design, design.label[design.solution][:, None])
-    if scale < 1e-6:
+    observed = weighted_labels(design, design.label[design.solution][:, None])
+    if not observed.can_move:
         return np.full(active.d_sae, np.nan)
-    return active.matrix() @ weighted[:, 0].astype(float) / scale
+    return active.matrix() @ observed.values[:, 0].astype(float) / observed.scale
 
 # %% ../../nbs/sae/null_of_maximum.ipynb #8b9df5b2
 def _blocks_by_activity(matrix, bound: np.ndarray, best: np.ndarray, size: int = 512) -> Iterator[np.ndarray]:
@@ -262,22 +277,19 @@ def _blocks_by_activity(matrix, bound: np.ndarray, best: np.ndarray, size: int =
 # %% ../../nbs/sae/null_of_maximum.ipynb #cd9e4097
 def null_of_maximum(
     active: ActiveLatents,
-    design: PermutationDesign,
-    permuted: Bool[np.ndarray, "rows shuffles"],  # From `permute_labels`
+    permuted: WeightedLabels,  # From `weighted_labels`
     block: int = 512,  # Latents at a time
 ) -> Float[np.ndarray, "shuffles"]:  # The largest adjusted separation, either way
     "Under each permutation of the labels, the best of a layer's latents."
-    weighted, scale = weighted_labels(design, permuted)
-    if scale < 1e-6:
-        raise BadInput(f"there is no null: {refusal_of_null(design)}")
-    weighted /= np.float32(scale)
+    if not permuted.can_move:
+        raise BadInput(f"there is no null: {refusal_of_null(permuted.design)}")
     matrix = active.matrix()
-    bound = np.diff(matrix.indptr) * np.abs(weighted).max()
-    best = np.zeros(permuted.shape[1], np.float32)
+    bound = np.diff(matrix.indptr) * np.abs(permuted.values).max()
+    best = np.zeros(permuted.values.shape[1], np.float32)
     for latents in _blocks_by_activity(matrix, bound, best, block):
-        score = matrix[latents] @ weighted  # "latents shuffles"
+        score = matrix[latents] @ permuted.values  # "latents shuffles"
         np.maximum(best, np.maximum(score.max(0), -score.min(0)), out=best)
-    return best.astype(float)
+    return best.astype(float) / permuted.scale
 
 # %% ../../nbs/sae/null_of_maximum.ipynb #9a5fdf90
 def _welch_t(n: np.ndarray, sums: np.ndarray, squares: np.ndarray, total: np.ndarray, total_squares: np.ndarray):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
+from ..models.architectures import RESIDUAL_SITES, Place, residual_places
 from ..models.decoding import EDIT_PLACES, Request, ResidualEdit
 from ..models.lm import LM
 from ..sae.density_matched_latents import density_matched_latents
@@ -39,7 +40,7 @@ DIRECTION_KINDS: dict[str, str] = {  # Kind: what it is, and what it would expla
 # %% ../../nbs/steering/directions.ipynb #52b051ef
 @dataclass(frozen=True, eq=False)
 class Direction:
-    "A unit vector of the residual stream after a layer."
+    "A unit vector of the residual stream at a layer."
 
     name: str
     kind: str  # A key of `DIRECTION_KINDS`
@@ -47,21 +48,33 @@ class Direction:
     vector: Float[Tensor, "d_model"]  # float32, of length 1
     max_activation_norm: float = float("nan")  # Of a latent: length of what its largest activation adds
     metadata: dict = field(default_factory=dict)  # Where it comes from
+    site: str = "resid_post"  # Where in the layer, one of `RESIDUAL_SITES`
 
     def __post_init__(self):
         look_up_name(self.kind, DIRECTION_KINDS, "kind of direction")
+        look_up_name(self.site, RESIDUAL_SITES, "site of a direction")
         length = float(self.vector.float().norm())
         if not 0 < length < float("inf"):
             raise BadInput(f"direction {self.name!r} has length {length}: give a vector of finite numbers, not all 0")
         object.__setattr__(self, "vector", self.vector.detach().float().cpu() / length)
 
+    @property
+    def place(self) -> Place:
+        return self.site, self.layer
+
+
+def _depth(place: Place) -> tuple[int, int]:
+    "Places in the order in which a model comes by them."
+    return place[1], RESIDUAL_SITES.index(place[0])
+
 # %% ../../nbs/steering/directions.ipynb #08030804
 def latent_direction(
     sae: SAE,
     latent: int,
-    layer: int,  # After which the SAE reads
+    layer: int,  # At which the SAE reads
     states: Float[np.ndarray, "rows d_model"] | None = None,  # Where its largest activation is looked for
     kind: str = "latent",
+    site: str = "resid_post",  # At which the SAE reads
     **metadata,
 ) -> Direction:
     "The decoder row of a latent."
@@ -72,7 +85,8 @@ def latent_direction(
     if states is not None and len(states):
         max_activation = float(encode_active_latents(sae, states).column(latent).max())
         max_activation_norm = max_activation * float(row.norm())
-    return Direction(f"{kind} {latent}", kind, layer, row, max_activation_norm, {"latent": int(latent)} | metadata)
+    origin = {"latent": int(latent)} | metadata
+    return Direction(f"{kind} {latent}", kind, layer, row, max_activation_norm, origin, site)
 
 # %% ../../nbs/steering/directions.ipynb #9f74ccfc
 def linear_probe_directions(
@@ -80,6 +94,7 @@ def linear_probe_directions(
     label: Sequence[bool] | pd.Series,  # Of each row: correct?
     task: Sequence | pd.Series,  # Of each row
     layer: int,
+    site: str = "resid_post",  # Of the states
     **metadata,
 ) -> list[Direction]:  # Toward correct
     "The directions that separate the states of right and wrong answers without an SAE."
@@ -88,7 +103,7 @@ def linear_probe_directions(
         "probe": logistic_probe(states, label, task, (1e-3,)).direction,
     }
     return [
-        Direction(kind, kind, layer, torch.as_tensor(vector), metadata=dict(metadata))
+        Direction(kind, kind, layer, torch.as_tensor(vector), metadata=dict(metadata), site=site)
         for kind, vector in vectors.items()
     ]
 
@@ -109,6 +124,7 @@ def density_matched_directions(
     states: Float[np.ndarray, "rows d_model"],
     n: int = 10,
     seed: int = 0,
+    site: str = "resid_post",  # Of SAE and states
 ) -> list[Direction]:
     "Random latents of about the same density, none of them nearly parallel to it."
     active = encode_active_latents(sae, states)
@@ -117,7 +133,7 @@ def density_matched_directions(
     count[_nearly_parallel(sae, latent)] = 0
     count[latent] = own_density
     chosen = density_matched_latents(count, latent, n, seed)
-    return [latent_direction(sae, int(j), layer, states, "random latent", active=int(count[j])) for j in chosen]
+    return [latent_direction(sae, int(j), layer, states, "random latent", site, active=int(count[j])) for j in chosen]
 
 
 def gaussian_directions(
@@ -125,11 +141,12 @@ def gaussian_directions(
     layer: int,
     n: int = 10,
     seed: int = 0,
+    site: str = "resid_post",
 ) -> list[Direction]:
     "Random directions, all equally likely."
     random = torch.Generator().manual_seed(1000 * seed + layer)
     rows = torch.randn(n, d_model, generator=random)
-    return [Direction(f"gaussian {i}", "gaussian", layer, row) for i, row in enumerate(rows)]
+    return [Direction(f"gaussian {i}", "gaussian", layer, row, site=site) for i, row in enumerate(rows)]
 
 # %% ../../nbs/steering/directions.ipynb #61e2ed46
 def wrong_layer_control(
@@ -147,13 +164,14 @@ def median_norms(
     lm: LM,
     texts: Sequence[str] | Sequence[Sequence[int]],  # Prompts, say
     progress: Progress = no_progress,
+    site: str = "resid_post",  # One of `RESIDUAL_SITES`
 ) -> Float[np.ndarray, "layer"]:
-    "The median length of the residual stream after each layer."
-    sites = [("resid_post", layer) for layer in range(lm.n_layers)]
+    "The median length of the residual stream at each layer."
+    places = residual_places([site], range(lm.n_layers))
     norms = []
     for token_ids in progress(lm.ids(texts), desc="norms"):
-        states = lm.capture(lm.tokenize([token_ids]), sites)
-        norms.append(torch.stack([states[site][0, 1:].float().norm(dim=-1).cpu() for site in sites]))
+        states = lm.capture(lm.tokenize([token_ids]), places)
+        norms.append(torch.stack([states[place][0, 1:].float().norm(dim=-1).cpu() for place in places]))
     if not norms or not sum(x.shape[1] for x in norms):
         raise BadInput(f"{len(norms)} texts have no second token: norms are taken from it on; give longer texts")
     return torch.cat(norms, 1).median(1).values.double().numpy()
@@ -163,10 +181,15 @@ def median_norms(
 class Gate:
     "Opens at a token where a reading of the residual stream is above a threshold."
 
-    layer: int  # From 0: after this layer
+    layer: int  # From 0
     weight: Float[Tensor, "d_model"]
     bias: float
     threshold: float
+    site: str = "resid_post"  # Where in the layer, one of `RESIDUAL_SITES`
+
+    @property
+    def place(self) -> Place:
+        return self.site, self.layer
 
     def reading(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
         "What is compared with the threshold."
@@ -178,11 +201,12 @@ def latent_gate(
     latent: int,
     layer: int,
     threshold: float = 0.0,
+    site: str = "resid_post",  # At which the SAE reads
 ) -> Gate:
     "A latent, before its activation function, as a gate."
     weight = sae.W_enc[:, latent].float().cpu()
     shift = float(sae.b_dec.float().cpu() @ weight) if sae.centred else 0.0
-    return Gate(layer, weight, float(sae.b_enc[latent]) - shift, threshold)
+    return Gate(layer, weight, float(sae.b_enc[latent]) - shift, threshold, site)
 
 # %% ../../nbs/steering/directions.ipynb #5b4256c4
 @dataclass(frozen=True, eq=False)
@@ -201,9 +225,10 @@ class Push:
             raise BadInput(
                 f"{self.direction.name}: added_norm {self.added_norm} is not finite; check coefficient {self.coefficient}"
             )
-        if self.gate is not None and self.gate.layer > self.direction.layer:
+        if self.gate is not None and _depth(self.gate.place) > _depth(self.direction.place):
             raise BadInput(
-                f"the gate reads layer {self.gate.layer}, after the push at layer {self.direction.layer}: choose a latent of layer {self.direction.layer} or below"
+                f"the gate reads {self.gate.site} of layer {self.gate.layer}, after the push at {self.direction.site} of "
+                f"layer {self.direction.layer}: choose a latent of layer {self.direction.layer} or below"
             )
 
     @property
@@ -284,22 +309,22 @@ def push_edits(
     pushes: Sequence[Push | None],  # By number (None: nothing is done)
     push_number: Callable[[Request], int] = _last_of_key,  # Which of them a request gets
 ) -> list[ResidualEdit]:  # For `Decoder`
-    "All pushes as edits, one for each layer and place; gates are read before anything is added."
+    "All pushes as edits, one for each site, layer and place in the text; gates are read before anything is added."
     by_number = {i: push for i, push in enumerate(pushes) if push is not None}
     readers = {}
     edits = []
     gates = {}
     for i, push in by_number.items():
         if push.gate is not None:
-            gates.setdefault((push.gate.layer, push.where), {})[i] = push.gate
-    for (layer, where), gates_there in sorted(gates.items(), key=lambda item: item[0]):
+            gates.setdefault((_depth(push.gate.place), push.gate.place, push.where), {})[i] = push.gate
+    for (_, place, where), gates_there in sorted(gates.items(), key=lambda item: item[0]):
         d_model = len(next(iter(gates_there.values())).weight)
-        reader = _GateReader(gates_there, push_number, len(pushes), d_model)
-        readers[layer, where] = reader
-        edits.append(ResidualEdit(layer, reader, where))
-    for layer, where in sorted({(push.direction.layer, push.where) for push in by_number.values()}):
-        pushes_there = {i: p for i, p in by_number.items() if (p.direction.layer, p.where) == (layer, where)}
-        gate_layers = sorted({push.gate.layer for push in pushes_there.values() if push.gate is not None})
-        readers_there = [readers[gate_layer, where] for gate_layer in gate_layers]
-        edits.append(ResidualEdit(layer, _PushAdder(pushes_there, push_number, len(pushes), readers_there), where))
+        readers[place, where] = _GateReader(gates_there, push_number, len(pushes), d_model)
+        edits.append(ResidualEdit(place[1], readers[place, where], where, place[0]))
+    for place, where in dict.fromkeys((push.direction.place, push.where) for push in by_number.values()):
+        pushes_there = {i: p for i, p in by_number.items() if (p.direction.place, p.where) == (place, where)}
+        gate_places = dict.fromkeys(push.gate.place for push in pushes_there.values() if push.gate is not None)
+        readers_there = [readers[gate_place, where] for gate_place in gate_places]
+        adder = _PushAdder(pushes_there, push_number, len(pushes), readers_there)
+        edits.append(ResidualEdit(place[1], adder, where, place[0]))
     return edits

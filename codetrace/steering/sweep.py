@@ -168,7 +168,7 @@ def gate_open_rate(
     "The share of written tokens at which a gate is open."
     if not len(tokens):
         return float("nan")
-    states = lm.capture(lm.tokenize([[*ids, *tokens]]), [("resid_post", gate.layer)])["resid_post", gate.layer][0]
+    states = lm.capture(lm.tokenize([[*ids, *tokens]]), [gate.place])[gate.place][0]
     return float((gate.reading(states[len(ids) :]) > gate.threshold).float().mean())
 
 # %% ../../nbs/steering/sweep.ipynb #c60369c7
@@ -206,8 +206,8 @@ def gate_open_at_prompt(
 ) -> dict[str, bool]:  # By task id
     "For which tasks a gate is open at the last prompt token."
     prompts = [render_problem_prompt(problem, style, lm.tokenizer).text for problem in problems]
-    site = ("resid_post", gate.layer)
-    states = [lm.capture(lm.tokenize([ids]), [site], positions=-1)[site][0, 0] for ids in lm.ids(prompts)]
+    place = gate.place
+    states = [lm.capture(lm.tokenize([ids]), [place], positions=-1)[place][0, 0] for ids in lm.ids(prompts)]
     is_open = (gate.reading(torch.stack(states)) > gate.threshold).tolist()
     return dict(zip((problem.task_id for problem in problems), is_open))
 

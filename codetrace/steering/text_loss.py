@@ -48,10 +48,10 @@ def _push_interventions(push: Push) -> list[Intervention]:
             added = added * is_open["gate"][..., None].to(added)
         return (x.float() + added).to(x.dtype)
 
-    change = [Intervention("resid_post", push.direction.layer, add)]
+    change = [Intervention(*push.direction.place, add)]
     if push.gate is None:
         return change
-    return [Intervention("resid_post", push.gate.layer, read_gate), *change]
+    return [Intervention(*push.gate.place, read_gate), *change]
 
 
 def _sequence_losses(lm: LM, sequences: Sequence[Sequence[int]], batch_size: int) -> Float[np.ndarray, "rows"]:

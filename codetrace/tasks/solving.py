@@ -23,6 +23,7 @@ from ..core.files import read_json, write_json, write_parquet
 from ..core.records import Records, read_records
 from ..core.shards import collect_shard_rows
 from ..models.activations import StateParts, merge_states
+from ..models.architectures import Place, residual_places
 from ..models.decoding import STATE_KINDS, Continuation, Decoder, Request, ResidualEdit, slots_that_fit
 from ..models.lm import LM
 from ..models.memory import MemoryEstimate, check_memory_estimate, estimate_generation_memory
@@ -186,17 +187,17 @@ def _sample_row(graded: _GradedSample, seed: int) -> dict:
 
 # %% ../../nbs/tasks/solving.ipynb #62362a9d
 def _stacked_states(
-    continuations: Sequence[Continuation], layers: Sequence[int]
-) -> tuple[dict[str, list], Sequence[int], dict[int, list]]:
-    "States by kind, the layers, and states per token by layer, as `StateParts.append` takes them."
+    continuations: Sequence[Continuation], places: Sequence[Place]
+) -> tuple[dict[str, list], Sequence[Place], dict[Place, list]]:
+    "States by kind, the places, and states per token by place, as `StateParts.append` takes them."
     states = {}
     for kind in STATE_KINDS:
         if continuations[0].states:
             states[kind] = [continuation.states[kind] for continuation in continuations]
     per_token = {}
-    for layer in continuations[0].per_token:
-        per_token[layer] = [continuation.per_token[layer] for continuation in continuations]
-    return states, layers, per_token
+    for place in continuations[0].per_token:
+        per_token[place] = [continuation.per_token[place] for continuation in continuations]
+    return states, places, per_token
 
 # %% ../../nbs/tasks/solving.ipynb #e2618e63
 SAMPLES_PER_PART = 50
@@ -209,7 +210,7 @@ class _SampleWriter:
     records: Records
     parts: StateParts | None  # None where no states are kept
     seed: int
-    layers: Sequence[int]
+    places: Sequence[Place]
     pending: list[_GradedSample]
 
     def add(self, graded: _GradedSample) -> None:
@@ -231,7 +232,7 @@ class _SampleWriter:
             _check_regenerated(self.records, regenerated)
         if self.parts is not None and rows:
             continuations = [graded.continuation for graded in self.pending]
-            self.parts.append(list(rows), *_stacked_states(continuations, self.layers))
+            self.parts.append(list(rows), *_stacked_states(continuations, self.places))
         self.records.append(row for key, row in rows.items() if key not in done)
         if len(rows) < SAMPLES_PER_PART or regenerated:
             self.records.flush()
@@ -262,6 +263,7 @@ class SamplingOptions:
     max_new_tokens: int = 2000
     layers: Sequence[int] | None = None  # Whose states are kept (None: of all)
     per_token_layers: Sequence[int] = ()  # Whose states are kept for every token written
+    sites: Sequence[str] = ("resid_post",)  # At which states are kept: some of `RESIDUAL_SITES`
     slots: int = 0  # Answers written at a time (0: as many as fit)
     seed: int = 0
     workers: int | None = None  # Of the sandbox (None: one a core)
@@ -269,6 +271,10 @@ class SamplingOptions:
     def kept_layers(self, lm: LM) -> tuple[int, ...]:
         "The layers whose states are kept."
         return tuple(range(lm.n_layers)) if self.layers is None else tuple(self.layers)
+
+    def kept_places(self, lm: LM) -> tuple[Place, ...]:
+        "The sites and layers whose states are kept."
+        return residual_places(self.sites, self.kept_layers(lm))
 
     def keeps_states(self, lm: LM) -> bool:
         return bool(self.kept_layers(lm) or self.per_token_layers)
@@ -292,7 +298,7 @@ def generate_samples(
         remaining = [sample for key, sample in samples.items() if key not in done]
         slots = _load_or_choose_slots(folder, lm, list(samples.values()), options)
         decoder = _decoder(lm, remaining, slots, options, edits)
-        writer = _SampleWriter(records, parts, options.seed, options.kept_layers(lm), [])
+        writer = _SampleWriter(records, parts, options.seed, options.kept_places(lm), [])
         started = time.perf_counter()
         try:
             for continuation in progress(decoder, total=len(remaining), desc="writing answers"):
@@ -341,6 +347,7 @@ def _decoder(
         slots,
         layers=options.kept_layers(lm),
         per_token=options.per_token_layers,
+        sites=options.sites,
         edits=edits,
     )
 
@@ -500,5 +507,6 @@ def plan_decoding_slots(
 
 
 def _estimate_for_slots(lm: LM, prompt_length: int, options: SamplingOptions, slots: int) -> MemoryEstimate:
-    kept = {"keep": len(options.kept_layers(lm)), "per_token": len(options.per_token_layers)}
+    token_places = residual_places(options.sites, options.per_token_layers)
+    kept = {"keep": len(options.kept_places(lm)), "per_token": len(token_places)}
     return estimate_generation_memory(lm, slots, prompt_length, options.max_new_tokens, **kept)
