@@ -7,6 +7,7 @@ __all__ = ['RunFailed', 'without_examples', 'execute_phase']
 
 # %% ../../nbs/runs/execute.ipynb #536a6f6c
 import ast
+import errno
 import json
 import logging
 import os
@@ -141,6 +142,9 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
         source.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/execute.ipynb #5874eaf3
+_NO_ROOM_OR_RIGHT = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()}
+
+
 def _record_run_error(run: Run, error: BaseException) -> Exception | None:
     "Write down how a run went wrong, and give the error that the caller shall see."
     run.manifest |= read_json(run.folder / "run.json")
@@ -150,7 +154,7 @@ def _record_run_error(run: Run, error: BaseException) -> Exception | None:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
         return RunInterrupted(f"interrupted; the same command continues run {run.manifest['run_id']}")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in _NO_ROOM_OR_RIGHT:
         return StorageError(
             f"cannot write to {run.folder}: {error.strerror or error}; free some space or set CODETRACE_RUNS"
         )

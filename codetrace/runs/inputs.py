@@ -170,6 +170,10 @@ def _command_for_input(declared: PhaseInput, agreement: Mapping, resolved: Mappi
     return " ".join(["codetrace run", declared.phase, *words])
 
 # %% ../../nbs/runs/inputs.ipynb #55707602
+def _is_example(manifest: Mapping) -> bool:
+    return bool(manifest.get("example"))
+
+
 def _search_input(
     declared: PhaseInput, agreement: Mapping, resolved: Mapping, declaration: Phase, root: Path | None
 ) -> dict:
@@ -181,7 +185,8 @@ def _search_input(
         if not declared.built_on:
             raise
         candidates = []
-    for manifest in reversed(candidates):
+    newest_first = reversed(candidates)
+    for manifest in sorted(newest_first, key=_is_example):  # an example only where there is nothing else
         has_role = all(manifest["parameters"].get(name) == value for name, value in declared.role.items())
         is_built_on = not declared.built_on or _was_made_from(manifest, resolved[declared.through])
         is_real = manifest.get("example") != MADE_UP_DATA

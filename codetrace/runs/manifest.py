@@ -171,7 +171,7 @@ def find_run(
 ) -> dict:  # The run's manifest
     "Find one run by name."
     if _is_folder_of_run(name):
-        return read_manifest(Path(name))
+        return read_manifest(Path(name).absolute())
     manifests = {manifest["run_id"]: manifest for manifest in all_runs(root)}
     if name in manifests:
         return manifests[name]
@@ -201,7 +201,7 @@ def changed_outputs(
 # %% ../../nbs/runs/manifest.ipynb #70c8fb6e
 def _is_reference(manifest: dict) -> bool:
     "Is this one of the records that the repository keeps?"
-    return "reference" in Path(manifest["folder"]).parts
+    return Path(manifest["folder"]).parts[-3:-2] == ("reference",)  # reference/phase/run
 
 
 def reference_runs(
