@@ -143,8 +143,8 @@ def bootstrap_interval(
     if clusters.shape != (len(values),):
         raise BadInput(f"{clusters.shape} clusters for {len(values)} rows: one cluster a row")
     member = np.unique(clusters, return_inverse=True)[1]
-    options = dict(n_resamples=n_resamples, level=level, seed=seed, method=method)
-    low, high = _mean_interval(_as_columns(values), member, **options)
+    columns = _as_columns(values)
+    low, high = _mean_interval(columns, member, n_resamples=n_resamples, level=level, seed=seed, method=method)
     return low.reshape(values.shape[1:])[()], high.reshape(values.shape[1:])[()]
 
 # %% ../../nbs/core/stats.ipynb #ecb33c6a
@@ -172,12 +172,14 @@ def share_interval(
     if ((values < 0) | (values > 1)).any():
         raise BadInput(f"shares from {values.min():g} to {values.max():g}: give each task's share, from 0 to 1")
     if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
-        return wilson(values.sum(), len(values), level)
+        low, high = wilson(values.sum(), len(values), level)
+        return float(low), float(high)
     tail = (1 - level) / 2
     share = values.mean()
     independent = share * (1 - share) / (values.var(ddof=1) / len(values))
     stretched = independent * (norm.isf(tail) / t.isf(tail, effective_df(values))) ** 2
-    return wilson(share * stretched, stretched, level)
+    low, high = wilson(share * stretched, stretched, level)
+    return float(low), float(high)
 
 # %% ../../nbs/core/stats.ipynb #a088c038
 def sign_flip_p(

@@ -223,7 +223,7 @@ def _check(self: Decoder) -> None:
         raise BadInput(f"max_new_tokens={self.max_new_tokens}, slots={self.slots}: at least 1 each")
     if self.lm._interventions:
         raise BadInput("answers in slots know no `lm.intervene`: positions differ from slot to slot; give `edits`")
-    kept = residual_places(self.sites, (*self.layers, *self.per_token))
+    kept = residual_places(self.sites, (*(self.layers or ()), *self.per_token))
     for place in {*kept, *(edit.place for edit in self.edits)}:
         self.lm.site_module(*place)
 

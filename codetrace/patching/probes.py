@@ -264,7 +264,7 @@ def can_be_readable(
     "Could each cell be called readable, if its probe were always right and the controls never?"
     chance = probes["beyond_chance"].clip(upper=1)
     smallest_p = np.maximum(0.5 ** probes["n"], chance ** probes["n_beyond"])
-    return holm(smallest_p.where(probes["n_beyond"] > 0)) <= level
+    return np.asarray(holm(smallest_p.where(probes["n_beyond"] > 0)) <= level)
 
 # %% ../../nbs/patching/probes.ipynb #2ba86e7a
 def probes_with_effects(

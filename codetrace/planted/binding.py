@@ -292,5 +292,6 @@ def load_model_or_planted(
 ) -> LM:
     "A model by name; what begins with `planted:` is built by hand."
     if name.startswith("planted:"):
-        return look_up_name(name, PLANTED_MODELS, "planted model")()
+        look_up_name(name, PLANTED_MODELS, "planted model")
+        return PLANTED_MODELS[name]()
     return models.load(name, **options)

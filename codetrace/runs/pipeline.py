@@ -129,6 +129,6 @@ def run_study(
                 raise
             failures[text] = " ".join(str(error).split())
             report_line(f"{text}: {failures[text]}")
-    values = report_inputs(manifests) | {"failed": json.dumps(failures)} | overrides.get("report", {})
+    values = report_inputs(manifests) | {"failed": json.dumps(failures)} | dict(overrides.get("report", {}))
     manifests["report"] = run_step("report", values)
     return manifests, failures

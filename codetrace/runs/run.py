@@ -316,7 +316,7 @@ def _named_files(phase: str, parameters: Mapping) -> dict[str, str]:
 
 def _run_key(code: str, parameters: Mapping, inputs: Sequence[Mapping], files: Mapping[str, str]) -> str:
     "What decides the outcome of a run, as one hash."
-    return digest_values(outcome_digest(code, parameters, inputs), files)
+    return digest_values(outcome_digest(code, parameters, list(inputs)), files)
 
 
 def _inputs_begun_with(home: Path, code: str, parameters: Mapping) -> list[dict] | None:

@@ -193,7 +193,8 @@ class ForkedKernel:
 
     def send_signal(self, number: int):
         "Send a signal, to this process only."
-        signal.pidfd_send_signal(self._handle, number)
+        if self._handle is not None:
+            signal.pidfd_send_signal(self._handle, number)
 
     def kill(self):
         "End it at once."

@@ -160,6 +160,6 @@ def add_card_examples(
     strongest_rows = [row for row in np.argsort(-activation, kind="stable")[:n] if activation[row] > 0]
     examples = []
     for row in strongest_rows:
-        tokens, values = token_activations(lm, sae, layer, latent, texts[row], site=site)
+        tokens, values = token_activations(lm, sae, layer, latent, texts[int(row)], site=site)
         examples.append(peak_window(tokens, values))
     return card | {"promoted_tokens": promoted_tokens(lm, sae.W_dec[latent]), "top_examples": examples}
