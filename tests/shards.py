@@ -20,10 +20,10 @@ BIN = Path(sys.executable).parent
 PARAMETERS = """n: int = 60  # How many
 model: str = ""  # Also ask this one; empty: none
 seconds: float = 0.0  # Each row takes
-broken: str = ""  # While this file is there, row 40 cannot be computed
 shards: int = 1  # Parts
 shard: int = -1  # Which; -1: all"""
-PHASE = """import time
+PHASE = """import os
+import time
 from pathlib import Path
 
 from codetrace.core.records import Records
@@ -31,7 +31,7 @@ from codetrace.core.shards import collect_shard_rows
 from codetrace.core.shards import shard_range
 from codetrace.runs.run import start_run
 
-run = start_run(LETTERS, n=n, model=model, seconds=seconds, broken=broken, shards=shards, shard=shard)
+run = start_run(LETTERS, n=n, model=model, seconds=seconds, shards=shards, shard=shard)
 indices = shard_range(n, shards, shard)
 lm = None
 if model and not run.shards:
@@ -41,7 +41,7 @@ if model and not run.shards:
 
 def compute(i):
     time.sleep(seconds)
-    assert i != 40 or not Path(broken or "/nothing").exists(), "row 40 is out of reach"
+    assert i != 40 or not Path(os.environ.get("CODETRACE_OBSTACLE", "/nothing")).exists(), "row 40 is out of reach"
     return {"i": i, "letter": chr(97 + i % 26)} | ({} if lm is None else {"logit": lm.logits(f"x = {i}")[0, 5].item()})
 
 

@@ -29,7 +29,6 @@ from codetrace.tasks import binding_training
 from codetrace.tasks.binding_answers import predict_digits, prediction_table, rule_is_right
 from codetrace.tasks.binding_programs import (
     HELD_OUT_PAIRS,
-    HELD_OUT_PAIRS,
     BindingProgramOptions,
     BindingPrograms,
     draw_binding_programs,

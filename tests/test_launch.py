@@ -61,8 +61,8 @@ def test_two_shards_are_the_whole_byte_for_byte(workspace):
 def test_a_shard_that_fails_is_reported_and_only_it_runs_again(workspace, whole, tmp_path):
     obstacle = tmp_path / "obstacle"
     obstacle.touch()
-    command = [*TWO_SHARDS, "-p", f"broken={obstacle}"]
-    failed = workspace.call(*command)
+    workspace.environment["CODETRACE_OBSTACLE"] = str(obstacle)
+    failed = workspace.call(*TWO_SHARDS)
     assert failed.returncode == 1
     lines = failed.stderr.splitlines()
     assert "codetrace: 1 of 2 shards failed; the same command runs only shard 1 again" in lines
@@ -73,13 +73,13 @@ def test_a_shard_that_fails_is_reported_and_only_it_runs_again(workspace, whole,
     missing = workspace.call("merge", "letters")
     assert missing.returncode == 2 and "1 of 2 shards are missing" in missing.stderr
     obstacle.unlink()
-    assert workspace.call(*command, "-q").returncode == 0
+    assert workspace.call(*TWO_SHARDS, "-q").returncode == 0
     assert [m["run_id"] for m in workspace.manifests(0)] == [first["run_id"]]
     assert [m["run_id"] for m in workspace.manifests(1)] == [second["run_id"]]  # resumed
     assert workspace.parts(workspace.manifests(-1)[0]) == whole
     damaged = max((second["folder"] / "letters").glob("part-*"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    mended = workspace.call(*command)
+    mended = workspace.call(*TWO_SHARDS)
     assert mended.returncode == 0, mended.stderr
     assert f"letters 1: run {second['run_id']} is damaged (letters/{damaged.name}): computed anew" in mended.stderr
     assert "letters 0: complete already" in mended.stderr and len(workspace.manifests(1)) == 2
