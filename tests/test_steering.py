@@ -124,6 +124,7 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     split = {name: [p.task_id for p in made[cut]] for name, cut in CUTS.items()}
     run = open_run("splits", {"problems": str(problems)}, "made up", root=root)
     run.write_json("split_metadata.json", {"task_ids": split})
+    pd.DataFrame({"first": [], "second": []}, dtype=str).to_parquet(run.folder / "near_duplicates.parquet", index=False)
     run.finish()
     splits = run.folder.name
     given = {

@@ -75,11 +75,13 @@ def _check_same_model(before: Mapping | None, now: object):
     "Refuse to go on with rows of one model where they were begun with another, or with numbers of another precision."
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return
-    for name in ("name", "revision", "dtype"):
+    if before.get("name") != now.get("name"):  # one of several models
+        return
+    for name in ("revision", "dtype"):
         if name in before and before[name] != _plain(now.get(name)):
             raise BadInput(
-                f"this run was begun with {name}={before[name]}, and here it is {now.get(name)}: "
-                f"continue it where it was begun, or begin another with -p {name if name == 'dtype' else 'model'}=…"
+                f"{now['name']} had {name} {before[name]} when this run was begun, and has {now.get(name)} here: "
+                "continue it where it was begun, or begin another"
             )
 
 # %% ../../nbs/runs/run.ipynb #8478a10d

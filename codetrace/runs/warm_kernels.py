@@ -35,12 +35,18 @@ _READ_AT_IMPORT = (
     *"HF_ HUGGINGFACE_ TRANSFORMERS_ TOKENIZERS_ OMP_ OPENBLAS_ MKL_ KMP_ TORCH PYTORCH_ PYTHON MPL LD_ XDG_ HOME TMPDIR TZ".split(),
 )
 
+_SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")  # Of sklearn and torch
+
 
 def kernel_setting(
     environment: Mapping[str, str],  # Variables of the process that wants a kernel
 ) -> str:  # A hash
     "What a process and a kernel forked for it must have in common."
-    read = {name: value for name, value in environment.items() if name.startswith(_READ_AT_IMPORT)}
+    read = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_AT_IMPORT) and name not in _SET_BY_IMPORTS
+    }
     return digest_values(library_code(), sorted(read.items()), sys.prefix)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #6e602da9

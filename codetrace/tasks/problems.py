@@ -327,7 +327,7 @@ def _from_humaneval(row: dict, source: str, licence: str, where: str) -> Problem
     try:
         tests = _split_humaneval_test(head, test, entry_point)
     except RecursionError:
-        raise BadProblem(f"{where}: the test is too deeply nested") from None
+        raise BadProblem(f"{where}: the test is nested too many levels deep") from None
     except BadProblem as error:
         raise BadProblem(f"{where}: {error}") from None
     return Problem(_read_task_id(row, where), prompt, head + solution, tests, "", entry_point, source, licence)
@@ -411,9 +411,11 @@ def _check_problem(problem: Problem, where: str) -> None:
     _check_levels(parse_python(problem.reference, f"{where}: the reference"), f"{where}: the reference")
     if problem.entry_point not in _defined_names(problem.reference):
         raise BadProblem(f"{where}: the reference does not define {problem.entry_point!r}")
-    parse_python(problem.setup, f"{where}: the setup")
+    _check_levels(parse_python(problem.setup, f"{where}: the setup"), f"{where}: the setup")
     for n, test in enumerate(problem.tests, 1):
-        if problem.entry_point not in _loaded_names(parse_python(test, f"{where}: test {n}")):
+        tree = parse_python(test, f"{where}: test {n}")
+        _check_levels(tree, f"{where}: test {n}")
+        if problem.entry_point not in _loaded_names(tree):
             raise BadProblem(f"{where}: test {n} does not call {problem.entry_point!r}: {test!r:.80}")
 
 # %% ../../nbs/tasks/problems.ipynb #d1c158cd
