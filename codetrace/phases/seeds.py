@@ -336,5 +336,5 @@ SEEDS = Phase(
     headline="seeds_headline",
     figures=("heads.png", "layers.png"),
     claims="seeds_claims",
-    made_up={"models": ["planted:binding", "planted:binding@1", "planted:binding@2"]},
+    made_up={"models": ["planted:binding", "planted:binding@1"]},
 )
