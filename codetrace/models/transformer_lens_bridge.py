@@ -7,12 +7,9 @@ __all__ = ['NoTransformerLens', 'transformer_lens_bridge']
 
 # %% ../../nbs/models/transformer_lens_bridge.ipynb #8df06f71
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import BadInput
-
-if TYPE_CHECKING:
-    from codetrace.models.lm import LM
 
 # %% ../../nbs/models/transformer_lens_bridge.ipynb #03f6a3e6
 class NoTransformerLens(BadInput):
@@ -20,7 +17,7 @@ class NoTransformerLens(BadInput):
 
 
 def transformer_lens_bridge(
-    lm: "LM",
+    lm,  # An `LM`, whose module imports this one
 ):  # A `TransformerBridge`
     "The model in TransformerLens's bridge; `lm.tl` keeps it."
     try:
