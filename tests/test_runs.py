@@ -201,7 +201,7 @@ def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
 BEFORE_THE_KERNEL = {
     "unknown phase 'trackin': did you mean 'tracking'": ["run", "trackin"],
     "has no parameter 'num_seq': did you mean 'num_seqs'": ["run", "tracking", "-p", "num_seq=3"],
-    "takes int values such as 8, not 'many'": ["run", "tracking", "-p", "num_seqs=many"],
+    "takes int values such as 5, not 'many'": ["run", "tracking", "-p", "num_seqs=many"],
     "write -p name=value": ["run", "tracking", "-p", "num_seqs"],
     "cannot read parameters from nowhere.yaml": ["run", "tracking", "-f", "nowhere.yaml"],
     "no run '2099'": ["show", "2099"],
