@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/patching/oracles.ipynb #9b59855a
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,20 +127,6 @@ def _split_list(cells: list) -> Iterator[list]:
 # %% ../../nbs/patching/oracles.ipynb #f8ec5728
 _TL_NAMES = {"head_out": "z", "key": "k", "value": "v"}  # the others are called the same there
 
-
-def _transformer_lens_bridge(lm: LM):
-    "The model in TransformerLens's bridge, made once."
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if hasattr(lm, "_bridge"):
-        return lm._bridge
-    hf = copy.deepcopy(lm.hf, {id(t): t for t in [*lm.hf.parameters(), *lm.hf.buffers()]})
-    hf.config.architectures = hf.config.architectures or [type(hf).__name__]
-    lm._bridge = TransformerBridge.boot_transformers(
-        lm.name, hf_model=hf, tokenizer=lm.tokenizer, device=str(lm.device)
-    )
-    return lm._bridge
-
 # %% ../../nbs/patching/oracles.ipynb #adf57f51
 class _LogitsRecorder(list):
     "A metric that keeps the final logits it is shown."
@@ -172,7 +157,7 @@ def _transformer_lens_engine(lm: LM, request: _SweepRequest) -> Iterator[tuple[i
         raise BadInput(
             f"window={request.window}: TransformerLens's generic patching takes one layer at a time; use another engine"
         )
-    bridge = _transformer_lens_bridge(lm)
+    bridge = lm.tl
     for i, pair in enumerate(request.pairs):
         base, source = (torch.tensor([run], device=lm.device) for run in (pair.base, pair.source))
         yield i, [], bridge(base)[:, -1].float()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..core.environment import KERNELS_VARIABLE
 from ..core.errors import BadInput
 from ..core.files import digest_values, read_json, storage_errors, write_json
 from ..core.shards import shard_range
@@ -334,6 +335,7 @@ def _remember(self: ShardedRun, jobs: Sequence[SubmittedJob]):
 def _task(self: ShardedRun, shard: int, device: str | None = None) -> PhaseTask:
     "What the process of a shard does; it finds runs, phases and its device through the environment."
     environment = {name: value for name, value in os.environ.items() if name.startswith("CODETRACE_")}
+    environment.pop(KERNELS_VARIABLE, None)  # a socket of this machine
     if device is not None:
         environment |= device_environment(device, len(self.where))
     return PhaseTask(self.phase, self.shard_parameters(shard), str(self.root), environment, self.requeue)
