@@ -621,3 +621,22 @@ def test_one_position_is_not_drawn_twice():
     assert "n = 8 (fewer than 10) programs" in figure._supxlabel.get_text()
     three = pd.concat([sets, sets.assign(position_name="query")])
     assert len(plot_head_sets(three, "effect").axes) == 3
+
+
+def test_two_models_of_one_revision_have_measurements_of_their_own(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from codetrace.phases import seeds
+
+    def trace(lm, cases, change, study):
+        return pd.DataFrame({"effect": [lm.effect], "site": ["resid_pre"]})
+
+    monkeypatch.setattr(seeds, "_draw_cases", lambda lm, change, study: [])
+    monkeypatch.setattr(seeds, "trace_stream_and_heads", trace)
+    monkeypatch.setattr(seeds, "_choose_heads_of_cells", lambda cells, study: [])
+    lms = [
+        SimpleNamespace(name=name, revision="seed=0", effect=i) for i, name in enumerate(["tiny:llama", "tiny:qwen2"])
+    ]
+    lms += [SimpleNamespace(name="planted", revision=f"seed={i}", effect=i) for i in (5, 6)]
+    measured = [seeds.measure_change(lm, "value", None, tmp_path)["cells"]["effect"].tolist() for lm in (*lms, *lms)]
+    assert measured == [[lm.effect] for lm in (*lms, *lms)]

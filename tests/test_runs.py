@@ -854,3 +854,238 @@ def test_a_wrong_input_is_one_clear_line(study, name):
     done = in_process(study.root, "run", "3", "--model", "smollm2", f"--input={ids.get(name, name)}")
     assert isinstance(done.exception, BadInput) and WRONG_INPUTS[name] in str(done.exception), done.exception
     assert "\n" not in str(done.exception) and not list(study.root.glob("validation/*/run.json"))
+
+
+# --- runs folders that move, and runs outside of them ---------------------------------------------------------------
+
+
+def test_a_runs_folder_can_be_moved(study):
+    "What a run was made from is found beside it, wherever the folder of all runs is now."
+    study.command("2")
+    study.command("3.1")
+    reads = {number: study.reads(number) for number in ("3", "3.2", "report")}
+    moved = study.root.parent / "moved"
+    study.root.rename(moved)
+    study.root = moved
+    assert reads == {number: study.reads(number) for number in reads}
+    assert study.command("3.2")["inputs"][0]["folder"].startswith(str(moved))
+    other = study.command("0.1", seed=1)["run_id"]
+    with pytest.raises(BadInput, match="leave 'splits' out"):  # what they were made from still counts
+        study.reads("3.2", splits=other)
+
+
+def test_runs_that_were_written_below_a_relative_folder_are_found_from_anywhere(tmp_path, monkeypatch):
+    from codetrace.runs import run as runs_run
+    from codetrace.runs.manifest import all_runs
+    from codetrace.runs.phases import runs_root
+
+    monkeypatch.setattr(runs_run, "run_provenance", dict)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CODETRACE_RUNS", "runs")
+    assert runs_root() == tmp_path / "runs"
+    study = Study(Path("runs"))
+    for number in ("0.1", "1.0", "1.5", "2", "3.1"):
+        study.command(number)
+    assert all(Path(read["folder"]).is_absolute() for m in all_runs(Path("runs")) for read in m["inputs"])
+    reads = study.reads("3.2")
+    monkeypatch.chdir("/")
+    assert Study(tmp_path / "runs").reads("3.2") == reads
+    for path in (tmp_path / "runs").glob("*/*/run.json"):  # as manifests were before
+        path.write_text(path.read_text().replace(f"{tmp_path}/", ""))
+    assert Study(tmp_path / "runs").reads("3.2") == reads
+
+
+def test_a_run_that_is_named_by_a_relative_folder_is_recorded_whole(study, monkeypatch):
+    run_id = study.reads("2")["input"]
+    monkeypatch.chdir(study.root / "generation")
+    assert study.command("2", input=run_id)["inputs"][0]["folder"] == str(study.root / "generation" / run_id)
+    monkeypatch.chdir(study.root / "generation" / run_id)
+    assert study.command("2", input=".")["inputs"][0]["folder"] == str(study.root / "generation" / run_id)
+
+
+def test_a_run_whose_origin_is_gone_says_so(study):
+    study.command("2")
+    study.command("3.1")
+    answers = study.reads("2")["input"]
+    shutil.rmtree(study.root / "generation" / answers)
+    with pytest.raises(BadInput, match=f"run {answers}, from which run .* was made, is gone"):
+        study.reads("3.2")
+
+
+def test_shards_read_a_run_outside_of_the_runs_folder(study, tmp_path_factory):
+    "It is pinned by its folder; the whole takes its shards, by command and by merge, and its chain goes on from it."
+    from codetrace.runs.inputs import pin_inputs
+    from codetrace.runs.merge import unsharded_parameters
+    from codetrace.runs.parameters import phase_values
+
+    elsewhere = Study(tmp_path_factory.mktemp("elsewhere"))
+    folder = str(elsewhere.root / "tracking" / elsewhere.command("tracking")["run_id"])
+    values = {"input": folder, "num_programs": 4, "shards": 2}
+    pinned = pin_inputs("tracing", phase_values("tracing", values), study.root)
+    assert pinned["input"] == folder
+    for shard in range(2):
+        shard_run = study.command("tracing", **pinned | {"shard": shard})
+        assert shard_run["parameters"]["input"] == Path(folder).name
+    merged = unsharded_parameters("tracing", study.root)[1]
+    assert merged["input"] == folder
+    for parameters in (pinned, merged):
+        assert len(study.begin("tracing", **parameters).shards) == 2
+
+
+def test_shards_of_other_code_or_precision_are_not_merged(study):
+    "A whole takes the shards that the code of today made, whatever others there are."
+    from codetrace.runs.run import open_run
+
+    values = {"num_programs": 4, "shards": 2}
+    for shard in range(2):
+        study.command("tracing", **values, shard=shard)
+    old = study.begin("tracing", **values).shards
+    parameters = study.begin("tracing", **values).parameters
+    with pytest.raises(BadInput, match=r"shards \[0, 1\] were made by other code.* run this first: codetrace run"):
+        open_run("tracing", parameters, "other code", root=study.root)
+    assert open_run("tracing", parameters, "code", root=study.root).shards == old
+    for shard, dtype in enumerate(["float32", "bfloat16"]):
+        run = study.begin("tracing", **values, shard=shard, seed=1)
+        run.describe(model={"name": "m", "revision": "r", "dtype": dtype})
+        run.finish("done")
+    with pytest.raises(BadInput, match="give all of them one dtype, such as -p dtype=float32"):
+        study.begin("tracing", **values, seed=1)
+
+
+@pytest.mark.parametrize("number", ["3.2", "3.3"])
+def test_a_model_that_stands_in_an_earlier_run_can_be_named(study, number):
+    "3.1 has its model from the answers that it read; naming that model finds it, naming another one does not."
+    study.command("2")
+    chosen = study.command("3.1")["run_id"]
+    assert study.reads(number, model="smollm2")["input"] == chosen
+    with pytest.raises(BadInput, match="no complete run of phase 'tuning' with model 'tiny:llama'"):
+        study.reads(number, model="tiny:llama")
+    study.command("1.0", model="tiny:llama")
+    assert study.reads(number, model="smollm2")["input"] == chosen
+
+
+def test_an_edited_record_is_named_where_runs_are_shown(study):
+    "A notebook that was saved by an editor: `runs` and `show` say so, and the run still serves as an input."
+    import hashlib
+
+    run_id = study.reads("2")["input"]
+    folder = study.root / "generation" / run_id
+    (folder / "notebook.ipynb").write_text("executed")
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["notebook"] = {"sha256": hashlib.sha256(b"executed").hexdigest()}
+    (folder / "run.json").write_text(json.dumps(manifest))
+    assert "notebook was edited" not in in_process(study.root, "runs").stdout
+    assert "notebook.ipynb: not what" not in in_process(study.root, "show", run_id).output
+    (folder / "notebook.ipynb").write_text("saved by an editor")
+    assert "notebook was edited" in in_process(study.root, "runs").stdout
+    assert "notebook.ipynb: not what the run wrote" in in_process(study.root, "show", run_id).output
+    assert study.reads("2")["input"] == run_id
+
+
+def test_a_sharded_command_is_found_again_after_the_code_was_edited(study, monkeypatch):
+    "The command of today's code is written down in place of yesterday's, and continued when a newer input appears."
+    from codetrace.runs import launch
+
+    begun = launch.ShardedRun("1.2", {}, 2, root=study.root)
+    begun.folder.mkdir(parents=True)
+    begun._write_request()
+    monkeypatch.setattr(launch, "phase_code_digest", "code of {} today".format)
+    launch.ShardedRun("1.2", {}, 2, root=study.root)._write_request()
+    study.command("0.1", seed=1)
+    assert launch.ShardedRun("1.2", {}, 2, root=study.root).parameters == begun.parameters
+
+
+def test_cleaning_leaves_what_a_live_run_reads(study):
+    "A run that is being written reads a search, which was made from answers and SAEs: all of them stay."
+    from codetrace.runs.clean import removable_folders
+
+    study.command("2")
+    unread = study.command("tracking")["run_id"]
+    live = study.begin("3")
+    read = set(live.parameters[name] for name in ("input", "splits", "saes", "latents"))
+    assert {removable.folder.name for removable in removable_folders(root=study.root)} == {unread}
+    live.release()
+    assert read < {removable.folder.name for removable in removable_folders(root=study.root)}
+
+
+def test_cleaning_leaves_what_the_waiting_shards_of_a_live_command_will_read(study):
+    from codetrace.runs.clean import removable_folders
+    from codetrace.runs.launch import ShardedRun
+
+    command = ShardedRun("1.2", {}, 2, root=study.root)
+    command.folder.mkdir(parents=True)
+    command._write_request()
+    process = psutil.Process()
+    job = {"shard": 0, "job_id": str(process.pid), "cluster": "local", "log": "", "create_time": process.create_time()}
+    (command.folder / "jobs.json").write_text(json.dumps([job]))
+    splits = study.reads("1.2")["input"]
+    assert splits not in {removable.folder.name for removable in removable_folders(root=study.root)}
+    (command.folder / "jobs.json").write_text(json.dumps([job | {"create_time": 1.0}]))
+    assert splits in {removable.folder.name for removable in removable_folders(root=study.root)}
+
+
+# --- notebooks that people have open ---------------------------------------------------------------------------------
+
+
+def test_a_second_notebook_of_a_phase_has_a_scratch_folder_of_its_own(tmp_path, monkeypatch):
+    "And the first one keeps what it has; the same notebook empties its own; a mistake empties none."
+    from concurrent.futures import ThreadPoolExecutor
+
+    from codetrace.runs.run import open_scratch_run
+
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    first = open_scratch_run("tracing", {"input": ""}, "jupyter")
+    result = first.write_json("results.json", [1])
+    with pytest.raises(BadInput, match="no run 'nonsense'"):
+        open_scratch_run("tracing", {"input": "nonsense"}, "jupyter")
+    first.finish("done")
+    with ThreadPoolExecutor() as another_kernel:
+        second = another_kernel.submit(open_scratch_run, "tracing", {"input": ""}, "jupyter").result()
+    assert second.folder != first.folder and result.is_file()
+    assert open_scratch_run("tracing", {"input": ""}, "jupyter").folder == first.folder and not result.is_file()
+
+
+def test_a_link_in_place_of_a_scratch_folder_is_not_followed(tmp_path, monkeypatch):
+    from codetrace.runs.run import open_scratch_run
+
+    kept = tmp_path / "kept" / "file"
+    kept.parent.mkdir()
+    kept.touch()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "mine").symlink_to(kept.parent)
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    open_scratch_run("mine", {}, "jupyter").write_json("results.json", [])
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    "case, launcher",
+    [
+        ("a person", "jupyter"),
+        ("a cell's papermill", "papermill"),
+        ("a cell's script", "papermill"),
+        ("alone", "papermill"),
+    ],
+)
+def test_a_papermill_that_was_started_in_a_cell_is_no_person(monkeypatch, case, launcher):
+    "The name of a JupyterLab session is passed on to whatever a cell starts."
+    import builtins
+    from types import ModuleType, SimpleNamespace
+
+    from codetrace.runs.launchers import detect_launcher
+
+    parent = {
+        "a person": (["python", "/bin/jupyter-lab", "/home/me/papermill"], {}),
+        "a cell's papermill": (["python", "/bin/papermill", "a.ipynb", "b.ipynb"], {"JPY_SESSION_NAME": "a.ipynb"}),
+        "a cell's script": (["python", "batch.py"], {"JPY_SESSION_NAME": "a.ipynb"}),
+        "alone": (["python", "batch.py"], {}),
+    }[case]
+    process = SimpleNamespace(cmdline=lambda: parent[0], environ=lambda: parent[1])
+    monkeypatch.setattr(psutil, "Process", lambda pid: process)
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(builtins, "get_ipython", lambda: SimpleNamespace(user_ns={}), raising=False)
+    for name in ("CODETRACE_RUN", "IN_TEST"):
+        monkeypatch.delenv(name, raising=False)
+    if case != "alone":
+        monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    assert detect_launcher() == launcher

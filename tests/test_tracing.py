@@ -888,3 +888,30 @@ def test_the_reverse_direction_is_no_evidence_of_its_own(llama, pairs):
         noise = run_sweep(llama, as_cases([pair]), PatchSweepOptions(direction="noise"))
         exchanged = run_sweep(llama, as_cases([pair[::-1]]), PatchSweepOptions(direction="denoise"))
         assert np.nanmax((noise["effect"] - exchanged["effect"]).abs()) < 1e-4
+
+
+# --- what decides a run that is started from Python
+
+
+def test_a_run_from_python_is_told_from_those_with_another_counterfactual_or_dtype(monkeypatch):
+    from codetrace.runs.inputs import outcome_digest
+
+    opened = []
+
+    def stop(phase, parameters, source):
+        opened.append(outcome_digest("code", parameters, []))
+        raise InterruptedError
+
+    monkeypatch.setattr(tracing, "open_run", stop)
+    monkeypatch.setattr(tracing, "exclusion_reasons", lambda lm, cases, shallow: [""] * len(cases))
+    monkeypatch.setattr(tracing, "check_any_case", lambda *arguments: None)
+    monkeypatch.setattr(CausalExperimentRunner, "model", lambda self, name: None)
+    original = ("a = 3\nb = 5\nc = a\n# c: ", "3")
+    changed_value = ("a = 4\nb = 5\nc = a\n# c: ", "4")
+    changed_reference = ("a = 3\nb = 5\nc = b\n# c: ", "5")
+    runs = [({}, changed_value), ({}, changed_reference), ({"dtype": "bfloat16"}, changed_value), ({}, changed_value)]
+    for options, counterfactual in runs:
+        pair = {"original": original, "counterfactual": counterfactual}
+        with pytest.raises(InterruptedError):
+            CausalExperimentRunner(**options).run_intervention_experiment("m", [pair])
+    assert len(set(opened[:3])) == 3 and opened[3] == opened[0]

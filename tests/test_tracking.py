@@ -280,3 +280,67 @@ def test_every_model_must_answer_and_too_few_programs_are_an_error(robust):
     done = robust("--model", "tiny:gpt2", "--model", "tiny:llama", "--seeds", "6")
     assert done.exit_code == 1 and done.stdout == ""
     assert "0 of 1 programs in 6 seeds" in done.stderr
+
+
+# --- what decides a run that is started from Python
+
+
+def digest_of_run(runner, monkeypatch, configs) -> str:
+    "What a run of these experiments is opened with, as one hash; nothing is asked."
+    from codetrace.runs.inputs import outcome_digest
+
+    opened = []
+
+    def stop(phase, parameters, source):
+        opened.append(outcome_digest("code", parameters, []))
+        raise InterruptedError
+
+    monkeypatch.setattr(tracking, "open_run", stop)
+    monkeypatch.setattr(ExperimentRunner, "_with_one_scoring", lambda self, configs, no_cache: configs)
+    with pytest.raises(InterruptedError):
+        runner.run(configs)
+    return opened[0]
+
+
+def test_a_run_from_python_is_told_from_those_with_another_parser_generator_or_dtype(monkeypatch):
+    "Functions count by what they do, not by their names: every lambda and every closure has the same one."
+
+    def parser(position):
+        return lambda text: text.split()[position]
+
+    def digest(runner=ExperimentRunner(), **options):
+        return digest_of_run(runner, monkeypatch, quick_experiment("e", **options))
+
+    assert digest(answer_parser=parser(0)) == digest(answer_parser=parser(0))
+    experiments = [digest(answer_parser=parser(0)), digest(answer_parser=parser(1)), digest()]
+    experiments += [digest(answer_parser=lambda text: text), digest(answer_parser=lambda text: text.strip())]
+    experiments += [digest(program_generator=lambda seq_len, rng, end=end: (f"{end}", "1")) for end in "ab"]
+    experiments += [digest(ExperimentRunner(dtype=dtype)) for dtype in ("float32", "bfloat16")]
+    assert len(set(experiments)) == len(experiments)
+
+
+def test_two_experiments_of_one_name_are_refused(monkeypatch):
+    pair = [quick_experiment("e", program_generator=task) for task in ("variable_binding", "boolean")]
+    with pytest.raises(BadInput, match="two experiments are called 'e' with 0 solved examples: give each a name"):
+        ExperimentRunner().run(pair)
+    told_apart = [pair[0], quick_experiment("e", program_generator="boolean", num_shots=2)]
+    assert digest_of_run(ExperimentRunner(), monkeypatch, told_apart)
+
+
+def test_an_interrupted_experiment_is_gone_on_with_by_the_same_cell(monkeypatch, tmp_path):
+    "The manifest says interrupted; the same call, in the process that was interrupted, opens the same run."
+    from codetrace.runs.manifest import all_runs
+
+    monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
+    monkeypatch.setattr(ExperimentRunner, "_with_one_scoring", lambda self, configs, no_cache: configs)
+    runner = ExperimentRunner()
+    for error, status in [(KeyboardInterrupt("stopped"), "interrupted"), (BadInput("wrong"), "failed")]:
+
+        def stop(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(runner, "_answer_all", stop)
+        with pytest.raises(type(error)):
+            runner.run(quick_experiment("e"))
+        (stopped,) = all_runs(tmp_path)
+        assert stopped["status"] == status

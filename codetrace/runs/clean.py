@@ -9,11 +9,12 @@ __all__ = ['RemovableFolder', 'removable_folders', 'remove_folder']
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadInput
-from ..core.files import storage_errors
+from ..core.files import read_json, storage_errors
 from .jobs import read_submitted_jobs
 from .launch import alive_jobs
 from .manifest import RunBusy, read_manifest
@@ -70,6 +71,31 @@ def _run_readers(manifests: dict[Path, dict]) -> dict[str, list[str]]:
             readers.setdefault(read["run_id"], []).append(folder.name)
     return readers
 
+# %% ../../nbs/runs/clean.ipynb #58e07e41
+def _run_ids_in_use(manifests: dict[Path, dict], root: Path) -> set[str]:
+    "Runs that are being read: by runs that are being written, and by commands whose processes are alive."
+    by_id = {folder.name: manifest for folder, manifest in manifests.items()}
+    live = [manifest for manifest in manifests.values() if manifest["status"] in ("running", "executed")]
+    unread = [read["run_id"] for manifest in live for read in manifest["inputs"]] + _run_ids_of_live_commands(root)
+    in_use = set()
+    while unread:
+        run_id = unread.pop()
+        if run_id not in in_use:
+            in_use.add(run_id)
+            unread += [read["run_id"] for read in by_id.get(run_id, {"inputs": []})["inputs"]]
+    return in_use
+
+
+def _run_ids_of_live_commands(root: Path) -> list[str]:
+    "Runs that the shards of a command will read that have not begun yet."
+    run_ids = []
+    for folder in root.glob(".jobs/*"):
+        with suppress(BadInput, KeyError, TypeError, AttributeError):
+            if alive_jobs(read_submitted_jobs(folder)):
+                values = read_json(folder / "request.json")["parameters"].values()
+                run_ids += [Path(value).name for value in values if isinstance(value, str)]
+    return run_ids
+
 # %% ../../nbs/runs/clean.ipynb #c3bf7bbc
 def _ended_job_logs(root: Path) -> list[RemovableFolder]:
     "Folders with logs of processes that have all ended."
@@ -91,14 +117,15 @@ def removable_folders(
     phases: Sequence[str] = (),  # Only these, or all where there are none
     incomplete: bool = False,  # Only what has no result
     root: Path | None = None,  # Default: `runs_root()`
-) -> list[RemovableFolder]:  # Never a reference record, never a run that is being written
+) -> list[RemovableFolder]:  # Never a reference record, never a run that is being written or read
     "List what could be removed."
     root = Path(root or runs_root())
     manifests = {path: _manifest_or_status(path) for path in sorted(root.glob("*/*")) if _is_run_folder(path)}
     readers = _run_readers(manifests)
+    in_use = _run_ids_in_use(manifests, root)
     folders = []
     for path, manifest in manifests.items():
-        if manifest["status"] not in ("running", "executed"):
+        if manifest["status"] not in ("running", "executed") and path.name not in in_use:
             read_by = tuple(readers.get(path.name, ()))
             folders.append(RemovableFolder(path, path.parent.name, manifest["status"], _folder_bytes(path), read_by))
     folders += _ended_job_logs(root)

@@ -6,11 +6,14 @@
 __all__ = ['unsharded_parameters']
 
 # %% ../../nbs/runs/merge.ipynb #f5c6c3cc
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import BadInput
+from .inputs import name_to_read
 from .manifest import NoInputRun, all_runs, find_run, shard_number
 from .phases import find_phase, is_phase
+
 
 # %% ../../nbs/runs/merge.ipynb #781a1a79
 def unsharded_parameters(
@@ -28,4 +31,10 @@ def unsharded_parameters(
         manifest = find_run(name, root)
     if shard_number(manifest) < 0:
         raise BadInput(f"run {manifest['run_id']} is no shard: name a phase, or the run of a shard")
-    return manifest["phase"], manifest["parameters"] | {"shard": -1}
+    return manifest["phase"], _named_inputs(manifest, root) | {"shard": -1}
+
+
+def _named_inputs(manifest: Mapping, root: Path | None) -> dict:
+    "The parameters of a run, with the runs that it read by names under which they are found."
+    reads = [read for read in manifest["inputs"] if "parameter" in read]
+    return manifest["parameters"] | {read["parameter"]: name_to_read(read, root) for read in reads}
