@@ -34,6 +34,13 @@ def _named_globals(function: FunctionType) -> dict:
     return {name: value for name, value in values.items() if isinstance(value, FunctionType | str | int | float | tuple)}
 
 # %% ../../nbs/core/function_digest.ipynb #0bb6403d
+def _call_method(value: object) -> FunctionType | None:
+    "The method by which an object of a user's class is called; None where it has none, or no values of its own."
+    methods = [vars(kind)["__call__"] for kind in type(value).__mro__ if "__call__" in vars(kind)]
+    is_users = hasattr(value, "__dict__") and bool(methods) and isinstance(methods[0], FunctionType)
+    return methods[0] if is_users else None
+
+
 def _function_parts(function: object, seen: tuple[int, ...] = ()) -> object:
     "What a function does, as values."
     if id(function) in seen:
@@ -46,8 +53,8 @@ def _function_parts(function: object, seen: tuple[int, ...] = ()) -> object:
     if isinstance(function, Mapping):
         return [[str(name), _function_parts(value, seen)] for name, value in function.items()]
     if not isinstance(function, FunctionType):
-        is_object = hasattr(function, "__dict__") and isinstance(getattr(type(function), "__call__", None), FunctionType)
-        return [_function_parts(type(function).__call__, seen), _function_parts(vars(function), seen)] if is_object else repr(function)
+        call = _call_method(function)
+        return [_function_parts(part, seen) for part in (call, vars(function))] if call else repr(function)
     closed_over = [cell.cell_contents for cell in function.__closure__ or ()]
     defaults = [*(function.__defaults__ or ()), function.__kwdefaults__ or {}]
     values = [*defaults, *closed_over, _named_globals(function)]
