@@ -4,6 +4,7 @@ Quarto renders them where it is installed, else smalldocs does, which makes the 
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -59,7 +60,8 @@ def process_notebooks(folder: Path) -> Path:
 def assemble(quarto: bool) -> Path:
     "A docs project of its own: configuration, processed chapters, reference records."
     config = yaml.safe_load((HOME / "_quarto.yml").read_text(encoding="utf-8"))
-    processed = process_notebooks(HOME / "_proc")
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # each shell that ends in order collects garbage: a minute
+        processed = pool.apply(process_notebooks, [HOME / "_proc"])
     shutil.rmtree(PROJECT, ignore_errors=True)
     for name in chapters(config["book"]["chapters"]):
         (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
