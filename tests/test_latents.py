@@ -106,7 +106,7 @@ def found(study):
         )
         three = execute_phase(
             "3",
-            {"input": "1.0", "temperatures": "1.2", "candidates": 3, "random_latents": 3, "resamples": 60},
+            {"input": "1.0", "sampled": "1.2", "candidates": 3, "random_latents": 3, "resamples": 60},
             show_progress=False,
         )
     return two, three
@@ -123,7 +123,7 @@ def test_phase_2_finds_the_planted_latent(study, found):
         "correct",
     )
     assert first["family_wise_p"] <= 0.05 and len(first["promoted_tokens"]) == 8 and first["top_examples"]
-    assert inputs_of(two).keys() == {"input", "splits", "dictionaries"} and "Beyond chance at 5%" in two["headline"]
+    assert inputs_of(two).keys() == {"input", "splits", "saes"} and "Beyond chance at 5%" in two["headline"]
     assert "labels of 40 of 40 tasks permuted as wholes" in two["headline"]
     assert {"scores.parquet", "null.parquet", "separation.png", "cards.png", "latents.tex", "latents.md"} <= two[
         "outputs"
@@ -139,7 +139,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
     assert row["low"] <= 0.8 <= row["high"] and row["low"] > 0.55
     assert table["name"].nunique() == 16 and table["measure"].nunique() == 8
     assert (
-        inputs_of(three).keys() == {"input", "splits", "dictionaries", "latents", "temperatures"}
+        inputs_of(three).keys() == {"input", "splits", "saes", "latents", "sampled"}
         and inputs_of(three)["latents"] == found[0]["run_id"]
     )
     assert {
@@ -165,14 +165,14 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     root = study[2]
     generated = next(m for m in all_runs(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
     splits = read_task_splits(runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"]))
-    dictionaries = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
+    saes = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
     pool = pd.read_parquet(runs_run.Path(found[0]["folder"]) / "scores.parquet")
     saved, chosen = States(generated["folder"]), []
     for turn in (False, True):
         table = saved.table.copy()
         table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")
         choosing = load_labelled_activations(
-            saved, dictionaries, labelled_samples(table, splits, ["sae", "hyperparams"])
+            saved, saes, labelled_samples(table, splits, ["sae", "hyperparams"])
         )
         some, _ = fit_predictors(
             choosing.subset(np.ones(len(choosing.rows), bool)),

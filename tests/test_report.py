@@ -63,7 +63,7 @@ def test_a_damaged_run_is_no_run_that_was_never_made(answers):
 def test_sampled_answers_are_not_the_greedy_ones(answers):
     sampled = answers("sampled answers", split="validation", temperature=[0.8], samples=2)
     inputs = open_run("report", REPORT, "code").inputs
-    assert inputs.keys() == {"temperatures", "splits"} and inputs["temperatures"] == sampled
+    assert inputs.keys() == {"sampled", "splits"} and inputs["sampled"] == sampled
     with pytest.raises(BadInput, match="takes one with split='all'"):
         run_digest("report", REPORT | {"input": sampled.name})
 

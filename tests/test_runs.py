@@ -240,10 +240,10 @@ SAID_AT_ONCE = {
     "unknown scoring 'tokn'": "tracking -p scoring=tokn",
     "no such model folder": "tracking --model ./nowhere",
     "is no model: it has no config.json": ["tracking", "--model", str(HOME / "nbs")],
-    "takes float values such as 0.002, not 'fast'": "saes -p lr=fast",
-    "takes float values such as 0.002, not '.nan'": "saes -p lr=.nan",
-    "takes float values such as 0.002, not 'inf'": "saes -p lr=inf",
-    "lr must be more than 0": "saes -p lr=0",
+    "takes float values such as 0.002, not 'fast'": "saes -p learning_rate=fast",
+    "takes float values such as 0.002, not '.nan'": "saes -p learning_rate=.nan",
+    "takes float values such as 0.002, not 'inf'": "saes -p learning_rate=inf",
+    "learning_rate must be more than 0": "saes -p learning_rate=0",
     "less than one batch of 512": "saes -p tokens=100",
     "fewer latents are active than there are": "saes -p k=256",
     "text=completions needs the run": "saes -p text=completions",
@@ -377,8 +377,8 @@ def test_what_is_no_number_is_refused_for_one(tmp_path, value):
     from codetrace.cli import parse_parameters
     from codetrace.runs.parameters import BadParameter, phase_values
 
-    (tmp_path / "file.yaml").write_text(f"lr: {value}\n")
-    for values in (parse_parameters([f"lr={value}"]), parse_parameters([], tmp_path / "file.yaml")):
+    (tmp_path / "file.yaml").write_text(f"learning_rate: {value}\n")
+    for values in (parse_parameters([f"learning_rate={value}"]), parse_parameters([], tmp_path / "file.yaml")):
         with pytest.raises(BadParameter, match="takes float values such as"):
             phase_values("saes", values)
 
@@ -387,7 +387,7 @@ def test_negative_numbers_are_values(tmp_path):
     from codetrace.runs.parameters import phase_values
 
     assert phase_values("tuning", {"coefficients": "-0.5,0.5"})["coefficients"] == [-0.5, 0.5]
-    assert phase_values("saes", {"lr": "1e-3"})["lr"] == 0.001
+    assert phase_values("saes", {"learning_rate": "1e-3"})["learning_rate"] == 0.001
 
 
 def test_a_runs_folder_that_cannot_be_written_is_said_at_once(tmp_path):

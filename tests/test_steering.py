@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from codetrace.core.errors import BadInput
 from codetrace.core.shards import shard_range
 from codetrace.models.activations import States
 from codetrace.phases import steering, tuning
@@ -150,7 +151,7 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
         "saes.json", {str(layer): {"folder": f"layer_{layer}", "model_name": STEERING_STUDY_NAME} for layer in range(3)}
     )
     run.finish()
-    read = {"input": generated, "splits": splits, "dictionaries": run.folder.name, "split": "sae"}
+    read = {"input": generated, "splits": splits, "saes": run.folder.name, "split": "sae"}
     run = open_run("latents", read, "made up", root=root)
     split_of_task = {task: name for name, tasks in split.items() for task in tasks}
     labels = table.assign(label=table["passed"], split=table["task_id"].map(split_of_task), group=table["task_id"])
@@ -600,3 +601,42 @@ def killed_while(phase: str, words: list[str], env: dict, root: Path) -> int:
 
 def test_hook_names_are_those_of_the_sae():
     assert planted_sae(1).metadata["hook_name"] == hook_name("resid_post", 1)
+
+
+def choice_on_basics(problems: list) -> dict:
+    "A choice whose latents were found on the first five of some problems, and which was tuned on the next five."
+    seen = [digest for problem in problems[:10] for digest in tuning.problem_digests(problem)]
+    ids = [problem.task_id for problem in problems]
+    return {"problems": "basics", "searched_on": ids[:5], "tuned_on": ids[5:10], "seen_problems": seen, "seed": 0}
+
+
+def test_what_the_choice_was_made_on_judges_it_in_no_guise(tmp_path):
+    "The same set by its path, a part of it under other names and with other spaces, and tasks of the split `sae`."
+    from codetrace.tasks import problems as tasks_problems
+
+    basics = tasks_problems.load_problems("basics")
+    choice = choice_on_basics(basics)
+    by_path = str(Path(tasks_problems.__file__).parents[1] / "data" / "basics.jsonl")
+    with pytest.raises(
+        BadInput, match=f"10 of {len(basics)} problems of .*basics.jsonl, such as '{basics[0].task_id}'"
+    ):
+        steering.evaluation_problems(choice, by_path, "all")
+    renamed = tmp_path / "mine.jsonl"
+    rows = [json.loads(line) for line in Path(by_path).read_text().splitlines()]
+    kept = [row | {"task_id": f"mine/{i}"} for i, row in enumerate(rows[12:20])]
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert len(steering.evaluation_problems(choice, str(renamed), "all")) == 8
+    kept.append(rows[3] | {"task_id": "x", "text": rows[3]["text"] + " "})
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(BadInput, match="1 of 9 problems of .* such as 'x'"):
+        steering.evaluation_problems(choice, str(renamed), "all")
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    ids = [problem.task_id for problem in basics]
+    for judging, message in ((ids[4:12], repr(ids[4])), (ids[10:], None)):
+        (splits / "split_metadata.json").write_text(json.dumps({"task_ids": {"validation": judging}}))
+        if message is None:
+            assert len(steering.evaluation_problems(choice, splits_folder=splits)) == len(judging)
+            continue
+        with pytest.raises(BadInput, match=f"task {message} was used in choosing"):
+            steering.evaluation_problems(choice, splits_folder=splits)

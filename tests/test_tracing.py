@@ -489,7 +489,7 @@ OPTIONS = {"sites": ["resid_pre", "head_out"], "directions": ["denoise", "noise"
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_path, shards):
-    options = TraceOptions(**OPTIONS, approximate=True)
+    options = TraceOptions(**OPTIONS, attribution_patching=True)
     whole = trace_cases(llama, ten_cases, as_run(tmp_path / "whole"), options=options)
     options = replace(options, shards=shards)
     parts = [tmp_path / f"part{k}" for k in range(shards)]
@@ -551,7 +551,7 @@ def test_only_what_the_model_knows_is_traced(llama, monkeypatch):
     monkeypatch.setattr(
         patching_cases, "_answers_correctly", lambda lm, asked: [program.code in known for _, program in asked]
     )
-    reasons = exclusion_reasons(llama, cases, shallow=True)
+    reasons = exclusion_reasons(llama, cases, include_shallow=True)
     kept = [i for i, reason in enumerate(reasons) if not reason]
     assert kept == [1, 2]
     assert reasons == ["wrong on the counterfactual", "", "", *["wrong on the program"] * 3]
@@ -609,11 +609,11 @@ def test_programs_of_a_tracking_run(llama, tmp_path, monkeypatch):
     samples = runner.run(config, run=run).samples
     monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
     assert not samples["correct"].any()
-    cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
+    cases, why = cases_from_run(llama, tmp_path, 3, include_shallow=True)
     assert cases == [] and why == ["wrong on the program"] * 4
     rows = [dict(row, correct=True) for row in samples.to_dict("records")]
     monkeypatch.setattr(tracing, "read_records", lambda *args, **kwargs: rows)
-    cases, why = cases_from_run(llama, tmp_path, 3, shallow=True)
+    cases, why = cases_from_run(llama, tmp_path, 3, include_shallow=True)
     assert [case.program.code for case in cases] == list(samples["code"][:3]) and why == [""] * 3
     assert all(row["prompt"] == case.prefix + case.program.code for row, case in zip(rows, cases))
     with pytest.raises(BadInput, match="no answers of"):
@@ -636,7 +636,7 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
         model_id="tiny:llama",
         programs=given,
         intervention_type="attention_heads",
-        selection=ProgramSelection(options=CaseOptions(shallow=True)),
+        selection=ProgramSelection(options=CaseOptions(include_shallow=True)),
     )
     assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
     record = newest_run("tracing")
@@ -773,7 +773,7 @@ def test_a_program_alone_gets_a_counterfactual(runner, given):
 LEFT_OUT = {  # Programs, and what the message must say
     "line 1": (
         [("k = 4\na = 1\nb = 7\nprint(k)  # prints ", "4")] * 2,
-        "2 answer on line 1 or 2, or twice.*shallow=True",
+        "2 answer on line 1 or 2, or twice.*include_shallow=True",
     ),
     "counterfactual on line 1": (
         [(as_program((GIVEN, 4)), as_program((GIVEN.replace("= k", "= a"), 1)))],
@@ -819,7 +819,7 @@ def test_the_filter_of_shallow_answers_holds_for_the_counterfactual(llama, monke
     assert [resists_shallow_heuristics(part) for part in pair] == [True, False]
     for case in (TraceCase(*pair), TraceCase(*reversed(pair))):
         assert exclusion_reasons(llama, [case]) == ["answer on line 1 or 2, or twice"]
-    assert exclusion_reasons(llama, [TraceCase(*pair)], shallow=True) == [""]
+    assert exclusion_reasons(llama, [TraceCase(*pair)], include_shallow=True) == [""]
 
 
 @pytest.mark.parametrize("change", ["value", "reference"])
@@ -903,7 +903,7 @@ def test_a_run_from_python_is_told_from_those_with_another_counterfactual_or_dty
         raise InterruptedError
 
     monkeypatch.setattr(tracing, "open_run", stop)
-    monkeypatch.setattr(tracing, "exclusion_reasons", lambda lm, cases, shallow: [""] * len(cases))
+    monkeypatch.setattr(tracing, "exclusion_reasons", lambda lm, cases, include_shallow: [""] * len(cases))
     monkeypatch.setattr(tracing, "check_any_case", lambda *arguments: None)
     monkeypatch.setattr(CausalExperimentRunner, "model", lambda self, name: None)
     original = ("a = 3\nb = 5\nc = a\n# c: ", "3")

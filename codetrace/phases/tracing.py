@@ -112,7 +112,7 @@ def cases_from_run(
     folder: Path,  # Of a run of phase `tracking`
     num_programs: int,  # At most
     seed: int = 0,
-    shallow: bool = False,  # Keep programs that a shallow heuristic could answer
+    include_shallow: bool = False,  # Keep programs that a shallow heuristic could answer
     change: str = "value",  # As for `draw_cases`
 ) -> tuple[list[TraceCase], list[str]]:  # As `draw_cases`
     "Programs that a run of phase `tracking` found answered correctly."
@@ -130,7 +130,7 @@ def cases_from_run(
         elif case is None:
             reason = EXCLUSION_REASONS[1]
         else:
-            reason = exclusion_reasons(lm, [case], shallow)[0]
+            reason = exclusion_reasons(lm, [case], include_shallow)[0]
         if not reason:
             cases.append(case)
         reasons.append(reason)
@@ -361,7 +361,7 @@ def _as_case(program_like, lm: LM, selection: ProgramSelection) -> TraceCase | N
 def _select_cases(programs: Sequence, lm: LM, selection: ProgramSelection) -> tuple[list[TraceCase], list[str]]:
     "Of the given programs those that can be traced, and a reason for each."
     candidates = [_as_case(program_like, lm, selection) for program_like in programs]
-    reasons = iter(exclusion_reasons(lm, [case for case in candidates if case], selection.options.shallow))
+    reasons = iter(exclusion_reasons(lm, [case for case in candidates if case], selection.options.include_shallow))
     all_reasons = [next(reasons) if case else EXCLUSION_REASONS[1] for case in candidates]
     return [case for case, reason in zip(candidates, all_reasons) if not reason], all_reasons
 

@@ -16,20 +16,20 @@ import numpy as np
 from ..core.errors import BadInput, look_up_name, suggest_names
 from ..core.shards import shard_range
 from ..models.folders import check_model_name
-from .parameters import BadParameter
-from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
 from ..tasks.problems import PROBLEM_SETS, load_problems
+from .parameters import BadParameter
+from .phases import find_phase, phase_folders
 
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes chunk_tokens components evaluate_after checkpoint_every max_depth scratch_size shuffles resamples text_tokens workers candidates".split()
+    "passes chunk_tokens subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples text_tokens workers candidates".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
-    "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size components".split()
+    "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes".split()
 )
 _ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
 
@@ -49,7 +49,7 @@ def _check_number(phase: str, name: str, value: float) -> None:
         )
     if name in _SHARES and value > 1:
         raise BadParameter(f"{name} is a share: expected a number from 0 to 1, not {value!r} (phase {phase!r})")
-    if name in ("lr", "learning_rate") and value <= 0:
+    if name == "learning_rate" and value <= 0:
         raise BadParameter(f"{name} must be more than 0, such as 0.002, not {value!r} (phase {phase!r})")
 
 # %% ../../nbs/runs/checks.ipynb #760244db
@@ -128,7 +128,7 @@ def _check_programs(phase: str, values: Mapping) -> None:
                 draw_program(generator, seq_len, np.random.default_rng(0), **options)
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
-_MODEL_PARAMETERS = ("model", "models", "on_model", "compared")
+_MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
 

@@ -419,7 +419,7 @@ def _example_reason_of(folder: Path) -> str:
 
 def _has_planted_model(parameters: Mapping) -> bool:
     "Is one of the models made so that there is something to find?"
-    names = [parameters.get("model"), *(parameters.get("models") or []), *(parameters.get("compared") or [])]
+    names = [parameters.get("model"), *(parameters.get("models") or []), *(parameters.get("compared_models") or [])]
     return any(str(name).startswith("planted:") for name in names)
 
 # %% ../../nbs/runs/run.ipynb #9ece426d
