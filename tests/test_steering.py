@@ -633,10 +633,8 @@ def test_what_the_choice_was_made_on_judges_it_in_no_guise(tmp_path):
     splits = tmp_path / "splits"
     splits.mkdir()
     ids = [problem.task_id for problem in basics]
-    for judging, message in ((ids[4:12], repr(ids[4])), (ids[10:], None)):
-        (splits / "split_metadata.json").write_text(json.dumps({"task_ids": {"validation": judging}}))
-        if message is None:
-            assert len(steering.evaluation_problems(choice, splits_folder=splits)) == len(judging)
-            continue
-        with pytest.raises(BadInput, match=f"task {message} was used in choosing"):
-            steering.evaluation_problems(choice, splits_folder=splits)
+    (splits / "split_metadata.json").write_text(json.dumps({"task_ids": {"validation": ids[10:]}}))
+    assert len(steering.evaluation_problems(choice, splits_folder=splits)) == len(ids) - 10
+    (splits / "split_metadata.json").write_text(json.dumps({"task_ids": {"validation": [ids[4], *ids[10:]]}}))
+    with pytest.raises(BadInput, match=f"task {ids[4]!r} was used in choosing"):
+        steering.evaluation_problems(choice, splits_folder=splits)
