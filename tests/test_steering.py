@@ -628,7 +628,7 @@ def test_what_the_choice_was_made_on_judges_it_in_no_guise(tmp_path):
     assert len(steering.evaluation_problems(choice, str(renamed), "all")) == 8
     kept.append(rows[3] | {"task_id": "x", "text": rows[3]["text"] + " "})
     renamed.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(BadInput, match="1 of 9 problems of .* such as 'x'"):
+    with pytest.raises(BadInput, match=r"1 of 9 problems of .* such as 'x'"):
         steering.evaluation_problems(choice, str(renamed), "all")
     splits = tmp_path / "splits"
     splits.mkdir()

@@ -12,7 +12,6 @@ from types import CodeType, FunctionType, MethodType
 
 from .files import digest_values
 
-
 # %% ../../nbs/core/function_digest.ipynb #73faaa12
 def _constant_part(value: object) -> object:
     "A constant of compiled code as a value."

@@ -16,11 +16,11 @@ import numpy as np
 from ..core.errors import BadInput, look_up_name, suggest_names
 from ..core.shards import shard_range
 from ..models.folders import check_model_name
+from .parameters import BadParameter
+from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
 from ..tasks.problems import PROBLEM_SETS, load_problems
-from .parameters import BadParameter
-from .phases import find_phase, phase_folders
 
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(

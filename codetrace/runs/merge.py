@@ -14,7 +14,6 @@ from .inputs import name_to_read
 from .manifest import NoInputRun, all_runs, find_run, shard_number
 from .phases import find_phase, is_phase
 
-
 # %% ../../nbs/runs/merge.ipynb #781a1a79
 def unsharded_parameters(
     name: str,  # A phase, or a run that did a shard
