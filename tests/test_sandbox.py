@@ -222,8 +222,7 @@ def test_workers_and_order_change_nothing():
     jobs = [job for job, _ in programs]
     slow = SandboxLimits(wall=60.0)  # nobody here is to run out of it
     expected = outcomes(grade(jobs, workers=1, limits=slow))
-    assert outcomes(grade(jobs, workers=3, limits=slow)) == expected
-    assert outcomes(grade(jobs[::-1], workers=2, limits=slow))[::-1] == expected
+    assert outcomes(grade(jobs[::-1], workers=3, limits=slow))[::-1] == expected
 
 
 RIGHT = "def f(x): return x + 1"
@@ -473,7 +472,7 @@ def fuzz(n: int, tier: int, seed: int):
 
 
 def test_noise_is_judged(tier):
-    fuzz(150, tier, seed=0)
+    fuzz(60, tier, seed=0)
 
 
 @pytest.mark.slow

@@ -82,16 +82,20 @@ def in_child(function) -> int:
 
 # --- kills ---------------------------------------------------------------------------------------------------------
 
-WRITER = "import sys; sys.path.insert(0, {here!r}); import test_store as t; t.write({folder!r}, say=lambda i: print(i, flush=True))"
-
 
 def _kill_after(lines: int, folder: Path) -> tuple[int, bool]:
-    "Start a writer, kill it once it has said that many rows; the rows it said, and whether it was still writing."
-    code = WRITER.format(here=str(Path(__file__).parent), folder=str(folder))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
-        said = sum(bool(writer.stdout.readline()) for _ in range(lines))
-        writer.send_signal(signal.SIGKILL)
-        return said + len(writer.stdout.readlines()), writer.wait() != 0
+    "Fork a writer, kill it once it has said that many rows; the rows it said, and whether it was still writing."
+    listener, speaker = os.pipe()
+    if (writer := os.fork()) == 0:
+        os.close(listener)
+        write(folder, say=lambda i: os.write(speaker, b"."))
+        os._exit(0)
+    os.close(speaker)
+    with open(listener, "rb", buffering=0) as rows:
+        said = sum(len(rows.read(1)) for _ in range(lines))
+        os.kill(writer, signal.SIGKILL)
+        said += len(rows.readall())
+    return said, os.waitpid(writer, 0)[1] != 0
 
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
@@ -575,7 +579,7 @@ def same(a, b) -> bool:
     return a == b and (type(a) is type(b) or {type(a), type(b)} == {int, float})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=tables(), data=st.data())
 def test_what_goes_in_comes_out(tmp_path_factory, rows, data):
     "Whatever the order, the size of the parts and the number of restarts, the rows and the DataFrame are the same."
