@@ -17,7 +17,7 @@ from codetrace.runs.warm_kernels import warm_kernels
 HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
-    ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/test_notebooks.py"]
+    ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
 TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
 TESTS += ["--dist", "worksteal"]  # halves, in order: a file and what its tests share mostly stay with one worker

@@ -43,7 +43,7 @@ from codetrace.tasks.binding_training import (
 )
 from codetrace.tasks.counterfactuals import program_constants
 from codetrace.tasks.generators import make_variable_binding_program
-from codetrace.tasks.heuristics import chance_beyond_heuristics, no_heuristic_is_right
+from codetrace.tasks.heuristics import chance_beyond_heuristics, shallow_heuristics
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"
@@ -362,7 +362,8 @@ def test_the_chance_of_a_guess_beyond_rules_is_that_of_the_program():
     table = prediction_table(drawn, drawn.of_queries("value"))
     chance = [chance_beyond_heuristics(drawn.program(row, query)) for row in range(60) for query in range(2)]
     assert table["beyond_chance"].tolist() == pytest.approx(chance)
-    beyond = [no_heuristic_is_right(drawn.program(row, query)) for row in range(60) for query in range(2)]
+    programs = [drawn.program(row, query) for row in range(60) for query in range(2)]
+    beyond = [program.answer not in shallow_heuristics(program).values() for program in programs]
     assert (~rule_is_right(table).any(axis=1)).tolist() == beyond and 0 < sum(beyond) < 120
 
 

@@ -26,12 +26,13 @@ from codetrace.core.files import file_sha256
 from codetrace.core.records import read_records
 from codetrace.core.shards import shard_range
 from codetrace.models import slot_cache
+from codetrace.models.activations import read_states
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit
 from codetrace.models.interventions import Intervention
 from codetrace.models.sampling import random_stream, sample_tokens
 from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
-from codetrace.phases.generation import generation_headline, pass_at_k_table, read_samples
+from codetrace.phases.generation import generation_headline, pass_at_k_table
 from codetrace.runs.execute import execute_phase
 from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run
 from codetrace.runs.parameters import phase_values
@@ -530,7 +531,7 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
 
 def test_rows_and_states_belong_together(tiny, items, whole):
     folder, _ = whole
-    saved, lm = read_samples(folder), tiny("llama")
+    saved, lm = read_states(folder), tiny("llama")
     assert list(saved.table["task_id"]) == sorted(item.problem.task_id for item in items)
     for at in (0, 57, 119):
         row = saved.table.iloc[at]

@@ -160,7 +160,7 @@ def test_a_phase_declares_what_there_is(name):
     assert [p.name for p in declared.values() if not p.help] == [], "say what each parameter means"
     for number in phase.numbers.values():
         assert set(number.settings) | set(number.inputs) <= set(declared)
-        assert set(number.told_by) <= set(number.settings)
+        assert set(number.distinguishing_settings) <= set(number.settings)
         assert set(number.inputs) <= {read.parameter for read in phase.reads}
     assert {read.parameter for read in phase.reads} <= set(declared)
     assert {read.through for read in phase.reads} - {""} <= {read.parameter for read in phase.reads}
@@ -172,7 +172,7 @@ def test_a_phase_declares_what_there_is(name):
 
 def test_every_run_that_a_phase_reads_is_declared():
     "A cell never looks for a run: none calls what finds one."
-    finders = {"resolve_run", "newest_run", "find_run", "all_runs", "read_samples"}
+    finders = {"resolve_run", "newest_run", "find_run", "all_runs"}
     for name, phase in phases().items():
         cells = [cell for cell in code_cells(phase.notebook) if not re.search(r"^#\| *(hide|export)", cell, re.M)]
         trees = [ast.parse(re.sub(r"^[%!].*$", "pass", cell, flags=re.M)) for cell in cells]

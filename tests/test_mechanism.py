@@ -285,7 +285,7 @@ def test_only_the_value_makes_a_cell_readable(carried, claimed):
     assert np.allclose(halves, probes["accuracy"]) and (probes["n_judged"] == probes["n"] / 2).all()
     if carried == "distractor":  # the layout trap: far above shuffled labels and the control task, but only by the rule
         assert (probes["low"] > probes["shuffled_high"]).all() and (probes["low"] > probes["control_high"]).all()
-        assert (probes["beyond"] < 0.3).all() and (probes["says_distractor"] > 0.4).all()
+        assert (probes["beyond"] < 0.3).all() and (probes["distractor_rate"] > 0.4).all()
         assert (probes["distractor_accuracy"] > 0.8).all()
         assert not probes["above_rules"].any()
     if carried == "control":
@@ -579,7 +579,7 @@ def test_needed_heads_are_judged_on_programs_they_were_not_chosen_on():
 
 def test_pointer_and_payload_are_told_apart_where_they_were_planted(lm):
     table = lookback_table(lookback_swaps(lm, draw_lookback_pairs(20, seed=3)))
-    share = table.set_index(["position_name", "layer", "holds"])["share"]
+    share = table.set_index(["position_name", "layer", "state_holds"])["share"]
     assert (table["n"] == 20).all()
     for layer in range(lm.n_layers):  # hop 1 reads by name in layer 1, hop 2 in layer 3, the read-out in layer 4
         assert share["rhs 2", layer, "name" if layer < 2 else "payload" if layer < 4 else "nothing"] > 0.9
@@ -602,7 +602,7 @@ def test_each_thing_held_leads_to_an_answer_of_its_own(lm, holds, monkeypatch):
 
     monkeypatch.setattr(lookbacks, "patch_states", pretend)
     swaps = lookback_swaps(lm, pairs, ["final"])
-    assert (swaps["holds"] == holds).all()
+    assert (swaps["state_holds"] == holds).all()
     for pair in pairs:
         lines = dict(zip(("base", "source"), (pair.base.lines, pair.source.lines)))
         letter = next(line for line in lines["source"] if line.startswith(f"{pair.base.query} = "))[-1]

@@ -285,7 +285,7 @@ def test_the_band_of_random_directions_is_from_the_least_to_the_most():
     effects = pd.DataFrame({"coefficient": [2, 1, 1, 1, 1], "net": [0.1, 0.4, np.nan, -0.2, 0.0], "p": [1, 2, 3, 4, 5]})
     effects["layer"] = [np.nan, 0, 0, 0, np.nan]  # of no concern
     band = null_band(effects)
-    assert list(band) == ["coefficient", "n", "middle", "low", "high"]
+    assert list(band) == ["coefficient", "n", "median", "low", "high"]
     assert band.to_numpy().tolist() == [[1, 3, 0, -0.2, 0.4], [2, 1, 0.1, 0.1, 0.1]]
     assert null_band(effects, "p")["high"].tolist() == [5, 1]
 

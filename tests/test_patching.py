@@ -100,7 +100,7 @@ def test_nothing_is_left_out_by_mistake(lm):
     "Cells that are known to be the base's are, when they are computed."
     for site in patch_sites(lm):
         some = patch_all(lm, [pair_of(lm)], site, logits)
-        agree(patch_all(lm, [pair_of(lm)], site, logits, PatchOptions(everything=True)), some)
+        agree(patch_all(lm, [pair_of(lm)], site, logits, PatchOptions(compute_unchanged=True)), some)
 
 
 def test_plain_runs(lm):
@@ -121,7 +121,7 @@ def test_patched_with_itself(lm):
     for site in patch_sites(lm):
         got = patch_all(lm, [PatchPair(base, base)], site, logits)[0]
         assert torch.equal(got, want.expand_as(got))
-        computed = patch_all(lm, [PatchPair(base, base)], site, logits, PatchOptions(everything=True))[0]
+        computed = patch_all(lm, [PatchPair(base, base)], site, logits, PatchOptions(compute_unchanged=True))[0]
         assert (computed - want).abs().max() < 2e-5
 
 
@@ -203,7 +203,7 @@ def test_work_is_what_the_arithmetic_says(llama):
     assert work.layer_tokens == sweep_layer_tokens(L, T, p0)
     assert work.cells == (L - 1) * (T - p0) + 1
     every = EngineWork()
-    patch_all(llama, [pair], "resid_pre", lead, PatchOptions(everything=True), work=every)
+    patch_all(llama, [pair], "resid_pre", lead, PatchOptions(compute_unchanged=True), work=every)
     assert every.cells == L * T
 
 

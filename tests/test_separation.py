@@ -11,9 +11,8 @@ from codetrace.core.metrics import auroc, auroc_interval
 from codetrace.planted.latents import draw_planted_activations
 from codetrace.planted.null_studies import NULL_DESIGNS, calibration_table, draw_near_duplicates_study, power_table
 from codetrace.sae.baseline_differences import simultaneous_differences, verdict_on_baselines
-from codetrace.sae.dataset import search_all_positions
 from codetrace.sae.latent_cards import selection_adjusted_level
-from codetrace.sae.latent_search import P_COLUMNS, search_active_latents, top_latents
+from codetrace.sae.latent_search import P_COLUMNS, search_active_latents, search_all_positions, top_latents
 from codetrace.sae.null_of_maximum import (
     family_wise_p,
     null_of_maximum,

@@ -43,7 +43,7 @@ from codetrace.runs.claims import adjust_claims, claim_row
 from codetrace.runs.inputs import resolve_inputs
 from codetrace.runs.manifest import all_runs, find_run, newest_run
 from codetrace.runs.run import open_run
-from codetrace.sae.dataset import load_labelled_activations, search_all_positions
+from codetrace.sae.dataset import load_labelled_activations
 from codetrace.sae.sae import hook_name
 from codetrace.sandbox.pool import SandboxPool
 from codetrace.steering.directions import Gate, latent_gate, make_push

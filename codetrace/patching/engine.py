@@ -13,12 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.errors import BadInput, look_up_name
-from ..models.lm import LM
-from .blocks import _staircase_refusal
-from .grouped_query_heads import n_site_heads
-from .layer_stack import _staircase_logits
-from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from codetrace.patching.sites import (
     PATCH_SITES,
     EngineWork,
@@ -28,6 +22,13 @@ from codetrace.patching.sites import (
     _SweepRequest,
     patch_sites,
 )
+
+from ..core.errors import BadInput, look_up_name
+from ..models.lm import LM
+from .blocks import _staircase_refusal
+from .grouped_query_heads import n_site_heads
+from .layer_stack import _staircase_logits
+from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from .staircase import _staircase_engine
 
 # %% ../../nbs/patching/engine.ipynb #386b1bbf
@@ -46,7 +47,7 @@ class PatchOptions:
     layers: Sequence[int] | None = None  # None: all
     engine: str = "staircase"  # One of `ENGINES`
     window: int = 1  # Layers patched together, from the cell's own upwards, and fewer at the top of the model
-    everything: bool = False  # Compute cells, too, whose result must be the base's
+    compute_unchanged: bool = False  # Compute also cells whose result must be the base's
 
     def __post_init__(self):
         look_up_name(self.engine, ENGINES, "engine")
@@ -86,7 +87,7 @@ def patch_all(
     layers = _check_layers(lm, site, options.layers)
     n_heads = n_site_heads(lm, site)
     work = work or EngineWork()
-    request = _SweepRequest(pairs, site, layers, options.window, n_heads, options.everything, work)
+    request = _SweepRequest(pairs, site, layers, options.window, n_heads, options.compute_unchanged, work)
     grids = [None] * len(pairs)
     for i, cells, logits in ENGINES[options.engine](lm, request):
         metrics = measure(logits, i)

@@ -15,8 +15,6 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..models.lm import LM
-from .grouped_query_heads import n_site_heads
 from codetrace.patching.layer_stack import (
     SiteCallback,
     _finish_layer,
@@ -25,7 +23,11 @@ from codetrace.patching.layer_stack import (
     _TokenGrid,
     _unembed_final,
 )
+
+from ..models.lm import LM
+from .grouped_query_heads import n_site_heads
 from .sites import GridCell, _cells_to_compute, _SweepRequest
+
 
 # %% ../../nbs/patching/staircase.ipynb #57dc6144
 def sweep_layer_tokens(
@@ -365,7 +367,7 @@ def _rows_to_compute(request: _SweepRequest, numbers: list[int], sweep: _SiteSwe
     n_tokens = sweep.stack.n_tokens
     n_states = len(sweep.source)
     enters_after = int(sweep.site != "resid_pre")
-    equal = None if request.everything else [_equal_states(sweep, i) for i in range(n_states)]
+    equal = None if request.compute_unchanged else [_equal_states(sweep, i) for i in range(n_states)]
     rows = []
     for b, number in enumerate(numbers):
         for cell, layer, head, position in _cells_to_compute(request.pairs[number], request):

@@ -28,15 +28,15 @@ class GoldenSectionSearch:
         if not self.low < self.high:
             raise BadInput(f"a search between {self.low} and {self.high}: the first must be smaller")
 
-    def inner(self) -> tuple[float, float]:
+    def interior_points(self) -> tuple[float, float]:
         "The two coefficients within the interval."
         step = _INVERSE_GOLDEN_RATIO * (self.high - self.low)
         return round(self.high - step, 6), round(self.low + step, 6)
 
     def suggest(self) -> float:
         "The next coefficient to try."
-        while all(x in self.values for x in self.inner()):
-            left, right = self.inner()
+        while all(x in self.values for x in self.interior_points()):
+            left, right = self.interior_points()
             left_is_best = self._rank(left) >= self._rank(right)
             if left_is_best:
                 self.high = right
@@ -44,7 +44,7 @@ class GoldenSectionSearch:
                 self.low = left
             if self.high - self.low < 1e-5:
                 return left if left_is_best else right
-        return next(x for x in self.inner() if x not in self.values)
+        return next(x for x in self.interior_points() if x not in self.values)
 
     def _rank(self, coefficient: float) -> tuple[float, float]:
         "Larger values are better; of equals the weaker push."
