@@ -1,5 +1,6 @@
 "Runs from outside: killed, interrupted, doubled, misspelt, started by others."
 
+import importlib.util
 import itertools
 import json
 import os
@@ -201,7 +202,7 @@ def test_plain_papermill_with_a_misspelt_parameter_fails(tmp_path):
 BEFORE_THE_KERNEL = {
     "unknown phase 'trackin': did you mean 'tracking'": ["run", "trackin"],
     "has no parameter 'num_seq': did you mean 'num_seqs'": ["run", "tracking", "-p", "num_seq=3"],
-    "takes int values such as 5, not 'many'": ["run", "tracking", "-p", "num_seqs=many"],
+    "takes int values such as 3, not 'many'": ["run", "tracking", "-p", "num_seqs=many"],
     "write -p name=value": ["run", "tracking", "-p", "num_seqs"],
     "cannot read parameters from nowhere.yaml": ["run", "tracking", "-f", "nowhere.yaml"],
     "no run '2099'": ["show", "2099"],
@@ -284,6 +285,40 @@ SAID_AT_ONCE = {
     "similarity is a share": "0.1 -p similarity=7",
     "unknown threshold_for 'f2'": "validation -p threshold_for=f2",
     "unknown where 'generatd'": "tuning -p where=generatd",
+    "planted:binding' has its weights written by hand: phases mechanism and seeds take it": "tracking --model planted:binding",
+    "'tracing' does not": "tracing --model planted:binding",
+    "'generation' does not": "generation --model planted:nonsense",
+    "'steering' does not": "steering -p on_model=planted:binding",
+    "unknown planted model 'planted:bind'": "mechanism --model planted:bind",
+    "unknown planted model 'planted:binding@9'": "seeds -p models=planted:binding,planted:binding@9",
+    "unknown planted model 'planted:x'": "mechanism -p compared_models=planted:x",
+    "seed must be less than 2**63": f"generation -p seed={10**30}",
+    "seeds must be less than 2**63": f"saes -p seeds=0,{2**63}",
+    "each temperature once (phase 'steering')": "steering -p temperatures=0.5,0.5",
+    "temperatures=11.0: 0 is greedy": "steering -p temperatures=11",
+    "samples=2 at temperature 0": "steering -p temperatures=0 -p samples=2",
+    "give each model once": "seeds -p models=planted:binding,planted:binding",
+    "give each of them once (phase 'tracking')": "tracking -p seq_lens=3,3",
+    "coefficients=[0.0]: give at least one, and not 0": "tuning -p coefficients=0",
+    "coefficients=[]: give at least one": "tuning -p coefficients=[]",
+    "layers=[99]: the made-up study has layers 0 to 2": "tuning -p layers=99",
+    "unknown positions 'last_promt': did you mean 'last_prompt'": "latents -p positions=last_promt",
+    "unknown position 'qurey': did you mean 'query'": "tracing -p positions=final,qurey",
+    "depths=[1]: a program of depth 1 has no reference to change": "tracing -p change=reference",
+    "depths=[1, 2]: a program of depth 1": "mechanism -p change=reference -p depths=1,2",
+    "depths=[1]: a program": "seeds -p depths=1",
+    "head_programs=2: give 4 to num_programs=8": "seeds -p head_programs=2",
+    "head_programs=9: give 4 to num_programs=8": "seeds -p head_programs=9",
+    "generator 'range' takes no depth: give depths=[]": "tracing -p generator=range",
+    "subspace_sizes must be a whole number of at least 1": "mechanism -p subspace_sizes=0",
+    "lines=[4, 60]: programs have 2 to 26": "binding -p lines=4,60",
+    "lines=[1, 4]: programs have 2 to 26": "binding -p lines=1,4",
+    "a width of 128 does not divide into 3 heads": "binding -p init=scratch -p scratch_size=4,3,128",
+    "mastery=1: give a share below 1": "binding -p mastery=1",
+    "unknown tokenizer 'nonsense': give smollm2": "splits -p tokenizer=nonsense",
+    "holds no tokenizer": ["difficulty", "-p", f"tokenizer={HOME / 'nbs'}"],
+    "no released SAE is known for 'tiny:llama'": "saes -p sae=released",
+    "give JSON from phase numbers to reasons": "report -p failed=3.1",
     "shards are numbered from 0": "tracing -p shards=2 -p shard=2",
     "no device '7' here": "tracing --devices 7",
     "--shards 0: give how many processes": "tracing --shards 0",
@@ -308,10 +343,67 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(tmp_path, monkeypatch, mes
     assert "\n" not in str(done.exception).strip() and not list(tmp_path.rglob("run.json"))
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch):
+NOT_HERE = {
+    "the model hub for 'nobody/no-such-model'": "tracking --model nobody/no-such-model",
+    "the data set 'google-research-datasets/mbpp', and it is in no cache here: give a local copy": "difficulty --problems mbpp",
+    "problems path/to/mbpp.jsonl": "3.2 -p on_problems=mbpp-sanitized -p split=all",
+    "the data set 'nobody/nothing', and it is in no cache here: give stdlib": "saes -p text=nobody/nothing",
+    "the tokenizer 'nobody/nothing'": "splits -p tokenizer=nobody/nothing",
+    "sae-lens's release 'gemma-scope-2b-pt-res' has no SAE 'layer_99/": "saes -p sae=gemma-scope-2b-pt-res:layer_99/x",
+    "sae-lens has no release 'norelease'": "saes -p sae=norelease:noid",
+    "the SAE gemma-scope-2b-pt-res-canonical:layer_3/width_16k/canonical": [
+        "saes",
+        "-p",
+        "sae=gemma-scope-2b-pt-res-canonical:layer_3/width_16k/canonical",
+    ],
+}
+
+
+@pytest.mark.parametrize("message", NOT_HERE)
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch, message):
+    if "sae" in message.lower() and importlib.util.find_spec("sae_lens") is None:
+        pytest.skip("sae-lens is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = in_process(tmp_path, "run", "tracking", "--model", "nobody/no-such-model")
-    assert "cannot reach the model hub" in str(done.exception)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    words = NOT_HERE[message]
+    began = time.monotonic()
+    done = in_process(tmp_path, "run", *(words.split() if isinstance(words, str) else words))
+    assert time.monotonic() - began < 2
+    assert isinstance(done.exception, BadInput) and message in str(done.exception), done.exception
+
+
+def test_the_hottest_temperature_is_taken():
+    from codetrace.runs.checks import check_run
+    from codetrace.runs.parameters import phase_values
+
+    check_run("generation", phase_values("generation", {"temperature": [10.0]}))
+    check_run("steering", phase_values("steering", {"text_tokens": 0, "coefficients": []}))
+
+
+def test_what_does_not_fit_the_runs_that_are_read_is_said_at_once(study):
+    "Layers that phase 2 did not search, a site at which no SAE reads, a split that was tuned on, a model with fewer layers."
+    import pandas as pd
+
+    search = study.command("2")
+    scores = pd.DataFrame({"layer": [3, 7], "score": [0.5, 0.4]})
+    scores.to_parquet(study.root / "latents" / search["run_id"] / "scores.parquet")
+    wrong = {
+        "layers=[99]: phase 2 has searched none of these; it has searched 3, 7": "3.1 -p layers=99",
+        "site=resid_mid: the SAEs that are read are of resid_post": "3.1 -p site=resid_mid",
+    }
+    chosen = study.begin("3.1")
+    chosen.write_json("choice.json", {"directions": [{"layer": 7}]})
+    chosen.finish("done")
+    wrong |= {
+        "split='all': the choice was made on basics, and only its validation split": "3.2 -p split=all",
+        "only its validation split is left": "3.2 -p split=sae -p on_problems=basics",
+        "on_model=tiny:llama: it has layers 0 to 2, and the choice pushes at layer 7": "3.2 -p on_model=tiny:llama",
+    }
+    for message, words in wrong.items():
+        began = time.monotonic()
+        done = in_process(study.root, "run", *words.split())
+        assert isinstance(done.exception, BadInput) and message in str(done.exception), done.exception
+        assert time.monotonic() - began < 2
 
 
 def test_what_the_checks_know_is_what_the_phases_take():
@@ -320,8 +412,13 @@ def test_what_the_checks_know_is_what_the_phases_take():
     from codetrace.patching.alignment import PATCH_DIRECTIONS
     from codetrace.patching.cases import COUNTERFACTUAL_CHANGES
     from codetrace.patching.engine import ENGINES
+    from codetrace.patching.sweep import _EXAMPLE_POSITIONS, _POSITION_NAME
+    from codetrace.planted import steering as planted_steering
+    from codetrace.planted.binding import PLANTED_MODELS
     from codetrace.runs import checks
+    from codetrace.runs.phases import phases
     from codetrace.sae.linear_probes import THRESHOLD_MEASURES
+    from codetrace.sae.loading import SAE_RELEASES
     from codetrace.tasks.difficulty import DIFFICULTY_MEASURES
     from codetrace.tasks.problem_splits import SPLIT_SHARES
     from codetrace.tasks.program_prompts import PROMPT_TEMPLATES
@@ -330,6 +427,7 @@ def test_what_the_checks_know_is_what_the_phases_take():
     known = {
         "where": EDIT_PLACES,
         "kinds": STATE_KINDS,
+        "latents.positions": STATE_KINDS,
         "directions": PATCH_DIRECTIONS,
         "change": COUNTERFACTUAL_CHANGES,
         "engine": ENGINES,
@@ -340,6 +438,11 @@ def test_what_the_checks_know_is_what_the_phases_take():
     }
     assert {name: set(checks._CHOICES[name]) for name in known} == {name: set(words) for name, words in known.items()}
     assert set(checks._PROMPT_TEMPLATES) == set(PROMPT_TEMPLATES)
+    assert set(checks._PLANTED_MODELS) == set(PLANTED_MODELS) and checks._HAVE_RELEASED_SAES == set(SAE_RELEASES)
+    assert (checks._POSITION_NAME, [*checks._EXAMPLE_POSITIONS]) == (_POSITION_NAME, _EXAMPLE_POSITIONS)
+    assert checks._MADE_UP_LAYERS == planted_steering._N_LAYERS
+    loading = [name for name, phase in phases().items() if "load_model_or_planted" in phase.notebook.read_text()]
+    assert loading == [*checks._TAKES_PLANTED_MODELS]
 
 
 READ_BY_TYPE = {

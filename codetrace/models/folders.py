@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NotAModel', 'NoNetwork', 'indexed_files', 'has_weights', 'check_model_folder', 'check_adapter_folder',
-           'adapters_by_step', 'adapter_folder', 'cached_hub_folder', 'ModelFacts', 'check_model_name']
+           'adapters_by_step', 'adapter_folder', 'cached_hub_folder', 'is_hub_reachable', 'ModelFacts',
+           'check_model_name']
 
 # %% ../../nbs/models/folders.ipynb #dbb6e104
 import json
@@ -139,17 +140,22 @@ def cached_hub_folder(
     return max(snapshots, key=os.path.getmtime) if snapshots else None
 
 
+def is_hub_reachable() -> bool:
+    "Can something be downloaded from the Hugging Face hub? Where requests take a detour, the answer is yes."
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE_VARIABLES):
+        return False
+    if any(os.environ.get(name) for name in _DETOUR_VARIABLES):
+        return True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
 def _check_hub_reachable(name: str) -> None:
     "Raise `NoNetwork` where a model that is not here cannot be downloaded."
-    is_offline = any(
-        os.environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in _OFFLINE_VARIABLES
-    )
-    if not is_offline and not any(os.environ.get(variable) for variable in _DETOUR_VARIABLES):
-        try:
-            socket.create_connection(("huggingface.co", 443), timeout=1.0).close()
-        except OSError:
-            is_offline = True
-    if is_offline:
+    if not is_hub_reachable():
         offline = ", ".join(_OWN_MODELS)
         raise NoNetwork(f"cannot reach the model hub for {name!r}; these models work offline: {offline}")
 

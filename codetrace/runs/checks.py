@@ -6,16 +6,21 @@
 __all__ = ['check_run']
 
 # %% ../../nbs/runs/checks.ipynb #2749544e
+import inspect
+import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import BadInput, look_up_name, suggest_names
+from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
 from ..core.shards import shard_range
 from ..models.folders import check_model_name
+from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name
+from .input_checks import check_inputs
 from .parameters import BadParameter
 from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
@@ -25,7 +30,7 @@ from ..tasks.problems import PROBLEM_SETS, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes chunk_tokens subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples text_tokens workers candidates".split()
+    "passes chunk_tokens subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
@@ -34,25 +39,45 @@ _NOT_EMPTY = set(
 _ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
 
 
-def _lowest(name: str) -> float:
+_LARGEST_SEED = 2**63 - 1  # Of torch
+
+
+def _lowest(phase: str, name: str) -> float:
     "The smallest value that a parameter can have."
     if name in _ANY_NUMBER:
         return -math.inf
-    return 1 if name in _AT_LEAST_ONE else 0
+    return 1 if name in _AT_LEAST_ONE or f"{phase}.{name}" in _AT_LEAST_ONE else 0
 
 
 def _check_number(phase: str, name: str, value: float) -> None:
     "Refuse a number that is too small or too large for its parameter."
-    if value < _lowest(name):
-        raise BadParameter(
-            f"{name} must be a whole number of at least {_lowest(name)}, not {value!r} (phase {phase!r})"
-        )
+    lowest = _lowest(phase, name)
+    if value < lowest:
+        raise BadParameter(f"{name} must be a whole number of at least {lowest}, not {value!r} (phase {phase!r})")
+    if name in ("seed", "seeds") and value > _LARGEST_SEED:
+        raise BadParameter(f"{name} must be less than 2**63, not {value} (phase {phase!r})")
     if name in _SHARES and value > 1:
         raise BadParameter(f"{name} is a share: expected a number from 0 to 1, not {value!r} (phase {phase!r})")
     if name == "learning_rate" and value <= 0:
         raise BadParameter(f"{name} must be more than 0, such as 0.002, not {value!r} (phase {phase!r})")
 
 # %% ../../nbs/runs/checks.ipynb #760244db
+_DISTINCT = set(
+    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers "
+    "per_token_layers coefficients subspace_sizes".split()
+)
+
+
+def _check_lists(phase: str, values: Mapping) -> None:
+    "Refuse lists that give a value twice, for it would count twice."
+    for name, value in values.items():
+        if name in _DISTINCT and isinstance(value, list) and len(set(value)) < len(value):
+            raise BadParameter(f"{name}={value}: give each {_LIST_ITEMS.get(name, 'of them')} once (phase {phase!r})")
+
+
+_LIST_ITEMS = {"temperature": "temperature", "temperatures": "temperature", "models": "model", "layers": "layer"}
+
+
 def _check_numbers(phase: str, values: Mapping) -> None:
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -83,6 +108,7 @@ _CHOICES = {
     "generation.split": ("all", *_SPLITS),
     "latents.split": _SPLITS,
     "steering.split": ("all", *_SPLITS),
+    "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
 }
 _LABELS = {
     "generators": "generator",
@@ -120,7 +146,9 @@ def _check_programs(phase: str, values: Mapping) -> None:
     generators = values.get("generators") or [values.get("generator", "variable_binding")]
     for name in generators if "seq_lens" in values else ():
         generator = GENERATORS[name]
-        takes_depth = "depth" in generator.__kwdefaults__ if generator.__kwdefaults__ else False
+        takes_depth = "depth" in inspect.signature(generator).parameters
+        if values.get("depths") and not takes_depth and phase != "tracking":
+            raise BadParameter(f"generator {name!r} takes no depth: give depths=[] (phase {phase!r})")
         depths = (values.get("depths") or [None]) if takes_depth else [None]
         for seq_len in values["seq_lens"]:
             for depth in depths:
@@ -128,6 +156,8 @@ def _check_programs(phase: str, values: Mapping) -> None:
                 draw_program(generator, seq_len, np.random.default_rng(0), **options)
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
+_PLANTED_MODELS = ("planted:binding", "planted:binding@1", "planted:binding@2")  # Of planted.binding
+_TAKES_PLANTED_MODELS = ("mechanism", "seeds")
 _MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
@@ -137,9 +167,21 @@ def _check_models(phase: str, values: Mapping) -> None:
     for name in _MODEL_PARAMETERS:
         value = values.get(name) or []
         for model in value if isinstance(value, list) else [value]:
-            facts = None if model.startswith("planted:") else check_model_name(model)
-            if facts and facts.layers and name == "model":
+            if model.startswith("planted:"):
+                _check_planted_model(phase, model)
+                continue
+            facts = check_model_name(model)
+            if facts.layers and name == "model":
                 _check_layers(phase, values, model, facts.layers)
+    if values.get("tokenizer"):
+        check_tokenizer_name(values["tokenizer"])
+
+
+def _check_planted_model(phase: str, model: str) -> None:
+    if phase not in _TAKES_PLANTED_MODELS:
+        phases = " and ".join(_TAKES_PLANTED_MODELS)
+        raise BadParameter(f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not")
+    look_up_name(model, _PLANTED_MODELS, "planted model")
 
 
 def _check_layers(phase: str, values: Mapping, model: str, n_layers: int) -> None:
@@ -153,6 +195,7 @@ def _check_layers(phase: str, values: Mapping, model: str, n_layers: int) -> Non
 def _check_problem_set(name: str) -> int | None:  # How many there are; None where they must be downloaded
     "Refuse a problem set that is not there, or cannot be read."
     if name in ("mbpp", "mbpp-sanitized"):
+        check_hub_dataset("google-research-datasets/mbpp", "give a local copy, --problems path/to/mbpp.jsonl")
         return None
     if name not in PROBLEM_SETS and not Path(name).suffix:
         known = suggest_names(name, PROBLEM_SETS)
@@ -177,21 +220,31 @@ def _check_problems(phase: str, values: Mapping) -> None:
             )
 
 # %% ../../nbs/runs/checks.ipynb #513b951c
-def _check_generation(values: Mapping) -> None:
-    "Temperatures and samples that go together, and slices that exist."
-    temperatures = values["temperature"]
-    if len(set(temperatures)) < len(temperatures):
-        raise BadParameter(f"temperature={temperatures}: give each temperature once")
-    if too_high := [temperature for temperature in temperatures if temperature >= 10]:
-        raise BadParameter(f"temperature={too_high[0]}: 0 is greedy, 1 the model's own distribution, at most 10")
+def _check_temperatures(name: str, values: Mapping) -> None:
+    "Temperatures that can be sampled at, so many samples of each."
+    temperatures = values[name]
+    if too_high := [temperature for temperature in temperatures if temperature > 10]:
+        raise BadParameter(f"{name}={too_high[0]}: 0 is greedy, 1 the model's own distribution, at most 10")
     if values["samples"] > 1 and 0.0 in temperatures:
         raise BadParameter(
             f"samples={values['samples']} at temperature 0 would all be the same: give samples=1, or leave temperature 0 out"
         )
+
+
+def _check_generation(values: Mapping) -> None:
+    "Temperatures and samples that go together, and slices that exist."
+    _check_temperatures("temperature", values)
     if values["max_new_tokens"] < 1:
         raise BadParameter(f"max_new_tokens={values['max_new_tokens']}: an answer has at least 1 token")
 
 # %% ../../nbs/runs/checks.ipynb #4bde0907
+_HAVE_RELEASED_SAES = set(  # Models, of sae.loading
+    "gemma-2-2b gemma-2-9b gemma-2-9b-it llama-3.1-8b qwen3-1.7b-base qwen3-8b-base qwen2.5-7b-instruct".split()
+)
+for _size in ("270m", "1b", "4b", "12b", "27b"):
+    _HAVE_RELEASED_SAES |= {f"gemma-3-{_size}", f"gemma-3-{_size}-pt", f"gemma-3-{_size}-it"}
+
+
 def _check_saes(values: Mapping) -> None:
     "Sizes of an SAE and of its text that go together, and an SAE that can be there."
     if values["text"] == "completions" and not values["input"]:
@@ -200,6 +253,11 @@ def _check_saes(values: Mapping) -> None:
     place = os.path.dirname(name.split("{")[0]) if "{" in name else name  # what stands before {layer} is part of a name
     if name not in ("train", "released") and ":" not in name and not Path(place).exists():
         raise BadInput(f"no SAE {name!r}: give train, released, release:id as sae-lens names them, or a folder")
+    if name == "released" and Path(values["model"].lower()).name not in _HAVE_RELEASED_SAES:
+        known = ", ".join(sorted(_HAVE_RELEASED_SAES))
+        raise BadInput(f"no released SAE is known for {values['model']!r} (known: {known}); give train, or name a folder")
+    if ":" in name and not Path(place).exists():
+        check_released_sae(*name.split(":", 1))
     if name != "train":
         return
     if values["k"] >= values["d_sae"]:
@@ -217,7 +275,11 @@ def _check_text(phase: str, values: Mapping) -> None:
     "A corpus is stdlib, a folder, or a hub dataset."
     text = values.get("text")
     own = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
-    if text is None or text in own or Path(text).is_dir() or (text.count("/") == 1 and not text.startswith((".", "/"))):
+    is_read = text is not None and (phase != "latents" or bool(values["input"]))  # else the study is made up
+    if not is_read or text in own or Path(text).is_dir():
+        return
+    if text.count("/") == 1 and not text.startswith((".", "/")):
+        check_hub_dataset(text, f"give {own[0]}, or a folder of Python files")
         return
     raise BadInput(f"no text {text!r}: give {' or '.join(own)}, a folder of Python files, or a hub dataset owner/name")
 
@@ -236,12 +298,81 @@ def _check_training(phase: str, values: Mapping) -> None:
     "Shapes of the programs and of the model that phase binding trains."
     if "lines" in values and (len(values["lines"]) != 2 or values["lines"][0] > values["lines"][1]):
         raise BadParameter(f"lines={values['lines']}: give the fewest and the most assignments, such as 4,6")
+    if "lines" in values and not 2 <= values["lines"][0] <= values["lines"][1] <= 26:
+        raise BadParameter(f"lines={values['lines']}: programs have 2 to 26 assignments, one a letter")
     if "scratch_size" in values and len(values["scratch_size"]) != 3:
         raise BadParameter(f"scratch_size={values['scratch_size']}: give layers, heads and width, such as 4,4,128")
+    if "scratch_size" in values and values["scratch_size"][2] % (2 * values["scratch_size"][1]):
+        _, n_heads, width = values["scratch_size"]
+        raise BadParameter(
+            f"scratch_size={values['scratch_size']}: a width of {width} does not divide into {n_heads} heads of even width: "
+            f"give a multiple of {2 * n_heads}"
+        )
+    if values.get("mastery") == 1:
+        raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
+
+# %% ../../nbs/runs/checks.ipynb #c0a9e772
+_POSITION_NAME = r"query|final|end other|(lhs|rhs|end) [1-9]\d*[b-z]?"  # Of patching.sweep
+_EXAMPLE_POSITIONS = ("all", "named", "query", "final", "end other", "lhs 1", "rhs 1", "end 1")
+
+
+def _check_position_names(text: str) -> None:
+    "Refuse names that no token of a program has."
+    for name in [] if text in ("all", "named") else [item.strip() for item in text.split(",")]:
+        if not re.fullmatch(_POSITION_NAME, name):
+            raise UnknownName(f"unknown position {name!r}: {suggest_names(name, _EXAMPLE_POSITIONS)}")
+
+
+def _check_references(values: Mapping) -> None:
+    "A changed reference needs a chain with one."
+    if values["change"] == "reference" and min(values["depths"], default=2) < 2:
+        raise BadParameter(
+            f"depths={values['depths']}: a program of depth 1 has no reference to change; give depths of 2 or more"
+        )
+
+
+def _check_tracing(values: Mapping) -> None:
+    _check_references(values)
+    _check_position_names(values["positions"])
+
+
+def _check_seeds(values: Mapping) -> None:
+    "Programs for both changes, and enough of them to choose heads on one half and judge them on the other."
+    _check_references(dict(values) | {"change": "reference"})
+    if not 4 <= values["head_programs"] <= values["num_programs"]:
+        raise BadParameter(f"head_programs={values['head_programs']}: give 4 to num_programs={values['num_programs']}")
+
+# %% ../../nbs/runs/checks.ipynb #4388cb14
+def _check_tuning(values: Mapping) -> None:
+    "A grid of pushes, without the baseline."
+    if not values["coefficients"] or 0 in values["coefficients"]:
+        raise BadParameter(
+            f"coefficients={values['coefficients']}: give at least one, and not 0, which is the baseline itself"
+        )
+    if not values["input"] and (outside := [layer for layer in values["layers"] if layer >= _MADE_UP_LAYERS]):
+        raise BadParameter(f"layers={outside}: the made-up study has layers 0 to {_MADE_UP_LAYERS - 1}; give input=1.0")
+
+
+_MADE_UP_LAYERS = 3  # Of planted.steering
+
+
+def _check_steering(values: Mapping) -> None:
+    _check_temperatures("temperatures", values)
+
+
+def _check_report(values: Mapping) -> None:
+    "Reasons by phase number, as JSON."
+    try:
+        reasons = json.loads(values["failed"] or "{}")
+    except (ValueError, RecursionError):
+        reasons = None
+    if not isinstance(reasons, dict):
+        raise BadParameter(f"failed={values['failed']!r:.60}: give JSON from phase numbers to reasons, or leave it out")
 
 # %% ../../nbs/runs/checks.ipynb #d56a2e4d
 _CHECKS = (
     _check_numbers,
+    _check_lists,
     _check_choices,
     _check_sites,
     _check_training,
@@ -250,12 +381,22 @@ _CHECKS = (
     _check_problems,
     _check_models,
 )
-_PHASE_CHECKS = {"generation": _check_generation, "saes": _check_saes}
+_PHASE_CHECKS = {
+    "generation": _check_generation,
+    "mechanism": _check_references,
+    "report": _check_report,
+    "saes": _check_saes,
+    "seeds": _check_seeds,
+    "steering": _check_steering,
+    "tracing": _check_tracing,
+    "tuning": _check_tuning,
+}
 
 
 def check_run(
     phase: str,  # A phase's name or number
     values: Mapping,  # A value for every parameter, of its type
+    root: Path | None = None,  # Of the runs that are read; default: `runs_root()`
 ) -> None:
     "Refuse values that the phase cannot work with; raises `BadInput` with one line."
     declaration = find_phase(phase)
@@ -267,3 +408,4 @@ def check_run(
         _PHASE_CHECKS[declaration.name](values)
     if values.get("shards", 1) > 1 or values.get("shard", -1) >= 0:
         shard_range(values["shards"], values["shards"], values["shard"])
+    check_inputs(declaration.name, values, root)

@@ -179,7 +179,7 @@ def execute_phase(
     "Run a phase in batch. Raises `BadInput` for the user's mistakes and `RunFailed` for ours."
     declaration = find_phase(phase)
     values = phase_values(phase, parameters or {})
-    check_run(declaration.name, values)
+    check_run(declaration.name, values, root)
     run = open_run(declaration.name, values, notebook_code(declaration.notebook), root=root, launcher="codetrace")
     try:
         with interrupt_on_stop_signals(), _progress_bar(run.folder, declaration.name, show_progress):

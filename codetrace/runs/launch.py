@@ -226,7 +226,7 @@ class ShardedRun:
         declared = phase_parameters(self.phase)
         _check_shard_count(self.phase, declared, shards)
         parameters = phase_values(phase, parameters)
-        check_run(self.phase, parameters)
+        check_run(self.phase, parameters, self.root)
         self.shards = shards * _num_temperatures(parameters) if "shards" in declared else shards
         self.parameters = self._whole_parameters(parameters)
         self.folder = self.root / ".jobs" / f"{self.phase}-{digest_values(self.parameters)[:8]}"
