@@ -19,8 +19,8 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
-TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
-TESTS += ["--dist", "worksteal"]  # halves, in order: a file and what its tests share mostly stay with one worker
+TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--durations=12"]  # they wait a third of their time
+TESTS += ["--dist", "worksteal"]  # parts, in order: a file and what its tests share mostly stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 STAGES = [  # Checks of one stage run side by side; tests, which measure times, have the machine to themselves
     {
@@ -71,11 +71,8 @@ def main() -> int:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer
         }
-        failed = []
-        for stage in STAGES:
-            if "tests" in stage:
-                open_until_the_end.enter_context(warm_kernels())  # its imports are done once
-            failed += run_stage(stage)
+        open_until_the_end.enter_context(warm_kernels())  # imports of runs are done once
+        failed = [name for stage in STAGES for name in run_stage(stage)]
     total = sum(map(len, STAGES))
     print(f"{total - len(failed)} passed, {len(failed)} failed" + (f" ({', '.join(failed)})" if failed else ""))
     return 1 if failed else 0
