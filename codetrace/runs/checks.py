@@ -275,11 +275,11 @@ def _check_text(phase: str, values: Mapping) -> None:
     "A corpus is stdlib, a folder, or a hub dataset."
     text = values.get("text")
     own = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
-    is_read = text is not None and (phase != "latents" or bool(values["input"]))  # else the study is made up
-    if not is_read or text in own or Path(text).is_dir():
+    if text is None or text in own or Path(text).is_dir():
         return
     if text.count("/") == 1 and not text.startswith((".", "/")):
-        check_hub_dataset(text, f"give {own[0]}, or a folder of Python files")
+        if phase != "latents" or values["input"]:  # a made-up study has no text
+            check_hub_dataset(text, f"give {own[0]}, or a folder of Python files")
         return
     raise BadInput(f"no text {text!r}: give {' or '.join(own)}, a folder of Python files, or a hub dataset owner/name")
 

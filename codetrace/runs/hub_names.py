@@ -65,7 +65,7 @@ def _release_lines(release: str) -> list[str]:
         raise BadInput(
             "released SAEs are loaded by sae-lens, which is not installed: pip install -c constraints.txt 'codetrace[saes]'"
         )
-    listed = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    listed = Path(spec.origin or "").parent / "pretrained_saes.yaml"
     text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
     blocks = re.split(r"^([^\s#][^:\n]*):\s*$", text, flags=re.M)
     by_release = dict(zip(blocks[1::2], blocks[2::2], strict=True))
