@@ -44,6 +44,7 @@ from codetrace.runs.inputs import resolve_inputs
 from codetrace.runs.manifest import all_runs, find_run, newest_run
 from codetrace.runs.run import open_run
 from codetrace.sae.dataset import load_labelled_activations
+from codetrace.sae.latent_search import search_all_positions
 from codetrace.sae.sae import hook_name
 from codetrace.sandbox.pool import SandboxPool
 from codetrace.steering.directions import Gate, latent_gate, make_push
@@ -480,7 +481,7 @@ def test_shards_together_are_the_whole(judged, tmp_path):
     done = []
     for k in range(2):
         part = shard_range(len(few) * len(tasks), 2, k, len(few))
-        done.append(sweep_settings(study.lm, tasks, few, tmp_path / str(k), replace(OPTIONS, part=part)))
+        done.append(sweep_settings(study.lm, tasks, few, tmp_path / str(k), replace(OPTIONS, pair_range=part)))
     whole = combine_setting_shards(done, tasks, few)
     for name in [s.name for s in few]:
         one, other = (

@@ -30,7 +30,9 @@ def _named_globals(function: FunctionType) -> dict:
     if function.__module__.startswith("codetrace."):
         return {}
     values = {name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__}
-    return {name: value for name, value in values.items() if isinstance(value, FunctionType | str | int | float | tuple)}
+    return {
+        name: value for name, value in values.items() if isinstance(value, FunctionType | str | int | float | tuple)
+    }
 
 # %% ../../nbs/core/function_digest.ipynb #0bb6403d
 def _call_method(value: object) -> FunctionType | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.errors import BadInput, look_up_name
 from .architectures import RESIDUAL_SITES, Place, residual_places
 from .interventions import register_hook
-from .limits import free_memory
+from .limits import free_memory, is_out_of_memory
 from .lm import LM
 from .onednn import PackedLinears
 from .sampling import next_token_logits, random_stream, sample_tokens
@@ -487,13 +487,6 @@ def _shrink(self: Decoder) -> None:
     self.sums = self.sums[:, :n]
 
 # %% ../../nbs/models/decoding.ipynb #53d3cfb8
-_OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)
-
-
 @patch
 def _halve(self: Decoder, error: RuntimeError) -> None:
     "Half the slots, after memory ran out. The answers under way begin again."
@@ -524,7 +517,7 @@ def __iter__(self: Decoder) -> Iterator[Continuation]:
                     self._step(hooks)
                     done += [self._release(slot) for slot in self._finished()]
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(error)
         yield from done

@@ -8,7 +8,6 @@ __all__ = ['EXCLUSION_REASONS', 'CANDIDATES_PER_PROGRAM', 'COUNTERFACTUAL_CHANGE
 
 # %% ../../nbs/patching/cases.ipynb #ecc211b2
 import logging
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,9 @@ from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 from .alignment import CannotTrace, TraceCase, align_pair, one_token_answer
 from ..tasks.counterfactuals import NoCounterfactual, make_counterfactual_pair, make_redirected_pair
-from ..tasks.generators import GENERATORS, draw_program
+from ..tasks.generators import GENERATORS, any_program, draw_program, draw_solved_examples
 from ..tasks.heuristics import resists_shallow_heuristics
+from ..tasks.program_drawing import keyed_rng
 from ..tasks.program_prompts import render_program_prompt
 from ..tasks.programs import Program
 
@@ -145,26 +145,17 @@ class CaseOptions:
         look_up_name(self.change, COUNTERFACTUAL_CHANGES, "change")
 
 # %% ../../nbs/patching/cases.ipynb #01cb9ed1
-def _any_program(program: Program) -> bool:
-    return True
-
-
 def _draw_candidate(
     lm: LM, number: int, shape: tuple[int, int | None], query_style: str, options: CaseOptions
 ) -> TraceCase | None:  # None where the program has no counterfactual
     "One program with its solved examples, from its own stream of random numbers."
     seq_len, depth = shape
-    key = ("tracing", options.seed, options.generator, seq_len, depth, number)
-    rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
+    rng = keyed_rng("tracing", options.seed, options.generator, seq_len, depth, number)
     make = GENERATORS[options.generator]
     arguments = {"query_style": query_style} | ({} if depth is None else {"depth": depth})
-    accept = _any_program if options.include_shallow else resists_shallow_heuristics
+    accept = any_program if options.include_shallow else resists_shallow_heuristics
     program = draw_program(make, seq_len, rng, accept, **arguments)
-
-    def is_different(example: Program) -> bool:
-        return example.code != program.code
-
-    solved = [draw_program(make, seq_len, rng, is_different, **arguments) for _ in range(options.num_shots)]
+    solved = draw_solved_examples(program, make, seq_len, rng, options.num_shots, **arguments)
     try:
         pair = COUNTERFACTUAL_CHANGES[options.change](program, rng, lm.tokenizer)
     except NoCounterfactual:

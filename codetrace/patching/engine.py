@@ -13,6 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.errors import BadInput, look_up_name
+from ..models.lm import LM
+from .blocks import _staircase_refusal
+from .grouped_query_heads import n_site_heads
+from .layer_stack import _staircase_logits
+from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from codetrace.patching.sites import (
     PATCH_SITES,
     EngineWork,
@@ -22,13 +28,6 @@ from codetrace.patching.sites import (
     _SweepRequest,
     patch_sites,
 )
-
-from ..core.errors import BadInput, look_up_name
-from ..models.lm import LM
-from .blocks import _staircase_refusal
-from .grouped_query_heads import n_site_heads
-from .layer_stack import _staircase_logits
-from .oracles import _naive_engine, _nnsight_engine, _transformer_lens_engine
 from .staircase import _staircase_engine
 
 # %% ../../nbs/patching/engine.ipynb #386b1bbf

@@ -15,6 +15,9 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..models.limits import is_out_of_memory
+from ..models.lm import LM
+from .grouped_query_heads import n_site_heads
 from codetrace.patching.layer_stack import (
     SiteCallback,
     _finish_layer,
@@ -23,11 +26,7 @@ from codetrace.patching.layer_stack import (
     _TokenGrid,
     _unembed_final,
 )
-
-from ..models.lm import LM
-from .grouped_query_heads import n_site_heads
 from .sites import GridCell, _cells_to_compute, _SweepRequest
-
 
 # %% ../../nbs/patching/staircase.ipynb #57dc6144
 def sweep_layer_tokens(
@@ -288,11 +287,6 @@ _BASE_SITES_READ = {  # site: what the sweep reads of the base run besides the s
 }
 
 # %% ../../nbs/patching/staircase.ipynb #56122fd6
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    "On an accelerator a class of its own, on a CPU a plain RuntimeError."
-    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
-
-
 def _halves(part: Sequence | _CellRows) -> list[Sequence | _CellRows]:
     "The second half, then the first."
     middle = len(part) // 2
@@ -308,7 +302,7 @@ def _halve_on_out_of_memory(items, run: Callable) -> Iterator:
         try:
             result = run(part)
         except RuntimeError as error:
-            if len(part) < 2 or not _is_out_of_memory(error):
+            if len(part) < 2 or not is_out_of_memory(error):
                 raise
             result = None  # freed only once the error is gone
         if result is None:

@@ -6,7 +6,6 @@
 __all__ = ['SAETrainingConfig', 'SAETrainer', 'SAETrainingOptions', 'train_sae']
 
 # %% ../../nbs/sae/training.ipynb #0c6e138b
-import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.errors import BadInput
-from ..core.files import atomic_write
+from ..core.files import write_torch
 from ..core.progress import Progress, no_progress
 from .sae import SAE
 
@@ -207,9 +206,7 @@ def _save_checkpoint(self: SAETrainer, path: Path, position: _TrainingPosition, 
         "weights": {name: weight.detach() for name, weight in self.weights.items()},
         "adam": self.adam.state_dict(),
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    atomic_write(path, buffer.getvalue())
+    write_torch(path, state)
 
 
 @patch

@@ -10,17 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from codetrace.tasks.program_drawing import (
-    NoSuchProgram,
-    check_program_length,
-    check_referential_depth,
-    choose_by_depth,
-    choose_uniformly,
-    draw_binding_lines,
-    draw_digit,
-    draw_letters,
-    finish_program,
-)
+from . import program_drawing as drawing
 from .programs import Program
 
 # %% ../../nbs/tasks/balanced_programs.ipynb #927adb0b
@@ -36,12 +26,14 @@ def _draw_constant_lines(
     "The lines that hold constants, with three possible roots or more, or two where the depth leaves no line for a third."
     n_roots = min(3, seq_len - depth + 1)
     for _ in range(1000):
-        sources, _ = draw_binding_lines(seq_len, rng, p_constant, depth, max_depth)
+        sources, _ = drawing.draw_binding_lines(seq_len, rng, p_constant, depth, max_depth)
         is_constant = [source not in sources for source in sources.values()]
         roots = _possible_roots(is_constant, depth)
         if len(roots) >= n_roots:
             return is_constant, roots
-    raise NoSuchProgram(f"balanced_binding: no {n_roots} roots in 1000 programs: raise p_constant, now {p_constant}")
+    raise drawing.NoSuchProgram(
+        f"balanced_binding: no {n_roots} roots in 1000 programs: raise p_constant, now {p_constant}"
+    )
 
 # %% ../../nbs/tasks/balanced_programs.ipynb #a2627784
 def _draw_balanced_digits(
@@ -50,11 +42,11 @@ def _draw_balanced_digits(
     "At least three digits (two where there are two roots); a constant that cannot be a root repeats one that can."
     digits: dict[int, int] = {}
     while len(set(digits.values())) < min(3, len(roots)):
-        digits = {line: draw_digit(rng) for line in roots}
+        digits = {line: drawing.draw_digit(rng) for line in roots}
     root_digits = list(digits.values())
     for line, constant in enumerate(is_constant):
         if constant and line not in digits:
-            digits[line] = choose_uniformly(rng, root_digits)
+            digits[line] = drawing.choose_uniformly(rng, root_digits)
     return digits
 
 # %% ../../nbs/tasks/balanced_programs.ipynb #6f130e7e
@@ -76,7 +68,7 @@ def _draw_references(
     for line, constant in enumerate(is_constant):
         if not constant:
             growing = {earlier: depth for earlier, depth in depths.items() if depth < max_depth}
-            read[line] = chain[line] if line in chain else choose_by_depth(rng, growing)
+            read[line] = chain[line] if line in chain else drawing.choose_by_depth(rng, growing)
         depths[line] = 1 if constant else depths[read[line]] + 1
     return read
 
@@ -92,17 +84,17 @@ def make_balanced_binding_program(
 ) -> Program:
     "Assignments of digits and earlier variables, in which each constant is as likely to be the answer."
     task = "balanced_binding"
-    seq_len = check_program_length(task, seq_len, 26, shortest=2)
-    check_referential_depth(task, seq_len, depth, seq_len - 1, max_depth)
+    seq_len = drawing.check_program_length(task, seq_len, 26, shortest=2)
+    drawing.check_referential_depth(task, seq_len, depth, seq_len - 1, max_depth)
     query_depth = depth or int(rng.integers(1, min(max_depth, seq_len - 1) + 1))
     is_constant, roots = _draw_constant_lines(seq_len, rng, p_constant, query_depth, max_depth)
     digits = _draw_balanced_digits(is_constant, roots, rng)
-    answer = choose_uniformly(rng, sorted(set(digits.values())))
-    root = choose_uniformly(rng, [line for line in roots if digits[line] == answer])
+    answer = drawing.choose_uniformly(rng, sorted(set(digits.values())))
+    root = drawing.choose_uniformly(rng, [line for line in roots if digits[line] == answer])
     chain = _draw_chain(is_constant, root, query_depth, rng)
     read = _draw_references(is_constant, chain, rng, max(max_depth, query_depth))
-    letters = draw_letters(rng, seq_len)
+    letters = drawing.draw_letters(rng, seq_len)
     sources = [str(digits[line]) if line in digits else letters[read[line]] for line in range(seq_len)]
     lines = [f"{variable} = {source}" for variable, source in zip(letters, sources)]
     query = letters[max(chain, default=root)]
-    return finish_program(task, lines, query, answer, query_style, seq_len=seq_len, n_chains=len(digits))
+    return drawing.finish_program(task, lines, query, answer, query_style, seq_len=seq_len, n_chains=len(digits))

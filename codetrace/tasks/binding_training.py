@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +25,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.files import atomic_write
+from ..core.files import write_torch
 from ..core.progress import Progress, no_progress
 from ..core.records import Records
 from ..core.stats import bootstrap_interval
 from ..models.lm import LM
 from ..models.word_tokenizers import pattern_tokenizer
-from codetrace.tasks.binding_answers import (
-    PackedPrograms,
-    answer_logits,
-    binding_accuracy_table,
-    pack_programs,
-    predict_digits,
-    prediction_table,
-)
 from codetrace.tasks.binding_programs import (
     DIGITS,
     VARIABLE_LETTERS,
@@ -48,6 +39,14 @@ from codetrace.tasks.binding_programs import (
     BindingTokenTable,
     draw_balanced_bindings,
     draw_binding_programs,
+)
+from codetrace.tasks.packed_queries import (
+    PackedPrograms,
+    answer_logits,
+    binding_accuracy_table,
+    pack_programs,
+    predict_digits,
+    prediction_table,
 )
 
 # %% ../../nbs/tasks/binding_training.ipynb #1c81ecd9
@@ -310,9 +309,7 @@ def _gradient_step(
 def _save_checkpoint(folder: Path, lm: LM, optimizer: torch.optim.Optimizer, step: int):
     weights = {name: parameter.detach() for name, parameter in _trainable_parameters(lm).items()}
     state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict()}
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    atomic_write(folder / "checkpoint.pt", buffer.getvalue())
+    write_torch(folder / "checkpoint.pt", state)
 
 
 def _load_checkpoint(folder: Path, lm: LM, optimizer: torch.optim.Optimizer) -> int:

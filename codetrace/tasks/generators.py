@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATORS', 'make_variable_binding_program', 'make_range_program', 'make_variable_increments',
            'make_integer_program', 'make_boolean_program', 'make_exception_program', 'make_entity_program',
-           'draw_program']
+           'any_program', 'draw_program', 'draw_solved_examples']
 
 # %% ../../nbs/tasks/generators.ipynb #70c2fc47
 import string
@@ -308,7 +308,7 @@ GENERATORS: dict[str, Callable[..., Program]] = {
 }
 
 # %% ../../nbs/tasks/generators.ipynb #7238f894
-def _any_program(program: Program) -> bool:
+def any_program(program: Program) -> bool:
     "The filter that lets everything pass."
     return True
 
@@ -317,7 +317,7 @@ def draw_program(
     generator: Callable,  # One of `GENERATORS`' or the user's own
     seq_len: int,
     rng: np.random.Generator,
-    where: Callable[[Program], bool] = _any_program,  # Filter
+    where: Callable[[Program], bool] = any_program,  # Filter
     *,
     tries: int = 1000,
     **options,  # For the generator
@@ -332,3 +332,19 @@ def draw_program(
     raise NoSuchProgram(
         f"{name}: none of {tries} programs with seq_len {seq_len} passes the filter: raise seq_len or loosen the filter"
     )
+
+# %% ../../nbs/tasks/generators.ipynb #ec1e16d5
+def draw_solved_examples(
+    program: Program,  # What will be asked
+    generator: Callable,  # One of `GENERATORS`' or the user's own
+    seq_len: int,  # Of the program
+    rng: np.random.Generator,
+    n: int,
+    **options,  # For the generator
+) -> list[Program]:  # With their answers
+    "Other programs of the same kind, to stand solved before a program."
+
+    def is_different(example: Program) -> bool:
+        return example.code != program.code
+
+    return [draw_program(generator, seq_len, rng, is_different, **options) for _ in range(n)]
