@@ -536,7 +536,7 @@ def test_the_json_holds_the_cells(llama, tmp_path):
     one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
     heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
     assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
-    assert [one["position_names"][one["positions"].index(p)] for p in one["swept"]] == ["query", "final"]
+    assert [one["position_names"][one["positions"].index(p)] for p in one["swept_positions"]] == ["query", "final"]
     cells = found.cells[
         (found.cells["program"] == 1) & (found.cells["position_name"] == "query") & (found.cells["layer"] == 2)
     ]

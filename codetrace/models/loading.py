@@ -29,6 +29,8 @@ from codetrace.models.folders import (
     check_model_folder,
     has_weights,
 )
+from .gguf_header import check_gguf_file, is_gguf_name
+from .gguf_models import gguf_model_folder, gguf_revision, no_progress_bars
 from .limits import USUAL_LIMITS, MemoryLimits, NotEnoughMemory, free_memory, process_memory
 from .lm import LM
 from .smollm2 import MissingWheel, gguf_file, smollm2_folder
@@ -121,9 +123,8 @@ class _LoadRequest:
         return self.device_map is not None
 
 # %% ../../nbs/models/loading.ipynb #53b1e597
-def _check_memory(request: _LoadRequest, config) -> None:
+def _check_memory(request: _LoadRequest, parameters: int) -> None:
     "Refuse a model whose weights, with a tenth for working space, are more than the limit, or than what is free."
-    parameters = _count_parameters(config)
     need = int(parameters * request.bytes_per_weight * 1.1)
     _check_limit(request, parameters, need)
     free = free_memory(request.device, request.spread)
@@ -145,14 +146,14 @@ def _count_parameters(config) -> int:
 def _check_limit(request: _LoadRequest, parameters: int, need: int) -> None:
     "Refuse weights that are more than a run may take, beside what the process holds."
     limit = request.limits.allowance(request.device, request.spread)
-    held = process_memory(request.device)
-    if need + held <= limit:
+    held_bytes = process_memory(request.device)
+    if need + held_bytes <= limit:
         return
-    beside = f" beside the {held / 1e9:.1f} GB that the process holds" if held else ""
+    held_clause = f" beside the {held_bytes / 1e9:.1f} GB that the process holds" if held_bytes else ""
     option = request.limits.option(request.device, request.spread)
     raise NotEnoughMemory(
-        f"{request.name!r} needs about {need / 1e9:.1f} GB for its {parameters / 1e6:,.0f} million parameters{beside}, the limit is {limit / 1e9:g} GB; "
-        f"try dtype='bfloat16' or quantize='4bit', or raise the limit: {option} {-(-(need + held) // 10**9)}"
+        f"{request.name!r} needs about {need / 1e9:.1f} GB for its {parameters / 1e6:,.0f} million parameters{held_clause}, the limit is {limit / 1e9:g} GB; "
+        f"try dtype='bfloat16' or quantize='4bit', or raise the limit: {option} {-(-(need + held_bytes) // 10**9)}"
     )
 
 # %% ../../nbs/models/loading.ipynb #7d475fd0
@@ -222,6 +223,10 @@ def _find_model_folder(request: _LoadRequest, check: Callable[[Path], Any]) -> t
     if name == "smollm2":
         folder = smollm2_folder("float32")
         return folder, json.loads((folder / "manifest.json").read_text())["source"]
+    if is_gguf_name(name):
+        header = check_gguf_file(path)
+        _check_memory(request, header.parameters)  # before it is converted
+        return gguf_model_folder(path, request.weight_dtype), gguf_revision(header)
     if path.is_dir() or name.startswith((".", "~", "/")):
         return path.resolve(), None
     if name.count("/") == 1:
@@ -229,7 +234,7 @@ def _find_model_folder(request: _LoadRequest, check: Callable[[Path], Any]) -> t
         return folder, folder.name
     hint = suggest_names(name, available_models())
     raise UnknownName(
-        f"unknown model {name!r}: {hint} (a hub name has the form owner/model, a folder starts with ./ or /)"
+        f"unknown model {name!r}: {hint} (a hub name has the form owner/model, a folder starts with ./ or /, a GGUF file ends in .gguf)"
     )
 
 # %% ../../nbs/models/loading.ipynb #6856121b
@@ -243,22 +248,8 @@ def _check_config(request: _LoadRequest, folder: Path):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotAModel(f"{folder} is no model: its config.json cannot be read ({reason})") from None
     model_family(config)
-    _check_memory(request, config)
+    _check_memory(request, _count_parameters(config))
     return config
-
-# %% ../../nbs/models/loading.ipynb #19a71b77
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    "Without the progress bars that transformers shows for every load."
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 # %% ../../nbs/models/loading.ipynb #60a146e0
 def _load_folder(request: _LoadRequest) -> LM:
@@ -293,7 +284,7 @@ def _read_weights(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             return AutoModelForCausalLM.from_pretrained(folder, **_DATA_ONLY, **options)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"{folder} does not fit: {error}") from error
@@ -322,7 +313,7 @@ def _load_with_adapter(request: _LoadRequest, adapter: Path) -> LM:
 
 # %% ../../nbs/models/loading.ipynb #4e0a8df1
 def load(
-    name: str = "smollm2",  # `smollm2`, `binding`, `tiny:<family>`, a hub name (`google/gemma-2-2b`) or a folder of a model or adapter
+    name: str = "smollm2",  # `smollm2`, `binding`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
     dtype: str | torch.dtype = "auto",  # `auto`: bfloat16 where it is fast, else float32, and float32 for tiny models
     device: str | torch.device | None = None,  # None: `CODETRACE_DEVICE`, else cuda, mps, cpu, the first there is
     device_map: str | dict | None = None,  # Passed to accelerate, for a model larger than one device
@@ -334,7 +325,7 @@ def load(
     "Load a model, with nothing downloaded that is here already."
     name = str(name)
     look_up_name(attn, ("auto", "sdpa", "eager"), "attention implementation")
-    if revision and name.count("/") != 1:
+    if revision and (name.count("/") != 1 or is_gguf_name(name)):
         raise BadInput(f"revision={revision!r}: only hub models have revisions, {name!r} is none")
     request = _LoadRequest(name, _resolve_device(device), dtype, device_map, quantize, attn, revision, limits)
     if adapter := adapter_folder(name):

@@ -97,14 +97,14 @@ _ANSWERS_AWAITING_VERDICT = 50  # Answers whose states are held until their verd
 def estimate_generation_memory(
     lm: LM,
     slots: int,  # Answers at a time
-    prompt: int,  # The longest prompt, in tokens
-    new: int,  # The longest answer
+    prompt_tokens: int,  # Of the longest prompt
+    max_new_tokens: int,  # An answer is cut here
     keep: int = 0,  # Layers whose states are kept at three places
     per_token: int = 0,  # Layers whose states are kept for every token
 ) -> MemoryEstimate:
     "What writing answers in slots takes."
-    columns = round_columns(prompt + new)
-    prefill = estimate_pass_memory(lm, 1, prompt, cache=True)
+    columns = round_columns(prompt_tokens + max_new_tokens)
+    prefill = estimate_pass_memory(lm, 1, prompt_tokens, cache=True)
     step = estimate_pass_memory(lm, slots, 1)
     kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
     choosing = slots * lm.hf.config.vocab_size * 20
@@ -112,7 +112,7 @@ def estimate_generation_memory(
     return MemoryEstimate(
         weights=prefill.weights + _packed_weights_memory(lm),
         cache=lm.n_layers * kv_size * slots * columns / 1e9,
-        kept=_kept_states_memory(lm, slots, new, keep, per_token) / 1e9,
+        kept=_kept_states_memory(lm, slots, max_new_tokens, keep, per_token) / 1e9,
         working=prefill.cache + max(prefill.working, step.working + (choosing + attention) / 1e9),
         process=prefill.process,
     )

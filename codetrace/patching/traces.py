@@ -302,7 +302,7 @@ def _program_entry(trace: Trace, number: int) -> dict:
     swept = cells[cells["kl"].notna()]
     entry = {"program": number} | _case_record(trace.cases[number])
     entry |= {key + "s": tokens[key].tolist() for key in ("position", "token", "position_name")}
-    entry |= {"swept": sorted(set(swept["position"].tolist())), "results": {}}
+    entry |= {"swept_positions": sorted(set(swept["position"].tolist())), "results": {}}
     for (direction, site), rows in swept.groupby(["direction", "site"], sort=False):
         entry["results"][f"{direction}/{site}"] = {metric: _nested_lists(rows, metric) for metric in PATCH_METRICS}
     return entry

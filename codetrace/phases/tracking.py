@@ -395,8 +395,8 @@ def _with_one_scoring(
             self.unload_model(name)
     scorings = set()
     for config in configs:
-        asked = {name: tokenizers[name] for name in config.models}
-        scorings.add(choose_scoring(config, asked, draw_questions(config)))
+        tokenizers_of_config = {name: tokenizers[name] for name in config.models}
+        scorings.add(choose_scoring(config, tokenizers_of_config, draw_questions(config)))
     return [replace(config, scoring="decode" if "decode" in scorings else "token") for config in configs]
 
 # %% ../../nbs/phases/10_tracking.ipynb #37b23b6c

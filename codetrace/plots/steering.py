@@ -20,10 +20,10 @@ from .style import GREY, caption_below, figure_style, panel_grid, range_frame, s
 # %% ../../nbs/plots/steering.ipynb #742fa547
 def sample_size_text(
     n: int,
-    what: str,  # Such as `tasks of mbpp`
+    unit_name: str,  # Such as `tasks of mbpp`
 ) -> str:  # The beginning of a caption
     "How many tasks a figure shows, and that they are few where they are."
-    return f"n = {n} {what}" + (", too few to conclude from" if n < SMALL_SAMPLE else "")
+    return f"n = {n} {unit_name}" + (", too few to conclude from" if n < SMALL_SAMPLE else "")
 
 # %% ../../nbs/plots/steering.ipynb #3b6a2a94
 def plot_dose_response(

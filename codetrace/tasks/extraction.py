@@ -240,18 +240,18 @@ def _places(blocks: Sequence[_Block], number: int) -> Candidates:
 
 def _answer_at(blocks: Sequence[_Block], number: int, index: int, answer: _Answer) -> bool:
     "Collect the answer whose function is defined at a place, and tell whether something stands behind it."
-    here = _places(blocks, number)
-    effects = _effects([statement for _, statement in here])
+    candidates = _places(blocks, number)
+    effects = _effects([statement for _, statement in candidates])
     end = index + 1
-    while end < len(here) and here[end][1].body and not _only_runs(here[end][1], effects[end], answer.name):
+    while end < len(candidates) and candidates[end][1].body and not _only_runs(candidates[end][1], effects[end], answer.name):
         end += 1
-    answer._add_first(here[:index])
-    answer.statements[here[index][0]] = here[index][1]
-    answer._add_needed(here[:end])
+    answer._add_first(candidates[:index])
+    answer.statements[candidates[index][0]] = candidates[index][1]
+    answer._add_needed(candidates[:end])
     earlier = [place for n in reversed(range(number)) for place in reversed(_places(blocks, n))]
     later = [place for n in range(number + 1, len(blocks)) for place in _places(blocks, n)]
-    answer._add_missing([*earlier, *here[end:], *later])
-    ended = blocks[number].closed or (end < len(here) and not here[end][1].unfinished)
+    answer._add_missing([*earlier, *candidates[end:], *later])
+    ended = blocks[number].closed or (end < len(candidates) and not candidates[end][1].unfinished)
     return ended and not any(s.unfinished and not blocks[n].closed for (n, _), s in answer.statements.items() if n >= 0)
 
 # %% ../../nbs/tasks/extraction.ipynb #c80fef14
@@ -322,9 +322,9 @@ def _extract_answer(completion: str, prompt: Prompt, name: str) -> tuple[str, bo
     text, stopped = _cut_at_stop(text, prompt)
     blocks, head = _blocks_of(text, prompt, name)
     answer = _Answer(name, {(-1, i): statement for i, statement in enumerate(split_statements(head))})
-    found = [(n, i) for n, block in enumerate(blocks) for i, s in enumerate(block.statements) if _defines(s, name)]
-    if found:
-        ended = _answer_at(blocks, *found[0], answer)
+    definitions = [(n, i) for n, block in enumerate(blocks) for i, s in enumerate(block.statements) if _defines(s, name)]
+    if definitions:
+        ended = _answer_at(blocks, *definitions[0], answer)
         code = answer.text()
     else:
         ended = False

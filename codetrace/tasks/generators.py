@@ -274,25 +274,25 @@ def make_entity_program(
     rng: np.random.Generator,
     *,
     n_boxes: int = 5,  # 2 to 16
-    n_things: int = 3,  # At least one, and fewer than boxes
+    n_entities: int = 3,  # At least one, and fewer than boxes
     query_style: str = "hash",  # A key of `QUERY_STYLES`
 ) -> Program:
-    "Things are moved between boxes; depth is 1 for where the thing began and 1 for each of its moves."
+    "Entities are moved between boxes; depth is 1 for where the entity began and 1 for each of its moves."
     seq_len = check_program_length("entity", seq_len, 99)
-    if not 1 <= n_things < n_boxes <= 16:
+    if not 1 <= n_entities < n_boxes <= 16:
         raise NoSuchProgram(
-            f"entity: {n_things} things in {n_boxes} boxes: give 2 to 16 boxes and 1 thing or more, but fewer than boxes"
+            f"entity: {n_entities} entities in {n_boxes} boxes: give 2 to 16 boxes and 1 entity or more, but fewer than boxes"
         )
     boxes = [f"box_{letter}" for letter in string.ascii_lowercase[:n_boxes]]
-    things = [_ENTITY_NAMES[i] for i in rng.permutation(len(_ENTITY_NAMES))[:n_things]]
+    entities = [_ENTITY_NAMES[i] for i in rng.permutation(len(_ENTITY_NAMES))[:n_entities]]
     contents = dict.fromkeys(boxes)
-    for box_index, thing in zip(rng.permutation(n_boxes).tolist(), things):
-        contents[boxes[box_index]] = thing
-    lines = [f'{box} = "{thing}"' if thing else f"{box} = None" for box, thing in contents.items()]
-    depths = {box: 1 for box, thing in contents.items() if thing}
+    for box_index, entity in zip(rng.permutation(n_boxes).tolist(), entities):
+        contents[boxes[box_index]] = entity
+    lines = [f'{box} = "{entity}"' if entity else f"{box} = None" for box, entity in contents.items()]
+    depths = {box: 1 for box, entity in contents.items() if entity}
     lines += _draw_moves(rng, contents, depths, seq_len)
     query = choose_by_depth(rng, depths)
-    metadata = {"seq_len": seq_len, "n_boxes": n_boxes, "n_things": n_things}
+    metadata = {"seq_len": seq_len, "n_boxes": n_boxes, "n_entities": n_entities}
     return finish_program("entity", lines, query, contents[query], query_style, **metadata)
 
 # %% ../../nbs/tasks/generators.ipynb #ae45962d

@@ -129,7 +129,7 @@ def _without_nulls(row: dict) -> dict:
 # %% ../../nbs/tasks/problems.ipynb #d7863491
 def parse_python(
     code: str,  # Python
-    what: str = "the code",  # For the message
+    label: str = "the code",  # For the message
 ) -> ast.Module:
     "Parsed code, or `BadProblem` where it is none."
     try:
@@ -137,12 +137,12 @@ def parse_python(
             warnings.simplefilter("ignore")  # invalid escapes in other people’s strings
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BadProblem(f"{what} is not Python: {str(error) or 'it is too deeply nested'}") from None
+        raise BadProblem(f"{label} is not Python: {str(error) or 'it is too deeply nested'}") from None
 
 
-def _defined_names(code: str, what: str = "the code") -> set[str]:
+def _defined_names(code: str, label: str = "the code") -> set[str]:
     "Names at the top level of `code`."
-    return set().union(*map(bound_names, parse_python(code, what).body))
+    return set().union(*map(bound_names, parse_python(code, label).body))
 
 # %% ../../nbs/tasks/problems.ipynb #e9530241
 def called_names(
@@ -396,10 +396,10 @@ def _count_levels(tree: ast.AST) -> int:
     return count
 
 
-def _check_levels(tree: ast.AST, what: str) -> None:
+def _check_levels(tree: ast.AST, label: str) -> None:
     "Raise `BadProblem` where code is nested too deeply to be measured."
     if (levels := _count_levels(tree)) > _MOST_LEVELS:
-        raise BadProblem(f"{what} is nested {levels} levels deep: at most {_MOST_LEVELS} are read")
+        raise BadProblem(f"{label} is nested {levels} levels deep: at most {_MOST_LEVELS} are read")
 
 # %% ../../nbs/tasks/problems.ipynb #59e62408
 def _check_problem(problem: Problem, where: str) -> None:

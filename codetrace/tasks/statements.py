@@ -100,8 +100,8 @@ def changed_names(
     nodes: Iterable[ast.AST],  # Statements
 ) -> set[str]:
     "Names whose values statements change when they run, by storing in them or calling their methods."
-    found = {_changed_name(inner) for node in nodes for inner in _nodes_run(node)}
-    return {name for name in found if name}
+    names = {_changed_name(part) for node in nodes for part in _nodes_run(node)}
+    return {name for name in names if name}
 
 # %% ../../nbs/tasks/statements.ipynb #6535b7a8
 BUILTIN_NAMES = frozenset(dir(builtins)) | {"__file__"}
