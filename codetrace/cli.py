@@ -9,6 +9,7 @@ __all__ = ['app', 'parse_parameters', 'run_command', 'merge_command', 'phases_co
 # %% ../nbs/cli.ipynb #10ddb7e7
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ _Time = Annotated[str | None, typer.Option(metavar="T", help="Slurm: time of a j
 _Parallel = Annotated[int | None, typer.Option(metavar="N", help="Slurm: jobs that run at the same time.")]
 _Sbatch = Annotated[
     list[str] | None,
-    typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab; repeatable."),
+    typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab or exclusive; repeatable."),
 ]
 _Detach = Annotated[bool, typer.Option("--detach", help="Slurm: hand everything in and leave.")]
 
@@ -220,11 +221,24 @@ def _devices_or_slurm(devices: str | None, cluster: str | None, slurm_options: d
         return devices
     from codetrace.runs.slurm import SlurmOptions, parse_slurm_minutes
 
-    sbatch_options = parse_parameters(typed_options.pop("slurm", []))
+    sbatch_options = _parse_sbatch_options(typed_options.pop("slurm", []))
     typed_options.pop("detach", None)
     if "time" in typed_options:
         typed_options["minutes"] = parse_slurm_minutes(typed_options.pop("time"))
-    return SlurmOptions(**typed_options, sbatch_options={key: str(value) for key, value in sbatch_options.items()})
+    return SlurmOptions(**typed_options, sbatch_options=sbatch_options)
+
+
+def _parse_sbatch_options(words: list[str]) -> dict[str, str | bool]:
+    "Further options of sbatch, by name: `mail-user=me@lab.org`; `exclusive` takes no value."
+    options = {}
+    for word in words:
+        name, equals, value = word.strip().lstrip("-").partition("=")
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            raise BadInput(f"cannot read --slurm {word!r}: write --slurm key=value as sbatch spells it, such as account=lab")
+        if name.replace("_", "-") in options:
+            raise BadInput(f"--slurm {name} is given twice: give it once")
+        options[name.replace("_", "-")] = value if equals else True
+    return options
 
 # %% ../nbs/cli.ipynb #8162dbf5
 def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress: bool):
@@ -413,41 +427,6 @@ def _programs_solved_by_all(generator: str, names: list[str], seq_len: int, dept
     options = {"depth": depths[0]} if depths else {}
     return find_programs_solved_by_all(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
 
-# %% ../nbs/cli.ipynb #e75f49ed
-def _parse_job(text: str, where: str):
-    "The job that a line of JSON describes."
-    from codetrace.sandbox.pool import GradingJob
-    from codetrace.tasks.extraction import extract_code
-    from codetrace.tasks.problem_prompts import Prompt
-
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where} is not JSON: {error}") from None
-    row = row if isinstance(row, dict) else {}
-    code, answer, entry, tests = (row.get(key) for key in ("code", "completion", "entry_point", "tests"))
-    tests = [tests] if isinstance(tests, str) else tests
-    if not isinstance(code if code is not None else answer, str) or not isinstance(entry, str):
-        raise BadInput(f"{where}: expected 'code' (or 'completion') and 'entry_point', both text; it has {sorted(row)}")
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise BadInput(f"{where}: expected 'tests', a list of asserts such as [\"assert {entry}(1) == 2\"]")
-    if not isinstance(setup := row.get("setup") or "", str):
-        raise BadInput(f"{where}: expected 'setup' to be text, Python that runs after the program, not {setup!r:.60}")
-    if code is None:
-        code = extract_code(answer, Prompt(""), entry)
-    name = str(row.get("name", row.get("task_id", where)))
-    return GradingJob(code, entry, tuple(tests), setup, name)
-
-# %% ../nbs/cli.ipynb #d542c12b
-def _read_jobs(file: Path) -> list:
-    "The jobs in a file of JSON lines; `-` is standard input."
-    try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from None
-    lines = enumerate(text.split("\n"), 1)
-    return [_parse_job(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-
 # %% ../nbs/cli.ipynb #5a120003
 def _verdict_line(name: str, verdict) -> str:
     "A verdict for people; what cannot be printed becomes a question mark."
@@ -457,7 +436,7 @@ def _verdict_line(name: str, verdict) -> str:
 # %% ../nbs/cli.ipynb #5a120002
 @app.command(
     name="grade",
-    epilog="Examples:  codetrace grade answers.jsonl  |  codetrace grade answers.jsonl --json > verdicts.jsonl",
+    epilog="Examples:  codetrace grade answers.jsonl --json > verdicts.jsonl  |  codetrace grade samples.jsonl --problems humaneval",
 )
 def grade_command(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One program a line; - reads standard input.")],
@@ -470,16 +449,25 @@ def grade_command(
     tier: Annotated[
         int | None, typer.Option(min=1, max=2, help="The sandbox's tier; the better one that works.")
     ] = None,
+    problems: Annotated[
+        str | None, typer.Option(metavar="P", help="The problem set whose tasks are answered; lines have a task_id.")
+    ] = None,
+    time: Annotated[float | None, typer.Option(metavar="S", help="Seconds for each program; 10 if not given.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="MB", help="Memory of each process; 512 if not given.")] = None,
+    output: Annotated[float | None, typer.Option(metavar="MB", help="What it may print; 1 if not given.")] = None,
+    values: Annotated[float | None, typer.Option(metavar="MB", help="One value for its tests; 8 if not given.")] = None,
 ):
     "Judge programs in the sandbox; exit status 0 when all of them were judged."
     from collections import Counter
     from dataclasses import asdict
 
+    from codetrace.runs.grading_jobs import grading_limits, read_grading_jobs
     from codetrace.sandbox.pool import SandboxPool
 
-    jobs = _read_jobs(file)
+    limits = grading_limits(time, memory, output, values)
+    jobs = read_grading_jobs(file, problems or "")
     counts = Counter()
-    with SandboxPool(workers, tier=tier) as pool:
+    with SandboxPool(workers, limits, tier) as pool:
         for job, verdict in zip(jobs, pool.grade(jobs)):
             counts[verdict.verdict] += 1
             print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else _verdict_line(job.name, verdict))

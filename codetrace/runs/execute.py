@@ -107,7 +107,7 @@ def _hidden_package(name: str):
         yield
     finally:
         if is_new:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 # %% ../../nbs/runs/execute.ipynb #d7a51b80
 def _run_papermill(notebook: Path, folder: Path, parameters: dict):
@@ -120,7 +120,6 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it has to say of errors, they say themselves
     # threads that wait by spinning starve each other on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ["CODETRACE_RUN"] = str(folder.resolve())
     source = folder / ".source.ipynb"
     executed = nbformat.from_dict(without_examples(nbformat.read(notebook, as_version=4)))
     nbformat.write(executed, source)
@@ -131,14 +130,13 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
             parameters=parameters,
             progress_bar=False,
             kernel_name="python3",
-            kernel_manager_class=warm_kernel_manager(),
+            kernel_manager_class=warm_kernel_manager({"CODETRACE_RUN": str(folder.resolve())}),
             start_timeout=300,
             extra_arguments=["--log-level=CRITICAL"],
             # what an interrupted kernel may take to write its records
             config=Config({"KernelManager": {"shutdown_wait_time": 20.0}}),
         )
     finally:
-        del os.environ["CODETRACE_RUN"]
         source.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/execute.ipynb #5874eaf3

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ..core.errors import BadInput, UnknownName, suggest_names
-from .phases import find_phase, preset_parameters
+from .phases import find_phase, notebook_cells, parse_cell, preset_parameters
 
 # %% ../../nbs/runs/parameters.ipynb #73925612
 @dataclass(frozen=True)
@@ -36,21 +36,31 @@ def _inferred_annotation(value: object) -> str:
     return type(value).__name__
 
 # %% ../../nbs/runs/parameters.ipynb #c170bd15
+def _declared_parameter(node: ast.stmt, lines: list[str]) -> PhaseParameter:
+    "The parameter that a statement declares; any of several errors where it declares none."
+    is_typed = isinstance(node, ast.AnnAssign)
+    default = ast.literal_eval(node.value)
+    last_line = lines[(node.end_lineno or node.lineno) - 1]
+    comment = last_line.encode()[node.end_col_offset :].decode().partition("#")[2].strip()
+    annotation = ast.unparse(node.annotation) if is_typed else _inferred_annotation(default)
+    return PhaseParameter((node.target if is_typed else node.targets[0]).id, default, comment, annotation)
+
+
 def notebook_parameters(
     notebook: Path,  # A phase notebook
 ) -> dict[str, PhaseParameter]:  # Its parameters, in the order of the cell
     "Read a notebook's `parameters` cell."
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), "")
-    lines = source.splitlines()
+    source = next((cell["source"] for cell in notebook_cells(notebook) if "parameters" in cell["tags"]), "")
     parameters = {}
-    for node in ast.parse(source).body:
-        typed = isinstance(node, ast.AnnAssign)
-        name = (node.target if typed else node.targets[0]).id
-        default = ast.literal_eval(node.value)
-        comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
-        annotation = ast.unparse(node.annotation) if typed else _inferred_annotation(default)
-        parameters[name] = PhaseParameter(name, default, comment, annotation)
+    for node in parse_cell(source, notebook):
+        try:
+            parameter = _declared_parameter(node, source.splitlines())
+        except (ValueError, TypeError, AttributeError, NameError, RecursionError):
+            raise BadInput(
+                f"{notebook}: {ast.unparse(node)!r:.80} in its parameters is no name with a literal of its type: "
+                "write lines such as 'n: int = 3  # What it is'"
+            ) from None
+        parameters[parameter.name] = parameter
     return parameters
 
 
@@ -93,9 +103,13 @@ def _type_adapter(annotation: str):
     from pydantic import ConfigDict, TypeAdapter
 
     names = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
-    kind = eval(
-        annotation, {"__builtins__": {}}, names
-    )  # of a `parameters` cell, whose notebook is about to run anyway
+    try:
+        # of a `parameters` cell, whose notebook is about to run anyway
+        kind = eval(annotation, {"__builtins__": {}}, names)
+    except (NameError, TypeError, AttributeError):
+        raise BadInput(
+            f"the type {annotation!r} is none that a parameter can have: give int, float, str, bool, or a list such as list[int]"
+        ) from None
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
@@ -150,10 +164,17 @@ def check_parameters(
     for name, parameter in declared.items():
         try:
             checked[name] = read_value(values.get(name, parameter.default), parameter.annotation)
+        except BadInput:
+            raise
         except ValueError:
+            if name not in values:
+                raise BadInput(
+                    f"parameter {name!r} of phase {phase!r} has the default {parameter.default!r}, which is no "
+                    f"{parameter.annotation}: mend the notebook's parameters cell"
+                ) from None
             example = json.dumps(parameter.default)
             raise BadParameter(
-                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values.get(name, parameter.default)!r}"
+                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values[name]!r}"
             ) from None
     return checked
 

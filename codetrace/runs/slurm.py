@@ -27,7 +27,7 @@ class SlurmOptions:
     cpus: int | None = None  # Processor cores
     minutes: int | None = None  # Time limit
     parallel: int | None = None  # Jobs of the array that run at the same time
-    sbatch_options: Mapping[str, str] = field(default_factory=dict)  # Further options of sbatch, such as account
+    sbatch_options: Mapping[str, str | bool] = field(default_factory=dict)  # Others of sbatch; True: without a value
 
 # %% ../../nbs/runs/slurm.ipynb #38822d6b
 _SLURM_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")

@@ -255,7 +255,9 @@ def _is_this_python(command: str) -> bool:
     return path is not None and Path(path).parent.resolve() == Path(sys.executable).parent.resolve()
 
 
-def warm_kernel_manager() -> type:  # A subclass of `AsyncKernelManager`
+def warm_kernel_manager(
+    variables: Mapping[str, str] = {},  # What a kernel is told besides the variables of this process
+) -> type:  # A subclass of `AsyncKernelManager`
     "A kernel manager for papermill whose kernels are forked where that is possible."
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_client.provisioning.local_provisioner import LocalProvisioner
@@ -274,6 +276,7 @@ def warm_kernel_manager() -> type:  # A subclass of `AsyncKernelManager`
 
     class WarmKernelManager(AsyncKernelManager):
         async def _async_pre_start_kernel(self, **options):
+            options["env"] = dict(options.get("env") or os.environ) | dict(variables)
             if self.provisioner is None:
                 self.kernel_id = self.kernel_id or str(uuid.uuid4())
                 self.provisioner = WarmProvisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
