@@ -160,7 +160,7 @@ def _more_often_right_p(first: Bool[np.ndarray, "rows"], second: Bool[np.ndarray
     only_second = int((second & ~first).sum())
     return _at_least_p(only_first, only_first + only_second, 0.5)
 
-
+# %% ../../nbs/patching/probes.ipynb #d95cd0d5
 def beyond_rules_p(
     correct: Bool[np.ndarray, "rows"],  # Is the probe for the value right?
     shuffled: Bool[np.ndarray, "rows"],  # And the one for shuffled labels?

@@ -196,7 +196,7 @@ def attention_change_p(
         return np.nan
     return (1 + sum(count >= n_changed for count in random_counts)) / (1 + len(random_counts))
 
-
+# %% ../../nbs/phases/28_attention.ipynb #1f9d0bca
 def attention_change_sentence(
     changes: pd.DataFrame,  # From `attention_changes`
     random_counts: Sequence[int],  # From `null_attention_changes`

@@ -66,7 +66,7 @@ CHANGE_SITES: dict[str, _ChangeSites] = {
     "reference": _ChangeSites("rhs 2", "rhs 2, query, final", "rhs 2, final"),
 }
 
-
+# %% ../../nbs/phases/15_seeds.ipynb #f1c11444
 @dataclass(frozen=True)
 class SeedStudy:
     "Which programs every model is measured on, and how many of its heads are chosen."

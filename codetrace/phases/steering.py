@@ -393,7 +393,7 @@ def _check_not_seen(tasks: Sequence[Problem], choice: Mapping, name: str) -> Non
             f"on: leave them out, or leave on_problems out to judge on the tasks of {choice['problems']} that were kept for it"
         )
 
-
+# %% ../../nbs/phases/27_steering.ipynb #07e91a97
 def evaluation_problems(
     choice: Mapping,
     problems: str = "",  # Another problem set; empty: the one of the choice

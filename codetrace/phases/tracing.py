@@ -365,7 +365,7 @@ def _case_record(case: TraceCase) -> list[str]:
     "What decides how a case is traced: both programs with their answers and queries, and the text before them."
     return [*(text for program in case.pair for text in (program.code, program.query, program.answer)), case.prefix]
 
-
+# %% ../../nbs/phases/11_tracing.ipynb #b6534adb
 @patch
 def run_intervention_experiment(
     self: CausalExperimentRunner,

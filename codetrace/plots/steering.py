@@ -56,7 +56,8 @@ def _random_push_count(band: pd.DataFrame) -> str:
     "Over how many random pushes a band was taken, if the table says so."
     if "n" not in band:
         return ""
-    fewest, most = int(band["n"].min()), int(band["n"].max())
+    fewest = int(band["n"].min())
+    most = int(band["n"].max())
     return f"{most} " if fewest == most else f"{fewest} to {most} "
 
 
@@ -75,7 +76,7 @@ def _plot_dose_panel(ax, rows: pd.DataFrame, null: pd.DataFrame) -> None:
     ends = sorted({float(rows["coefficient"].min()), 0.0, float(rows["coefficient"].max())})
     ax.set_xticks(ends, [_with_minus_signs(f"{x:.2g}") for x in ends])
 
-
+# %% ../../nbs/plots/steering.ipynb #f11d46ed
 def _add_zero_coefficient(table: pd.DataFrame) -> pd.DataFrame:
     "Coefficient 0 changes nothing, whatever is pushed: so all curves pass there."
     still = table.iloc[:1].assign(**{name: 0.0 for name in table.select_dtypes("number")})

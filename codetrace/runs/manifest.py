@@ -411,7 +411,11 @@ def shard_runs(
     shards = range(parameters["shards"])
     if missing := [shard for shard in shards if shard not in by_shard]:
         others = {shard_number(manifest) for manifest in complete} & set(missing)
-        reason = f"; shards {sorted(others)} were made by other code, or from other files, than are here now" if others else ""
+        reason = (
+            f"; shards {sorted(others)} were made by other code, or from other files, than are here now"
+            if others
+            else ""
+        )
         commands = _shard_commands(phase, parameters, missing)
         raise NoInputRun(f"{len(missing)} of {len(shards)} shards are missing{reason}; run this first: {commands}")
     last = shards[-1]

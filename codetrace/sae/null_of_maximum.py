@@ -222,7 +222,7 @@ def _stratum_of_row(design: PermutationDesign) -> np.ndarray:
             number += len(shape.solutions)
     return stratum_of_solution[design.solution]
 
-
+# %% ../../nbs/sae/null_of_maximum.ipynb #b3ecb200
 @dataclass(frozen=True)
 class WeightedLabels:
     "Labels about their expectation, what is between tasks at its weight."

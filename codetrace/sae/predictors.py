@@ -55,7 +55,7 @@ def orient_score(
     "A score that is higher for the target."
     return score if target == "correct" else -score
 
-
+# %% ../../nbs/sae/predictors.ipynb #73a4e11c
 @dataclass(frozen=True)
 class Predictor:
     "Something that scores samples, with everything that was chosen for it."
@@ -258,7 +258,7 @@ def _latent_predictor(best: Mapping, chosen_auroc: float, predicts: str) -> Pred
     ranking = " by t-statistic" if best["chosen_by"] == "t" else ""
     return Predictor(f"latent {latent} of layer {layer}{ranking} ({predicts})", score, chosen_auroc, details)
 
-
+# %% ../../nbs/sae/predictors.ipynb #c9e8c7e7
 def _random_latents_predictor(choosing: LabelledActivations, chosen: Predictor, n: int, seed: int) -> Predictor:
     "Random latents of the layer and density of a chosen one, each with the sign that is better on the choosing rows."
     position = chosen.details["position"]

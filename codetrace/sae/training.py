@@ -208,7 +208,7 @@ def _save_checkpoint(self: SAETrainer, path: Path, position: _TrainingPosition, 
     }
     write_torch(path, state)
 
-
+# %% ../../nbs/sae/training.ipynb #3266597c
 @patch
 def _load_checkpoint(self: SAETrainer, path: Path) -> tuple[_TrainingPosition, list]:
     "Restore what was written; gives the position, and the losses so far."

@@ -135,7 +135,7 @@ def density_matched_directions(
     chosen = density_matched_latents(count, latent, n, seed)
     return [latent_direction(sae, int(j), layer, states, "random latent", site, active=int(count[j])) for j in chosen]
 
-
+# %% ../../nbs/steering/directions.ipynb #15228b20
 def gaussian_directions(
     d_model: int,
     layer: int,

@@ -252,7 +252,7 @@ def _is_in_split(bindings: BindingPrograms, split: str) -> Bool[np.ndarray, "pro
     shows_pair = (HELD_OUT_PAIRS[bindings.letter, bindings.digit] & (bindings.source < 0)).any(1)
     return ~held_out & ~shows_pair
 
-
+# %% ../../nbs/tasks/binding_programs.ipynb #edab9f63
 def draw_balanced_bindings(
     n: int,  # Programs
     rng: np.random.Generator,

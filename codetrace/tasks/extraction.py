@@ -221,7 +221,7 @@ def _add_needed(self: _Answer, candidates: Candidates) -> None:
             if (statement.binds | changes) & wanted or _is_setting(statement):
                 self.statements[place] = statement
 
-
+# %% ../../nbs/tasks/extraction.ipynb #04818be2
 @patch
 def _add_missing(self: _Answer, candidates: Candidates) -> None:
     "Take the first definition of each name that the answer reads and does not define, and what that reads."
@@ -243,7 +243,11 @@ def _answer_at(blocks: Sequence[_Block], number: int, index: int, answer: _Answe
     candidates = _places(blocks, number)
     effects = _effects([statement for _, statement in candidates])
     end = index + 1
-    while end < len(candidates) and candidates[end][1].body and not _only_runs(candidates[end][1], effects[end], answer.name):
+    while (
+        end < len(candidates)
+        and candidates[end][1].body
+        and not _only_runs(candidates[end][1], effects[end], answer.name)
+    ):
         end += 1
     answer._add_first(candidates[:index])
     answer.statements[candidates[index][0]] = candidates[index][1]
@@ -322,7 +326,9 @@ def _extract_answer(completion: str, prompt: Prompt, name: str) -> tuple[str, bo
     text, stopped = _cut_at_stop(text, prompt)
     blocks, head = _blocks_of(text, prompt, name)
     answer = _Answer(name, {(-1, i): statement for i, statement in enumerate(split_statements(head))})
-    definitions = [(n, i) for n, block in enumerate(blocks) for i, s in enumerate(block.statements) if _defines(s, name)]
+    definitions = [
+        (n, i) for n, block in enumerate(blocks) for i, s in enumerate(block.statements) if _defines(s, name)
+    ]
     if definitions:
         ended = _answer_at(blocks, *definitions[0], answer)
         code = answer.text()

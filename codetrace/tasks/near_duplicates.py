@@ -49,6 +49,11 @@ def _normalised_ast(
 _MAX_NAME_SHARERS = 10  # A name that more problems share than this, such as `solve`, is not counted
 
 
+def _encoded_pairs(pairs: frozenset[str]) -> list[bytes]:
+    "Word pairs as MinHash takes them, in a fixed order."
+    return sorted(pair.encode() for pair in pairs)
+
+
 def _minhash_candidates(
     word_pairs: Sequence[frozenset[str]],  # Of each description
     similarity: float,
@@ -57,7 +62,7 @@ def _minhash_candidates(
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=max(0.1, 0.7 * similarity), num_perm=128)
-    encoded = [sorted(pair.encode() for pair in pairs) for pairs in word_pairs]
+    encoded = [_encoded_pairs(pairs) for pairs in word_pairs]
     candidates: set[tuple[int, int]] = set()
     for position, sketch in enumerate(MinHash.bulk(encoded, num_perm=128, seed=1)):
         candidates |= {(earlier, position) for earlier in index.query(sketch)}
