@@ -358,3 +358,21 @@ def test_a_verdict_needs_random_pushes_enough_tasks_and_a_small_p(changes, null,
     sentence = steering_sentence(ROW | changes, "It", null, **options)
     assert sentence.startswith(start), sentence
     assert f"; {len(null)} {options.get('random', 'random pushes as strong')} give " in sentence
+
+
+@pytest.mark.parametrize("n", [12, 30, 60])
+@pytest.mark.parametrize("shares", [(0.1, 0.1), (0.2, 0.05), (0.05, 0.0), (0.0, 0.0), (0.3, 0.1), (0.02, 0.02)])
+def test_the_interval_of_a_net_change_holds_what_it_promises(n, shares):
+    "Over every outcome that n tasks can have, weighted by how likely it is: 95% at least hold the truth, all hold their own estimate."
+    from scipy.stats import multinomial
+
+    corrected, corrupted = shares
+    likely = multinomial(n, [corrected, corrupted, 1 - corrected - corrupted])
+    coverage = 0.0
+    for right in range(n + 1):
+        for wrong in range(n + 1 - right):
+            net, low, high = net_change_interval(right, wrong, n)
+            assert low <= net <= high
+            if low <= corrected - corrupted <= high:
+                coverage += likely.pmf([right, wrong, n - right - wrong])
+    assert coverage >= 0.95

@@ -478,3 +478,33 @@ def test_noise_is_judged(tier):
 @pytest.mark.slow
 def test_much_noise_is_judged(tier):
     fuzz(5000, tier, seed=1)
+
+
+BURNING = """
+import threading, time
+def burn():
+    end = time.process_time() + 1.2
+    while time.process_time() < end:
+        pass
+"""
+BUSY = {
+    "main thread": "def f(x):\n    burn()\n    return x + 1",
+    "worker thread": "def f(x):\n    t = threading.Thread(target=burn)\n    t.start()\n    t.join()\n    return x + 1",
+    "pool of processes": "from concurrent.futures import ProcessPoolExecutor\ndef f(x):\n    with ProcessPoolExecutor(1) as pool:\n"
+    "        pool.submit(burn).result()\n    return x + 1",
+    "sleeping thread": "def f(x):\n    t = threading.Thread(target=time.sleep, args=(6,))\n    t.start()\n    t.join()\n    return x + 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", BUSY)
+@pytest.mark.parametrize("tier", [1, 2])
+def test_who_waits_for_a_processor_is_given_more_time(tier, who):
+    "Four times as many programs as processors: whichever thread or child computes, the wall time is not held against it; sleep is."
+    if why_tier_unavailable(tier) or (tier == 2 and "processes" in who):
+        pytest.skip("not here")
+    n = 4 * len(os.sched_getaffinity(0))
+    jobs = [GradingJob(BURNING + BUSY[who], "f", ("assert f(1) == 2",))] * n
+    expected = "timeout" if who == "sleeping thread" else "passed"
+    limits = SandboxLimits(wall=2.0, patience=30.0)
+    assert [v.verdict for v in grade(jobs, workers=n, limits=limits, tier=tier)] == [expected] * n
