@@ -19,6 +19,7 @@ from .landlock import enforce_landlock
 from .object_graph import ObjectGraph, read_news, value_from_json, write_values
 from .protocol import send_frame, to_json
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
+from .semaphores import use_event_semaphores
 from .system_calls import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
 # %% ../../nbs/sandbox/candidate.ipynb #e48b146e
@@ -83,6 +84,8 @@ def run_zygote(control: socket.socket, config: dict, rulesets: dict):
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     config["self"] = os.getuid(), os.getgid()  # a new user namespace does not know them yet
     config["filter"] = compile_seccomp_program(seccomp_program("candidate", may_touch=config["tier"] == 1))
+    if config["tier"] == 2:
+        use_event_semaphores()
     _warm_up()
     start = _start_in_namespaces if config["tier"] == 1 else _start_with_guardian
     while True:

@@ -9,14 +9,18 @@ __all__ = ['PROGRAM_OPERATIONS', 'CandidateConnection', 'serve_requests']
 import _thread
 import builtins
 import importlib
+import os
 import random
 import sys
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from .connection import OPERATIONS, Connection
 from .protocol import from_json, receive_frame, send_frame, to_json
+from .remote_objects import find_qualified
+from .value_types import load_kinds
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #2c365c90
 def _message_of(error: BaseException) -> str:
@@ -41,6 +45,7 @@ class CandidateConnection(Connection):
         self.fd = fd
         self.longest = longest
         self.namespace = namespace
+        self.code = compile("", "<solution>", "exec")  # Of the program
         self.names: set[str] = set()  # That the program mentions
         self.token = ""  # Of the last message received
         self.turn = _thread.RLock()  # Held by the thread that waits for the judge
@@ -109,6 +114,7 @@ def _load_source(connection: CandidateConnection, request: dict) -> tuple[str, A
         code = compile(source, "<solution>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return "syntax", error
+    connection.code = code
     connection.names = _mentioned_names(code)
     exec(code, connection.namespace)
     found = connection.namespace.get(entry_point)
@@ -153,9 +159,43 @@ def _mentioned(connection: CandidateConnection, *names: str) -> list[str]:
     return [name for name in names if name in connection.names]
 
 
+def _own_globals(connection: CandidateConnection, *names: str) -> list[str]:
+    "Those of some names that the program defines itself, and that its functions use."
+    own = [name for name in names if name in connection.names and name in connection.namespace]
+    used = _globals_of_functions(connection.code) if own else ()
+    return [name for name in own if name in used]
+
+
+def _globals_of_functions(code: types.CodeType) -> set[str]:
+    "Globals that the functions of a piece of code read."
+    import dis
+
+    names = set()
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            names |= {step.argval for step in dis.get_instructions(inner) if step.opname == "LOAD_GLOBAL"}
+            names |= _globals_of_functions(inner)
+    return names
+
+
 def _define(connection: CandidateConnection, **values):
     "Give the program globals that the setup defines."
     connection.namespace.update(values)
+
+
+def _undefine(connection: CandidateConnection, name: str):
+    "Take a global away from the program."
+    connection.namespace.pop(name, None)
+
+
+def _derive(_: CandidateConnection, name: str, bases: tuple, members: dict, /, **names) -> type:
+    "A class that the test derives from one of the program: its methods are functions of the test."
+    return types.new_class(name, bases, names, lambda namespace: namespace.update(members))
+
+
+def _get_inherited(_: CandidateConnection, cls: type, target: Any, name: str) -> Any:
+    "What `super()` in a method of such a class finds."
+    return getattr(super(cls, target), name)
 
 
 def _surroundings(connection: CandidateConnection, recursion_limit: int | None = None, **streams):
@@ -170,6 +210,7 @@ def _surroundings(connection: CandidateConnection, recursion_limit: int | None =
 
 def _replace(connection: CandidateConnection, module: str, attribute: str, *replacement):
     "Put what the test has replaced in a module in its place here too, or back what was there."
+    load_kinds(module)
     found = importlib.import_module(module)
     original = connection.replaced.setdefault((module, attribute), getattr(found, attribute))
     setattr(found, attribute, replacement[0] if replacement else original)
@@ -178,13 +219,13 @@ def _replace(connection: CandidateConnection, module: str, attribute: str, *repl
 _ORIGINAL_FUNCTIONS = {"input": input, "print": print}
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #ecdb3cc7
-def _get_chance(_: CandidateConnection) -> tuple:
+def _get_random_states(_: CandidateConnection) -> tuple:
     "State of the generators of random numbers."
     numpy = sys.modules.get("numpy")
     return random.getstate(), numpy.random.get_state() if numpy else None
 
 
-def _set_chance(_: CandidateConnection, state: tuple, numpy_state: tuple | None):
+def _set_random_states(_: CandidateConnection, state: tuple, numpy_state: tuple | None):
     "Set it."
     random.setstate(state)
     if numpy_state is not None:
@@ -193,18 +234,79 @@ def _set_chance(_: CandidateConnection, state: tuple, numpy_state: tuple | None)
         numpy.random.set_state(numpy_state)  # noqa: NPY002 - what the test has set
 
 
+def _get_environment(_: CandidateConnection) -> dict:
+    "Environment variables."
+    return dict(os.environ)
+
+
+def _set_environment(_: CandidateConnection, changes: dict):
+    "Set environment variables, and remove those whose value is None."
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+# %% ../../nbs/sandbox/candidate_connection.ipynb #a26baedf
+def _set_warnings(_: CandidateConnection, filters: list, show: Callable):
+    "Filter warnings as the test does, and have the test show them."
+    import warnings
+
+    def show_message(message: warnings.WarningMessage):
+        show(message.message, message.category, message.filename, message.lineno)
+
+    warnings.filters = filters
+    warnings._filters_mutated()
+    warnings._showwarnmsg = show_message
+
+
+def _set_logging(_: CandidateConnection, levels: dict, handle: Callable):
+    "Set levels of loggers, and have the test handle their records too."
+    import logging
+
+    def call_handlers(logger: logging.Logger, record: logging.LogRecord):
+        handle(record.name, record.levelno, record.getMessage(), record.pathname, record.lineno, record.funcName)
+        call_own_handlers(logger, record)
+
+    if not _own_call_handlers:
+        _own_call_handlers.append(logging.Logger.callHandlers)
+    call_own_handlers = _own_call_handlers[0]
+    logging.Logger.callHandlers = call_handlers
+    for name, level in levels.items():
+        logging.getLogger(name or None).setLevel(level)
+
+
+_own_call_handlers: list[Callable] = []
+
+# %% ../../nbs/sandbox/candidate_connection.ipynb #8ab3ea4c
 def _open(_: CandidateConnection, /, *args, **names) -> Any:
     "Open a file in the program's folder."
     return open(*args, **names)
 
 
+def _call_standard(_: CandidateConnection, module: str, name: str, /, *args, **names) -> Any:
+    "Call a function of the standard library that works on files."
+    importlib.import_module(module)
+    function: Any = find_qualified(sys.modules[module].__name__, name)
+    return function(*args, **names)
+
+
 PROGRAM_OPERATIONS = {
+    "call_standard": _call_standard,
     "global": _global,
     "mentioned": _mentioned,
     "define": _define,
+    "own_globals": _own_globals,
+    "undefine": _undefine,
+    "derive": _derive,
+    "get_inherited": _get_inherited,
     "surroundings": _surroundings,
     "replace": _replace,
-    "get_chance": _get_chance,
-    "set_chance": _set_chance,
+    "get_random_states": _get_random_states,
+    "set_random_states": _set_random_states,
+    "get_environment": _get_environment,
+    "set_environment": _set_environment,
+    "set_warnings": _set_warnings,
+    "set_logging": _set_logging,
     "open": _open,
 }

@@ -53,6 +53,7 @@ OPERATIONS = {
     "hash": hash,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
+    "isinstance": isinstance,
     **AWAITING_OPERATIONS,
 }
 
@@ -142,6 +143,10 @@ class Connection:
 
     def mark_mixed(self, name: str, value: Any):
         "Note what came of an object and a plain value: it must be an object itself."
+        if type(value) is tuple and all(map(is_remote, value)):  # `divmod`
+            for item in value:
+                self.mark_mixed(name, item)
+            return
         if not is_remote(value):
             raise TypeError(f"{name} of an object of the program and a plain value gives a {type(value).__name__}")
         self.mixed.add(self.graph.numbers[id(value)])

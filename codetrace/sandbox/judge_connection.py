@@ -6,6 +6,7 @@
 __all__ = ['TEST_MODULE', 'StoppedCall', 'check_readable', 'JudgeConnection']
 
 # %% ../../nbs/sandbox/judge_connection.ipynb #155b200e
+import _thread
 import os
 import types
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class StoppedCall(Exception):
 _ENDING_METHODS = ("send", "throw", "__next__", "asend", "athrow", "__anext__")  # of iterators, which may end a loop
 
 # %% ../../nbs/sandbox/judge_connection.ipynb #7aba24d4
-TEST_MODULE = "tests"  # `__name__` where tests run
+TEST_MODULE = "__main__"  # `__name__` where tests run
 _READABLE_NAMES = frozenset(
     f"__{name}__" for name in "name qualname doc module dataclass_fields match_args members annotations".split()
 )
@@ -68,8 +69,18 @@ class JudgeConnection(Connection):
         self.token = ""  # Of the last message sent
         self.unsupported = ""  # Why the test cannot be judged
         self.raised_by_candidate: dict[int, tuple[BaseException, str]] = {}  # By address: exception and message
+        self.failed_asserts = 0  # Of the running test
+        self.swallowed: BaseException | None = None  # An assert's error that a context manager of the program took
+        self.turn = _thread.RLock()  # Held by the thread of the test that speaks to the program
         self.iterator_methods: set[int] = set()
         self.unsent_types: tuple[type, ...] = ()  # Whose objects are never passed on
+        self.entry_points: set[str] = set()  # Names that the tests have for what they test
+
+    def start_test(self):
+        "Forget what the last test has shown."
+        self.unsupported = ""
+        self.failed_asserts = 0
+        self.swallowed = None
 
     def send(self, kind, values, names, news):
         self.token = os.urandom(16).hex()
@@ -117,6 +128,8 @@ class JudgeConnection(Connection):
             raise TypeError("an object of the program is not for the test to work on")
         if operation in ("get", "set", "delete"):
             check_readable(target, values[1])
+        if operation == "set" and not isinstance(target, type) and callable(getattr(type(target), values[1], None)):
+            raise AttributeError(f"{values[1]!r} of an object of the test is read-only")  # `getvalue`, or a method
         if operation == "special" and values[0] not in SPECIAL_METHODS:
             raise AttributeError(values[0])
         try:
@@ -129,7 +142,14 @@ class JudgeConnection(Connection):
         result = super().request(operation, *values, **names)
         if operation == "get" and values[1] in _ENDING_METHODS:
             self.iterator_methods.add(self.graph.numbers.get(id(result), 0))
+        if operation == "special" and values[0] == "__exit__" and result and self._is_failed_assert(values[3]):
+            self.swallowed = values[3]
         return result
+
+    def _is_failed_assert(self, error):
+        "Whether an assert of the test has raised this."
+        is_own = isinstance(error, AssertionError) and id(error) not in self.raised_by_candidate
+        return is_own and self.failed_asserts > 0
 
     def raised(self, operation, values, error, names):
         if not isinstance(error, BaseException):

@@ -162,7 +162,8 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
         graph.exported[number] = error
         graph.lasting.add(number)
         attributes = {}
-    parts = [cls, error.__cause__, error.__suppress_context__, len(args), *args, *attributes, *attributes.values()]
+    origin = [error.__cause__, None if error.__suppress_context__ else error.__context__, error.__suppress_context__]
+    parts = [cls, *origin, len(args), *args, *attributes, *attributes.values()]
     return [number, "exception", _write_parts(graph, parts)]
 
 
@@ -330,7 +331,7 @@ def _read_nan(*_) -> float:
 
 
 def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
-    cls, cause, suppressed, count, *rest = _read_parts(graph, parts)
+    cls, cause, context, suppressed, count, *rest = _read_parts(graph, parts)
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise ValueError("not an exception")
     args = rest[:count]
@@ -346,6 +347,8 @@ def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
             BaseException.__setattr__(error, name, value)
     if isinstance(cause, BaseException):
         error.__cause__ = cause
+    if isinstance(context, BaseException):
+        error.__context__ = context
     error.__suppress_context__ = suppressed is True
     return error
 

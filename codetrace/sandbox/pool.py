@@ -29,6 +29,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from codetrace.sandbox import (
+    assert_rewriting,
     awaiting,
     candidate,
     candidate_connection,
@@ -39,12 +40,14 @@ from codetrace.sandbox import (
     landlock,
     object_graph,
     protocol,
+    pytest_functions,
     remote_objects,
     resource_use,
     seccomp,
+    semaphores,
+    shared_state,
     supervisor,
     system_calls,
-    test_rewriting,
     value_types,
 )
 from .landlock import landlock_abi
@@ -176,9 +179,9 @@ def find_readable_paths() -> ReadablePaths:
     )
 
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
-_ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, candidate, supervisor)
+_ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, semaphores, candidate, supervisor)
 _VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, object_graph, connection)
-_JUDGING_MODULES = (candidate_connection, judge_connection, test_rewriting, judge)
+_JUDGING_MODULES = (candidate_connection, judge_connection, assert_rewriting, pytest_functions, shared_state, judge)
 _SANDBOX_MODULES = _ISOLATION_MODULES + _VALUE_MODULES + _JUDGING_MODULES
 _SANDBOX_FILES = [module.__file__ for module in _SANDBOX_MODULES]
 _BOOT_CODE = (

@@ -204,8 +204,15 @@ def _check_sendable(name: str):
 class RemoteClass(type):
     "The class of stand-ins for classes."
 
-    def __new__(cls, name: str, *_):
-        raise Unsupported(f"{name!r} is derived from a class of another process")
+    def __new__(cls, name: str, bases: tuple, namespace: dict, **names):
+        peer = next(_peer_of(base) for base in bases if type(base) is RemoteClass)
+        if not peer.is_judge or any(qualified_name(base) is None for base in bases if type(base) is not RemoteClass):
+            raise Unsupported(f"{name!r} is derived from a class of another process")
+        cell = namespace.pop("__classcell__", None)
+        derived = peer.request("derive", name, bases, namespace, **names)
+        if cell is not None:
+            cell.cell_contents = derived
+        return derived
 
     def __call__(cls, /, *args, **names):
         return _peer_of(cls).request("call", cls, *args, **names)
@@ -229,6 +236,15 @@ class RemoteClass(type):
     def __dir__(cls):
         return _peer_of(cls).request("special", "__dir__", cls)
 
+    def __copy__(cls, value):  # found by `copy.copy` alone: `itertools.tee` looks for it in an object
+        return _peer_of(cls).request("copy", value)
+
+    def __instancecheck__(cls, value):
+        is_plain = base_kind(type(value)) is not None and not is_remote(value)  # of which nothing is believed
+        if type.__instancecheck__(cls, value) or is_plain or not type.__getattribute__(cls, "_remote_checks"):
+            return type.__instancecheck__(cls, value)
+        return bool(_peer_of(cls).request("isinstance", value, cls))
+
 # %% ../../nbs/sandbox/remote_objects.ipynb #cf572248
 def _class_method(name: str) -> Callable:
     "A special method of a class itself, as those of enumerations: `len(Color)`, `Color['RED']`."
@@ -246,7 +262,7 @@ for _name in ("__len__", "__iter__", "__getitem__", "__contains__", "__reversed_
 class Remote:
     "What all stand-ins for objects have."
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def __getattr__(self, name):
         _check_sendable(name)
@@ -260,14 +276,14 @@ class Remote:
     def __delattr__(self, name):
         _peer_of(self).request("delete", self, name)
 
-    def __copy__(self):
-        return _peer_of(self).request("copy", self)
-
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), _peer_of(self).request("deepcopy", self))
 
     def __reduce_ex__(self, _):
         raise TypeError(f"cannot pickle an object of {type(self).__name__!r}, which lives in another process")
+
+
+del Remote.__slots__  # whoever asks is told those of the real class
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #504cccc8
 def _comparison(name: str) -> Callable:
@@ -410,8 +426,15 @@ def describe_class(cls: type) -> list:
     kind = base_kind(cls)
     name = [str(type.__dict__["__module__"].__get__(cls)), str(cls.__qualname__)]
     bases = [base for base in type.__dict__["__bases__"].__get__(cls) if base is not object]
-    facts = [special_names(cls), overridden_names(cls), hash_style(cls), kind.name if kind else None]
-    return [name, *facts, bases]
+    overridden = overridden_names(cls) + ([] if _checks_plainly(cls) else ["__instancecheck__"])
+    if is_standard_module(name[0]) and local_class(name) is not cls:
+        name[0] = "solution"  # it only says that it is of the standard library
+    return [name, special_names(cls), overridden, hash_style(cls), kind.name if kind else None, bases]
+
+
+def _checks_plainly(cls: type) -> bool:
+    "Whether `isinstance` goes by the bases of classes alone."
+    return find_special(type(cls), "__instancecheck__") is find_special(type, "__instancecheck__")
 
 
 def _layout(kind_name: str | None, bases: list[type]) -> type | None:
@@ -454,7 +477,7 @@ def make_stand_in(
     wanted = [special for special in specials if special in SPECIAL_METHODS]
     if kind_name is not None and layout is not None:
         namespace = _value_methods(wanted, layout)
-        namespace |= {key: _RemoteAttribute(key) for key in overridden if not key.startswith("_remote_")}
+        namespace |= {key: _RemoteAttribute(key) for key in overridden if not key.startswith("_")}
     elif layout is not None:
         namespace = {key: _protocol(key) for key in wanted if key in ("__str__", "__repr__")}
     else:
@@ -462,6 +485,9 @@ def make_stand_in(
         namespace["__doc__"] = _text_property("__doc__")
         if local is not None:
             namespace["__class__"] = property(_constant(local))
+        if local is types.FunctionType:
+            namespace["__get__"] = _bind
+    namespace |= {"_remote_checks": "__instancecheck__" in overridden}
     return _new_class(peer, name, _compatible_bases(bases, layout), namespace)
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #61ff6091
@@ -489,7 +515,9 @@ def _new_class(peer: object, name: list[str], bases: tuple[type, ...], namespace
     layout = [base for base in bases if type(base) is not RemoteClass and base is not Remote][:1]
     for possible in (bases, (Remote, *layout)):
         try:
-            return type.__new__(RemoteClass, short, possible, dict(namespace))
+            made = type.__new__(RemoteClass, short, possible, dict(namespace))
+            type.__delattr__(made, "__slots__")  # whoever asks is told those of the real class
+            return made
         except TypeError:
             continue
     raise ValueError("no such class can be")

@@ -90,6 +90,7 @@ _UNSUPPORTED = ((_BPF_RETURN, 0, 0, _SECCOMP_ENOTSUP),)
 _PRETEND = ((_BPF_RETURN, 0, 0, _SECCOMP_PRETEND),)
 _AUDIT_ARCHITECTURES = {1: 0xC000003E, 2: 0xC00000B7}
 _NAMESPACE_FLAGS = 0x7E020000
+_THREAD_FLAG = 0x00010000
 _NUMBER_OFFSET = 0
 _ARCHITECTURE_OFFSET = 4
 _FIRST_ARGUMENT_OFFSET = 16
@@ -124,6 +125,9 @@ def _call_actions(
         actions |= dict.fromkeys(process_calls.values(), _ALLOW)
         has_namespace_flag = (_BPF_JUMP_MASKED, 0, 1, _NAMESPACE_FLAGS)
         actions[process_calls["clone"]] = (load_argument, has_namespace_flag, *_KILL, *_ALLOW)
+    else:  # threads, and no processes
+        clone = syscall_numbers(_PROCESS_CALLS, column)["clone"]
+        actions[clone] = (load_argument, (_BPF_JUMP_MASKED, 0, 1, _THREAD_FLAG), *_ALLOW, *_REFUSE)
     first, end = _SOCKET_REQUESTS
     is_above = (_BPF_JUMP_AT_LEAST, 2, 0, end)
     is_below = (_BPF_JUMP_AT_LEAST, 0, 1, first)
