@@ -112,7 +112,7 @@ def test_no_module_is_longer_than_600_lines():
     assert {name: length for name, length in lengths.items() if length > 600} == {}
 
 
-AXES = "active batch cells d_head d_model d_sae defined head latents layer metric out points pos program rows shuffles slot sequence some task tokens vocab"
+AXES = "active batch cells d_head d_model d_sae defined frequency head latents layer metric out points pos program rows shuffles slot sequence some task tokens vocab"
 
 
 def test_every_name_in_a_module_is_defined():

