@@ -6,12 +6,13 @@
 __all__ = ['check_run']
 
 # %% ../../nbs/runs/checks.ipynb #2749544e
+import importlib.util
 import inspect
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from .parameters import BadParameter
 from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
-from ..tasks.problems import PROBLEM_SETS, load_problems
+from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
@@ -192,7 +193,7 @@ def _check_layers(phase: str, values: Mapping, model: str, n_layers: int) -> Non
                 raise BadParameter(f"{name}={layer}: {model!r} has layers 0 to {n_layers - 1} (phase {phase!r})")
 
 # %% ../../nbs/runs/checks.ipynb #0b2a91bf
-def _check_problem_set(name: str) -> int | None:  # How many there are; None where they must be downloaded
+def _read_problem_set(name: str) -> list[Problem] | None:  # None where they must be downloaded
     "Refuse a problem set that is not there, or cannot be read."
     if name in ("mbpp", "mbpp-sanitized"):
         check_hub_dataset("google-research-datasets/mbpp", "give a local copy, --problems path/to/mbpp.jsonl")
@@ -200,24 +201,42 @@ def _check_problem_set(name: str) -> int | None:  # How many there are; None whe
     if name not in PROBLEM_SETS and not Path(name).suffix:
         known = suggest_names(name, PROBLEM_SETS)
         raise BadInput(f"unknown problem set {name!r}: {known}; or give a JSON, JSONL or Parquet file")
-    return len(load_problems(name))
+    return load_problems(name)
 
 
 def _check_problems(phase: str, values: Mapping) -> None:
     for name in ("problems", "on_problems"):
         if not values.get(name):
             continue
-        count = _check_problem_set(values[name])
+        problems = _read_problem_set(values[name])
         start = values.get("start", 0)
         end = values.get("end", 0)
         if end and end <= start:
             raise BadParameter(
                 f"start={start}, end={end}: no problem lies between them; end is the first that is left out"
             )
-        if count is not None and start >= count:
+        if problems is None:
+            continue
+        if start >= len(problems):
             raise BadParameter(
-                f"start={start}: {values[name]!r} has {count} problems, numbered from 0 (phase {phase!r})"
+                f"start={start}: {values[name]!r} has {len(problems)} problems, numbered from 0 (phase {phase!r})"
             )
+        _check_fit_of_problems(phase, values, problems)
+
+
+def _check_fit_of_problems(phase: str, values: Mapping, problems: Sequence[Problem]) -> None:
+    "Enough problems to divide, and problems that a prompt can be made of."
+    count = min(len(problems), values.get("num_problems") or len(problems))
+    if phase == "splits" and count < _FEWEST_TO_DIVIDE:
+        raise BadParameter(f"{count} problems cannot be divided 50:10:40: at least {_FEWEST_TO_DIVIDE} are needed")
+    headless = [problem for problem in problems if not problem.reference.startswith(problem.text)]
+    if headless and "completion" in (values.get("prompt"), *values.get("prompts", [])):
+        raise BadParameter(
+            f"the prompt 'completion' continues a function's head, and task {headless[0].task_id} has none: use pva or three_shot"
+        )
+
+
+_FEWEST_TO_DIVIDE = 10
 
 # %% ../../nbs/runs/checks.ipynb #513b951c
 def _check_temperatures(name: str, values: Mapping) -> None:
@@ -275,7 +294,11 @@ def _check_text(phase: str, values: Mapping) -> None:
     "A corpus is stdlib, a folder, or a hub dataset."
     text = values.get("text")
     own = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
-    if text is None or text in own or Path(text).is_dir():
+    if text is None or text in own:
+        return
+    if Path(text).is_dir():
+        if not any(Path(text).rglob("*.py")):
+            raise BadInput(f"the folder {text} holds no *.py file: give a folder of Python files, or stdlib")
         return
     if text.count("/") == 1 and not text.startswith((".", "/")):
         if phase != "latents" or values["input"]:  # a made-up study has no text
@@ -294,6 +317,9 @@ def _check_sites(phase: str, values: Mapping) -> None:
         look_up_name(values["site"], residual, "site of the residual stream")
 
 
+_WITHOUT_ADAPTERS = ("tiny:gpt2", "tiny:gpt_neox")  # Their projections have other names
+
+
 def _check_training(phase: str, values: Mapping) -> None:
     "Shapes of the programs and of the model that phase binding trains."
     if "lines" in values and (len(values["lines"]) != 2 or values["lines"][0] > values["lines"][1]):
@@ -308,6 +334,8 @@ def _check_training(phase: str, values: Mapping) -> None:
             f"scratch_size={values['scratch_size']}: a width of {width} does not divide into {n_heads} heads of even width: "
             f"give a multiple of {2 * n_heads}"
         )
+    if values.get("init") == "adapter" and values["model"] in _WITHOUT_ADAPTERS:
+        raise BadParameter(f"model={values['model']}: adapters are made for Llama, Qwen and Gemma models")
     if values.get("mastery") == 1:
         raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
 
@@ -334,6 +362,14 @@ def _check_references(values: Mapping) -> None:
 def _check_tracing(values: Mapping) -> None:
     _check_references(values)
     _check_position_names(values["positions"])
+    if values["engine"] == "transformer_lens" and values["window"] > 1:
+        raise BadParameter(
+            f"window={values['window']}: TransformerLens's generic patching takes one layer at a time; use another engine"
+        )
+    if values["engine"] == "transformer_lens" and importlib.util.find_spec("transformer_lens") is None:
+        raise BadParameter(
+            "engine=transformer_lens needs TransformerLens, which is not installed: pip install -c constraints.txt 'codetrace[lens]'"
+        )
 
 
 def _check_seeds(values: Mapping) -> None:
@@ -354,6 +390,21 @@ def _check_tuning(values: Mapping) -> None:
 
 
 _MADE_UP_LAYERS = 3  # Of planted.steering
+
+
+def _check_latents(values: Mapping) -> None:
+    if values["shuffles"] < _FEWEST_SHUFFLES:
+        raise BadParameter(
+            f"shuffles={values['shuffles']}: so few cannot give a p of 0.05; give at least {_FEWEST_SHUFFLES}"
+        )
+
+
+_FEWEST_SHUFFLES = 19
+
+
+def _check_splits(values: Mapping) -> None:
+    if not values["similarity"] > 0:
+        raise BadParameter("similarity=0: give a share above 0, such as 0.75; 1 keeps only equal descriptions together")
 
 
 def _check_steering(values: Mapping) -> None:
@@ -383,10 +434,12 @@ _CHECKS = (
 )
 _PHASE_CHECKS = {
     "generation": _check_generation,
+    "latents": _check_latents,
     "mechanism": _check_references,
     "report": _check_report,
     "saes": _check_saes,
     "seeds": _check_seeds,
+    "splits": _check_splits,
     "steering": _check_steering,
     "tracing": _check_tracing,
     "tuning": _check_tuning,
