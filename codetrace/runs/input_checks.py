@@ -63,13 +63,20 @@ def _check_steering(values: Mapping, inputs: Mapping[str, Mapping]) -> None:
 _INPUT_CHECKS: dict[str, Callable] = {"tuning": _check_tuning, "steering": _check_steering}
 
 
+def _asks_something(phase: str, values: Mapping) -> bool:
+    "Is there a value that the inputs could contradict? To resolve them is to hash them, which may be gigabytes."
+    if phase == "tuning":
+        return bool(values["layers"] or values["site"])
+    return values["split"] != "validation" or bool(values["on_model"])
+
+
 def check_inputs(
     phase: str,  # Its name
     values: Mapping,  # A value for every parameter, of its type
     root: Path | None = None,  # Default: `runs_root()`
 ) -> None:
     "Refuse values that do not fit the runs that are read; whether there are such runs is said when a run is opened."
-    if phase not in _INPUT_CHECKS:
+    if phase not in _INPUT_CHECKS or not _asks_something(phase, values):
         return
     try:
         inputs = resolve_inputs(phase, values, root)
