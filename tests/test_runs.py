@@ -1343,10 +1343,12 @@ def test_odd_parameters_of_a_notebook_are_one_line(tmp_path, monkeypatch, parame
 def test_magics_beside_a_declaration_are_passed_over(tmp_path, monkeypatch):
     from codetrace.runs.parameters import phase_parameters
 
-    source = own_notebook(f"%load_ext autoreload\n!ls\n{ODD_DECLARATION}", "%time\nn: int = 3  # Größe")
+    lines = ["%time", "n: int = 3  # Größe", "wide: str = (", "    '# no comment'  # Put into brackets", ")", "plain: int = 1"]
+    source = own_notebook(f"%load_ext autoreload\n!ls\n{ODD_DECLARATION}", "\n".join(lines))
     (tmp_path / "10_odd.ipynb").write_text(source)
     monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path))
-    assert phase_parameters("odd")["n"].help == "Größe"
+    helps = {name: parameter.help for name, parameter in phase_parameters("odd").items()}
+    assert helps == {"n": "Größe", "wide": "Put into brackets", "plain": ""}
 
 
 # --- grading a file ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ __all__ = ['COUNT_PARAMETERS', 'PhaseParameter', 'notebook_parameters', 'phase_p
 
 # %% ../../nbs/runs/parameters.ipynb #8ea54486
 import ast
+import io
 import json
 import shlex
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -36,12 +38,18 @@ def _inferred_annotation(value: object) -> str:
     return type(value).__name__
 
 # %% ../../nbs/runs/parameters.ipynb #c170bd15
+def _comment_of(source: str) -> str:
+    "The last comment of a statement, which a formatter may have put between its lines."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return comments[-1].lstrip("#").strip() if comments else ""
+
+
 def _declared_parameter(node: ast.stmt, lines: list[str]) -> PhaseParameter:
     "The parameter that a statement declares; any of several errors where it declares none."
     is_typed = isinstance(node, ast.AnnAssign)
     default = ast.literal_eval(node.value)
-    last_line = lines[(node.end_lineno or node.lineno) - 1]
-    comment = last_line.encode()[node.end_col_offset :].decode().partition("#")[2].strip()
+    comment = _comment_of("\n".join(lines[node.lineno - 1 : node.end_lineno]))
     annotation = ast.unparse(node.annotation) if is_typed else _inferred_annotation(default)
     return PhaseParameter((node.target if is_typed else node.targets[0]).id, default, comment, annotation)
 
