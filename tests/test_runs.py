@@ -1420,3 +1420,9 @@ def test_what_is_no_limit_is_one_line(tmp_path, words):
     refused = grade_lines(tmp_path, [row], *words.split()).exception
     assert isinstance(refused, BadInput) and "\n" not in str(refused)
     assert words.split()[0] in str(refused) or "nosuch" in str(refused)
+
+
+def test_a_folder_of_notebooks_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path / "nowhere"))
+    assert "tracking" in in_process(tmp_path, "phases").stdout
+    assert f"{tmp_path / 'nowhere'}, and there is no such folder" in str(in_process(tmp_path, "run", "mine").exception)

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 import codetrace
-from ..core.errors import BadInput, look_up_name
+from ..core.errors import BadInput, UnknownName, look_up_name
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def phase_folders() -> list[Path]:
     "Folders with phase notebooks: the package's own first, then the user's."
     home = repository_root() or Path(codetrace.__file__).resolve().parent
     user_folder = os.environ.get("CODETRACE_NOTEBOOKS")
-    return [home / "nbs" / "phases", *([Path(user_folder)] if user_folder else [])]
+    return [home / "nbs" / "phases", *([Path(user_folder).absolute()] if user_folder else [])]
 
 
 @cache
@@ -205,6 +205,8 @@ def find_phase(
         return by_number[number]
     if error := _error_of_notebook(text):
         raise error
+    if missing := [folder for folder in phase_folders()[1:] if not folder.is_dir()]:
+        raise UnknownName(f"unknown phase {name!r}: CODETRACE_NOTEBOOKS names {missing[0]}, and there is no such folder")
     return look_up_name(text, known | by_number, "phase")
 
 
