@@ -8,6 +8,7 @@ __all__ = ['PATCH_DIRECTIONS', 'PATCH_METRICS', 'CELL_COLUMNS', 'VECTOR_SITES', 
            'named_positions', 'pair_positions', 'measure_patch', 'cell_rows']
 
 # %% ../../nbs/patching/alignment.ipynb #a64ae649
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ def _span_token(
     offsets: Sequence[Span],  # Of the tokens
     name: str,  # For the message
 ) -> int:  # Index of the last token of the span
-    "The token that stands for a span."
+    "The token that stands for a span: it holds the end of the span and no other name or value, brackets and signs aside."
     start, end = span
     covering = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
     if not covering:
@@ -79,7 +80,7 @@ def _span_token(
     last_start, last_end = offsets[covering[-1]]
     before = text[min(first_start, start) : start]
     after = text[end : max(last_end, end)]
-    if (before + after).strip() and not name.startswith("end"):
+    if re.search(r"\w", before + after) and not name.startswith("end"):
         raise RoleSharesToken(
             f"{name} ({text[start:end]!r}) is part of the token {text[last_start:last_end]!r}: "
             "this tokenizer cannot be traced there; try another query style"
