@@ -1237,8 +1237,8 @@ def test_kernels_of_two_threads_are_told_their_own_runs(tmp_path, monkeypatch):
     import asyncio
     import threading
     from concurrent.futures import ThreadPoolExecutor
+    from types import SimpleNamespace
 
-    import papermill
     from jupyter_client.manager import AsyncKernelManager
 
     from codetrace.runs import execute
@@ -1257,7 +1257,7 @@ def test_kernels_of_two_threads_are_told_their_own_runs(tmp_path, monkeypatch):
         both.wait(timeout=30)
 
     monkeypatch.setattr(AsyncKernelManager, "_async_pre_start_kernel", pre_start)
-    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setitem(sys.modules, "papermill", SimpleNamespace(execute_notebook=execute_notebook))
     notebook = next(write_phase(tmp_path / "notebooks").glob("*.ipynb"))
     folders = [tmp_path / name for name in ("one", "two")]
     with ThreadPoolExecutor(2) as threads:
@@ -1295,9 +1295,12 @@ ODD_NOTEBOOKS = {
 
 
 @pytest.mark.parametrize("case", [*ODD_NOTEBOOKS, "not text", "a folder", "a link to nowhere"])
-def test_an_odd_notebook_takes_down_nothing(ended, tmp_path_factory, monkeypatch, caplog, case):
+def test_an_odd_notebook_takes_down_nothing(tmp_path, monkeypatch, case):
     "Others are listed, shown and run; whoever asks for it is told what is wrong with it, in one line."
-    folder = tmp_path_factory.mktemp("own")
+    folder = tmp_path / "own"
+    folder.mkdir()
+    root = tmp_path / "runs"
+    plant_run(root)
     path = folder / "10_odd.ipynb"
     if case in ODD_NOTEBOOKS:
         path.write_text(ODD_NOTEBOOKS[case])
@@ -1308,10 +1311,10 @@ def test_an_odd_notebook_takes_down_nothing(ended, tmp_path_factory, monkeypatch
     else:
         path.symlink_to(folder / "nowhere")
     monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(folder))
-    assert "tracking" in in_process(ended, "phases").stdout
-    assert in_process(ended, "runs").exit_code == 0
-    assert "num_seqs must be" in str(in_process(ended, "run", "tracking", "-n", "0").exception)
-    refused = in_process(ended, "run", "odd").exception
+    assert "tracking" in in_process(root, "phases").stdout
+    assert in_process(root, "runs").exit_code == 0
+    assert "num_seqs must be" in str(in_process(root, "run", "tracking", "-n", "0").exception)
+    refused = in_process(root, "run", "odd").exception
     assert isinstance(refused, BadInput) and "\n" not in str(refused)
     if path.is_file():
         assert "10_odd.ipynb" in str(refused)
@@ -1343,7 +1346,14 @@ def test_odd_parameters_of_a_notebook_are_one_line(tmp_path, monkeypatch, parame
 def test_magics_beside_a_declaration_are_passed_over(tmp_path, monkeypatch):
     from codetrace.runs.parameters import phase_parameters
 
-    lines = ["%time", "n: int = 3  # Größe", "wide: str = (", "    '# no comment'  # Put into brackets", ")", "plain: int = 1"]
+    lines = [
+        "%time",
+        "n: int = 3  # Größe",
+        "wide: str = (",
+        "    '# no comment'  # Put into brackets",
+        ")",
+        "plain: int = 1",
+    ]
     source = own_notebook(f"%load_ext autoreload\n!ls\n{ODD_DECLARATION}", "\n".join(lines))
     (tmp_path / "10_odd.ipynb").write_text(source)
     monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path))
