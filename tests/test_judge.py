@@ -167,8 +167,8 @@ def test_a_judge_forgets_what_its_tests_have_let_go():
     )
     child = subprocess.Popen([sys.executable, "-c", serve], pass_fds=[theirs.fileno()])
     connection = JudgeConnection(ours.fileno(), 9999, finish=print)
-    connection.send("load", ["class C:\n    pass\ndef f(x): return [x, {}, C()]", "f"], {}, {})
-    (function,), _ = connection.understand(connection.receive())
+    connection.send_message("load", ["class C:\n    pass\ndef f(x): return [x, {}, C()]", "f"], {}, {})
+    (function,), _ = connection.decode(connection.receive())
     for i in range(100):
         function([i])
     assert len(connection.graph.objects) < 20

@@ -16,7 +16,7 @@ from .candidate_connection import serve_requests
 from .connection import Connection
 from .isolation import fork_into_namespaces, prepare_namespaced_process, set_resource_limits
 from .landlock import enforce_landlock
-from .object_graph import ObjectGraph, read_news, value_from_json, write_values
+from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import send_frame, to_json
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
 from .semaphores import use_event_semaphores
@@ -72,8 +72,8 @@ def _warm_up():
     for name in PRELOADED_MODULES:
         __import__(name)
     judge, candidate = ObjectGraph(Connection(-1), 1), ObjectGraph(Connection(1), -1)
-    written, news = write_values(judge, [[1, "a", {2.5: (None,)}], ValueError("a")])
-    read_news(candidate, news)
+    written, changes = write_values(judge, [[1, "a", {2.5: (None,)}], ValueError("a")])
+    apply_changes(candidate, changes)
     write_values(candidate, [_warm_up, *[value_from_json(candidate, value) for value in written]])
     gc.collect()
     gc.freeze()

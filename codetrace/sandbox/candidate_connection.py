@@ -52,12 +52,12 @@ class CandidateConnection(Connection):
         self.replaced: dict[tuple[str, str], Any] = {}  # What stood where the test has put something else
         self.streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
 
-    def send(self, kind, values, names, news):
+    def send_message(self, kind, values, names, changes):
         if kind not in ("value", "raised", "loaded", "syntax"):
             values, kind = [[kind, *values]], "ask"
         if names:
-            news["names"] = names
-        text = to_json([self.token, kind, *values, news] if news else [self.token, kind, *values])
+            changes["names"] = names
+        text = to_json([self.token, kind, *values, changes] if changes else [self.token, kind, *values])
         if len(text) > self.longest:
             text = to_json([self.token, "long", None])
         with suppress(BaseException):
@@ -68,25 +68,25 @@ class CandidateConnection(Connection):
     def receive(self):
         message = from_json(receive_frame(self.fd))
         self.token = message["id"]
-        return {"names": {}, "news": {}} | message
+        return {"names": {}, "changes": {}} | message
 
-    def understand(self, message):
-        values = super().understand(message)
-        self.graph.forget(message["news"].get("free", ()))
+    def decode(self, message):
+        values = super().decode(message)
+        self.graph.forget(message["changes"].get("free", ()))
         return values
 
-    def tell_error(self, error):
+    def send_error(self, error):
         message = {"message": _message_of(error)}
         try:
-            self.tell("raised", [error], message)
+            self.send("raised", [error], message)
         except BaseException:
-            self.tell("raised", [RuntimeError("an exception that cannot be sent")], message)
+            self.send("raised", [RuntimeError("an exception that cannot be sent")], message)
 
     def request(self, operation, /, *values, **names):
         with self.turn:
             return super().request(operation, *values, **names)
 
-    def perform(self, operation, values, names):
+    def execute(self, operation, values, names):
         state = self.turn._release_save()  # other threads may speak while this one works
         try:
             if operation in OPERATIONS:
@@ -139,12 +139,12 @@ def serve_requests(
         kind, value = "raised", error
     connection.turn._acquire_restore(state)
     if kind == "loaded":
-        connection.tell(kind, [value], {})
+        connection.send(kind, [value], {})
     else:
-        connection.tell(kind, [value], {"message": _message_of(value)})
+        connection.send(kind, [value], {"message": _message_of(value)})
     while True:
         request = connection.receive()
-        connection.answer(request, *connection.understand(request))
+        connection.answer(request, *connection.decode(request))
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #ffa19ba6
 def _global(connection: CandidateConnection, name: str) -> Any:

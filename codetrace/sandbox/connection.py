@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .awaiting import AWAITING_OPERATIONS
-from .object_graph import ObjectGraph, read_news, value_from_json, write_values
+from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .remote_objects import find_special, is_remote
 
 # %% ../../nbs/sandbox/connection.ipynb #e9f641ab
@@ -62,6 +62,18 @@ _FRAMES_OF_A_CALL = 40  # Of this module, in both processes, under a function th
 _DEEPEST = 400  # Calls inside each other for which room is made on the stack
 
 
+_CONTAINERS = (list, tuple, dict, set)
+
+
+def _references_of_a_local() -> int:
+    "What `sys.getrefcount` says of an object that one variable of a function holds."
+    result = [None]
+    return sys.getrefcount(result)
+
+
+_LOCAL_ONLY = _references_of_a_local()
+
+
 class Connection:
     "One end of the conversation between a judge and a candidate, who speak in turns."
 
@@ -72,40 +84,41 @@ class Connection:
         self.stand_ins: dict[type, type] = {}
         self.hashes: dict[int, int] = {}
         self.depth = 0  # Of calls of each other inside each other
-        self.mixed: set[int] = set()  # Numbers of objects that came of arithmetic with plain values
+        self.arithmetic_results: set[int] = set()  # Numbers of objects that came of arithmetic with plain values
 
-    def send(self, kind: str, values: list, names: dict, news: dict):
+    def send_message(self, kind: str, values: list, names: dict, changes: dict):
         "Send a message."
         raise NotImplementedError
 
     def receive(self) -> dict:
-        "The next message: `kind`, `values`, `names` and its news, all still JSON."
+        "The next message: `kind`, `values`, `names` and its changes, all still JSON."
         raise NotImplementedError
 
-    def perform(self, operation: str, values: list, names: dict) -> Any:
+    def execute(self, operation: str, values: list, names: dict) -> Any:
         "Do what the other process asks for."
         return OPERATIONS[operation](*values, **names)
 
-    def tell(self, kind: str, values: list | tuple, names: dict):
+    def send(self, kind: str, values: list | tuple, names: dict):
         "Send values."
-        written, news = write_values(self.graph, [*values, *names.values()])
+        written, changes = write_values(self.graph, [*values, *names.values()])
         count = len(values)
-        self.send(kind, written[:count], dict(zip(names, written[count:])), news)
+        named = dict(zip(names, written[count:])) if names else {}
+        self.send_message(kind, written[:count] if names else written, named, changes)
 
-    def understand(self, message: dict) -> tuple[list, dict]:
+    def decode(self, message: dict) -> tuple[list, dict]:
         "Values and named values of a message."
-        if message["news"]:
-            read_news(self.graph, message["news"])
+        if message["changes"]:
+            apply_changes(self.graph, message["changes"])
         values = [value_from_json(self.graph, value) for value in message["values"]]
-        names = {name: value_from_json(self.graph, value) for name, value in message["names"].items()}
-        return values, names
+        named = message["names"]
+        return values, {name: value_from_json(self.graph, named[name]) for name in named} if named else {}
 
     def request(self, operation: str, /, *values, **names) -> Any:
         "Have the other process do something; its value, or the exception that it raised."
-        self.tell(operation, values, names)
+        self.send(operation, values, names)
         while True:
             request = self.receive()
-            replied, replied_names = self.understand(request)
+            replied, replied_names = self.decode(request)
             if request["kind"] == "value":
                 return replied[0]
             if request["kind"] == "raised":
@@ -118,16 +131,21 @@ class Connection:
         self.depth += 1
         sys.setrecursionlimit(sys.getrecursionlimit() + deeper)
         try:
-            self.tell("value", [self.perform(request["kind"], values, names)], {})
+            result = self.execute(request["kind"], values, names)
+            if type(result) in _CONTAINERS and sys.getrefcount(result) <= _LOCAL_ONLY:
+                self.graph.temporary = {id(result)}
+            self.send("value", [result], {})
         except BaseException as error:
-            self.tell_error(error)
+            self.graph.temporary = set()
+            self.send_error(error)
         finally:
+            self.graph.temporary = set()
             sys.setrecursionlimit(sys.getrecursionlimit() - deeper)
             self.depth -= 1
 
-    def tell_error(self, error: BaseException):
+    def send_error(self, error: BaseException):
         "Send an exception."
-        self.tell("raised", [error], {})
+        self.send("raised", [error], {})
 
     def raised(self, operation: str, values: tuple, error: BaseException, names: dict) -> BaseException:
         "The exception to raise for one that the other process raised."
@@ -137,16 +155,17 @@ class Connection:
         "Whether an object may not have a stand-in in the other process."
         return False
 
-    def is_mixed(self, value: Any) -> bool:
+    def is_arithmetic_result(self, value: Any) -> bool:
         "Whether an object of the other process came of arithmetic with a plain value."
-        return bool(self.mixed) and is_remote(value) and self.graph.numbers[id(value)] in self.mixed
+        known = self.arithmetic_results
+        return bool(known) and is_remote(value) and self.graph.numbers[id(value)] in known
 
-    def mark_mixed(self, name: str, value: Any):
+    def mark_arithmetic_result(self, name: str, value: Any):
         "Note what came of an object and a plain value: it must be an object itself."
         if type(value) is tuple and all(map(is_remote, value)):  # `divmod`
             for item in value:
-                self.mark_mixed(name, item)
+                self.mark_arithmetic_result(name, item)
             return
         if not is_remote(value):
             raise TypeError(f"{name} of an object of the program and a plain value gives a {type(value).__name__}")
-        self.mixed.add(self.graph.numbers[id(value)])
+        self.arithmetic_results.add(self.graph.numbers[id(value)])

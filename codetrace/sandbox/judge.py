@@ -16,12 +16,13 @@ from typing import Any
 
 from .connection import Connection
 from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
-from .object_graph import ObjectGraph, read_news, value_from_json, write_values
+from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import to_json
 from .pytest_functions import pytest_module
-from .remote_objects import RemoteClass, Unsupported, is_remote
+from .remote_objects import RemoteClass, Unsupported, is_remote, with_temporaries
 from .shared_state import SharingConnection
 from codetrace.sandbox.assert_rewriting import (
+    CALLED,
     CAUGHT_TYPES,
     NOTE_CAUGHT,
     NOTE_FAILED,
@@ -311,9 +312,9 @@ def _load_candidate(connection: JudgeConnection, job: dict) -> tuple[str, str, A
     message = connection.receive()
     if message["kind"] != "ready":
         return "runner_error", str(message["values"][0]), None
-    connection.send("load", [job["code"], job["entry_point"]], {}, {})
+    connection.send_message("load", [job["code"], job["entry_point"]], {}, {})
     message = connection.receive()
-    values, names = connection.understand(message)
+    values, names = connection.decode(message)
     if message["kind"] == "loaded" and is_remote(values[0]):
         return "passed", "", values[0]
     if message["kind"] == "loaded" and values[0] is None:
@@ -345,6 +346,7 @@ def _test_namespace(connection: JudgeConnection, job: dict, entry_point: Any) ->
     namespace = TestNamespace(connection)
     guarded = _guarded_builtins(connection, (job["setup"], *job["tests"])) | {"__import__": _import_for_test}
     functions = {CAUGHT_TYPES: _caught_types, TYPE_OF: _type_of, NOTE_HELD: int, NOTE_CAUGHT: int, NOTE_FAILED: bool}
+    functions[CALLED] = with_temporaries
     namespace.update({"__name__": TEST_MODULE, "__builtins__": guarded, job["entry_point"]: entry_point} | functions)
     connection.entry_points = {job["entry_point"]}
     connection.unsent_types = (TestNamespace, JudgeConnection, _TestNotes, _SharedModule)
@@ -362,8 +364,8 @@ def warm_up_judge():
     "Run once what every judge runs: it is faster in every fork then."
     connection = SharingConnection(-1, 1, print)
     candidate = ObjectGraph(Connection(1), -1)
-    written, news = write_values(candidate, [warm_up_judge, [1, "a", {2.5: (None,)}], ValueError("a")])
-    read_news(connection.graph, news)
+    written, changes = write_values(candidate, [warm_up_judge, [1, "a", {2.5: (None,)}], ValueError("a")])
+    apply_changes(connection.graph, changes)
     values = [value_from_json(connection.graph, value) for value in written]
     write_values(connection.graph, values)
     connection.graph.give_up_unused(0)

@@ -82,22 +82,23 @@ class JudgeConnection(Connection):
         self.failed_asserts = 0
         self.swallowed = None
 
-    def send(self, kind, values, names, news):
+    def send_message(self, kind, values, names, changes):
         self.token = os.urandom(16).hex()
         message = {"id": self.token, "kind": kind, "values": values}
-        message |= {key: item for key, item in (("names", names), ("news", news)) if item}
+        message |= {key: item for key, item in (("names", names), ("changes", changes)) if item}
         try:
             send_frame(self.fd, to_json(message))
         except OSError:
             self.finish("gone", "")
 
-    def tell(self, kind, values, names):
+    def send(self, kind, values, names):
         known = self.graph.count
-        written, news = write_values(self.graph, [*values, *names.values()])
+        written, changes = write_values(self.graph, [*values, *names.values()])
         if freed := self.graph.give_up_unused(known):
-            news["free"] = freed
+            changes["free"] = freed
         count = len(values)
-        self.send(kind, written[:count], dict(zip(names, written[count:])), news)
+        named = dict(zip(names, written[count:])) if names else {}
+        self.send_message(kind, written[:count] if names else written, named, changes)
 
     def receive(self) -> dict:
         try:
@@ -107,11 +108,11 @@ class JudgeConnection(Connection):
         except (MessageTooLong, ValueError, TypeError, RecursionError, AttributeError, IndexError):
             self.finish("sandbox_violation", "not an answer to the question")
 
-    def understand(self, message):
+    def decode(self, message):
         if message["kind"] == "long":
             self.finish("output_limit", "the answer is too long")
         try:
-            return super().understand(message)
+            return super().decode(message)
         except MemoryError:
             self.finish("memory", "the answer takes too much memory")
         except Exception as error:
@@ -122,7 +123,7 @@ class JudgeConnection(Connection):
             self.finish("sandbox_violation", "neither a value nor an exception")
         super().answer(request, values, names)
 
-    def perform(self, operation, values, names):
+    def execute(self, operation, values, names):
         target = values[-1] if operation == "special" and len(values) < 2 else values[operation == "special"]
         if self.graph.numbers.get(id(target)) not in self.graph.exported:
             raise TypeError("an object of the program is not for the test to work on")
@@ -133,7 +134,7 @@ class JudgeConnection(Connection):
         if operation == "special" and values[0] not in SPECIAL_METHODS:
             raise AttributeError(values[0])
         try:
-            return super().perform(operation, values, names)
+            return super().execute(operation, values, names)
         except Unsupported as error:
             self.unsupported = str(error)
             raise RuntimeError(str(error)) from None
@@ -169,13 +170,13 @@ class JudgeConnection(Connection):
 def _read_message(frame: str, token: str) -> dict:
     "The parts of a message of the candidate; ValueError for what is none, or no answer to the last one."
     answered, kind, payload, *rest = from_json(frame)
-    news = rest[0] if rest else {}
-    if answered != token or type(news) is not dict or len(rest) > 1:
+    changes = rest[0] if rest else {}
+    if answered != token or type(changes) is not dict or len(rest) > 1:
         raise ValueError("not an answer")
     values = [payload]
     if kind == "ask":
         kind, *values = payload
-    names = news.pop("names", {})
+    names = changes.pop("names", {})
     if type(kind) is not str or type(names) is not dict:
         raise ValueError("not a message")
-    return {"kind": kind, "values": values, "names": names, "news": news}
+    return {"kind": kind, "values": values, "names": names, "changes": changes}

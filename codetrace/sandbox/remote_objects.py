@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HARMLESS_NAMES', 'COMPARISONS', 'ARITHMETIC', 'CONVERSIONS', 'PROTOCOLS', 'SPECIAL_METHODS', 'Unsupported',
            'is_standard_module', 'find_qualified', 'qualified_name', 'harmless_name', 'resolve_name', 'find_special',
-           'special_names', 'hash_style', 'overridden_names', 'is_remote', 'RemoteClass', 'Remote', 'describe_class',
-           'local_class', 'make_stand_in']
+           'special_names', 'hash_style', 'overridden_names', 'is_remote', 'RemoteClass', 'Remote', 'with_temporaries',
+           'describe_class', 'local_class', 'make_stand_in']
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #540000c5
 import builtins
@@ -304,9 +304,9 @@ def _arithmetic(name: str) -> Callable:
     def special(self, *args):
         peer = _peer_of(self)
         result = peer.request("special", name, self, *args)
-        is_mixed = peer.is_mixed(self) or not all(is_remote(value) or peer.is_mixed(value) for value in args)
-        if peer.is_judge and is_mixed and result is not NotImplemented:
-            peer.mark_mixed(name, result)
+        has_plain = not all(map(is_remote, args)) or peer.is_arithmetic_result(self)
+        if peer.is_judge and has_plain and result is not NotImplemented:
+            peer.mark_arithmetic_result(name, result)
         return result
 
     return special
@@ -318,8 +318,8 @@ def _conversion(name: str) -> Callable:
     def special(self, *args):
         peer = _peer_of(self)
         result = peer.request("special", name, self, *args)
-        if peer.is_mixed(self):
-            peer.mark_mixed(name, result)
+        if peer.is_arithmetic_result(self):
+            peer.mark_arithmetic_result(name, result)
         return result
 
     return special
@@ -357,6 +357,36 @@ def _remote_hash(self) -> int:
 
 def _call_remote(self, /, *args, **names):
     return _peer_of(self).request("call", self, *args, **names)
+
+
+def with_temporaries(function: Any) -> Any:
+    "A function as it is; one of the other process so that it notes which arguments nothing else holds."
+    if type(type(function)) is not RemoteClass:
+        return function
+
+    def call(*args, **names):
+        temporary = set()
+        for argument in args:
+            if type(argument) in (list, tuple, dict, set) and sys.getrefcount(argument) <= _ARGUMENT_ONLY:
+                temporary.add(id(argument))
+        graph = _peer_of(function).graph
+        graph.temporary = temporary
+        try:
+            return function(*args, **names)
+        finally:
+            graph.temporary = set()
+
+    return call
+
+
+def _references_of_an_argument(*args) -> int:
+    "What `sys.getrefcount` says of an object that is an argument and nothing else."
+    for argument in args:
+        return sys.getrefcount(argument)
+    return 0
+
+
+_ARGUMENT_ONLY = _references_of_an_argument([None])
 
 
 def _bind(self, instance: object, _: type | None = None) -> object:
