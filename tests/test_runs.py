@@ -1436,3 +1436,16 @@ def test_a_folder_of_notebooks_that_is_not_there_is_named(tmp_path, monkeypatch)
     monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path / "nowhere"))
     assert "tracking" in in_process(tmp_path, "phases").stdout
     assert f"{tmp_path / 'nowhere'}, and there is no such folder" in str(in_process(tmp_path, "run", "mine").exception)
+
+
+@pytest.mark.parametrize("text", ["z" * 5000, "x\0y", "~nosuchuser/x"], ids=["long", "nul", "no home"])
+@pytest.mark.parametrize(
+    "parameter", ["saes.text", "saes.sae", "saes.model", "splits.tokenizer", "splits.problems", "tracking.models"]
+)
+def test_a_name_that_no_file_can_have_is_refused(parameter, text):
+    from codetrace.runs.checks import check_run
+    from codetrace.runs.parameters import phase_values
+
+    phase, name = parameter.split(".")
+    with pytest.raises(BadInput):
+        check_run(phase, phase_values(phase, {name: text}))

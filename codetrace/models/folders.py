@@ -102,7 +102,7 @@ def check_adapter_folder(
         raise NotAModel(f"{folder}: adapters with {(odd or ['init_lora_weights'])[0]!r} are not read")
     if not (folder / "adapter_model.safetensors").is_file():
         raise NotAModel(f"{folder} has no adapter_model.safetensors: weights stored as a pickle are not read")
-    if not base.startswith("binding") and (Path(base).expanduser() / "adapter_config.json").exists():
+    if not base.startswith("binding") and (Path(os.path.expanduser(base)) / "adapter_config.json").exists():
         raise NotAModel(f"{folder} was made for {base!r}, which is an adapter itself: name a whole model there")
     return base
 
@@ -121,7 +121,7 @@ def adapter_folder(
         return Path(codetrace.__file__).resolve().parent / "data" / "binding"
     if name.startswith("binding@"):
         return look_up_name(name, {f"binding@{step}": folder for step, folder in adapters_by_step().items()}, "model")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path if (path / "adapter_config.json").is_file() else None
 
 # %% ../../nbs/models/folders.ipynb #167e0102
@@ -177,7 +177,7 @@ def check_model_name(
     with suppress(OSError, ValueError):  # a name that is too long, or holds a NUL, is that of no folder
         if adapter := adapter_folder(name):
             return check_model_name(check_adapter_folder(adapter))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if is_gguf_name(name):
         return ModelFacts(check_gguf_file(path).n_layers)
     if name.startswith((".", "~", "/")) or _is_folder(path):

@@ -219,7 +219,7 @@ def _quantization_config(quantize: str, dtype: torch.dtype, device: torch.device
 def _find_model_folder(request: _LoadRequest, check: Callable[[Path], Any]) -> tuple[Path, str | None]:
     "The folder that a name stands for, and its revision where that is known without reading the weights."
     name = request.name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name == "smollm2":
         folder = smollm2_folder("float32")
         return folder, json.loads((folder / "manifest.json").read_text())["source"]

@@ -20,7 +20,7 @@ import numpy as np
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
 from ..core.shards import shard_range
 from ..models.folders import check_model_name
-from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name
+from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name, existing_path
 from .input_checks import check_inputs
 from .parameters import BadParameter
 from .phases import find_phase, phase_folders
@@ -270,12 +270,12 @@ def _check_saes(values: Mapping) -> None:
         raise BadInput("text=completions needs the run that they are in: give input=1.0, or run phase 1.0 first")
     name = values["sae"]
     place = os.path.dirname(name.split("{")[0]) if "{" in name else name  # what stands before {layer} is part of a name
-    if name not in ("train", "released") and ":" not in name and not Path(place).exists():
+    if name not in ("train", "released") and ":" not in name and not existing_path(place):
         raise BadInput(f"no SAE {name!r}: give train, released, release:id as sae-lens names them, or a folder")
     if name == "released" and Path(values["model"].lower()).name not in _HAVE_RELEASED_SAES:
         known = ", ".join(sorted(_HAVE_RELEASED_SAES))
         raise BadInput(f"no released SAE is known for {values['model']!r} (known: {known}); give train, or name a folder")
-    if ":" in name and not Path(place).exists():
+    if ":" in name and not existing_path(place):
         check_released_sae(*name.split(":", 1))
     if name != "train":
         return
@@ -296,8 +296,8 @@ def _check_text(phase: str, values: Mapping) -> None:
     own = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
     if text is None or text in own:
         return
-    if Path(text).is_dir():
-        if not any(Path(text).rglob("*.py")):
+    if folder := existing_path(text):
+        if not any(folder.rglob("*.py")):
             raise BadInput(f"the folder {text} holds no *.py file: give a folder of Python files, or stdlib")
         return
     if text.count("/") == 1 and not text.startswith((".", "/")):

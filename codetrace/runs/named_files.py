@@ -6,6 +6,7 @@
 __all__ = ['content_digest', 'named_file_digests']
 
 # %% ../../nbs/runs/named_files.ipynb #e268e76e
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -36,7 +37,7 @@ def _paths_in(value: object) -> Iterator[Path]:
     "Files and folders that a parameter's value names; of a pattern such as `saes/layer_{layer}`, the folder it lies in."
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and ("/" in text or Path(text).suffix):
-            path = Path(text.partition("{")[0]).expanduser()
+            path = Path(os.path.expanduser(text.partition("{")[0]))
             with suppress(OSError, ValueError):  # a text that can be no path
                 path = path if "{" not in text or text.partition("{")[0].endswith("/") else path.parent
                 if path.is_file() or (path.is_dir() and path != Path(path.anchor) and path != Path()):
