@@ -25,7 +25,7 @@ def _note(name: str, node: ast.AST) -> ast.Expr:
     call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [], []))
     return ast.copy_location(call, node)
 
-
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #5170b601
 def _called_name(node: ast.AST) -> str:
     "The last name of what a call calls."
     function = node.func if isinstance(node, ast.Call) else None
@@ -98,7 +98,7 @@ def rewrite_test(
     "A test in which the judge is told of asserts that held and of errors that were expected."
     return ast.fix_missing_locations(_TestRewriter().visit(ast.parse(test)))
 
-
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #e96b114e
 def assigned_names(tree: ast.Module) -> list[str]:
     "Functions, classes and variables that a module defines at its top, without what it imports or loops over."
     names = []
@@ -123,7 +123,7 @@ def bound_names(tree: ast.Module) -> list[str]:
             names += [name.id for name in stored]
     return [name for name in dict.fromkeys(names) if name != "*"]
 
-
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #266e331b
 def literal_texts(source: str) -> set[str]:
     "All strings that a piece of Python spells out."
     constants = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))

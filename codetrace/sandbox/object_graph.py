@@ -119,7 +119,7 @@ def _name_for(graph: ObjectGraph, value: Any) -> list | None:
         return ["qualified", *name]
     return None
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #a7e1cd7d
 def write_value(graph: ObjectGraph, value: Any) -> Any:
     "JSON for a value; objects that the other process does not know yet are put down to be described."
     cls = type(value)
@@ -202,7 +202,7 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
     parts = [cls, *origin, len(args), *args, *attributes, *attributes.values()]
     return [number, "exception", _write_parts(graph, parts)]
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #fb842fc7
 def _describe_object(graph: ObjectGraph, number: int, value: Any) -> list:
     "An object that is no value: its class, and its hash where its class has its own idea of it."
     if graph.peer.is_judge and (isinstance(value, _UNSENT_TYPES) or graph.peer.is_unsent(value)):
@@ -307,7 +307,7 @@ def _read_dict(parts: list) -> dict:
 
 _TEMPORARY_READERS = {"list": list, "tuple": tuple, "dict": _read_dict, "set": set}
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #848a5b04
 def _read_parts(graph: ObjectGraph, data: list) -> list:
     if type(data) is not list:
         raise ValueError("not the parts of an object")
@@ -402,7 +402,7 @@ def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
     error.__suppress_context__ = suppressed is True
     return error
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #417fa8c7
 _SPECIAL_READERS = {"class": _read_class, "object": _read_object, "nan": _read_nan, "exception": _read_exception}
 
 # %% ../../nbs/sandbox/object_graph.ipynb #2c26c235

@@ -39,7 +39,7 @@ class _ExceptionInfo:
         "Type and message."
         return f"{self.type.__name__}: {self.value}"
 
-
+# %% ../../nbs/sandbox/pytest_functions.ipynb #e508dd69
 class _Raises:
     "A block that must raise."
 
@@ -92,7 +92,7 @@ def _is_number(value: Any) -> bool:
     exact = type(value) in (int, float, bool, complex, decimal.Decimal, fractions.Fraction)
     return exact or (type(value).__module__ == "numpy" and not getattr(value, "shape", 0) and hasattr(value, "dtype"))
 
-
+# %% ../../nbs/sandbox/pytest_functions.ipynb #6dc285ff
 class _Approximately:
     "A value that equals what is near it."
 
@@ -199,7 +199,7 @@ def mark_nothing(*args, **_) -> Any:
 def _identity(value: Any) -> Any:
     return value
 
-
+# %% ../../nbs/sandbox/pytest_functions.ipynb #b6df0fc0
 def fail(reason: str = "", pytrace: bool = True):
     "Fail."
     raise AssertionError(reason)

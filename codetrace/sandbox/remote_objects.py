@@ -160,7 +160,7 @@ def special_names(cls: type) -> list[str]:
             names.append(name)
     return names
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #7759fe2d
 def hash_style(cls: type) -> str:
     "How objects of a class are hashed: `none`, `identity`, or `own` where the class says how."
     method = find_special(cls, "__hash__")
@@ -358,7 +358,7 @@ def _remote_hash(self) -> int:
 def _call_remote(self, /, *args, **names):
     return _peer_of(self).request("call", self, *args, **names)
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #65408b67
 def with_temporaries(function: Any) -> Any:
     "A function as it is; one of the other process so that it notes which arguments nothing else holds."
     if type(type(function)) is not RemoteClass:
@@ -388,7 +388,7 @@ def _references_of_an_argument(*args) -> int:
 
 _ARGUMENT_ONLY = _references_of_an_argument([None])
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #3b3b5833
 def _bind(self, instance: object, _: type | None = None) -> object:
     "A function of the other process as a method of a class here."
     return self if instance is None else types.MethodType(self, instance)
@@ -488,7 +488,7 @@ def local_class(name: list[str]) -> type | None:
         return None
     return found if isinstance(found, type) else None
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #34ea5feb
 def make_stand_in(
     peer: object,  # The connection
     name: list[str],  # Module and name

@@ -37,7 +37,7 @@ def _thread_states(pid: int) -> set[str]:
                 states.add(file.read().rpartition(")")[2].split()[0])
     return states
 
-
+# %% ../../nbs/sandbox/resource_use.ipynb #045a93ed
 def missing_cpu_seconds(
     pid: int,
     seconds: float,  # Of processor time that it should have had
@@ -77,7 +77,7 @@ def _open_folder(name: str | bytes, parent: int) -> int:
         os.chmod(name, 0o700, dir_fd=parent)
         return os.open(name, flags, dir_fd=parent)
 
-
+# %% ../../nbs/sandbox/resource_use.ipynb #de6ea737
 def _folder_use(folder: int, seen: set, depth: int = 0) -> int:
     "Bytes of disk under an open folder."
     if depth > _DEEPEST:
@@ -119,7 +119,7 @@ def _held_use(pid: int, folder: str, device: int, seen: set) -> int:
                 total += _file_use(entry, seen)
     return total + _mapped_use(pid, folder, seen)
 
-
+# %% ../../nbs/sandbox/resource_use.ipynb #972c6848
 class DiskUse:
     "Measures again and again how much disk a program uses."
 
@@ -179,7 +179,7 @@ def _remove_file(name: bytes, root: int) -> bool:
     os.unlink(name, dir_fd=root)
     return True
 
-
+# %% ../../nbs/sandbox/resource_use.ipynb #f31cc24e
 def _move_up(name: bytes, root: int):
     "Move the folders in a folder up to the top, under names that nobody can have taken, and remove the files."
     os.chmod(name, 0o700, dir_fd=root)

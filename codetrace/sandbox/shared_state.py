@@ -220,7 +220,7 @@ _FILE_FUNCTIONS = {
     "Path.is_dir Path.mkdir Path.unlink Path.rmdir Path.iterdir Path.touch Path.glob Path.rglob Path.rename",
 }
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #357d36cb
 def _remote_function(connection: JudgeConnection, module: str, name: str) -> Callable:
     "A function of the standard library that runs in the program."
 
@@ -255,6 +255,8 @@ _OPTIONAL = {
     "[lL]ogging|assertLogs|assertNoLogs": _SharedLogging,
     r"\bos\b|shutil|tempfile|glob|pathlib": _SharedFiles,
 }
+
+# %% ../../nbs/sandbox/shared_state.ipynb #5f88c469
 _LONGEST_WAIT = 2.0  # Seconds that a thread of a test waits for the program to be done with another's call
 
 

@@ -227,7 +227,7 @@ def _make_bytearray(cls: type, parts: list) -> bytearray:
 def _fill_bytearray(value: bytearray, parts: list):
     value[:] = parts[0]
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #d78427ec
 def _take_array(value: array) -> list:
     return [value.typecode, array.tobytes(value)]
 
@@ -405,7 +405,7 @@ def _read_dtype(name: Any) -> Any:
 
     return np.dtype(ast.literal_eval(name) if name.startswith("[") else name)
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #2a26947a
 def _make_ndarray(cls: type, parts: list) -> Any:
     import numpy as np
 
@@ -494,7 +494,7 @@ def exact_kind(
             kind = _kinds_by_type.get(id(cls))
     return kind
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #8963fe73
 def load_kinds(
     module: str,  # Of the standard library, or numpy
 ):
