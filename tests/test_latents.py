@@ -171,9 +171,7 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     for turn in (False, True):
         table = saved.table.copy()
         table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")
-        choosing = load_labelled_activations(
-            saved, saes, labelled_samples(table, splits, ["sae", "hyperparams"])
-        )
+        choosing = load_labelled_activations(saved, saes, labelled_samples(table, splits, ["sae", "hyperparams"]))
         some, _ = fit_predictors(
             choosing.subset(np.ones(len(choosing.rows), bool)),
             pd.concat([top_latents(pool, 2), top_latents(pool, 1, by="t")]),
