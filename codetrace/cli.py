@@ -124,7 +124,9 @@ _Time = Annotated[str | None, typer.Option(metavar="T", help="Slurm: time of a j
 _Parallel = Annotated[int | None, typer.Option(metavar="N", help="Slurm: jobs that run at the same time.")]
 _Sbatch = Annotated[
     list[str] | None,
-    typer.Option("--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab or exclusive; repeatable."),
+    typer.Option(
+        "--slurm", metavar="KEY=VALUE", help="Slurm: another option of sbatch, account=lab or exclusive; repeatable."
+    ),
 ]
 _Detach = Annotated[bool, typer.Option("--detach", help="Slurm: hand everything in and leave.")]
 
@@ -234,7 +236,9 @@ def _parse_sbatch_options(words: list[str]) -> dict[str, str | bool]:
     for word in words:
         name, equals, value = word.strip().lstrip("-").partition("=")
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
-            raise BadInput(f"cannot read --slurm {word!r}: write --slurm key=value as sbatch spells it, such as account=lab")
+            raise BadInput(
+                f"cannot read --slurm {word!r}: write --slurm key=value as sbatch spells it, such as account=lab"
+            )
         if name.replace("_", "-") in options:
             raise BadInput(f"--slurm {name} is given twice: give it once")
         options[name.replace("_", "-")] = value if equals else True
@@ -453,7 +457,9 @@ def grade_command(
         str | None, typer.Option(metavar="P", help="The problem set whose tasks are answered; lines have a task_id.")
     ] = None,
     time: Annotated[float | None, typer.Option(metavar="S", help="Seconds for each program; 10 if not given.")] = None,
-    memory: Annotated[float | None, typer.Option(metavar="MB", help="Memory of each process; 512 if not given.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="MB", help="Memory of each process; 512 if not given.")
+    ] = None,
     output: Annotated[float | None, typer.Option(metavar="MB", help="What it may print; 1 if not given.")] = None,
     values: Annotated[float | None, typer.Option(metavar="MB", help="One value for its tests; 8 if not given.")] = None,
 ):

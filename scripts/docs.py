@@ -60,7 +60,9 @@ def process_notebooks(folder: Path) -> Path:
 def assemble(quarto: bool) -> Path:
     "A docs project of its own: configuration, processed chapters, reference records."
     config = yaml.safe_load((HOME / "_quarto.yml").read_text(encoding="utf-8"))
-    with multiprocessing.get_context("fork").Pool(1) as pool:  # each shell that ends in order collects garbage: a minute
+    with multiprocessing.get_context("fork").Pool(
+        1
+    ) as pool:  # each shell that ends in order collects garbage: a minute
         processed = pool.apply(process_notebooks, [HOME / "_proc"])
     shutil.rmtree(PROJECT, ignore_errors=True)
     for name in chapters(config["book"]["chapters"]):

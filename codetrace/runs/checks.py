@@ -181,7 +181,9 @@ def _check_models(phase: str, values: Mapping) -> None:
 def _check_planted_model(phase: str, model: str) -> None:
     if phase not in _TAKES_PLANTED_MODELS:
         phases = " and ".join(_TAKES_PLANTED_MODELS)
-        raise BadParameter(f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not")
+        raise BadParameter(
+            f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not"
+        )
     look_up_name(model, _PLANTED_MODELS, "planted model")
 
 
@@ -274,7 +276,9 @@ def _check_saes(values: Mapping) -> None:
         raise BadInput(f"no SAE {name!r}: give train, released, release:id as sae-lens names them, or a folder")
     if name == "released" and Path(values["model"].lower()).name not in _HAVE_RELEASED_SAES:
         known = ", ".join(sorted(_HAVE_RELEASED_SAES))
-        raise BadInput(f"no released SAE is known for {values['model']!r} (known: {known}); give train, or name a folder")
+        raise BadInput(
+            f"no released SAE is known for {values['model']!r} (known: {known}); give train, or name a folder"
+        )
     if ":" in name and not existing_path(place):
         check_released_sae(*name.split(":", 1))
     if name != "train":

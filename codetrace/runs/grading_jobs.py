@@ -33,7 +33,9 @@ def _text_fields(row: Mapping, problem: Problem | None, where: str) -> dict[str,
         if value is None and name != "entry_point":
             value = ""
         if not isinstance(value, str):
-            remedy = ", or name the problem set of its task_id with --problems" if "task_id" in row and not problem else ""
+            remedy = (
+                ", or name the problem set of its task_id with --problems" if "task_id" in row and not problem else ""
+            )
             raise BadInput(f"{where}: expected {name!r} to be text{remedy}; it is {value!r:.60}")
         fields[name] = value
     return fields

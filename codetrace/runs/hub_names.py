@@ -63,9 +63,13 @@ def check_tokenizer_name(
     if name.startswith((".", "~", "/")) or path:
         raise BadInput(f"{name:.80} holds no tokenizer: expected a folder with {_TOKENIZER_FILES[0]}")
     if name.count("/") != 1:
-        raise UnknownName(f"unknown tokenizer {name!r}: give smollm2, a hub name owner/model, or a folder such as ./model")
+        raise UnknownName(
+            f"unknown tokenizer {name!r}: give smollm2, a hub name owner/model, or a folder such as ./model"
+        )
     if not cached_hub_folder(name) and not is_hub_reachable():
-        raise NoNetwork(f"cannot reach the hub for the tokenizer {name!r}, and it is in no cache here: smollm2 works offline")
+        raise NoNetwork(
+            f"cannot reach the hub for the tokenizer {name!r}, and it is in no cache here: smollm2 works offline"
+        )
 
 # %% ../../nbs/runs/hub_names.ipynb #4b4b8b04
 def _release_lines(release: str) -> list[str]:
@@ -96,4 +100,6 @@ def check_released_sae(
         raise UnknownName(f"sae-lens's release {release!r} has no SAE {sae_id!r}: {suggest_names(sae_id, ids)}")
     repository = next((value.strip(" '\"") for name, _, value in entries if name == "repo_id"), "")
     if not (repository and cached_hub_folder(repository)) and not is_hub_reachable():
-        raise NoNetwork(f"cannot reach the hub for the SAE {release}:{sae_id}, and it is in no cache here: name a folder")
+        raise NoNetwork(
+            f"cannot reach the hub for the SAE {release}:{sae_id}, and it is in no cache here: name a folder"
+        )

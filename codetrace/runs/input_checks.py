@@ -31,7 +31,9 @@ def _check_tuning(values: Mapping, inputs: Mapping[str, Mapping]) -> None:
         searched = _searched_layers(Path(inputs["latents"]["folder"]))
         if searched and not searched & set(values["layers"]):
             layers = ", ".join(map(str, sorted(searched)))
-            raise BadParameter(f"layers={values['layers']}: phase 2 has searched none of these; it has searched {layers}")
+            raise BadParameter(
+                f"layers={values['layers']}: phase 2 has searched none of these; it has searched {layers}"
+            )
     site = inputs.get("saes", {}).get("parameters", {}).get("site")
     if values["site"] and site and values["site"] != site:
         raise BadParameter(

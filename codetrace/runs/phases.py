@@ -45,7 +45,9 @@ class PhaseNumber:
 
     question: str  # As the report asks it
     settings: Mapping[str, object] = field(default_factory=dict)  # Values by parameter
-    distinguishing_settings: tuple[str, ...] = ()  # The settings by which its runs differ from those of the phase's other numbers
+    distinguishing_settings: tuple[
+        str, ...
+    ] = ()  # The settings by which its runs differ from those of the phase's other numbers
     inputs: Mapping[str, str] = field(default_factory=dict)  # In a study: the number whose run each parameter names
     essential: bool = False  # Does a study end where it fails?
 
@@ -206,7 +208,9 @@ def find_phase(
     if error := _error_of_notebook(text):
         raise error
     if missing := [folder for folder in phase_folders()[1:] if not folder.is_dir()]:
-        raise UnknownName(f"unknown phase {name!r}: CODETRACE_NOTEBOOKS names {missing[0]}, and there is no such folder")
+        raise UnknownName(
+            f"unknown phase {name!r}: CODETRACE_NOTEBOOKS names {missing[0]}, and there is no such folder"
+        )
     return look_up_name(text, known | by_number, "phase")
 
 

@@ -42,6 +42,7 @@ def _may_fail(statements: list[ast.stmt]) -> bool:
     nodes = [node for statement in statements for node in ast.walk(statement)]
     return any(isinstance(node, ast.Assert | ast.Raise) or _is_check(node) for node in nodes)
 
+
 def _may_pass_temporaries(node: ast.Call) -> bool:
     "Whether a call is one of a name that Python does not have, with arguments that nothing else may hold."
     is_named = isinstance(node.func, ast.Name) and not hasattr(builtins, node.func.id)
@@ -56,7 +57,9 @@ class _TestRewriter(ast.NodeTransformer):
         if isinstance(node.test, ast.Tuple):
             raise SyntaxError("asserts a tuple, which is always true")
         self.generic_visit(node)
-        if any(isinstance(part, ast.Name) for part in ast.walk(node.test)):  # not `assert False`, which is a way to raise
+        if any(
+            isinstance(part, ast.Name) for part in ast.walk(node.test)
+        ):  # not `assert False`, which is a way to raise
             failed = ast.copy_location(_note(NOTE_FAILED, node).value, node.test)
             node.test = ast.copy_location(ast.BoolOp(ast.Or(), [node.test, failed]), node.test)
         return [node, _note(NOTE_HELD, node)]

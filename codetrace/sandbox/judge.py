@@ -14,13 +14,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .connection import Connection
-from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
-from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
-from .protocol import to_json
-from .pytest_functions import pytest_module
-from .remote_objects import RemoteClass, Unsupported, is_remote, with_temporaries
-from .shared_state import SharingConnection
 from codetrace.sandbox.assert_rewriting import (
     CALLED,
     CAUGHT_TYPES,
@@ -33,6 +26,13 @@ from codetrace.sandbox.assert_rewriting import (
     literal_texts,
     rewrite_test,
 )
+from .connection import Connection
+from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
+from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
+from .protocol import to_json
+from .pytest_functions import pytest_module
+from .remote_objects import RemoteClass, Unsupported, is_remote, with_temporaries
+from .shared_state import SharingConnection
 
 # %% ../../nbs/sandbox/judge.ipynb #7d89fdd7
 class TestNamespace(dict):

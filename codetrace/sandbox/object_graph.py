@@ -263,7 +263,9 @@ def write_values(
     described = []
     changed_parts = _changed_parts(graph) if graph.snapshots else {}
     try:
-        changed = [[number, _write_parts(graph, parts)] for number, parts in changed_parts.items()] if changed_parts else ()
+        changed = (
+            [[number, _write_parts(graph, parts)] for number, parts in changed_parts.items()] if changed_parts else ()
+        )
         written = [write_value(graph, value) for value in values]
         if not changed and not graph.undescribed:
             return written, {}
