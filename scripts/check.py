@@ -19,27 +19,29 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
-TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--durations=12"]  # they wait a third of their time
+TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "4", "--durations=12"]  # they wait half of their time
 TESTS += ["--dist", "worksteal"]  # parts, in order: a file and what its tests share mostly stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
-STAGES = [  # Checks of one stage run side by side; tests, which measure times, have the machine to themselves
+STAGES = [  # Checks of one stage run side by side
     {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
         "imports": ["lint-imports"],
     },
     {
-        # tests/types-baseline.json holds what is known, and only shrinks
-        "types": ["basedpyright", "--level", "error"],
         "docs": [sys.executable, "scripts/docs.py", "--check"],
         "notebooks": NOTEBOOKS,
     },
-    {"tests": TESTS},
+    {
+        # tests/types-baseline.json holds what is known, and only shrinks
+        "types": ["basedpyright", "--level", "error"],
+        "tests": TESTS,
+    },
 ]
 
 
 def run_check(name: str, command: list[str], quiet: bool) -> bool:
-    "Run one check, say how long it took, show what it wrote if it failed or is not to be quiet; did it pass?"
+    "Run one check, say how long it took, show what it wrote if it failed or is not quiet; did it pass?"
     began = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
     done = subprocess.run(command, cwd=HOME, text=True, **pipes)
@@ -54,7 +56,7 @@ def run_stage(stage: dict[str, list[str]]) -> list[str]:
     for name, command in stage.items():
         print(f"== {name}: {' '.join(command)}", flush=True)
     with ThreadPoolExecutor(len(stage)) as pool:
-        passed = pool.map(lambda check: run_check(*check, len(stage) > 1), stage.items())
+        passed = pool.map(lambda check: run_check(*check, check[0] != "tests"), stage.items())
         return [name for name, is_good in zip(stage, passed, strict=True) if not is_good]
 
 
