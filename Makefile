@@ -4,7 +4,6 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export PYTHONDONTWRITEBYTECODE = 1
 # threads that wait by spinning starve each other on a shared machine
 export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready

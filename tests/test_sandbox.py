@@ -95,6 +95,14 @@ def test_this_machine_can_grade():
     assert choose_sandbox_tier() in (1, 2)
 
 
+def test_a_private_folder_for_temporary_files_is_no_obstacle(tmp_path, monkeypatch, tier):
+    "Candidates of root are another user, who cannot enter it."
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(private))
+    assert grade_one("def f(x): return x + 1", tier=tier).verdict == "passed"
+
+
 def test_the_collection_is_large_and_mixed():
     programs = our_programs()
     assert len(programs) >= 60 and len({job.name for job, _ in programs}) == len(programs)

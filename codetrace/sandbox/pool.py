@@ -339,13 +339,20 @@ def _wait_or_kill(process: subprocess.Popen):
         process.wait()
 
 # %% ../../nbs/sandbox/pool.ipynb #775ab26f
+def _make_folder() -> str:
+    "A folder for candidates of the second tier; those of root are another user, whom a private TMPDIR would keep out."
+    parent = Path(tempfile.gettempdir())
+    is_open = all(folder.stat().st_mode & 0o001 for folder in (parent, *parent.parents))
+    return tempfile.mkdtemp(prefix="codetrace-sandbox-", dir=parent if is_open or os.getuid() != 0 else "/tmp")
+
+
 class SandboxWorker:
     "One sandbox, and a pipe into it."
 
     def __init__(self, tier: int, limits: SandboxLimits):
         self.tier = tier
         self.limits = limits
-        self.folder = "/tmp" if tier == 1 else tempfile.mkdtemp(prefix="codetrace-sandbox-")
+        self.folder = "/tmp" if tier == 1 else _make_folder()
         self.errors = tempfile.TemporaryFile()
         self.process = _start_worker_process(tier, self.folder, self.errors)
         try:
