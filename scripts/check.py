@@ -19,7 +19,7 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
-TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
+TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--durations=12"]  # they wait a third of their time
 TESTS += ["--dist", "loadfile"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 STAGES = [  # Checks of one stage run side by side

@@ -131,18 +131,18 @@ def _kill_at(step: int, folder: Path):
 
     core_records.os.fsync, core_records.os.replace = dying(os.fsync), dying(os.replace)
     core_records.Path.unlink = dying(Path.unlink)
-    write(folder, 45)
+    write(folder, 25)
 
 
 def test_killed_before_every_call_that_changes_the_disk(tmp_path):
     "Not only at random moments: before each fsync, rename and removal in turn, on a table that is resumed each time."
-    whole = write(tmp_path / "whole", 45).table()
+    whole = write(tmp_path / "whole", 25).table()
     for step in range(1, 100):
         folder = tmp_path / str(step)
         first = in_child(lambda step=step, folder=folder: _kill_at(step, folder))
         second = in_child(lambda step=step, folder=folder: _kill_at(step // 2 + 1, folder))  # while it recovers
         assert {first, second} <= {0, -signal.SIGKILL}
-        assert write(folder, 45).damaged == []
+        assert write(folder, 25).damaged == []
         assert_whole(folder, whole)
         if first == 0:
             break  # it has fewer steps
