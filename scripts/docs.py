@@ -89,7 +89,6 @@ def main(check: bool):
     if quarto:
         run("quarto", "render")
     else:
-        run("smalldocs", "check", ".")
         run("smalldocs", "render", ".", "--strict", "--quiet")
     if not check:
         shutil.rmtree(HOME / "_docs", ignore_errors=True)

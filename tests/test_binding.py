@@ -207,7 +207,7 @@ def test_programs_grow_when_they_are_mastered():
     assert flat.next_level(0, [1.0] * 99) == 0
 
 
-@pytest.mark.parametrize("mastery", [0.0, 0.9])
+@pytest.mark.parametrize("mastery", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, mastery):
     "Killed between two checkpoints: the lost steps are repeated, no row is doubled."
 

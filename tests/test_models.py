@@ -31,7 +31,14 @@ TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 close = torch.testing.assert_close
 
 
-@pytest.fixture(scope="session", params=TINY_CONFIGS)
+# Qwen 2 is Llama with biases, Qwen 3 is it with normed queries and keys, Gemma 3 is Gemma 2 without soft caps
+LIKE_OTHERS = {"qwen2", "qwen3", "gemma3"}
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in TINY_CONFIGS],
+)
 def lm(request):
     return models.load(f"tiny:{request.param}")
 

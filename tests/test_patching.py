@@ -18,7 +18,8 @@ CODE = "a = {}\nb = a\n#b:"
 TOLERANCE = 1e-4
 
 
-LIKE_OTHERS = {"qwen2", "gemma3"}  # Qwen 2 is Llama with biases, Gemma 3 is Gemma 2 without soft caps
+# Qwen 2 is Llama with biases, Qwen 3 is it with normed queries and keys, Gemma 3 is Gemma 2 without soft caps
+LIKE_OTHERS = {"qwen2", "qwen3", "gemma3"}
 
 
 @pytest.fixture(

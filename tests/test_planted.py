@@ -76,7 +76,7 @@ def test_the_sweep_finds_the_way_of_the_value(lm):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("seed", [0, 4])
+@pytest.mark.parametrize("seed", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
     lm = load_binding_model(seed=seed)
     cells = run_sweep(lm, cases_of(lm, depth), PatchSweepOptions(sites=["head_out"], positions="all"))
@@ -102,7 +102,7 @@ def test_the_naive_engine_agrees(lm):
         assert torch.allclose(fast, slow, atol=1e-3), site
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
     many = draw_reference_programs(lm, 80, ProgramShapes((6,), (depth,), "hash"))
     means = head_means(lm, many[40:])

@@ -172,6 +172,7 @@ def test_two_openings_of_one_digest_make_one_run(tmp_path):
     assert said == ["busy", "busy", "busy", "opened"] and len(list(tmp_path.glob("toy/*/run.json"))) == 1
 
 
+@pytest.mark.slow
 def test_plain_papermill_leaves_a_valid_run(tmp_path):
     words = ["-p", "num_seqs", "2", "-y", "num_shots: [0]", "-y", 'models: ["tiny:llama"]']
     command = [BIN / "papermill", HOME / "nbs/phases/10_tracking.ipynb", tmp_path / "out.ipynb", *words]

@@ -64,7 +64,8 @@ from codetrace.tasks.heuristics import resists_shallow_heuristics
 from codetrace.tasks.programs import QUERY_STYLES, analyse_program, as_program
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
-LIKE_OTHERS = {"qwen2", "gemma3"}  # Qwen 2 is Llama with biases, Gemma 3 is Gemma 2 without soft caps
+# Qwen 2 is Llama with biases, Qwen 3 is it with normed queries and keys, Gemma 3 is Gemma 2 without soft caps
+LIKE_OTHERS = {"qwen2", "qwen3", "gemma3"}
 FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in TINY_CONFIGS]
 
 
