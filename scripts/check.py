@@ -33,8 +33,8 @@ STAGES = [  # Checks of one stage run side by side
         "types": ["basedpyright", "--level", "error"],
         "docs": [sys.executable, "scripts/docs.py", "--check"],
         "notebooks": NOTEBOOKS,
-        "tests": TESTS,
     },
+    {"tests": TESTS},
 ]
 
 

@@ -134,10 +134,11 @@ def _kill_at(step: int, folder: Path):
     write(folder, 25)
 
 
-def test_killed_before_every_call_that_changes_the_disk(tmp_path):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_every_call_that_changes_the_disk(tmp_path, stride):
     "Not only at random moments: before each fsync, rename and removal in turn, on a table that is resumed each time."
     whole = write(tmp_path / "whole", 25).table()
-    for step in range(1, 100):
+    for step in range(1, 100, stride):
         folder = tmp_path / str(step)
         first = in_child(lambda step=step, folder=folder: _kill_at(step, folder))
         second = in_child(lambda step=step, folder=folder: _kill_at(step // 2 + 1, folder))  # while it recovers
