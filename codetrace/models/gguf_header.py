@@ -23,7 +23,7 @@ from .architectures import UnsupportedArchitecture
 class NotAGGUF(BadInput):
     "A file that is no GGUF file, or not a whole one."
 
-
+# %% ../../nbs/models/gguf_header.ipynb #1eea2876
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING = 8
 _ARRAY = 9
@@ -141,8 +141,10 @@ def _tensor_bytes(tensor: GGUFTensorEntry) -> int:
     "Bytes of a tensor; `KeyError` for a quantisation that nobody knows."
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items() if isinstance(kind, GGMLQuantizationType)}
-    block, size = sizes[tensor.kind]
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+    except ValueError:
+        raise KeyError(tensor.kind) from None
     return prod(tensor.shape) // block * size
 
 

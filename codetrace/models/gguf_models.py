@@ -78,7 +78,7 @@ _SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # The 27B models: attention
 
 
 def _layer_types(
-    pattern: int | list[bool],  # Every so-manieth layer sees all; or, by layer, whether it does not
+    pattern: int | list[bool],  # n: every n-th layer sees the whole text; or, by layer, whether it slides
     n_layers: int,
 ) -> list[str]:
     "The kind of attention of each layer."
@@ -200,7 +200,7 @@ def _begin_texts(tokenizer, token: str) -> None:
     special = [(token, tokenizer.convert_tokens_to_ids(token))]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**pieces, special_tokens=special)
 
-
+# %% ../../nbs/models/gguf_models.ipynb #ada112b2
 def _pre_tokenizer(cut: str):
     "What cuts text before merges are applied."
     from tokenizers import Regex, pre_tokenizers
@@ -230,7 +230,7 @@ def _cut_as_original(header: GGUFHeader, tokenizer) -> None:
         if header.metadata.get("tokenizer.ggml.add_bos_token", True) and tokenizer.bos_token:
             _begin_texts(tokenizer, tokenizer.bos_token)
 
-
+# %% ../../nbs/models/gguf_models.ipynb #18a006e2
 def write_gguf_tokenizer(
     header: GGUFHeader,
     folder: Path,
