@@ -15,10 +15,11 @@ from gguf_files import make_small_model, write_gguf
 
 from codetrace import models
 from codetrace.core.errors import BadInput
+from codetrace.core.files import file_sha256
 from codetrace.models.architectures import UnsupportedArchitecture
 from codetrace.models.folders import check_model_name
 from codetrace.models.gguf_header import GGUF_FAMILIES, NotAGGUF, check_gguf_file, gguf_quantization
-from codetrace.models.gguf_models import gguf_model_folder, gguf_sha256
+from codetrace.models.gguf_models import gguf_model_folder
 from codetrace.models.limits import MemoryLimits, NotEnoughMemory
 
 TEXT = "def f(x):\n    return x + 123"
@@ -64,7 +65,7 @@ def test_quantised_blocks_are_the_numbers_that_the_gguf_package_reads(small, tmp
 def test_the_manifest_names_file_quantisation_and_hash(small, tmp_path):
     path = write_gguf(tmp_path / "mine.gguf", small, change=lambda writer: writer.add_file_type(15))
     revision = models.load(str(path)).provenance()["revision"]
-    assert revision == f"mine.gguf, Q4_K_M, sha256:{gguf_sha256(path)[:16]}"
+    assert revision == f"mine.gguf, Q4_K_M, sha256:{file_sha256(path)[:16]}"
 
 
 def test_a_folder_has_the_dtype_asked_for(small, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StorageError', 'storage_errors', 'visible_text', 'atomic_write', 'read_json', 'write_json', 'write_torch',
-           'write_parquet', 'file_sha256', 'digest_values']
+           'write_parquet', 'file_sha256', 'cached_file_sha256', 'digest_values']
 
 # %% ../../nbs/core/files.ipynb #198e6710
 import errno
@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,19 @@ def file_sha256(
     "The SHA-256 of a file's content."
     with storage_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of_version(path: Path, size: int, changed_ns: int) -> str:
+    return file_sha256(path)
+
+
+def cached_file_sha256(
+    path: str | Path,
+) -> str:  # 64 hexadecimal digits
+    "The SHA-256 of a large file's content, computed once a process while its size and time of change stay."
+    facts = Path(path).stat()
+    return _sha256_of_version(Path(path), facts.st_size, facts.st_mtime_ns)
 
 
 def digest_values(

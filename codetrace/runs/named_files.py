@@ -9,28 +9,18 @@ __all__ = ['content_digest', 'named_file_digests']
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
-from ..core.files import digest_values, file_sha256
+from ..core.files import cached_file_sha256, digest_values
 
 # %% ../../nbs/runs/named_files.ipynb #80be2d87
-@lru_cache(maxsize=4096)
-def _hash_of_file(path: str, size: int, changed_ns: int) -> str:
-    return file_sha256(path)
-
-
 def content_digest(
     path: Path,  # Of a file or folder that exists
 ) -> str:
     "A hash of a file, or of all files of a folder by name, but for hidden ones."
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
-    hashes = []
-    for file in files:
-        facts = file.stat()
-        hashes.append([str(file.relative_to(path)), _hash_of_file(str(file), facts.st_size, facts.st_mtime_ns)])
-    return digest_values(hashes)
+    return digest_values([[str(file.relative_to(path)), cached_file_sha256(file)] for file in files])
 
 # %% ../../nbs/runs/named_files.ipynb #9aa2419b
 def _paths_in(value: object) -> Iterator[Path]:
