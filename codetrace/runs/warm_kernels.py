@@ -6,6 +6,7 @@
 __all__ = ['kernel_setting', 'serve_kernels', 'warm_kernels', 'ForkedKernel', 'fork_kernel', 'warm_kernel_manager']
 
 # %% ../../nbs/runs/warm_kernels.ipynb #0da0b284
+import atexit
 import importlib
 import json
 import os
@@ -68,6 +69,14 @@ def _end_with(connection: socket.socket):
     os._exit(1)
 
 
+def _end_in_silence():
+    "Do what is to be done at exit, and no more: threads of a kernel may read sockets that its end closes, and abort loudly."
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    atexit._run_exitfuncs()
+    os._exit(0)
+
+
 def _become_kernel(request: dict, connection: socket.socket, outputs: Sequence[int]):
     "What a forked process does: take over the caller's surroundings, and be its kernel."
     from ipykernel.kernelapp import IPKernelApp
@@ -87,6 +96,7 @@ def _become_kernel(request: dict, connection: socket.socket, outputs: Sequence[i
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     sys.argv = ["ipykernel_launcher", *request["arguments"]]
     IPKernelApp.launch_instance(request["arguments"])
+    _end_in_silence()
 
 # %% ../../nbs/runs/warm_kernels.ipynb #e92620b1
 def _read_request(connection: socket.socket) -> tuple[dict, list[int]]:
@@ -110,7 +120,6 @@ def _answer(connection: socket.socket, listener: socket.socket, setting: str):
         listener.close()
         try:
             _become_kernel(request, connection, outputs)
-            sys.exit()
         except Exception:  # it must not go on as if it were the process that waits
             os._exit(1)
     for output in outputs:
