@@ -3,6 +3,7 @@
     python bench/judge.py                      all files of ../shared, twice
     python bench/judge.py FILE... --tier 2     some files, one tier
     python bench/judge.py --list               also: every program that is misjudged
+    python bench/judge.py --python /srv/py/bin/python3.11    the interpreter of the user without privileges, which has numpy
 
 A row counts, of the wrong or hostile programs, those that passed; of the honest ones, those that did not; and the two verdicts that are none.
 """
@@ -13,7 +14,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from codetrace.sandbox.pool import GradingJob, SandboxLimits, SandboxPool, why_tier_unavailable
@@ -57,12 +60,12 @@ def grade_here(rows: list[dict], tier: int, limits: SandboxLimits) -> tuple[list
         return verdicts, pool.restarts
 
 
-def grade_as_nobody(rows: list[dict], tier: int, limits: SandboxLimits) -> tuple[list, int]:
-    "The same by a user without privileges."
+def grade_as_nobody(rows: list[dict], tier: int, limits: SandboxLimits, pythons: Sequence[str]) -> tuple[list, int]:
+    "The same by a user without privileges, with the first interpreter that this user can run."
     environment = {"PYTHONPATH": str(HOME), "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
     start = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "cwd": "/", "env": environment, "text": True}
     message = json.dumps([tier, asdict(limits), [as_job(row) for row in rows]])
-    for python in PYTHONS:
+    for python in pythons:
         try:
             done = subprocess.run([python, "-c", WORKER], input=message, stdout=subprocess.PIPE, **start)
         except OSError:
@@ -97,6 +100,7 @@ def main():
     parser.add_argument("--tier", type=int, choices=(1, 2), action="append")
     parser.add_argument("--user", choices=("root", "nobody"), action="append")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--python", action="append", default=[], help="interpreter of the user without privileges")
     parser.add_argument("--list", action="store_true", help="name what is misjudged")
     given = parser.parse_args()
     data = [SHARED / "data" / name for name in ("judged.jsonl", "hostile.jsonl")]
@@ -107,7 +111,8 @@ def main():
     print(f"{'programs':10} {'tier':4} {'user':7} " + " ".join(COLUMNS) + " restarts")
     for tier in given.tier or [tier for tier in (1, 2) if why_tier_unavailable(tier) is None]:
         for user in given.user or (["root", "nobody"] if os.getuid() == 0 else ["self"]):
-            grader = grade_as_nobody if user == "nobody" else grade_here
+            as_nobody = partial(grade_as_nobody, pythons=(*given.python, *PYTHONS))
+            grader = as_nobody if user == "nobody" else grade_here
             for group, rows in groups.items():
                 if not rows:
                     continue

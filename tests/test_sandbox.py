@@ -339,6 +339,15 @@ def test_nothing_of_the_machine_is_in_the_environment(tier, monkeypatch):
     assert open_fds.verdict == "passed" or (tier == 2 and os.getuid() == 0)  # there, one leads to the interpreter
 
 
+def test_an_interpreter_that_was_moved_finds_its_compiled_modules(monkeypatch):
+    "uv, conda and copies of a folder: what the interpreter was told when it was built names another place."
+    monkeypatch.setattr(pool.sysconfig, "get_config_var", lambda name: "/where/it/was/built")
+    pool.find_readable_paths.cache_clear()
+    folder = Path(pool.find_readable_paths().path[1])
+    assert list(folder.glob("_contextvars*")) or "_contextvars" in sys.builtin_module_names
+    pool.find_readable_paths.cache_clear()
+
+
 def test_hashes_and_chance_repeat():
     code = "import random\ndef f(x): return hash('a'), random.random(), list({'a', 'b', 'c'})"
     seen = grade_one(code, "raise ValueError(repr(f(1)))").detail

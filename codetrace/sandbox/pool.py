@@ -161,18 +161,23 @@ def _numpy_folders() -> list[str]:
     return [str(home / name) for name in ("numpy", "numpy.libs") if (home / name).exists()]
 
 # %% ../../nbs/sandbox/pool.ipynb #b17a8896
+def _extension_folder(stdlib: str) -> str:
+    "Where this interpreter's compiled modules are: where it was built is not where it is, if it was moved since."
+    folders = [path for path in sys.path if path.endswith("/lib-dynload")]
+    return folders[0] if folders else sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload"
+
+
 @cache
 def find_readable_paths() -> ReadablePaths:
     "What this interpreter needs of this machine."
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     stdlib = sysconfig.get_path("stdlib")
-    extensions = sysconfig.get_config_var("DESTSHARED") or f"{stdlib}/lib-dynload"
     libraries = _shared_libraries(python, stdlib)
     hidden = {os.path.realpath(path) for path in _third_party_folders(libraries, stdlib)}
     return ReadablePaths(
         python=python,
         prefix=sys.base_prefix,
-        path=(stdlib, extensions),
+        path=(stdlib, _extension_folder(stdlib)),
         libraries=tuple(libraries),
         hidden=tuple(sorted(hidden)),
         packages=tuple(_numpy_folders()),
