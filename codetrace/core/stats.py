@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PerCell', 'SIGNIFICANCE_LEVEL', 'SMALL_SAMPLE', 'wilson', 'share_with_interval', 'bootstrap_interval', 'effective_df',
            'share_interval', 'sign_flip_p', 'smallest_sign_flip_p', 'benjamini_hochberg', 'holm', 'mcnemar_exact',
-           'format_with_interval', 'format_count']
+           'needed_sample_size', 'format_with_interval', 'format_count']
 
 # %% ../../nbs/core/stats.ipynb #37a1bfc4
+import math
 import warnings
 from collections.abc import Callable
 
@@ -283,6 +284,25 @@ def mcnemar_exact(
     from statsmodels.stats.contingency_tables import mcnemar
 
     return float(min(1.0, mcnemar([[0, b], [c, 0]], exact=True).pvalue))
+
+# %% ../../nbs/core/stats.ipynb #e2b74fd6
+def needed_sample_size(
+    n: int,  # Observations that the interval comes from
+    effect: float,  # Difference from nothing, in the interval's unit
+    low: float,
+    high: float,  # Of its 95% interval
+    power: float = 0.8,  # In this share of studies the effect shall be found
+) -> float:  # Observations; infinite for no effect, NaN without an interval
+    "How many observations would tell an effect of this size from none, by a normal approximation."
+    if not (n > 0 and 0 < power < 1):
+        raise BadInput(f"n={n}, power={power}: give a positive number of observations and a power between 0 and 1")
+    half_width = (high - low) / 2
+    if effect == 0:
+        return math.inf
+    from scipy.stats import norm
+
+    ratio = (norm.ppf(0.975) + norm.ppf(power)) / norm.ppf(0.975)
+    return float(np.ceil(n * (ratio * half_width / abs(effect)) ** 2))
 
 # %% ../../nbs/core/stats.ipynb #aa27f84f
 def format_with_interval(

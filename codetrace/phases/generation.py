@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATION', 'grade_empty_bodies', 'pass_at_k_table', 'pass_at_1_by_difficulty', 'verdict_counts', 'slice_problems',
-           'parse_whole_numbers', 'generation_claims', 'generation_headline']
+           'parse_whole_numbers', 'generation_claims', 'generation_headline', 'generation_limitations']
 
 # %% ../../nbs/phases/22_generation.ipynb #16e155a2
 import re
@@ -144,6 +144,31 @@ def generation_headline(
     not_judged = "".join(f"; {count} {verdict}, left out" for verdict, count in left_out.items())
     return f"{'; '.join(rates)}; {len(samples)} samples of {samples['task_id'].nunique()} problems{not_judged}"
 
+# %% ../../nbs/phases/22_generation.ipynb #654cb588
+def _weights_sentence(
+    model: Mapping,  # As `LM.provenance` gives it
+) -> str:  # Empty where the weights are those that were published
+    "What was read is not what was trained, where weights are stored with fewer bits."
+    stored = model.get("quantize") or ""
+    if not stored and ".gguf, " in str(model.get("revision")):
+        stored = model["revision"].split(", ")[1]
+    if not stored or stored in ("F32", "F16", "BF16"):
+        return ""
+    return f" Its weights are quantised ({stored}): what is read and pushed are states of these, not of the weights that were trained."
+
+
+def generation_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "One model, one set of problems, and what passing a test means."
+    model = manifest["model"]
+    size = f"{model['parameters'] / 1e6:,.0f} million parameters"
+    problems = manifest["problems"]
+    return [
+        f"One model of {size}, computed in {model['dtype']}: nothing here says how another, or a larger one, behaves.{_weights_sentence(model)}",
+        f"{problems['n']} problems of {problems['set']}. An answer is called right where the tests of its problem pass; a wrong program may pass a few tests.",
+    ]
+
 # %% ../../nbs/phases/22_generation.ipynb #841ba84d
 GENERATION = Phase(
     name="generation",
@@ -177,5 +202,6 @@ GENERATION = Phase(
     reads=(PhaseInput(parameter="input", phase="0.1", same=("problems",), default="0.1", unless={"split": "all"}),),
     figures=("generation.png",),
     claims="generation_claims",
+    limitations="generation_limitations",
     study="correctness",
 )

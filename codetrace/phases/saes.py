@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAES', 'next_token_loss', 'loss_recovered', 'sae_quality_table', 'LayerTraining', 'train_layer_sae', 'sae_claims',
-           'saes_headline']
+           'saes_headline', 'sae_limitations']
 
 # %% ../../nbs/phases/23_saes.ipynb #83625b30
 from collections.abc import Callable, Mapping, Sequence
@@ -216,6 +216,24 @@ def saes_headline(
         for layer, row in trained.iterrows()
     )
 
+# %% ../../nbs/phases/23_saes.ipynb #af853eb1
+def sae_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "What the dictionaries leave out, and how many trainings stand behind them."
+    quality = pd.DataFrame(manifest["summary"])
+    trained = quality[quality["sae"] != "random"]
+    low, high = trained["explained_variance"].min(), trained["explained_variance"].max()
+    layers = ", ".join(str(layer) for layer in sorted(trained["layer"].unique()))
+    lost = f"SAEs read layers {layers} only, and leave {1 - high:.0%} to {1 - low:.0%} of the variance unexplained: what is there may be missed."
+    n_trainings = trained.groupby("layer").size().min()
+    if n_trainings > 1:
+        return [lost]
+    return [
+        lost,
+        "Each layer has one SAE: another training may find other latents, and no interval here is over trainings.",
+    ]
+
 # %% ../../nbs/phases/23_saes.ipynb #038c4172
 SAES = Phase(
     name="saes",
@@ -237,5 +255,6 @@ SAES = Phase(
     },
     reads=(PhaseInput(parameter="input", phase="generation", same=("model",)),),
     claims="sae_claims",
+    limitations="sae_limitations",
     study="correctness",
 )

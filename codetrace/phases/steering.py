@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEERING', 'choice_directions', 'choice_gate', 'ControlConfig', 'steering_settings', 'setting_effects_table',
            'resampling_table', 'add_prompt_gated_settings', 'matched_null_rows', 'steering_claims_table', 'task_slopes',
-           'evaluation_problems', 'open_evaluation', 'steering_claims', 'steering_headline']
+           'evaluation_problems', 'open_evaluation', 'steering_claims', 'steering_headline', 'steering_limitations']
 
 # %% ../../nbs/phases/27_steering.ipynb #a541eb2d
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,13 @@ from jaxtyping import Float
 
 from ..core.errors import BadInput
 from ..core.files import write_parquet
-from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval, format_with_interval, share_interval
+from codetrace.core.stats import (
+    SIGNIFICANCE_LEVEL,
+    bootstrap_interval,
+    format_with_interval,
+    needed_sample_size,
+    share_interval,
+)
 from .tuning import problem_digests
 from ..planted.steering import STEERING_STUDY_NAME, draw_planted_problems
 from ..runs.claims import CLAIM_COLUMNS, adjust_claims, claim_row, read_stored_claims
@@ -443,6 +449,23 @@ def steering_headline(
     "Whether steering to correct and to corrupt changes answers, and more than random pushes do; or why no verdict is given."
     return " ".join(claims["verdict"].head(2))
 
+# %% ../../nbs/phases/27_steering.ipynb #4f71b210
+def steering_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "Which effects these problems are too few for, and how many it would take."
+    n_tasks = manifest["problems"]["n"]
+    limitations = [f"Strengths and gate were chosen once, on other problems; they were judged on {n_tasks}."]
+    for claim in read_stored_claims(manifest):
+        number, low, high = (float(claim[name]) for name in ("number", "low", "high"))
+        if low <= 0 <= high and number:
+            needed = needed_sample_size(n_tasks, number, low, high)
+            limitations.append(
+                f"{claim['claim']}: {format_with_interval(number, low, high)}. To tell a change of this size from none "
+                f"in four studies of five takes about {needed:,.0f} problems."
+            )
+    return limitations
+
 # %% ../../nbs/phases/27_steering.ipynb #33ef67d9
 STEERING = Phase(
     name="steering",
@@ -475,6 +498,7 @@ STEERING = Phase(
     ),
     figures=("doses.png", "text_loss.png", "trade_off.png", "tasks.png"),
     claims="steering_claims",
+    limitations="steering_limitations",
     study="correctness",
     made_up={"input": ""},
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALIDATION_MEASURES', 'VALIDATION', 'predictor_measures', 'validation_table', 'baselines_to_beat',
            'baseline_difference_table', 'strongest_baseline', 'validation_sentences', 'auroc_by_group',
-           'validation_claims', 'validation_headline']
+           'validation_claims', 'validation_headline', 'validation_limitations']
 
 # %% ../../nbs/phases/25_validation.ipynb #93bef715
 import itertools
@@ -268,6 +268,24 @@ def validation_headline(
     "What the latents chosen by separation are worth on validation, beside all baselines."
     return " ".join(sentence for sentence in sentences if " by t-statistic " not in sentence)
 
+# %% ../../nbs/phases/25_validation.ipynb #17b20cc6
+def validation_limitations(
+    manifest: Mapping,  # Of a run of this phase; its summary has the interval of each AUROC
+) -> list[str]:
+    "How small a difference these tasks can show, and which answers were judged."
+    summary = pd.DataFrame(manifest["summary"])
+    widths = (summary["high"] - summary["low"])[summary["high"] > summary["low"]]
+    limitations = []
+    if len(widths):
+        limitations.append(
+            f"With {summary['n'].max()} answers on validation an AUROC is known to about ± {widths.median() / 2:.2f}: smaller differences cannot be shown."
+        )
+    if "sampled" not in [read.get("parameter") for read in manifest.get("inputs", [])]:
+        limitations.append(
+            "One greedy answer a task was judged: whether the latents tell apart answers to the same task is not known."
+        )
+    return limitations
+
 # %% ../../nbs/phases/25_validation.ipynb #00f68f19
 VALIDATION = Phase(
     name="validation",
@@ -288,6 +306,7 @@ VALIDATION = Phase(
     ),
     figures=("ladder.png", "roc.png", "temperature.png"),
     claims="validation_claims",
+    limitations="validation_limitations",
     study="correctness",
     made_up={"input": ""},
 )

@@ -62,6 +62,7 @@ class Phase:
     reads: tuple[PhaseInput, ...] = ()
     figures: tuple[str, ...] = ()  # Files that the report shows
     claims: str = ""  # The function of its module that gives the claims of a run; empty: it claims nothing
+    limitations: str = ""  # The function of its module that says what a run cannot show; empty: nothing
     study: str = ""  # The study whose chain its numbers are part of
     made_up: Mapping[str, object] = field(default_factory=dict)  # Parameters with which it runs on made-up data
     notebook: Path | None = None  # Filled in by `phases`
