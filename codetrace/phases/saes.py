@@ -25,6 +25,7 @@ from ..models.lm import LM
 from ..runs.claims import NO_INTERVAL, claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sae.corpus import stream_states, typical_norm_mask
+from ..sae.layer_states import LayerStates
 from ..sae.loading import load_sae_folder
 from ..sae.reconstruction import ReconstructionStats
 from ..sae.sae import SAE, hook_name
@@ -115,8 +116,6 @@ class LayerTraining:
 
     config: SAETrainingConfig
     folder: Path  # Where the SAE is saved; an unfinished training goes on from what it holds
-    chunk_tokens: int = 500_000  # States in memory at a time
-    site: str = "resid_post"  # One of `RESIDUAL_SITES`
     metadata: dict = field(default_factory=dict)  # What else shall be written into the SAE
     progress: Progress = no_progress
 
@@ -128,45 +127,28 @@ def _saved_training(lm: LM, place: Place, folder: Path) -> tuple[SAE, pd.DataFra
     sae = load_sae_folder(folder).check_site(*place, lm.name)
     return sae, pd.DataFrame(read_json(folder / "training.json"))
 
-# %% ../../nbs/phases/23_saes.ipynb #d4cc8b9d
-def _chunk_reader(
-    lm: LM, layer: int, sequences: Sequence[list[int]], training: LayerTraining
-) -> tuple[Callable[[int], Float[Tensor, "rows d_model"]], int]:
-    "A function that reads the states of a chunk by its number, and how many chunks there are."
-    size = max(1, training.chunk_tokens // len(sequences[0]))
-    chunks = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-
-    def read_chunk(index: int) -> Float[Tensor, "rows d_model"]:
-        title = f"layer {layer}: states of chunk {index + 1} of {len(chunks)}"
-        progress = partial(training.progress, desc=title)
-        states = stream_states(lm, chunks[index], layer, training.site, progress=progress)
-        return torch.cat([x.cpu() for x in states])
-
-    return read_chunk, len(chunks)
-
 # %% ../../nbs/phases/23_saes.ipynb #d99eea36
 def train_layer_sae(
-    lm: LM,
-    layer: int,
-    sequences: Sequence[list[int]],  # Pieces to train on
+    states: LayerStates,  # What it is trained on
+    layer: int,  # One of its layers
     training: LayerTraining,
 ) -> tuple[SAE, pd.DataFrame]:  # The SAE; the training: `seen, loss, dead`
     "An SAE of the residual stream at a layer, trained on text; what is in the folder already is not trained again."
     folder = Path(training.folder)
-    if saved := _saved_training(lm, (training.site, layer), folder):
+    lm = states.lm
+    if saved := _saved_training(lm, (states.site, layer), folder):
         return saved
     folder.mkdir(parents=True, exist_ok=True)
-    read_chunk, n_chunks = _chunk_reader(lm, layer, sequences, training)
     progress = partial(training.progress, desc=f"layer {layer}: training")
     options = SAETrainingOptions(folder / "checkpoint.pt", device=lm.device, progress=progress)
-    trainer, losses = train_sae(read_chunk, n_chunks, training.config, options)
+    trainer, losses = train_sae(partial(states.read, layer), len(states.chunks), training.config, options)
     log = pd.DataFrame(losses, columns=["seen", "loss", "dead"])
     write_json(folder / "training.json", log.to_dict("records"))
     metadata = {
         "model_name": lm.name,
-        "hook_name": hook_name(training.site, layer),
+        "hook_name": hook_name(states.site, layer),
         "model_revision": lm.revision,
-        "context_size": len(sequences[0]),
+        "context_size": len(states.pieces[0]),
         "seed": training.config.seed,
     }
     trainer.to_sae(**metadata, **training.metadata).save(folder)

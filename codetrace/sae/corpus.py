@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CorpusDocument', 'is_held_out', 'standard_library_documents', 'completion_documents', 'hub_documents', 'load_corpus',
-           'cut_token_sequences', 'typical_norm_mask', 'stream_states']
+           'cut_token_sequences', 'typical_norm_mask', 'stream_layer_states', 'stream_states']
 
 # %% ../../nbs/sae/corpus.ipynb #f83d2cb6
 import hashlib
@@ -166,6 +166,22 @@ def typical_norm_mask(
     return norms <= limit * norms.median()
 
 
+def stream_layer_states(
+    lm: LM,
+    pieces: Sequence[list[int]],  # Of equal length
+    layers: Sequence[int],
+    site: str = "resid_post",
+    batch_size: int = 16,  # Pieces in one forward pass
+    progress: Progress = no_progress,
+) -> Iterator[dict[int, Float[Tensor, "rows d_model"]]]:  # By layer, a batch of pieces at a time
+    "States of several layers of a model on a corpus, streamed: one pass up to the last of them."
+    places = [(site, layer) for layer in layers]
+    for start in progress(range(0, len(pieces), batch_size)):
+        captured = lm.capture(lm.tokenize(pieces[start : start + batch_size]), places)
+        states = {layer: captured[site, layer][:, 1:].flatten(0, 1) for layer in layers}
+        yield {layer: x[typical_norm_mask(x)] for layer, x in states.items()}
+
+
 def stream_states(
     lm: LM,
     pieces: Sequence[list[int]],  # Of equal length
@@ -176,9 +192,6 @@ def stream_states(
 ) -> Iterator[
     Float[Tensor, "rows d_model"]
 ]:  # A batch of pieces at a time, in the model's dtype, without what `typical_norm_mask` excludes
-    "States of a model on a corpus, streamed."
-    for start in progress(range(0, len(pieces), batch_size)):
-        batch = lm.tokenize(pieces[start : start + batch_size])
-        x = lm.capture(batch, [(site, layer)])[site, layer]
-        x = x[:, 1:].flatten(0, 1)
-        yield x[typical_norm_mask(x)]
+    "States of a layer of a model on a corpus, streamed."
+    for states in stream_layer_states(lm, pieces, [layer], site, batch_size, progress):
+        yield states[layer]
