@@ -34,9 +34,10 @@ from codetrace.phases.tracking import (
     quick_experiment,
 )
 from codetrace.planted.tokenizer_kinds import TOKENIZER_KINDS, tokenizer_of_kind
-from codetrace.tasks.counterfactuals import make_counterfactual_pair
+from codetrace.tasks.counterfactuals import NoCounterfactual, make_counterfactual_pair
 from codetrace.tasks.generators import GENERATORS, make_variable_binding_program
 from codetrace.tasks.heuristics import resists_shallow_heuristics
+from codetrace.tasks.program_drawing import ENTITY_NAMES
 from codetrace.tasks.programs import QUERY_STYLES, as_program
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -116,6 +117,31 @@ def test_both_programs_of_a_pair_are_what_they_say(llama, kind, task):
         assert roles["position"]["rhs 1"] == differing[0]
         answers |= {program.answer for program in case.pair}
     assert len(answers) > 1
+
+
+@pytest.mark.parametrize(
+    ("root", "replacements"),
+    [
+        ("True", {"False"}),
+        ("False", {"True"}),
+        ('"ball"', {f'"{name}"' for name in ENTITY_NAMES} - {'"ball"'}),
+        ("12 // 4", {f"12 // {divisor}" for divisor in (2, 3, 5, 6, 7, 8, 9)}),
+        ("6", set("012345789")),
+    ],
+)
+def test_a_root_is_replaced_by_its_like(root, replacements):
+    program = as_program((f"a = {root}\n#a:", eval(root)))
+    found = set()
+    for seed in range(40):
+        counterfactual = make_counterfactual_pair(program, np.random.default_rng(seed))[1]
+        found.add(counterfactual.lines[0].removeprefix("a = "))
+    assert found <= replacements and len(found) > len(replacements) / 2
+
+
+@pytest.mark.parametrize("root", ["12", "None", "[1, 2]", "-3.5", "'two words'", "len('ab')"])
+def test_a_root_without_a_constant_to_replace_is_refused(root):
+    with pytest.raises(NoCounterfactual, match="no digit, truth value or word"):
+        make_counterfactual_pair(as_program((f"a = {root}\n#a:", eval(root))), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("task", GENERATORS)

@@ -144,11 +144,16 @@ def token_roles(
     "How a tokenizer cuts a program, and which token plays which role."
     prompt = program.code if prompt is None else prompt
     offsets = lm.offsets(prompt)
-    table = pd.DataFrame({"position": range(len(offsets)), "token": [prompt[start:end] for start, end in offsets]})
-    table[["start", "end"]] = offsets
-    table["line"] = _token_lines(program, prompt, offsets)
-    table["position_name"] = _token_names(program, prompt, offsets)
-    return table
+    starts, ends = zip(*offsets)
+    columns = {
+        "position": range(len(offsets)),
+        "token": [prompt[start:end] for start, end in offsets],
+        "start": starts,
+        "end": ends,
+        "line": _token_lines(program, prompt, offsets),
+        "position_name": _token_names(program, prompt, offsets),
+    }
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/patching/alignment.ipynb #4294127c
 @dataclass(frozen=True)
