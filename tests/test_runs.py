@@ -443,7 +443,7 @@ def test_what_the_checks_know_is_what_the_phases_take():
         "threshold_for": THRESHOLD_MEASURES,
         "stratify_by": DIFFICULTY_MEASURES,
         "latents.split": SPLIT_SHARES,
-        "query_style": QUERY_STYLES,
+        "query_style": ["auto", *QUERY_STYLES],
     }
     assert {name: set(checks._CHOICES[name]) for name in known} == {name: set(words) for name, words in known.items()}
     assert set(checks._PROMPT_TEMPLATES) == set(PROMPT_TEMPLATES)

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizer_kinds import TOKENIZER_KINDS
 
 from codetrace import models
 from codetrace.core.errors import BadInput, UnknownName
@@ -36,8 +35,6 @@ from codetrace.patching.cases import (
     CANDIDATES_PER_PROGRAM,
     CaseOptions,
     ProgramShapes,
-    _draw_candidate,
-    _structural_reason,
     draw_cases,
     exclusion_counts,
     exclusion_reasons,
@@ -158,18 +155,6 @@ def test_a_role_cut_in_the_middle_of_a_token_is_refused(llama, joined, role):
     program = as_program(("k = 2\nj = k\nw = j\nprint(w)  # prints ", "2"))
     with pytest.raises(RoleSharesToken, match=role):
         token_roles(bpe(llama, True, joined), program)
-
-
-@pytest.mark.parametrize("style", QUERY_STYLES)
-@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_programs_can_be_traced_whatever_the_tokenizer(llama, kind, style):
-    "Bracket and name, sign and name, digits by threes or alone: nearly every candidate lines up, as it is asked."
-    lm = LM(kind, llama.hf, TOKENIZER_KINDS[kind]())
-    for generator in ("variable_binding", "balanced_binding"):
-        options = CaseOptions(generator, include_shallow=True)
-        cases = [_draw_candidate(lm, number, (6, 2), style, options) for number in range(20)]
-        reasons = [_structural_reason(lm, case, True) if case else "no counterfactual" for case in cases]
-        assert reasons.count("") >= 19, (generator, reasons)
 
 
 def test_other_generators_have_roles(llama):

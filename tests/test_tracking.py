@@ -298,7 +298,7 @@ def digest_of_run(runner, monkeypatch, configs) -> str:
         raise InterruptedError
 
     monkeypatch.setattr(tracking, "open_run", stop)
-    monkeypatch.setattr(ExperimentRunner, "_with_one_scoring", lambda self, configs, no_cache: configs)
+    monkeypatch.setattr(ExperimentRunner, "_fit_to_tokenizers", lambda self, configs, no_cache: configs)
     with pytest.raises(InterruptedError):
         runner.run(configs)
     return opened[0]
@@ -334,7 +334,7 @@ def test_an_interrupted_experiment_is_gone_on_with_by_the_same_cell(monkeypatch,
     from codetrace.runs.manifest import all_runs
 
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    monkeypatch.setattr(ExperimentRunner, "_with_one_scoring", lambda self, configs, no_cache: configs)
+    monkeypatch.setattr(ExperimentRunner, "_fit_to_tokenizers", lambda self, configs, no_cache: configs)
     runner = ExperimentRunner()
     for error, status in [(KeyboardInterrupt("stopped"), "interrupted"), (BadInput("wrong"), "failed")]:
 

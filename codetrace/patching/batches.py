@@ -20,7 +20,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.stats import bootstrap_interval, share_interval
 from ..models.lm import LM
 from .alignment import TraceCase, named_positions, one_token_answer, token_roles
-from .cases import COUNTERFACTUAL_CHANGES, ProgramShapes
+from .cases import COUNTERFACTUAL_CHANGES, CaseOptions, ProgramShapes, with_query_style
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import draw_program, make_variable_binding_program
 from ..tasks.heuristics import resists_shallow_heuristics
@@ -63,6 +63,7 @@ def draw_reference_programs(
 ) -> list[TokenizedProgram]:
     "Programs like those that are traced, whether or not a model answers them."
     rng = np.random.default_rng([seed, 7])
+    shapes = with_query_style(lm, shapes, CaseOptions())
     seen = {program.token_ids for program in exclude}
     programs = []
     for _ in range(_ATTEMPTS_PER_PROGRAM * n):
@@ -94,6 +95,7 @@ def draw_unfiltered_cases(
 ) -> list[TraceCase]:
     "Programs with counterfactuals, whether or not a model answers them."
     rng = np.random.default_rng([seed, 17])
+    shapes = with_query_style(lm, shapes, CaseOptions())
     make_pair = look_up_name(change, COUNTERFACTUAL_CHANGES, "change")
     cases = []
     for _ in range(_ATTEMPTS_PER_PROGRAM * n):

@@ -34,13 +34,15 @@ from codetrace.patching.alignment import (
 from ..patching.attribution import attribution_error
 from codetrace.patching.cases import (
     COUNTERFACTUAL_CHANGES,
-    EXCLUSION_REASONS,
+    NO_COUNTERFACTUAL,
+    WRONG_ON_PROGRAM,
     CaseOptions,
     ProgramShapes,
     check_any_case,
     draw_cases,
     exclusion_counts,
     exclusion_reasons,
+    with_query_style,
 )
 from codetrace.patching.sweep import (
     average_by_position,
@@ -69,7 +71,7 @@ class ProgramSelection:
     prefix: str = ""  # Text before each program that is given, not drawn
 
     def __post_init__(self):
-        look_up_name(self.shapes.query_style, QUERY_STYLES, "query style")
+        look_up_name(self.shapes.query_style, ["auto", *QUERY_STYLES], "query style")
         depths = self.shapes.depths
         generator = GENERATORS[self.options.generator]
         if self.num_programs < 1:
@@ -114,9 +116,9 @@ def cases_from_run(
             break
         case = _case_from_record(row, lm, seed, change) if row["correct"] else None
         if not row["correct"]:
-            reason = EXCLUSION_REASONS[2]
+            reason = WRONG_ON_PROGRAM
         elif case is None:
-            reason = EXCLUSION_REASONS[1]
+            reason = NO_COUNTERFACTUAL
         else:
             reason = exclusion_reasons(lm, [case], include_shallow)[0]
         if not reason:
@@ -350,7 +352,7 @@ def _select_cases(programs: Sequence, lm: LM, selection: ProgramSelection) -> tu
     "Of the given programs those that can be traced, and a reason for each."
     candidates = [_as_case(program_like, lm, selection) for program_like in programs]
     reasons = iter(exclusion_reasons(lm, [case for case in candidates if case], selection.options.include_shallow))
-    all_reasons = [next(reasons) if case else EXCLUSION_REASONS[1] for case in candidates]
+    all_reasons = [next(reasons) if case else NO_COUNTERFACTUAL for case in candidates]
     return [case for case, reason in zip(candidates, all_reasons) if not reason], all_reasons
 
 # %% ../../nbs/phases/11_tracing.ipynb #a5244c98

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS_PER_BATCH', 'TRACKING', 'ExperimentConfig', 'quick_experiment', 'draw_questions', 'score_answer',
-           'choose_scoring', 'answer_questions', 'model_solver', 'heuristic_answers', 'accuracy_table',
-           'heuristic_agreement_table', 'TrackingResult', 'ExperimentRunner', 'accuracy_figure',
-           'tracking_summary_rows', 'tracking_headline', 'tracking_claims', 'classify_errors']
+           'choose_scoring', 'answer_questions', 'model_solver', 'TrackingResult', 'ExperimentRunner',
+           'accuracy_figure', 'tracking_summary_rows', 'tracking_headline', 'tracking_claims']
 
 # %% ../../nbs/phases/10_tracking.ipynb #7c7537d1
 import inspect
@@ -14,10 +13,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
@@ -26,15 +24,22 @@ from ..core.files import read_json
 from ..core.function_digest import function_digest
 from ..core.progress import no_progress
 from ..core.records import Records, table_to_rows
-from ..core.stats import format_count, format_with_interval, wilson
+from ..core.stats import format_count, format_with_interval
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
 from ..models.model_cache import ModelCache
+from ..patching.cases import QUERY_STYLE_ORDER, choose_query_style
 from ..plots.style import save_figure
 from ..plots.tracking import plot_accuracy
 from ..runs.claims import claim_row
 from ..runs.phases import Phase
 from ..runs.run import Run, open_run
+from codetrace.tasks.answer_accuracy import (
+    accuracy_table,
+    cell_accuracy,
+    classify_errors,
+    heuristic_agreement_table,
+)
 from ..tasks.counterfactuals import program_constants
 from codetrace.tasks.generators import (
     GENERATORS,
@@ -43,7 +48,6 @@ from codetrace.tasks.generators import (
     make_variable_binding_program,
 )
 from codetrace.tasks.heuristics import (
-    HEURISTICS,
     accuracy_beside_heuristics,
     chance_beyond_heuristics,
     compare_with_baseline,
@@ -97,12 +101,15 @@ class ExperimentConfig:
     depths: Sequence[int] = ()  # Referential depths, for a generator that takes `depth`
     max_new_tokens: int = 12  # Of an answer
     scoring: str = "auto"  # `decode`: read the text; `token`: its probability too; `auto`: where all are one token
+    query_styles: Sequence[str] = ()  # Ways to ask: the first that fits the tokenizers. Empty: as the generator does
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_template", template_text(self.prompt_template))
         look_up_name(self.scoring, ["auto", "token", "decode"], "scoring")
         for name, minimum in [("num_seqs", 1), ("num_shots", 0), ("max_new_tokens", 1)]:
             _check_whole_number(name, getattr(self, name), minimum)
+        for style in self.query_styles:
+            look_up_name(style, QUERY_STYLES, "query style")
         _check_filled_list("models", self.models, "['smollm2']")
         _check_filled_list("seq_lens", self.seq_lens, "[3, 5]")
         if self.depths and not _takes_parameter(self.program_generator, "depth"):
@@ -116,17 +123,20 @@ def quick_experiment(
     models: Sequence[str] = ("smollm2",),
     num_seqs: int = 10,  # Programs a cell
     *,
-    query_style: str = "hash",  # How the program asks, for a generator that takes it: `hash` or `print`
+    query_style: str = "auto",  # `hash`, `print`, or `auto`: hash, unless the models' tokenizers cut it badly
     **options,  # Anything else that `ExperimentConfig` takes, such as `seq_lens`
 ) -> ExperimentConfig:
     "An experiment from a few words."
-    look_up_name(query_style, QUERY_STYLES, "query style")
+    look_up_name(query_style, ["auto", *QUERY_STYLES], "query style")
     if isinstance(program_generator, str):
         program_generator = look_up_name(program_generator, GENERATORS, "generator")
-    if _takes_parameter(program_generator, "query_style"):
+    if not _takes_parameter(program_generator, "query_style"):
+        if query_style != "auto":
+            raise BadInput(f"the generator of {name!r} takes no query_style: leave query_style={query_style!r} out")
+    elif query_style != "auto":
         program_generator = partial(program_generator, query_style=query_style)
-    elif query_style != "hash":
-        raise BadInput(f"the generator of {name!r} takes no query_style: leave query_style={query_style!r} out")
+    elif "query_style" not in getattr(program_generator, "keywords", {}):
+        options = {"query_styles": tuple(QUERY_STYLES)} | options
     if asks_for_final_answer(template_text(prompt_template)):
         options = {"answer_parser": parse_final_answer, "max_new_tokens": 200} | options
     options = {"answer_parser": None} | options
@@ -139,9 +149,16 @@ def _generator_task(generator: Callable) -> str:
     return getattr(function, "__name__", "generator").removeprefix("make_").removesuffix("_program")
 
 
+def _asking_generator(config: ExperimentConfig) -> Callable:
+    "The generator, asking in the first way where several may do."
+    if not config.query_styles:
+        return config.program_generator
+    return partial(config.program_generator, query_style=config.query_styles[0])
+
+
 def _draw_question(config: ExperimentConfig, seq_len: int, depth: int | None, number: int) -> dict:
     "One program of a cell, with its solved examples, as a prompt."
-    generator = config.program_generator
+    generator = _asking_generator(config)
     rng = keyed_rng(config.seed, _generator_task(generator), seq_len, depth, number)
     options = {} if depth is None else {"depth": depth}
     program = draw_program(generator, seq_len, rng, **options)
@@ -178,6 +195,14 @@ def score_answer(
     return row | output | {"beyond_chance": chance_beyond_heuristics(program)}
 
 # %% ../../nbs/phases/10_tracking.ipynb #f3c473b2
+def _split_where_possible(tokenizer: Callable, prompt: str, answer: str) -> tuple[str, list[int]]:
+    "Prompt and ids of the answer; no ids where the tokenizer joins the answer with a word of the prompt."
+    try:
+        return split_answer_tokens(tokenizer, prompt, answer)
+    except BadInput:
+        return prompt, []
+
+
 def choose_scoring(
     config: ExperimentConfig,
     tokenizers: Mapping[str, Callable],  # By name of the model
@@ -189,10 +214,12 @@ def choose_scoring(
     for model, tokenizer in tokenizers.items():
         for question in questions:
             answer = question["program"].answer
-            if len(split_answer_tokens(tokenizer, question["prompt"], answer)[1]) == 1:
+            if len(_split_where_possible(tokenizer, question["prompt"], answer)[1]) == 1:
                 continue
             if config.scoring == "token":
-                raise BadInput(f"scoring 'token': {model} writes {answer!r} in several tokens; use 'auto' or 'decode'")
+                raise BadInput(
+                    f"scoring 'token': {model} writes {answer!r} in several tokens, or joined with the prompt; use 'auto' or 'decode'"
+                )
             return "decode"
     return "token"
 
@@ -215,9 +242,12 @@ def answer_questions(
     "Put questions to a model and mark its answers."
     if config.scoring == "auto":
         config = replace(config, scoring=choose_scoring(config, {lm.name: lm.tokenizer}, draw_questions(config)))
-    split = [split_answer_tokens(lm.tokenizer, q["prompt"], q["program"].answer) for q in batch]
+    split = [_split_where_possible(lm.tokenizer, q["prompt"], q["program"].answer) for q in batch]
     prompts = [prompt for prompt, _ in split]
     outputs = _model_outputs(lm, config, prompts, [ids for _, ids in split])
+    for question, prompt, output in zip(batch, prompts, outputs):
+        left_out = question["prompt"][len(prompt) :].strip()  # a colon that the tokenizer joins with the answer
+        output["completion"] = output["completion"].removeprefix(left_out)
     rows = [score_answer(config, lm.name, *row) for row in zip(batch, prompts, outputs)]
     return [row | {"scoring": config.scoring} for row in rows]
 
@@ -241,65 +271,6 @@ def model_solver(
         return [row["correct"] for row in answer_questions(lm, config, questions)]
 
     return solve
-
-# %% ../../nbs/phases/10_tracking.ipynb #4a77f136
-def heuristic_answers(
-    samples: pd.DataFrame,  # Records of an experiment
-    rule: str,  # One of `HEURISTICS`
-) -> pd.Series:  # Its answers, or None where it has none
-    "What a shallow heuristic answers to each question."
-    return pd.Series([answers[rule] for answers in samples["heuristics"]], index=samples.index, dtype=object)
-
-
-def _rule_is_right(rows: pd.DataFrame) -> pd.DataFrame:
-    "Which rule is right on which program."
-    return pd.DataFrame({rule: heuristic_answers(rows, rule) == rows["answer"] for rule in HEURISTICS})
-
-
-def _cell_accuracy(rows: pd.DataFrame) -> dict:
-    "Accuracy, interval, baselines and accuracy beyond the rules of some programs."
-    rule_is_right = _rule_is_right(rows)
-    cell = accuracy_beside_heuristics(rows["correct"], rule_is_right, rows.get("beyond_chance"))
-    constant = float(rows["answer"].value_counts(normalize=True).max())
-    if constant > cell["baseline"]:
-        cell |= {"best_rule": "constant", "baseline": constant}
-    return cell | {"constant": constant} | rule_is_right.mean().to_dict()
-
-# %% ../../nbs/phases/10_tracking.ipynb #0f95686d
-def accuracy_table(
-    samples: pd.DataFrame,  # Records of an experiment
-) -> pd.DataFrame:  # One row a cell, with 95% intervals and baselines
-    "Accuracy by model, task, number of examples, depth and length."
-    names = ["model", "experiment", "task", "num_shots", "depth", "seq_len"]
-    cells = samples.groupby(names, dropna=False, sort=False)
-    return pd.DataFrame([dict(zip(names, key)) | _cell_accuracy(rows) for key, rows in cells])
-
-# %% ../../nbs/phases/10_tracking.ipynb #20e7f098
-def _heuristic_agreement(rows: pd.DataFrame, rule: str) -> dict | None:
-    "How often wrong answers are this heuristic's; None where it is never wrong on these programs."
-    answers = heuristic_answers(rows, rule)
-    eligible = answers.notna() & (answers != rows["answer"]) & rows["other_constants"].map(bool)
-    n = int(eligible.sum())
-    if n == 0:
-        return None
-    n_agree = int((rows["stated"] == answers)[eligible].sum())
-    low, high = map(float, wilson(n_agree, n))
-    chance = float((1 / rows["other_constants"][eligible].map(len)).mean())
-    return {"heuristic": rule, "n": n, "share": n_agree / n, "low": low, "high": high, "chance": chance}
-
-
-def heuristic_agreement_table(
-    samples: pd.DataFrame,  # Records of an experiment
-) -> pd.DataFrame:  # One row a model, task, number of examples and heuristic
-    "How often wrong answers are what a shallow heuristic says."
-    rows = []
-    wrong = samples[~samples["correct"]]
-    for cell, answers in wrong.groupby(["model", "task", "num_shots"], sort=False):
-        for rule in HEURISTICS:
-            if agreement := _heuristic_agreement(answers, rule):
-                rows.append(dict(zip(("model", "task", "num_shots"), cell)) | agreement)
-    columns = ["model", "task", "num_shots", "heuristic", "n", "share", "low", "high", "chance"]
-    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/phases/10_tracking.ipynb #0a8637cb
 QUESTIONS_PER_BATCH = 50
@@ -367,7 +338,7 @@ def run(
     configs = [config] if isinstance(config, ExperimentConfig) else list(config)
     _check_distinct_names(configs)
     names = _distinct_models(configs)
-    configs = self._with_one_scoring(configs, no_cache)
+    configs = self._fit_to_tokenizers(configs, no_cache)
     opened_here = run is None
     if opened_here:
         experiments = [_config_record(config) for config in configs]
@@ -382,22 +353,49 @@ def run(
     self.results |= {c.name: result for c in configs}
     return result
 
+# %% ../../nbs/phases/10_tracking.ipynb #35be71dd
+def _fitting_styles(lm: LM, configs: Sequence[ExperimentConfig]) -> list[str]:
+    "For each experiment the way of asking that fits a model's tokenizer; empty where it is settled."
+    choose = cache(partial(choose_query_style, lm))
+    styles = []
+    for config in configs:
+        question = (config.program_generator, config.seq_lens[0], tuple(config.query_styles))
+        styles.append(choose(*question) if config.query_styles else "")
+    return styles
+
+
+def _ask_in_one_way(
+    config: ExperimentConfig,
+    styles: Sequence[str],  # The way that fits the tokenizer of each of its models
+) -> ExperimentConfig:
+    "The experiment with the way of asking that its models need: the last in order, where they need different ones."
+    if not config.query_styles:
+        return config
+    style = max(styles, key=config.query_styles.index)
+    return replace(config, program_generator=partial(config.program_generator, query_style=style), query_styles=())
+
 # %% ../../nbs/phases/10_tracking.ipynb #2cf04fa1
 @patch
-def _with_one_scoring(
+def _fit_to_tokenizers(
     self: ExperimentRunner, configs: Sequence[ExperimentConfig], no_cache: bool
 ) -> list[ExperimentConfig]:
-    "The experiments with the scoring that fits every question of all of them, for every model."
+    "The experiments with the way of asking and the scoring that fit every question, for every model."
     tokenizers = {}
+    styles = {}
     for name in _distinct_models(configs):
-        tokenizers[name] = self.model(name).tokenizer
+        lm = self.model(name)
+        tokenizers[name] = lm.tokenizer
+        styles[name] = _fitting_styles(lm, configs)
         if no_cache and len(tokenizers) > 1:
             self.unload_model(name)
     scorings = set()
-    for config in configs:
+    fitted = []
+    for index, config in enumerate(configs):
+        config = _ask_in_one_way(config, [styles[name][index] for name in config.models])
         tokenizers_of_config = {name: tokenizers[name] for name in config.models}
         scorings.add(choose_scoring(config, tokenizers_of_config, draw_questions(config)))
-    return [replace(config, scoring="decode" if "decode" in scorings else "token") for config in configs]
+        fitted.append(config)
+    return [replace(config, scoring="decode" if "decode" in scorings else "token") for config in fitted]
 
 # %% ../../nbs/phases/10_tracking.ipynb #37b23b6c
 _SAMPLE_KEY = ("model", "experiment", "num_shots", "index")
@@ -509,7 +507,7 @@ def tracking_headline(result: TrackingResult) -> str:
     several = samples["model"].nunique() > 1
     for (model, task, num_shots), rows in samples.groupby(["model", "task", "num_shots"], sort=False):
         subject = f"{model}, {task}" if several else task
-        parts.append(f"{subject}, {_shots_label(num_shots)}: {format_beside_heuristics(_cell_accuracy(rows))}")
+        parts.append(f"{subject}, {_shots_label(num_shots)}: {format_beside_heuristics(cell_accuracy(rows))}")
     return "accuracy: " + "; ".join(parts)
 
 # %% ../../nbs/phases/10_tracking.ipynb #f1faeeb0
@@ -544,18 +542,6 @@ def tracking_claims(
     return claims
 
 # %% ../../nbs/phases/10_tracking.ipynb #75b58bee
-def classify_errors(
-    samples: pd.DataFrame,  # Records of an experiment
-) -> pd.DataFrame:  # The wrong ones, with `kind` and `agrees_with`, the heuristics that answer the same
-    "What kind of wrong answer is it?"
-    wrong = samples[~samples["correct"]].copy()
-    agreement = pd.DataFrame({rule: heuristic_answers(wrong, rule) == wrong["stated"] for rule in HEURISTICS})
-    agreeing_rules = [", ".join(agreement.columns[row]) for row in agreement.to_numpy(dtype=bool)]
-    in_program = [stated in constants for stated, constants in zip(wrong["stated"], wrong["other_constants"])]
-    kinds = np.where(in_program, "another value of the program", "a value not in the program")
-    return wrong.assign(kind=np.where(wrong["stated"].isna(), "no answer", kinds), agrees_with=agreeing_rules)
-
-
 @patch
 def analyze_errors(
     self: ExperimentRunner,

@@ -94,7 +94,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "generator": tuple(GENERATORS),
     "generators": tuple(GENERATORS),
-    "query_style": ("hash", "print"),
+    "query_style": ("auto", "hash", "print"),
     "scoring": ("auto", "token", "decode"),
     "change": ("value", "reference"),
     "engine": ("staircase", "naive", "nnsight", "transformer_lens"),

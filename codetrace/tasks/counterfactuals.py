@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..core.errors import BadInput
+from .program_drawing import ENTITY_NAMES
+from .program_prompts import split_answer_tokens
 from .programs import ChainLink, ContradictoryProgram, Program, Span, analyse_program
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #647e9b8c
@@ -43,6 +45,25 @@ class NoCounterfactual(BadInput):
     "The program has no counterfactual of this kind."
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #19ff1a90
+_ROOT_CONSTANT = re.compile(r"""(?<![\w.])(?P<digit>\d)$|\b(?P<truth>True|False)$|^(["'])(?P<word>[A-Za-z]+)\3$""")
+
+
+def _root_constant(
+    program: Program,
+) -> tuple[Span, Sequence[str]]:  # Its characters, without quotes, and all constants of its kind
+    "The constant that a value counterfactual replaces: the last one where the chain begins."
+    root = program.text(program.chain[0].rhs) if program.chain else ""
+    match = _ROOT_CONSTANT.search(root)
+    if match is None:
+        raise NoCounterfactual(
+            f"{program.task}: the root {root!r} of the chain ends in no digit, truth value or word: counterfactuals replace one"
+        )
+    kinds = {"digit": tuple("0123456789"), "truth": ("False", "True"), "word": ENTITY_NAMES}
+    start = program.chain[0].rhs[0]
+    first, last = match.span(match.lastgroup)
+    return (start + first, start + last), kinds[match.lastgroup]
+
+# %% ../../nbs/tasks/counterfactuals.ipynb #ce43cd5f
 def _one_token_differs(tokenizer: Callable, first: str, second: str) -> bool:
     "Do the two texts have equally many tokens, and all but one in common?"
     first_ids = list(tokenizer(first, add_special_tokens=False)["input_ids"])
@@ -56,10 +77,10 @@ def _replace_span(program: Program, span: Span, text: str) -> Program:
     return analyse_program(program.code[:start] + text + program.code[end:], program.task, program.metadata)
 
 
-def _fresh_digits(program: Program, rng: np.random.Generator) -> Sequence[int]:
-    "The ten digits in random order, those that the program does not hold first."
-    constants = [node.value for node in ast.walk(ast.parse(program.source)) if isinstance(node, ast.Constant)]
-    return sorted(rng.permutation(10).tolist(), key=constants.__contains__)
+def _fresh_constants(program: Program, rng: np.random.Generator, constants: Sequence[str]) -> list[str]:
+    "Constants of a kind in random order, those that the program does not hold first."
+    held = {str(node.value) for node in ast.walk(ast.parse(program.source)) if isinstance(node, ast.Constant)}
+    return sorted((constants[i] for i in rng.permutation(len(constants))), key=held.__contains__)
 
 
 def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
@@ -69,30 +90,48 @@ def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
     same_length = len(counterfactual.answer) == len(base.answer)
     return not base.answer.isdigit() or (counterfactual.answer.isdigit() and same_length)
 
+
+def _same_lines(base: Program, counterfactual: Program) -> bool:
+    "Do both answers come through the same lines, at the same depths?"
+    chains = [[(link.line, link.variable, link.depth) for link in program.chain] for program in (base, counterfactual)]
+    return chains[0] == chains[1]
+
+# %% ../../nbs/tasks/counterfactuals.ipynb #e6b8486d
+def _answers_cut_alike(tokenizer: Callable, base: Program, counterfactual: Program) -> bool:
+    "Do prompt and answer part at the same place in both programs, and are the answers equally many tokens?"
+    cuts = []
+    for program in (base, counterfactual):
+        prompt, ids = split_answer_tokens(tokenizer, program.code, program.answer)
+        cuts.append((len(program.code) - len(prompt), len(ids)))
+    return cuts[0] == cuts[1]
+
+
+def _tokens_line_up(tokenizer: Callable, base: Program, counterfactual: Program) -> bool:
+    "Can activations of the two be swapped position by position, and their answers compared?"
+    if not _one_token_differs(tokenizer, base.code, counterfactual.code):
+        return False
+    return _answers_cut_alike(tokenizer, base, counterfactual)
+
 # %% ../../nbs/tasks/counterfactuals.ipynb #04d0196c
 def make_counterfactual_pair(
-    program: Program,  # Its chain must begin with a digit
+    program: Program,  # Its chain must begin with a digit, a truth value or a word
     rng: np.random.Generator,
     tokenizer: Callable | None = None,  # A Hugging Face tokenizer: exactly one token may differ
 ) -> tuple[Program, Program]:  # `program` itself and its counterfactual
-    "Replace the root of the queried chain by another digit, so that the answer changes."
-    root = program.text(program.chain[0].rhs) if program.chain else ""
-    if not re.fullmatch("[0-9]", root):
-        raise NoCounterfactual(
-            f"{program.task}: the root {root!r} of the chain is no digit: counterfactuals replace a digit"
-        )
-    for digit in _fresh_digits(program, rng):
+    "Replace the constant at the root of the queried chain by another one, so that the answer changes."
+    span, constants = _root_constant(program)
+    for constant in _fresh_constants(program, rng, constants):
         try:
-            counterfactual = _replace_span(program, program.chain[0].rhs, str(digit))
-        except ContradictoryProgram:  # a digit that breaks the program, as a divisor 0 does
+            counterfactual = _replace_span(program, span, constant)
+        except ContradictoryProgram:  # a digit that breaks the program, as a divisor 0 may
             continue
-        if not _answer_changes_alike(program, counterfactual) or counterfactual.chain != program.chain:
+        if not _answer_changes_alike(program, counterfactual) or not _same_lines(program, counterfactual):
             continue
-        if tokenizer is None or _one_token_differs(tokenizer, program.code, counterfactual.code):
+        if tokenizer is None or _tokens_line_up(tokenizer, program, counterfactual):
             return program, counterfactual
     condition = " and exactly one token" if tokenizer else ""
     raise NoCounterfactual(
-        f"{program.task}: no digit in place of the root {root} changes the answer {program.answer!r} to one of its length"
+        f"{program.task}: nothing in place of the root {program.text(span)} changes the answer {program.answer!r} to one of its length"
         + condition
     )
 
@@ -104,8 +143,8 @@ def _other_variables_before(program: Program, link: ChainLink) -> list[str]:
 
 
 def _redirects_alike(base: Program, counterfactual: Program) -> bool:
-    "Another answer of the same length, at the end of a chain of the same depths."
-    if counterfactual.answer == base.answer or len(counterfactual.answer) != len(base.answer):
+    "Another answer, alike in length, at the end of a chain of the same depths."
+    if not _answer_changes_alike(base, counterfactual):
         return False
     return [link.depth for link in counterfactual.chain] == [link.depth for link in base.chain]
 
@@ -126,7 +165,7 @@ def make_redirected_pair(
         counterfactual = _replace_span(program, link.rhs, name)
         if not _redirects_alike(program, counterfactual):
             continue
-        if tokenizer is None or _one_token_differs(tokenizer, program.code, counterfactual.code):
+        if tokenizer is None or _tokens_line_up(tokenizer, program, counterfactual):
             return program, counterfactual
     raise NoCounterfactual(
         f"{program.task}: no other variable before line {link.line + 1} has depth {at_depth - 1} and another value"

@@ -18,6 +18,7 @@ import numpy as np
 
 from .balanced_programs import make_balanced_binding_program
 from codetrace.tasks.program_drawing import (
+    ENTITY_NAMES,
     NoSuchProgram,
     check_program_length,
     check_referential_depth,
@@ -253,9 +254,6 @@ def make_exception_program(
     return finish_program("exception", lines, query, values[query], query_style, seq_len=seq_len)
 
 # %% ../../nbs/tasks/generators.ipynb #d3c2fb47
-_ENTITY_NAMES = "apple ball bell book coin cup drum fan hat key lamp map pen ring shoe watch".split()
-
-
 def _draw_moves(rng: np.random.Generator, contents: dict, depths: dict[str, int], n_moves: int) -> list[str]:
     "Moves between boxes as lines of code; `contents` and `depths` by box are updated."
     lines = []
@@ -284,7 +282,7 @@ def make_entity_program(
             f"entity: {n_entities} entities in {n_boxes} boxes: give 2 to 16 boxes and 1 entity or more, but fewer than boxes"
         )
     boxes = [f"box_{letter}" for letter in string.ascii_lowercase[:n_boxes]]
-    entities = [_ENTITY_NAMES[i] for i in rng.permutation(len(_ENTITY_NAMES))[:n_entities]]
+    entities = [ENTITY_NAMES[i] for i in rng.permutation(len(ENTITY_NAMES))[:n_entities]]
     contents = dict.fromkeys(boxes)
     for box_index, entity in zip(rng.permutation(n_boxes).tolist(), entities):
         contents[boxes[box_index]] = entity

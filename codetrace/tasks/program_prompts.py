@@ -10,7 +10,7 @@ __all__ = ['PROMPT_TEMPLATES', 'BadTemplate', 'template_text', 'render_program_p
 # %% ../../nbs/tasks/program_prompts.ipynb #7e69795c
 import ast
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import no_progress
@@ -137,7 +137,23 @@ def asks_for_final_answer(
 
 # %% ../../nbs/tasks/program_prompts.ipynb #de3f9058
 def _token_ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise BadInput(f"the tokenizer has no tokens for {text[-40:]!r}: {error}") from None
+
+
+def _possible_ends(prompt: str) -> Iterator[str]:
+    "The prompt whole, without the spaces at its end, and without more and more of the signs there."
+    yield prompt
+    shorter = prompt.rstrip(" ")
+    if shorter != prompt:
+        yield shorter
+    while shorter and not shorter[-1].isalnum() and not shorter[-1].isspace():
+        shorter = shorter[:-1]
+        yield shorter
 
 
 def split_answer_tokens(
@@ -146,10 +162,9 @@ def split_answer_tokens(
     answer: str,
 ) -> tuple[str, list[int]]:  # The prompt to use, and the ids of the answer after it
     "Split prompt and answer where the tokenizer does."
-    for start in (prompt, prompt.rstrip(" ")):
-        gap = prompt[len(start) :] if start != prompt else ""
+    all_ids = _token_ids(tokenizer, prompt + answer)
+    for start in _possible_ends(prompt):
         prompt_ids = _token_ids(tokenizer, start)
-        all_ids = _token_ids(tokenizer, start + gap + answer)
         if all_ids[: len(prompt_ids)] == prompt_ids:
             return start, all_ids[len(prompt_ids) :]
     raise BadInput(
