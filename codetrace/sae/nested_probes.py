@@ -86,7 +86,7 @@ class LayerCandidates:
     fold_scores: list[
         np.ndarray
     ]  # By outer fold: [candidates, rows of the fold], in units of their spread outside of it
-    auroc: Float[np.ndarray, "candidates"]  # On all rows: the AUROC that the final choice is made by
+    auroc: Float[np.ndarray, "some"]  # On all rows: the AUROC that the final choice is made by
 
 
 def _scores_like(fit_scores: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ def _scores_like(fit_scores: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return (scores - centre) / np.where(spread > 0, spread, 1)
 
 
-def _aurocs(label: np.ndarray, scores: np.ndarray) -> Float[np.ndarray, "candidates"]:
+def _aurocs(label: np.ndarray, scores: np.ndarray) -> Float[np.ndarray, "some"]:
     return np.array([auroc(label, score) for score in scores])
 
 # %% ../../nbs/sae/nested_probes.ipynb #c3313bf6

@@ -25,7 +25,7 @@ from .null_of_maximum import permutation_design
 ALL_TOGETHER = "all baselines together"
 
 
-def _column_signs(rows: pd.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "columns"]:
+def _column_signs(rows: pd.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "some"]:
     "The sign with which each column is higher for right answers."
     areas = [auroc(rows["label"], rows[column]) for column in columns]
     return np.where(np.array(areas) >= 0.5, 1.0, -1.0)

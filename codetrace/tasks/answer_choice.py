@@ -23,7 +23,7 @@ from .pass_at_k import pass_at_k
 def choice_weights(
     score: ArrayLike,  # [answers] to one problem, higher for better
     k: int,  # So many answers to choose from
-) -> Float[np.ndarray, "answers"]:  # Adds up to 1
+) -> Float[np.ndarray, "rows"]:  # Adds up to 1
     "How likely each answer is taken as the best-scored of `k`, over all sets of `k`; of equal scores any is."
     score = np.asarray(score, float)
     n = len(score)
