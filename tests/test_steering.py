@@ -544,7 +544,7 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     claims = pd.DataFrame(json.loads((Path(made["report"]["folder"]) / "claims.json").read_text()))
     pushed = claims[(claims["phase"] == "3.2") & claims["claim"].str.startswith("pushed to correct")].iloc[0]
     assert pushed["low"] > 0 and "raises" in pushed["verdict"]
-    assert set(claims["phase"]) == {"1.0", "1.2", "1.5", "2", "3", "3.1", "3.2", "3.3"}
+    assert set(claims["phase"]) == {"1.0", "1.2", "1.5", "2", "3", "3.1", "3.2", "3.3", "3.4", "3.5"}
     assert "Not complete" not in (Path(made["report"]["folder"]) / "report.md").read_text()
     shared = in_chain([*words, "--devices", "cpu,cpu"], env)
     assert shared.returncode == 0, shared.stderr
@@ -563,6 +563,8 @@ REAL = {  # As little as says something, by phase
     "3.1": {"num_latents": 1, "coefficients": [-0.5, 0.5], "refine": 1, "max_new_tokens": 60, "random_directions": 2},
     "3.2": {"num_problems": 8, "temperatures": [0.8], "samples": 1, "prompts": []},
     "3.3": {"num_problems": 4},
+    "3.4": {"components": [8], "shuffles": 99, "resamples": 100},
+    "3.5": {"components": [8], "shuffles": 99, "resamples": 100},
 }
 
 
@@ -578,7 +580,7 @@ def test_the_whole_chain_on_mbpp_says_what_it_found(tmp_path):
     assert (done.returncode == 0) == ("Not complete" not in text), done.stderr
     claims = pd.DataFrame(json.loads((Path(report["folder"]) / "claims.json").read_text()))
     assert "Not run" not in text and {"1.0", "1.2", "1.5"} <= set(claims["phase"]) and claims["verdict"].all()
-    for number in ("2", "3", "3.1", "3.2", "3.3"):
+    for number in ("2", "3", "3.1", "3.2", "3.3", "3.4", "3.5"):
         assert number in set(claims["phase"]) or (f"## {number} " in text and "Not complete: " in text)
     between = claims.dropna(subset=["low", "high"])
     assert len(between) and (between["low"] <= between["number"] + 1e-9).all()

@@ -157,6 +157,8 @@ REPORT = Phase(
         PhaseInput(parameter="attention", phase="3.3", default="newest"),
         PhaseInput(parameter="steering", phase="3.2", role={"on_model": "", "on_problems": ""}, default="newest"),
         PhaseInput(parameter="tuning", phase="3.1", default="newest"),
+        PhaseInput(parameter="ranking", phase="3.5", default="newest"),
+        PhaseInput(parameter="pregeneration", phase="3.4", default="newest"),
         PhaseInput(parameter="validation", phase="3", default="newest"),
         PhaseInput(parameter="latents", phase="2", role={"split": "sae"}, default="newest"),
         PhaseInput(parameter="saes", phase="1.5", same=("model",), default="newest"),

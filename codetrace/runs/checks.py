@@ -31,11 +31,11 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates".split()
+    "passes chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
-    "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes".split()
+    "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes components".split()
 )
 _ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
 
@@ -65,7 +65,7 @@ def _check_number(phase: str, name: str, value: float) -> None:
 # %% ../../nbs/runs/checks.ipynb #760244db
 _DISTINCT = set(
     "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers "
-    "per_token_layers coefficients subspace_sizes".split()
+    "per_token_layers coefficients subspace_sizes components".split()
 )
 
 
@@ -440,6 +440,8 @@ _PHASE_CHECKS = {
     "generation": _check_generation,
     "latents": _check_latents,
     "mechanism": _check_references,
+    "pregeneration": _check_latents,
+    "ranking": _check_latents,
     "report": _check_report,
     "saes": _check_saes,
     "seeds": _check_seeds,

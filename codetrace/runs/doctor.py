@@ -36,6 +36,14 @@ class DiagnosticResult:
     required: bool = False  # Without it a phase fails
     remedy: str = ""  # What to do where it did not pass
 
+    def line(self) -> str:
+        "What was found out, and what to do where it is not enough."
+        mark = "FAILS" if self.required else "-"
+        if self.passed:
+            return f"{'ok':6}{self.name:16} {self.detail}"
+        remedy = f"  ({self.remedy})" if self.remedy else ""
+        return f"{mark:6}{self.name:16} {self.detail}{remedy}"
+
 
 def required_diagnostics_pass(results: list[DiagnosticResult]) -> bool:
     "Did everything pass that must?"

@@ -6,6 +6,8 @@
 __all__ = ['LENGTH_COLUMNS', 'fit_length_effect', 'residualise_on_length']
 
 # %% ../../nbs/sae/length_residuals.ipynb #26e87af6
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -14,25 +16,27 @@ from jaxtyping import Float
 LENGTH_COLUMNS: tuple[str, ...] = ("prompt_tokens", "generated_tokens")
 
 
-def _length_features(rows: pd.DataFrame) -> Float[np.ndarray, "rows features"]:
+def _length_features(rows: pd.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "rows features"]:
     "A constant, the lengths and their logarithms."
-    lengths = rows[list(LENGTH_COLUMNS)].to_numpy(float)
+    lengths = rows[list(columns)].to_numpy(float)
     return np.column_stack([np.ones(len(rows)), lengths / 100, np.log1p(lengths)])
 
 
 def fit_length_effect(
     rows: pd.DataFrame,  # The choosing rows
     score: Float[np.ndarray, "rows"],
+    columns: Sequence[str] = LENGTH_COLUMNS,  # What has the effect, 0 or more
 ) -> np.ndarray:  # [features]
-    "The least-squares effect of prompt and completion length on a score."
-    return np.linalg.lstsq(_length_features(rows), np.asarray(score, float), rcond=None)[0]
+    "The least-squares effect of prompt and completion length, or of other columns, on a score."
+    return np.linalg.lstsq(_length_features(rows, columns), np.asarray(score, float), rcond=None)[0]
 
 
 def residualise_on_length(
     rows: pd.DataFrame,  # Any rows
     score: Float[np.ndarray, "rows"],
     effect: np.ndarray,  # [features], from `fit_length_effect`
+    columns: Sequence[str] = LENGTH_COLUMNS,  # As the fit was given
 ) -> Float[np.ndarray, "rows"]:
     "A score less what length alone makes of it; what is only rounding is 0."
-    residual = score - _length_features(rows) @ effect
+    residual = score - _length_features(rows, columns) @ effect
     return np.where(np.abs(residual) < 1e-9 * (1 + np.abs(score).max()), 0.0, residual)
