@@ -1,12 +1,15 @@
 """nbdev's tests of all notebooks, two at a time, without drawing the figures that cells show.
 
-Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything.
+Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything. Libraries are imported once, before the two processes part.
 """
 
+import gc
 import sys
 
 import nbdev.test
 from execnb.shell import CaptureShell
+
+from codetrace.runs.warm_kernels import import_library
 
 
 class ShellWithoutPictures(CaptureShell):
@@ -19,4 +22,6 @@ class ShellWithoutPictures(CaptureShell):
 
 if __name__ == "__main__":
     nbdev.test.CaptureShell = ShellWithoutPictures
+    import_library()
+    gc.freeze()  # garbage is not looked for among what libraries have made
     sys.exit(nbdev.test.nbdev_test(n_workers=2, timing=True))

@@ -584,8 +584,8 @@ def test_help_answers_at_once():
 
 @pytest.mark.parametrize("command", ["run", "merge", "runs", "show", "phases", "doctor", "clean"])
 def test_every_command_has_an_example(command, tmp_path):
-    done = codetrace(tmp_path, command, "--help")
-    assert done.returncode == 0 and "Example" in done.stdout and f"codetrace {command}" in done.stdout
+    done = in_process(tmp_path, command, "--help")
+    assert done.exit_code == 0 and "Example" in done.stdout and f"codetrace {command}" in done.stdout
 
 
 def test_a_record_may_leave_files_out(tmp_path):

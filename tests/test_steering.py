@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +166,21 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     return generated
 
 
-@pytest.fixture
-def tuned(tmp_path, answers, monkeypatch):
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, answers):
     "Chooses from such runs; gives the hash of the choice, and its folder."
-    monkeypatch.setattr(tuning, "load_model", lambda *_, **__: load_steering_model())
+    folder = tmp_path_factory.mktemp("tuned")
 
+    @cache
     def choose(name: str, flipped: str = "") -> tuple[str, Path]:
-        root = tmp_path / name
+        root = folder / name
         root.mkdir()
-        monkeypatch.setenv("CODETRACE_RUNS", str(root))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "load_model", lambda *_, **__: load_steering_model())
+            patch.setenv("CODETRACE_RUNS", str(root))
+            return choose_in(root, flipped)
+
+    def choose_in(root: Path, flipped: str) -> tuple[str, Path]:
         generated = on_disk(root, answers, flipped)
         inputs = resolve_inputs("tuning", {"input": generated}, root)
         study, pool = study_from_runs({name: Path(manifest["folder"]) for name, manifest in inputs.items()})
@@ -190,7 +197,7 @@ def tuned(tmp_path, answers, monkeypatch):
 
 def test_nothing_of_the_validation_split_is_read_before_the_choice(tuned, told):
     "No validation task is answered, and validation labels may be anything: the choice is the same."
-    digest, _ = tuned("plain")
+    digest, _ = tuned("watched")  # by nobody before, so all of it is told
     judging = {p.task_id for p in draw_planted_problems()[CUTS["validation"]]}
     assert told.judged and not judging & set(told.judged)
     assert tuned("validation flipped", "validation")[0] == digest
@@ -198,7 +205,7 @@ def test_nothing_of_the_validation_split_is_read_before_the_choice(tuned, told):
 
 def test_other_labels_do_make_another_choice(tuned):
     "The test above can fail."
-    assert tuned("plain")[0] != tuned("sae flipped", "sae")[0]
+    assert tuned("watched")[0] != tuned("sae flipped", "sae")[0]
 
 
 def test_the_evaluation_opens_the_frozen_choice_before_anything_else(told, tmp_path, monkeypatch):

@@ -15,8 +15,10 @@ from textwrap import wrap
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ..core.stats import SMALL_SAMPLE
 
@@ -140,6 +142,21 @@ def panel_grid(
         caption_below(fig, caption)
         plt.close(fig)
 
+# %% ../../nbs/plots/style.ipynb #5e1d0a7c
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[Bbox]:
+    "Lay a figure out once for all of its files, which takes longer than drawing; gives the box around all that is in it."
+    layout = figure.get_layout_engine()
+    if layout is None:
+        figure.draw_without_rendering()
+    else:
+        layout.execute(figure)
+    figure.set_layout_engine(None)
+    try:
+        yield figure.get_tightbbox().padded(rcParams["savefig.pad_inches"])
+    finally:
+        figure.set_layout_engine(layout)
+
 # %% ../../nbs/plots/style.ipynb #1b8bfc7a
 def save_figure(
     figure: Figure | None,
@@ -147,7 +164,7 @@ def save_figure(
 ) -> Figure | None:  # The same, to be shown
     "Keep a figure beside the record, if there is one."
     if figure is not None:
-        with figure_style():
-            figure.savefig(Path(path).with_suffix(".png"))
-            figure.savefig(Path(path).with_suffix(".svg"), metadata={"Date": None})
+        with figure_style(), _laid_out(figure) as box:
+            figure.savefig(Path(path).with_suffix(".png"), bbox_inches=box)
+            figure.savefig(Path(path).with_suffix(".svg"), bbox_inches=box, metadata={"Date": None})
     return figure

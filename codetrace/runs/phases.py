@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 
@@ -150,7 +150,12 @@ def read_declaration(
 # %% ../../nbs/runs/phases.ipynb #a68fd99b
 def repository_root() -> Path | None:
     "The repository that the package is imported from, or None for an installed package."
-    home = Path(codetrace.__file__).resolve().parents[1]
+    return _repository_of(codetrace.__file__)
+
+
+@cache
+def _repository_of(package: str) -> Path | None:
+    home = Path(package).resolve().parents[1]
     return home if (home / "nbs").is_dir() and (home / "settings.ini").is_file() else None
 
 
@@ -176,10 +181,24 @@ def _declared_in(notebook: Path, changed: int) -> Phase | BadInput | None:
         return error
 
 
+def _notebooks_of(folder: Path) -> list[tuple[str, int]]:
+    "Paths of a folder's notebooks with the time of their last change: one listing, for a command asks a hundred times."
+    try:
+        with os.scandir(folder) as entries:
+            notebooks = [entry for entry in entries if entry.name.endswith(".ipynb") and entry.is_file()]
+            return sorted((entry.path, entry.stat().st_mtime_ns) for entry in notebooks)
+    except OSError:  # no such folder, or none to be read
+        return []
+
+
+@lru_cache(maxsize=8)
+def _declared_in_all(notebooks: tuple[tuple[str, int], ...]) -> dict[Path, Phase | BadInput | None]:
+    return {Path(path): _declared_in(Path(path), changed) for path, changed in notebooks}
+
+
 def _read_notebooks() -> dict[Path, Phase | BadInput | None]:
     "What each notebook declares."
-    notebooks = [path for folder in phase_folders() for path in sorted(folder.glob("*.ipynb"))]
-    return {path: _declared_in(path, path.stat().st_mtime_ns) for path in notebooks if path.is_file()}
+    return _declared_in_all(tuple(found for folder in phase_folders() for found in _notebooks_of(folder)))
 
 
 def phases() -> dict[str, Phase]:
