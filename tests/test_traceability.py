@@ -2,13 +2,17 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from codetrace import models
 from codetrace.core.errors import BadInput
+from codetrace.models.gguf_header import check_gguf_file
+from codetrace.models.gguf_models import write_gguf_tokenizer
 from codetrace.models.lm import LM
+from codetrace.models.tokenizer import load_tokenizer
 from codetrace.patching import cases as patching_cases
 from codetrace.patching.alignment import CannotTrace, RoleSharesToken, one_token_answer, token_roles
 from codetrace.patching.cases import (
@@ -52,13 +56,13 @@ def of_kind(lm, kind) -> LM:
     return LM(kind, lm.hf, tokenizer_of_kind(kind))
 
 
-def joining(lm, tokens, name="other") -> LM:
-    "The same model with a tokenizer that knows further tokens."
+def joining(lm, tokens) -> LM:
+    "A model with a tokenizer like SmolLM2's that knows further tokens."
     from tokenizers import AddedToken
 
-    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer = copy.deepcopy(tokenizer_of_kind("SmolLM2"))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return LM(name, lm.hf, tokenizer, "x")
+    return LM("other", lm.hf, tokenizer, "x")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,19 @@ def test_every_generator_can_be_traced_whatever_the_tokenizer(llama, kind, seq_l
         assert row["passed_over"].get(CUT_ROLE, 0) <= n / 4, row  # a name of a thing that joins the colon before it
         if "binding" in row["generator"]:
             assert row["drawn"] == 1
+
+
+CODE_MODELS = sorted((Path.home() / ".cache" / "coder-model").glob("*.gguf"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CODE_MODELS, reason="no code model in ~/.cache/coder-model")
+def test_every_generator_can_be_traced_with_the_code_models_own_tokenizer(llama, tmp_path):
+    write_gguf_tokenizer(check_gguf_file(CODE_MODELS[0]), tmp_path)
+    lm = LM("code model", llama.hf, load_tokenizer(tmp_path))
+    for seq_len in (3, 6):
+        table = traceability_table([lm], seq_len=seq_len, n=40)
+        assert (table["traceable"] >= 0.95).all(), table[table["traceable"] < 0.95]
 
 
 @pytest.mark.parametrize("task", GENERATORS)
@@ -156,10 +173,10 @@ def test_a_default_trace_finds_programs_of_every_generator(llama, monkeypatch, t
 
 
 def test_what_is_passed_over_is_counted(llama, monkeypatch):
-    "Of a loop of six turns, most answers are two digits; the solved examples are of one token as well."
+    "Of a loop of four turns, most answers are two digits; the solved examples are of one token as well."
     monkeypatch.setattr(patching_cases, "_answers_correctly", lambda lm, asked: [True] * len(asked))
     options = CaseOptions("range", num_shots=2, include_shallow=True)
-    (case,), reasons = draw_cases(llama, 1, ProgramShapes((6,), (), "hash"), options)
+    (case,), reasons = draw_cases(llama, 1, ProgramShapes((4,), (), "hash"), options)
     assert reasons.count(SEVERAL_TOKENS) == len(reasons) - 1 > 3 and not reasons[-1]
     solved = case.prefix.strip().split("\n\n")
     assert len(solved) == 2

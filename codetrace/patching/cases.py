@@ -207,7 +207,7 @@ def _draw_fitting(
             reasons.append(NO_COUNTERFACTUAL)
             continue
         prompt = render_program_prompt("{code}", program, solved)
-        return TraceCase(*pair, prompt[: len(prompt) - len(program.code)]), reasons
+        return TraceCase(program, pair[1], prompt[: len(prompt) - len(program.code)]), reasons
     return None, reasons
 
 # %% ../../nbs/patching/cases.ipynb #a90f23fa
@@ -289,7 +289,7 @@ def choose_query_style(
         shares[style] = measure_traceability(lm, partial(make, query_style=style), seq_len).share
         if shares[style] >= _FITTING_SHARE:
             return style
-    return max(shares, key=shares.get)
+    return max(shares, key=shares.__getitem__)
 
 # %% ../../nbs/patching/cases.ipynb #f8f38cc6
 def traceability_table(

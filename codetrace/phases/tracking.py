@@ -129,18 +129,21 @@ def quick_experiment(
     "An experiment from a few words."
     look_up_name(query_style, ["auto", *QUERY_STYLES], "query style")
     if isinstance(program_generator, str):
-        program_generator = look_up_name(program_generator, GENERATORS, "generator")
-    if not _takes_parameter(program_generator, "query_style"):
+        look_up_name(program_generator, GENERATORS, "generator")
+        generator = GENERATORS[program_generator]
+    else:
+        generator = program_generator
+    if not _takes_parameter(generator, "query_style"):
         if query_style != "auto":
             raise BadInput(f"the generator of {name!r} takes no query_style: leave query_style={query_style!r} out")
     elif query_style != "auto":
-        program_generator = partial(program_generator, query_style=query_style)
-    elif "query_style" not in getattr(program_generator, "keywords", {}):
-        options = {"query_styles": tuple(QUERY_STYLES)} | options
+        generator = partial(generator, query_style=query_style)
+    elif "query_style" not in getattr(generator, "keywords", {}):
+        options.setdefault("query_styles", tuple(QUERY_STYLES))
     if asks_for_final_answer(template_text(prompt_template)):
         options = {"answer_parser": parse_final_answer, "max_new_tokens": 200} | options
-    options = {"answer_parser": None} | options
-    return ExperimentConfig(name, prompt_template, program_generator, models=models, num_seqs=num_seqs, **options)
+    options.setdefault("answer_parser", None)
+    return ExperimentConfig(name, prompt_template, generator, models=models, num_seqs=num_seqs, **options)
 
 # %% ../../nbs/phases/10_tracking.ipynb #68c53fcf
 def _generator_task(generator: Callable) -> str:

@@ -80,4 +80,5 @@ def tokenizer_of_kind(
     kind: str,  # A key of `TOKENIZER_KINDS`
 ) -> PreTrainedTokenizerFast:
     "A small tokenizer that cuts text as a family's does."
-    return look_up_name(kind, TOKENIZER_KINDS, "kind of tokenizer")()
+    look_up_name(kind, TOKENIZER_KINDS, "kind of tokenizer")
+    return TOKENIZER_KINDS[kind]()

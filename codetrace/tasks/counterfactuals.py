@@ -54,14 +54,15 @@ def _root_constant(
     "The constant that a value counterfactual replaces: the last one where the chain begins."
     root = program.text(program.chain[0].rhs) if program.chain else ""
     match = _ROOT_CONSTANT.search(root)
-    if match is None:
+    kind = match and match.lastgroup
+    if match is None or kind is None:
         raise NoCounterfactual(
             f"{program.task}: the root {root!r} of the chain ends in no digit, truth value or word: counterfactuals replace one"
         )
     kinds = {"digit": tuple("0123456789"), "truth": ("False", "True"), "word": ENTITY_NAMES}
     start = program.chain[0].rhs[0]
-    first, last = match.span(match.lastgroup)
-    return (start + first, start + last), kinds[match.lastgroup]
+    first, last = match.span(kind)
+    return (start + first, start + last), kinds[kind]
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #ce43cd5f
 def _one_token_differs(tokenizer: Callable, first: str, second: str) -> bool:
@@ -80,7 +81,8 @@ def _replace_span(program: Program, span: Span, text: str) -> Program:
 def _fresh_constants(program: Program, rng: np.random.Generator, constants: Sequence[str]) -> list[str]:
     "Constants of a kind in random order, those that the program does not hold first."
     held = {str(node.value) for node in ast.walk(ast.parse(program.source)) if isinstance(node, ast.Constant)}
-    return sorted((constants[i] for i in rng.permutation(len(constants))), key=held.__contains__)
+    shuffled = [str(constants[i]) for i in rng.permutation(len(constants)).tolist()]
+    return sorted(shuffled, key=held.__contains__)
 
 
 def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
