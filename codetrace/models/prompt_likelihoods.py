@@ -56,7 +56,7 @@ def prompt_likelihoods(
     for start in progress(range(0, len(order), batch_size), desc="prompts"):
         members = order[start : start + batch_size]
         batch = lm.tokenize([rows[i] for i in members], padding_side="right")
-        hidden = lm.hf.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden = lm._hidden(batch.inputs).last_hidden_state
         for i, states in zip(members, hidden):
             found[i] = _row_of_prompt(lm, states[: len(rows[i])], rows[i])
     return found

@@ -36,16 +36,11 @@ def _last_hidden_after(
     mask = batch.attention_mask
     if prefix:
         ids = torch.tensor([list(prefix)], device=lm.device)
-        cache = lm.hf.base_model(input_ids=ids, use_cache=True).past_key_values
+        cache = lm._hidden({"input_ids": ids}, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(suffixes))
         mask = torch.cat([torch.ones(len(suffixes), len(prefix), dtype=mask.dtype, device=mask.device), mask], 1)
-    hidden = lm.hf.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=batch.position_ids + len(prefix),
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids + len(prefix)}
+    hidden = lm._hidden(inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     return hidden[torch.arange(len(suffixes), device=hidden.device), batch.lengths.to(hidden.device) - 1]
 
 

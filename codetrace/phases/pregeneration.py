@@ -11,6 +11,7 @@ __all__ = ['PROMPT_BASELINES', 'COVARIATES', 'POSITION', 'PROBE', 'LATENT', 'BEY
 # %% ../../nbs/phases/30_pregeneration.ipynb #007fd5c2
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from jaxtyping import Float
 from ..core.errors import BadInput
 from ..core.metrics import auroc, auroc_interval
 from ..core.progress import Progress, no_progress
-from ..core.records import Records
+from ..core.records import compute_missing_units
 from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
 from ..models.lm import LM
 from ..models.prompt_likelihoods import prompt_likelihoods
@@ -47,6 +48,14 @@ from ..sae.separation import encode_active_latents
 from ..tasks.verbalised_confidence import ask_yes_no
 
 # %% ../../nbs/phases/30_pregeneration.ipynb #e3c0b6a3
+def _read_batch(lm: LM, prompts: Mapping[str, str], questions: Mapping[str, str]) -> pd.DataFrame:
+    "One row a task of a batch."
+    tasks = list(prompts)
+    likelihoods = prompt_likelihoods(lm, list(prompts.values()), len(tasks))
+    answers = ask_yes_no(lm, [questions[task] for task in tasks], len(tasks))
+    return pd.DataFrame([{"task_id": t} | row | a for t, row, a in zip(tasks, likelihoods, answers)])
+
+
 def read_prompts(
     lm: LM,
     prompts: Mapping[str, str],  # Task id: the prompt as the answer's run had it
@@ -56,17 +65,12 @@ def read_prompts(
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a task: `task_id`, likelihoods, `confidence, yes_no_mass`
     "Likelihoods of each prompt, and the model's own confidence."
-    with Records(folder, key="task_id") as records:
-        done = records.done()
-        remaining = sorted((task for task in prompts if (task,) not in done), key=lambda task: -len(prompts[task]))
-        starts = range(0, len(remaining), batch_size)
-        for start in progress(starts, desc="reading prompts"):
-            tasks = remaining[start : start + batch_size]
-            likelihoods = prompt_likelihoods(lm, [prompts[task] for task in tasks], batch_size)
-            answers = ask_yes_no(lm, [questions[task] for task in tasks], batch_size)
-            records.append({"task_id": t} | row | a for t, row, a in zip(tasks, likelihoods, answers))
-        records.flush()
-        table = records.table()
+    tasks = sorted(prompts, key=lambda task: -len(prompts[task]))
+    batches = {}
+    for start in range(0, len(tasks), batch_size):
+        of_batch = {task: prompts[task] for task in tasks[start : start + batch_size]}
+        batches[f"{start:06}"] = partial(_read_batch, lm, of_batch, questions)
+    table = compute_missing_units(folder, batches, progress, "reading prompts").drop(columns="unit")
     return table.set_index("task_id").loc[list(prompts)].reset_index()
 
 # %% ../../nbs/phases/30_pregeneration.ipynb #a6b4c035

@@ -9,6 +9,7 @@ __all__ = ['RANKING', 'score_answers', 'code_digest', 'read_own_verdicts', 'refu
 # %% ../../nbs/phases/31_ranking.ipynb #73faddce
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
-from ..core.records import Records
+from ..core.records import compute_missing_units
 from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
 from ..models.lm import LM
 from ..runs.claims import claim_row
@@ -49,6 +50,13 @@ def code_digest(code: str) -> str:
     return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def _own_verdicts_of(lm: LM, problem: Problem, codes: Mapping[str, str], batch_size: int) -> pd.DataFrame:
+    "One row a distinct answer to a problem."
+    statement = task_statement(problem)
+    questions = [question_after_answer(statement, code[:_LONGEST_CODE], lm.tokenizer) for code in codes.values()]
+    return pd.DataFrame(ask_yes_no(lm, questions, batch_size)).assign(task_id=problem.task_id, code_sha256=list(codes))
+
+
 def read_own_verdicts(
     lm: LM,
     rows: pd.DataFrame,  # `task_id, code`
@@ -58,23 +66,13 @@ def read_own_verdicts(
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # The rows, with `confidence, yes_no_mass`
     "Ask the model of every answer whether it is right."
-    digests = rows["code"].map(code_digest)
-    asked = rows.assign(code_sha256=digests).drop_duplicates(["task_id", "code_sha256"])
-    with Records(folder, key=("task_id", "code_sha256")) as records:
-        for task, answers in progress(list(asked.groupby("task_id", sort=False)), desc="own verdicts"):
-            done = records.done()
-            remaining = [row for row in answers.to_dict("records") if (task, row["code_sha256"]) not in done]
-            if not remaining:
-                continue
-            statement = task_statement(problems[task])
-            codes = [row["code"][:_LONGEST_CODE] for row in remaining]
-            found = ask_yes_no(lm, [question_after_answer(statement, code, lm.tokenizer) for code in codes], batch_size)
-            records.append({"task_id": task, "code_sha256": r["code_sha256"]} | v for r, v in zip(remaining, found))
-        records.flush()
-        verdicts = records.table()
-    return rows.assign(code_sha256=digests).merge(
-        verdicts, on=["task_id", "code_sha256"], validate="many_to_one", how="left"
-    )
+    rows = rows.assign(code_sha256=rows["code"].map(code_digest))
+    of_problem = {}
+    for task, answers in rows.drop_duplicates(["task_id", "code_sha256"]).groupby("task_id", sort=False):
+        codes = answers.set_index("code_sha256")["code"].to_dict()
+        of_problem[task] = partial(_own_verdicts_of, lm, problems[task], codes, batch_size)
+    verdicts = compute_missing_units(folder, of_problem, progress, "own verdicts").drop(columns="unit")
+    return rows.merge(verdicts, on=["task_id", "code_sha256"], validate="many_to_one", how="left")
 
 # %% ../../nbs/phases/31_ranking.ipynb #c8ca5dd2
 def refuse_shared_groups(

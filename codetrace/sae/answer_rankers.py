@@ -65,6 +65,8 @@ class Ranker:
         "Scores from states."
         if self.probe is not None:
             return np.asarray(self.probe(states), float)
+        if sae is None:
+            raise BadInput("a latent is read by an SAE: give the function that loads that of a layer")
         active = encode_active_latents(sae(self.details["layer"]), states)
         return self.details["sign"] * active.column(self.details["latent"]).astype(float)
 

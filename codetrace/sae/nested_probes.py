@@ -229,18 +229,21 @@ def choose_latent(
     "The latent with the best AUROC; nested scores from the choice of each fold."
     label = np.asarray(label).astype(bool)
     folds = grouped_folds(label, group, 5, seed)
-    best_by_fold: list[tuple[LatentChoice, np.ndarray] | None] = [None] * len(folds)
+    nothing = LatentChoice(-1, -1, 1.0, 0.0)
+    best_by_fold = [nothing] * len(folds)
+    columns = [np.zeros(len(label))] * len(folds)
     rows = []
     for layer in layers:
         active = encode(layer)
         rows.append(asdict(best_latent({layer: latent_aurocs(active, label)})))
         for fold, (fit, _) in enumerate(folds):
             choice = best_latent({layer: latent_aurocs(active, label, fit)})
-            if best_by_fold[fold] is None or choice.auroc > best_by_fold[fold][0].auroc:
-                best_by_fold[fold] = (choice, choice.sign * active.column(choice.latent).astype(float))
+            if choice.auroc > best_by_fold[fold].auroc:
+                best_by_fold[fold] = choice
+                columns[fold] = choice.sign * active.column(choice.latent).astype(float)
     scores = np.zeros(len(label))
-    for (fit, held_out), (_, column) in zip(folds, best_by_fold, strict=True):
+    for (fit, held_out), column in zip(folds, columns, strict=True):
         scores[held_out] = _scores_like(column[None, fit], column[None, held_out])[0]
     by_layer = pd.DataFrame(rows)
     chosen = rows[int(by_layer["auroc"].argmax())]
-    return NestedChoice(scores, chosen, [asdict(choice) for choice, _ in best_by_fold], by_layer)
+    return NestedChoice(scores, chosen, [asdict(choice) for choice in best_by_fold], by_layer)

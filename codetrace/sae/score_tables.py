@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from ..core.metrics import auroc, cluster_interval
-from .baseline_differences import simultaneous_differences
+from .baseline_differences import Statistic, simultaneous_differences
 from .latent_search import draw_permutations
 from .length_residuals import fit_length_effect, residualise_on_length
 from .linear_probes import logistic_probe, out_of_fold_scores, row_fitter
@@ -87,6 +87,11 @@ def auroc_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/sae/score_tables.ipynb #d72f2dda
+def _auroc_statistic(label: np.ndarray, score: np.ndarray) -> Statistic:
+    "The AUROC of a score, from how often each row counts."
+    return lambda weights: np.asarray(auroc(label, score, weights))
+
+
 def difference_table(
     judged: pd.DataFrame,  # `label, group`
     scores: Mapping[str, pd.DataFrame],  # By measure: a column a predictor
@@ -99,7 +104,7 @@ def difference_table(
     label = judged["label"].to_numpy()
     tables = []
     for measure, table in scores.items():
-        statistics = {name: partial(auroc, label, table[name].to_numpy()) for name in [*names, *baselines]}
+        statistics = {name: _auroc_statistic(label, table[name].to_numpy()) for name in [*names, *baselines]}
         others = {name: statistics[name] for name in baselines}
         for name in names:
             gaps = simultaneous_differences(statistics[name], others, judged["group"], n_resamples, seed=seed)
