@@ -33,15 +33,17 @@ def as_website(config: dict) -> dict:
 
 
 def relinked(text: str, name: str) -> str:
-    "Links of a record, which was written in nbs/phases/, as its own folder sees them; a chapter that is gone is no link."
+    "Links of a record, to runs from its own folder and to chapters from nbs/phases/; what is not there is no link."
+    folder = (HOME / name).parent
 
     def link(match: re.Match) -> str:
-        target = (HOME / "nbs" / "phases" / match[2]).resolve()
-        if not target.is_file():
-            return match[1]
-        return f"[{match[1]}]({os.path.relpath(target, (HOME / name).parent)})"
+        for home in (folder, HOME / "nbs" / "phases"):
+            target = (home / match[2]).resolve()
+            if target.is_file():
+                return f"[{match[1]}]({os.path.relpath(target, folder)})"
+        return match[1]
 
-    return re.sub(r"\[([^\[\]]*)\]\(([\w./]+\.ipynb)\)", link, text)
+    return re.sub(r"\[([^\[\]]*)\]\(([\w./-]+\.ipynb)\)", link, text)
 
 
 def process_notebooks(folder: Path) -> Path:

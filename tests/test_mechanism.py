@@ -618,7 +618,7 @@ def test_one_position_is_not_drawn_twice():
     )
     figure = plot_head_sets(sets, "effect")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["final"]
-    assert "n = 8 (fewer than 10) programs" in figure._supxlabel.get_text()
+    assert "n = 8 programs (fewer than 10)" in figure._supxlabel.get_text()
     three = pd.concat([sets, sets.assign(position_name="query")])
     assert len(plot_head_sets(three, "effect").axes) == 3
 

@@ -16,7 +16,10 @@ from .style import caption_below, count_in_caption, figure_style, panel_grid, ra
 # %% ../../nbs/plots/mechanism.ipynb #65c3dc3d
 def _share_limits(table: pd.DataFrame) -> tuple[float, float]:
     "The scale of a share: from 0 to 1 with a margin, and further where an interval reaches beyond."
-    return min(-0.1, table["low"].min()), max(1.1, table["high"].max())
+    lowest = min(0, table["low"].min())
+    highest = max(1, table["high"].max())
+    margin = 0.08 * (highest - lowest)
+    return lowest - margin, highest + margin
 
 # %% ../../nbs/plots/mechanism.ipynb #c750787a
 def plot_head_sets(
@@ -29,7 +32,7 @@ def plot_head_sets(
         table = table[table["position_name"] != "all"]
     panels = list(table.groupby("position_name", sort=False))
     kinds = list(dict.fromkeys(table["kind"]))
-    caption = f"{count_in_caption(table['n'].max())} programs, 95% intervals." + (
+    caption = f"{count_in_caption(table['n'].max())}, 95% intervals." + (
         "" if intact is None else " Grey: nothing ablated."
     )
     with panel_grid(len(panels), len(panels), 1.5, 0.22 * len(kinds) + 0.1, caption) as axes:
@@ -60,7 +63,7 @@ def _plot_probe_panel(ax, rows: pd.DataFrame):
         ax.fill_between(rows["layer"], rows[low], rows[high], color=look["color"], alpha=0.18, lw=0)
         ax.plot(rows["layer"], rows[value], **look)
     readable = rows["layer"][rows["readable"]]
-    ax.plot(readable, np.full(len(readable), -0.09), "|", color="k", ms=4, mew=1)
+    ax.plot(readable, np.full(len(readable), 1.1), "s", color="k", ms=2.2)
 
 # %% ../../nbs/plots/mechanism.ipynb #3e790b1d
 def plot_probes(
@@ -71,15 +74,15 @@ def plot_probes(
     panels = list(table.groupby("position_name", sort=False))
     last = int(table["layer"].max())
     caption = (
-        f"Black: accuracy of a linear probe, {count_in_caption(table['n'].max())} programs, 95% Wilson intervals of each cell; dotted: shuffled labels; dash-dotted: control task.\n"
-        f"Blue, dashed: causal effect of the same state, {count_in_caption(table['effect_n'].max())} programs, 95% bootstrap intervals.\n"
-        "Marks below: readable, over all cells at 5%: above both controls, and above a guess where no rule is right."
+        f"Black: accuracy of a linear probe, {count_in_caption(table['n'].max())}, 95% Wilson intervals of each cell; dotted: shuffled labels; dash-dotted: control task.\n"
+        f"Blue, dashed: causal effect of the same state, {count_in_caption(table['effect_n'].max())}, 95% bootstrap intervals.\n"
+        "Squares above: readable, over all cells at 5%: above both controls, and above a guess where no rule is right."
     )
     with panel_grid(len(panels), columns, 1.75, 1.55, caption) as axes:
         for ax, (name, rows) in zip(axes.flat, panels):
             _plot_probe_panel(ax, rows)
             ax.set_title(name, pad=3)
-            ax.set(yticks=[0, 0.5, 1], ylim=(-0.12, 1.05), xticks=sorted({0, last // 2, last}))
+            ax.set(yticks=[0, 0.5, 1], ylim=(-0.05, 1.15), xticks=sorted({0, last // 2, last}))
             range_frame(ax, (0, last), (0, 1))
         axes[-1, 0].set_xlabel("layer")
     return axes[0, 0].figure
@@ -105,7 +108,7 @@ def plot_directions(
     "Effect over the number of directions, by named position."
     panels = list(table.groupby(["position_name", "layer"], sort=False))
     ks = sorted(set(table["k"][table["basis"] == "random"]))
-    caption = f"{count_in_caption(table['n'].max())} programs, 95% bootstrap intervals; grey line: the whole state.\n● components of the values' means, ○ of the states, × random directions."
+    caption = f"{count_in_caption(table['n'].max())}, 95% bootstrap intervals; grey line: the whole state.\n● components of the values' means, ○ of the states, × random directions."
     with panel_grid(len(panels), len(panels), 2.2, 1.8, caption) as axes:
         for ax, ((name, layer), rows) in zip(axes.flat, panels):
             _plot_directions_panel(ax, rows)
@@ -128,7 +131,7 @@ def plot_peaks_by_model(
     accuracy = peaks.drop_duplicates("model")["accuracy"]
     panels = list(peaks.groupby("position_name", sort=False))
     caption = (
-        f"{count_in_caption(peaks['n'].max())} programs, not those on which the layer was chosen; 95% bootstrap intervals; grey: accuracy.\n"
+        f"{count_in_caption(peaks['n'].max())}, not those on which the layer was chosen; 95% bootstrap intervals; grey: accuracy.\n"
         "Nothing is drawn where the logit difference of the two programs cannot be told from zero."
     )
     with panel_grid(2 * len(panels), len(panels), 1.15, 1.2, caption) as axes:
@@ -146,12 +149,17 @@ def plot_peaks_by_model(
 
 # %% ../../nbs/plots/mechanism.ipynb #5e214fa6
 def _plot_training_curve(ax, table: pd.DataFrame, panel: str):
-    "One panel: its own curve with its band, the others in grey."
+    "One panel: its own curve with its band, the others in grey; before training an open circle, joined to nothing."
     for _, rows in table[table["panel"] != panel].groupby("panel", sort=False):
-        ax.plot(rows["step"], rows["share"], color="0.85", lw=0.7, zorder=0)
+        trained = rows[rows["step"] > 0]
+        ax.plot(trained["step"], trained["share"], color="0.85", lw=0.7, zorder=0)
     rows = table[table["panel"] == panel]
-    ax.fill_between(rows["step"], rows["low"], rows["high"], color="0.6", alpha=0.5, lw=0, zorder=1)
-    ax.plot(rows["step"], rows["share"], "k", lw=1.1)
+    trained = rows[rows["step"] > 0]
+    untrained = rows[rows["step"] == 0]
+    ax.fill_between(trained["step"], trained["low"], trained["high"], color="0.6", alpha=0.5, lw=0, zorder=1)
+    ax.plot(trained["step"], trained["share"], "k.-", lw=1.1, ms=3)
+    ax.vlines(untrained["step"], untrained["low"], untrained["high"], color="k", lw=0.8, clip_on=False)
+    ax.plot(untrained["step"], untrained["share"], "o", color="k", mfc="w", ms=3.5, clip_on=False, zorder=3)
     if rows["learnt"].notna().all():
         ax.axhline(rows["learnt"].iloc[0], color="k", lw=0.7, ls=":")
 
@@ -175,7 +183,9 @@ def plot_shares_by_step(
     last = int(table["step"].max())
     ticks = _step_ticks(last)
     dotted = "; dotted: of the right answers." if table["learnt"].notna().any() else "."
-    caption = f"n = {table['n'].max()} queries, 95% Wilson intervals; grey: the other panels{dotted}"
+    count = count_in_caption(table["n"].max(), "queries")
+    before = "; ○ before training" if (table["step"] == 0).any() else ""
+    caption = f"{count}, 95% Wilson intervals; a dot a measurement{before}; grey: the other panels{dotted}"
     with panel_grid(len(names), 5, 1.5, 1.3, caption) as axes:
         for ax, name in zip(axes.flat, names):
             _plot_training_curve(ax, table, name)
@@ -188,22 +198,33 @@ def plot_shares_by_step(
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/mechanism.ipynb #4a2ab0a9
+_FEW_STEPS = 60  # Up to so many, each is drawn
+
+
 def plot_training_loss(
     training: pd.DataFrame,  # One row a step: `step, loss`
 ) -> Figure:
-    "Loss of every step, and its running median."
+    "Running median of the loss, with the band that holds nine of ten steps; dots where steps are few."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
 
     with figure_style():
         fig, ax = plt.subplots(figsize=(3.6, 2.2), layout="constrained")
-        ax.plot(training["step"], training["loss"], ".", color="0.7", ms=2)
-        ax.plot(training["step"], training["loss"].rolling(15, 1, center=True).median(), "k", lw=1)
+        window = max(15, len(training) // 50)
+        running = training["loss"].rolling(window, 1, center=True)
+        is_short = len(training) <= _FEW_STEPS
+        if is_short:
+            ax.plot(training["step"], training["loss"], ".", color="0.6", ms=3)
+        else:
+            band = running.quantile(0.05), running.quantile(0.95)
+            ax.fill_between(training["step"], *band, color="0.6", alpha=0.5, lw=0)
+        ax.plot(training["step"], running.median(), "k", lw=1)
         ax.set(xlabel="step", ylabel="loss, nats an answer", yscale="log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(LogFormatter())
         ax.xaxis.get_major_locator().set_params(integer=True)
-        caption_below(fig, "A dot a step; line: running median of 15 steps.")
+        steps = "dot: a step" if is_short else "band: nine of ten steps"
+        caption_below(fig, f"n = {len(training)} steps; line: running median of {window}; {steps}.")
         plt.close(fig)
     return fig
 

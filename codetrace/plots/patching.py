@@ -22,10 +22,21 @@ def _effect_colormap():
     return LinearSegmentedColormap.from_list("effect", stops).with_extremes(bad=(0, 0, 0, 0))
 
 
-def _plot_matrix(ax: Axes, values: np.ndarray, limit: float):
-    "Draw a [row, layer] matrix of effects."
+def _share_colormap():
+    "Colours of a share: white at zero, dark blue at one, nothing where not measured."
+    from matplotlib.colors import LinearSegmentedColormap
+
+    stops = [(0, "#ffffff"), (0.5, "#6f9fcf"), (1, "#0b2a5b")]
+    return LinearSegmentedColormap.from_list("share", stops).with_extremes(bad=(0, 0, 0, 0))
+
+
+def _plot_matrix(ax: Axes, values: np.ndarray, limit: float, is_share: bool = False):
+    "Draw a [row, layer] matrix of effects, on a scale centred on zero, or of shares, from 0 to 1."
     ax.patch.set(facecolor="0.96", hatch="//////", edgecolor="0.82", linewidth=0)
-    drawn = ax.imshow(values, cmap=_effect_colormap(), vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    look = {"cmap": _effect_colormap(), "vmin": -limit, "vmax": limit}
+    if is_share:
+        look = {"cmap": _share_colormap(), "vmin": 0, "vmax": 1}
+    drawn = ax.imshow(values, aspect="auto", interpolation="nearest", **look)
     y, x = (values < -limit / 12).nonzero()
     ax.plot(x, y, "_", color="k", ms=2.5, mew=0.5)
     ax.spines[:].set_visible(False)
@@ -36,34 +47,56 @@ def _plot_matrix(ax: Axes, values: np.ndarray, limit: float):
 
 # %% ../../nbs/plots/patching.ipynb #24183291
 def _plot_matrix_panels(values: dict[str, np.ndarray], caption: str, xlabel: str = "layer", label_width: float = 1.6):
-    "A row of grids on one scale; gives figure and axes. `label_width` is in inches."
+    "A row of grids, effects on one scale and shares on another; gives figure and axes. `label_width` is in inches."
     import matplotlib.pyplot as plt
 
     rows, columns = next(iter(values.values())).shape
-    limit = max((np.nanmax(np.abs(v)) for v in values.values() if not np.isnan(v).all()), default=1) or 1
+    effects = [matrix for title, matrix in values.items() if not _is_share(title) and not np.isnan(matrix).all()]
+    limit = max((np.nanmax(np.abs(matrix)) for matrix in effects), default=1) or 1
     width = max(1.6, min(3.4, 0.095 * columns))
     size = label_width + (width + 0.1) * len(values) + 0.8, max(0.3, 0.155 * rows) + 0.95
     fig, axes = plt.subplots(1, len(values), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    scales = {}
     for ax, (title, matrix) in zip(axes.flat, values.items()):
-        drawn = _plot_matrix(ax, matrix, limit)
+        drawn = _plot_matrix(ax, matrix, limit, _is_share(title))
+        scales.setdefault(_is_share(title), (drawn, []))[1].append(ax)
         ax.set(title=title, xlabel=xlabel)
-    _add_colorbar(fig, drawn, ax=axes, shrink=min(1, 1.1 / (0.155 * rows)), aspect=12, pad=0.01)
+    for drawn, panels in scales.values():
+        _add_colorbar(fig, drawn, ax=panels, shrink=min(1, 1.1 / (0.155 * rows)), aspect=12, pad=0.02)
     caption_below(fig, caption)
     plt.close(fig)
     return fig, list(axes.flat)
 
 # %% ../../nbs/plots/patching.ipynb #447f8418
+_SUCCESS_TITLE = "success rate"
+
+
+def _is_share(title: str) -> bool:
+    "Does a panel show a share, which is bounded by 0 and 1?"
+    return title.endswith(_SUCCESS_TITLE)
+
+
 def _add_colorbar(fig: Figure, drawn, **place):
     "The scale of a grid, without a box."
-    bar = fig.colorbar(drawn, anchor=(0, 1.0), **place)
+    low, high = drawn.get_clim()
+    ticks = [low, (low + high) / 2, high]
+    bar = fig.colorbar(drawn, anchor=(0, 1.0), ticks=ticks, format="{x:.2g}", **place)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7)
 
 
-def _annotate_row(ax: Axes, row: int, text: str, right: bool, points: float, **look):
-    "Text beside a row of a grid, `points` from its edge."
+def _annotate_row(ax: Axes, row: int, text: str, points: float, **look):
+    "Text beside a row of a grid, `points` from its left edge."
     place = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 7.5}
-    ax.annotate(text, (int(right), row), (points, 0), **place, **look)
+    ax.annotate(text, (0, row), (points, 0), **place, **look)
+
+
+def _label_rows_at_right(ax: Axes, labels: list[str]):
+    "A label at the right of each row of a grid, which the layout keeps clear of the scale."
+    right = ax.secondary_yaxis("right")
+    right.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    right.tick_params(length=0, pad=2)
+    right.spines[:].set_visible(False)
 
 
 def _n_programs(rows: pd.DataFrame) -> int:
@@ -78,25 +111,32 @@ def plot_token_grid(
     cells: pd.DataFrame,  # One program's: `site, layer, head, position, token, position_name` and the metrics (NaN: not swept)
     metrics: tuple[str, ...] = ("effect",),  # A panel each, and for each site
 ) -> Figure:
-    "Layers by tokens, one program."
+    "Layers by tokens, one program; a token of which no state was swept has no row."
     cells = cells[cells["head"].isna()] if "head" in cells else cells
     tokens = cells.drop_duplicates("position").sort_values("position")
+    cells = cells[cells["position"].isin(cells["position"][cells[list(metrics)].notna().any(axis=1)])]
+    is_swept = tokens["position"].isin(cells["position"]).tolist()
+    shown = tokens[is_swept]
     with figure_style():
         values = {}
         for site, rows in cells.groupby("site", sort=False):
             for metric in metrics:
                 title = f"{site}, {metric.replace('_', ' ')}"
                 values[title] = rows.pivot(index="position", columns="layer", values=metric).to_numpy(float)
-        caption = "One program. Effect: share of the logit difference between the two answers\nthat one patched state brings about. Hatched: not swept."
+        caption = (
+            f"n = 1 program, {len(shown)} of its {len(tokens)} tokens swept. "
+            "Effect: share of the logit difference between the two answers that one patched state brings about."
+        )
+        if any(np.isnan(matrix).any() for matrix in values.values()):
+            caption += " Hatched: not swept."
         fig, axes = _plot_matrix_panels(values, caption, label_width=2.6)
-        labels = [token.translate(_VISIBLE_WHITESPACE) for token in tokens["token"]]
-        axes[0].set_yticks(range(len(tokens)), labels, family="DejaVu Sans Mono", fontsize=7.5)
-        lines = _line_starts(list(tokens["token"]))
+        labels = [token.translate(_VISIBLE_WHITESPACE) for token in shown["token"]]
+        axes[0].set_yticks(range(len(shown)), labels, family="DejaVu Sans Mono", fontsize=7.5)
+        lines = _lines_of_rows(_line_starts(list(tokens["token"])), is_swept)
         left = -48 - 4.6 * max(len(text) for _, text in lines)
         for row, text in lines:
-            _annotate_row(axes[0], row, text, False, left, family="DejaVu Sans Mono", color="0.45")
-        for row, name in enumerate(tokens["position_name"]):
-            _annotate_row(axes[-1], row, name, True, 3)
+            _annotate_row(axes[0], row, text, left, family="DejaVu Sans Mono", color="0.45")
+        _label_rows_at_right(axes[-1], list(shown["position_name"]))
     return fig
 
 # %% ../../nbs/plots/patching.ipynb #007bfff4
@@ -107,6 +147,17 @@ def _line_starts(tokens: list[str]) -> list[tuple[int, str]]:
     starts += [i + 1 for i, token in enumerate(tokens[:-1]) if "\n" in token]
     return list(zip(starts, (line.rstrip() for line in lines)))
 
+
+def _lines_of_rows(lines: list[tuple[int, str]], is_swept: list[bool]) -> list[tuple[int, str]]:
+    "The first row of each line of which a token has a row, and the line."
+    rows = np.cumsum(is_swept) - 1
+    ends = [start for start, _ in lines[1:]] + [len(is_swept)]
+    placed = []
+    for (start, text), end in zip(lines, ends):
+        swept = [place for place in range(start, end) if is_swept[place]]
+        placed += [(int(rows[swept[0]]), text)] if swept else []
+    return placed
+
 # %% ../../nbs/plots/patching.ipynb #e337d3be
 def _site_metric_matrices(summary: pd.DataFrame, metrics: tuple[str, ...], names: list[str]) -> dict[str, np.ndarray]:
     "A [position, layer] matrix for each site and metric, by title."
@@ -114,7 +165,7 @@ def _site_metric_matrices(summary: pd.DataFrame, metrics: tuple[str, ...], names
     matrices = {}
     for site, rows in summary.groupby("site", sort=False):
         for metric in metrics:
-            title = f"{site}, {'success rate' if metric == 'success' else metric.replace('_', ' ')}"
+            title = f"{site}, {_SUCCESS_TITLE if metric == 'success' else metric.replace('_', ' ')}"
             matrix = rows.pivot(index="position_name", columns="layer", values=metric)
             matrices[title] = matrix.reindex(index=names, columns=layers).to_numpy(float)
     return matrices
@@ -126,6 +177,12 @@ def _labels_with_counts(summary: pd.DataFrame, names: list[str]) -> list[str]:
     return [name if counts[name] == _n_programs(summary) else f"{name} (n = {counts[name]})" for name in names]
 
 # %% ../../nbs/plots/patching.ipynb #94708980
+_METRIC_CAPTIONS = {
+    "effect": "Effect: share of the logit difference that one patched state brings about.",
+    "success": "Success rate: share of programs whose first answer becomes the source's.",
+}
+
+
 def plot_position_grid(
     summary: pd.DataFrame,  # One row a cell: `site, layer, head, position_name, n` and the metrics, in the order of the rows
     metrics: tuple[str, ...] = ("effect", "success"),  # A panel each, and for each site
@@ -134,7 +191,9 @@ def plot_position_grid(
     summary = summary[summary["head"].isna()] if "head" in summary else summary
     names = list(dict.fromkeys(summary["position_name"]))
     with figure_style():
-        caption = f"Mean over {count_in_caption(_n_programs(summary))} programs. Effect: share of the logit difference that one patched state brings about.\nSuccess rate: share of programs whose first answer becomes the source's."
+        caption = f"Mean over {count_in_caption(_n_programs(summary))}. " + " ".join(
+            text for metric, text in _METRIC_CAPTIONS.items() if metric in metrics
+        )
         fig, axes = _plot_matrix_panels(_site_metric_matrices(summary, metrics, names), caption)
         axes[0].set_yticks(range(len(names)), _labels_with_counts(summary, names), fontsize=8)
     return fig
@@ -157,12 +216,27 @@ def _plot_control_marks(ax: Axes, controls, name: str, metric: str):
         if control != "no-op":
             marker = _CONTROL_MARKERS.get(control, ".")
             ax.plot(rows["layer"], rows[metric], marker, color="k", mfc="w", ms=3.2, mew=0.6, zorder=3)
+        if control == "random":
+            ax.axhline(rows[metric].mean(), color="0.4", lw=0.7, ls="--", zorder=1)
 
 # %% ../../nbs/plots/patching.ipynb #cfe4a1eb
-def _lines_caption(summary: pd.DataFrame, metric: str, controls: pd.DataFrame | None) -> str:
+def _lines_caption(summary: pd.DataFrame, metric: str, controls: pd.DataFrame | None, flat: list[str]) -> str:
     interval = "95% bootstrap intervals" if metric == "effect" else "95% Wilson intervals"
-    caption = f"Mean over {count_in_caption(_n_programs(summary))} programs, {interval}; grey: the other positions."
-    return caption + _controls_caption(controls)
+    caption = f"Mean over {count_in_caption(_n_programs(summary))}, {interval}; grey: the other positions."
+    if flat:
+        caption += f" Never beyond {_FLAT}: {', '.join(flat)}."
+    has_random = controls is not None and "random" in set(controls["control"])
+    return caption + _controls_caption(controls) + (" Dashed: the mean of the random states." if has_random else "")
+
+
+_FLAT = 0.1  # A line that stays within it, of any metric, holds nothing to see
+
+
+def _flat_positions(summary: pd.DataFrame, metric: str) -> list[str]:
+    "The named positions whose line stays at zero in all layers; none where all do."
+    largest = summary[metric].abs().groupby(summary["position_name"], sort=False).max()
+    flat = list(largest.index[largest <= _FLAT])
+    return flat if len(flat) < len(largest) else []
 
 
 def _controls_caption(controls: pd.DataFrame | None) -> str:
@@ -175,7 +249,7 @@ def _controls_caption(controls: pd.DataFrame | None) -> str:
         "unrelated, base's answer": "▽ … with the base's answer",
     }
     kinds = [text for kind, text in marks.items() if kind in set(controls["control"])]
-    return f"\nControls (n ≤ {_n_programs(controls)}): " + ", ".join(kinds) + "."
+    return f"\nControls (n ≤ {_n_programs(controls)}): " + "; ".join(kinds) + "."
 
 # %% ../../nbs/plots/patching.ipynb #9ca743d6
 def _plot_metric_panel(ax: Axes, summary: pd.DataFrame, name: str, metric: str):
@@ -202,9 +276,10 @@ def plot_metric_by_layer(
     columns: int = 4,  # Panels in a row
 ) -> Figure:
     "A metric over layers for each named position, with intervals."
-    names = list(dict.fromkeys(summary["position_name"]))
+    flat = _flat_positions(summary, metric)
+    names = [name for name in dict.fromkeys(summary["position_name"]) if name not in flat]
     summary = summary.sort_values("layer")
-    with panel_grid(len(names), columns, 1.7, 1.35, _lines_caption(summary, metric, controls)) as axes:
+    with panel_grid(len(names), columns, 1.7, 1.35, _lines_caption(summary, metric, controls, flat)) as axes:
         for ax, name in zip(axes.flat, names):
             _plot_metric_panel(ax, summary, name, metric)
             _plot_control_marks(ax, controls, name, metric)
@@ -252,7 +327,8 @@ def plot_head_grid(
     import matplotlib.pyplot as plt
 
     cells = summary[summary["head"].notna()].assign(size=lambda t: t["effect"].abs())
-    top_names = list(cells.groupby("position_name")["size"].max().nlargest(names).index)
+    largest = set(cells.groupby("position_name")["size"].max().nlargest(names).index)
+    top_names = [name for name in dict.fromkeys(cells["position_name"]) if name in largest]  # in the program's order
     best = (cells.sort_values("size", ascending=False) if ranking is None else ranking).head(top)
     with figure_style():
         size = 1.5 * len(top_names) + 3.6, 3.1
@@ -263,6 +339,7 @@ def plot_head_grid(
             drawn = _plot_matrix(ax, effects.to_numpy(float), cells["size"].max() or 1)
             ax.invert_yaxis()
             ax.set(title=name, xlabel="head")
+            ax.tick_params(labelleft=ax is axes[0])
         axes[0].set_ylabel("layer")
         _add_colorbar(fig, drawn, ax=axes[-2], shrink=0.35, aspect=10)
         _plot_strongest_heads(axes[-1], best, controls)
@@ -273,8 +350,8 @@ def plot_head_grid(
 # %% ../../nbs/plots/patching.ipynb #a8ae83ad
 def _heads_caption(summary: pd.DataFrame, best: pd.DataFrame, chosen_elsewhere: bool, controls) -> str:
     choice = "chosen on the other half of the programs" if chosen_elsewhere else "chosen on the same programs"
-    intervals = f"strongest heads: {count_in_caption(_n_programs(best))} with 95% bootstrap intervals, {choice}"
-    return f"Mean over {count_in_caption(_n_programs(summary))} programs; {intervals}." + _controls_caption(controls)
+    intervals = f"strongest heads: {count_in_caption(_n_programs(best))}, 95% bootstrap intervals, {choice}"
+    return f"Mean over {count_in_caption(_n_programs(summary))}; {intervals}." + _controls_caption(controls)
 
 # %% ../../nbs/plots/patching.ipynb #6102373c
 def plot_exact_vs_approximate(
@@ -298,6 +375,6 @@ def plot_exact_vs_approximate(
             ax.set(title=site, xlabel="exact effect")
             range_frame(ax, (low, high), (rows[approximation].min(), rows[approximation].max()))
         axes[0, 0].set_ylabel(approximation)
-        caption_below(fig, f"{count_in_caption(_n_programs(cells))} programs, a dot a cell; grey: exact.")
+        caption_below(fig, f"{count_in_caption(_n_programs(cells))}, a dot a cell; grey: exact.")
         plt.close(fig)
     return fig

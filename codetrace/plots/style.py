@@ -63,9 +63,13 @@ def range_frame(
     ax.spines["left"].set_bounds(*y)
 
 
-def count_in_caption(n: float | np.integer) -> str:
-    "The number of programs, for a caption, with a warning where they are few."
-    return f"n = {n:.0f}" if n >= SMALL_SAMPLE else f"n = {n:.0f} (fewer than {SMALL_SAMPLE})"
+def count_in_caption(
+    n: float | np.integer,
+    unit: str = "programs",  # What is counted, in the plural
+) -> str:
+    "How many there are, for a caption, with a warning where they are few."
+    counted = f"n = {n:.0f} {unit[:-1] if n == 1 else unit}"
+    return counted if n >= SMALL_SAMPLE else f"{counted} (fewer than {SMALL_SAMPLE})"
 
 
 def caption_below(fig: Figure, text: str):
@@ -110,6 +114,9 @@ def plot_series(
     plot.scale(marker=markers, fillcolor=fills).theme(_RC_PARAMS).on(ax).plot()
 
 # %% ../../nbs/plots/style.ipynb #ae5723a0
+_NARROWEST = 3.4  # Inches: a caption below is still read easily
+
+
 @contextmanager
 def panel_grid(
     n: int,  # Panels
@@ -123,7 +130,8 @@ def panel_grid(
 
     wide = min(columns, n)
     tall = -(-n // columns)
-    options = {"figsize": (width * wide + 0.6, height * tall + 0.7), "squeeze": False, "layout": "constrained"}
+    size = max(_NARROWEST, width * wide + 0.6), height * tall + 0.7
+    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
     with figure_style():
         fig, axes = plt.subplots(tall, wide, sharex=True, sharey="row", **options)
         yield axes

@@ -24,6 +24,7 @@ from .checks import check_run
 from .manifest import RunInterrupted
 from .parameters import phase_values
 from .phases import find_phase
+from .record_layout import lay_out_record
 from .run import Run, notebook_code, open_run
 from .signals import interrupt_on_stop_signals
 from .warm_kernels import warm_kernel_manager
@@ -166,6 +167,17 @@ def _record_run_error(run: Run, error: BaseException) -> Exception | None:
         return BadInput(known["message"])
     return RunFailed(f"{known['type']}: {known['message']} (see {run.folder / 'notebook.ipynb'})")
 
+# %% ../../nbs/runs/execute.ipynb #636d9681
+_log = logging.getLogger(__name__)
+
+
+def _lay_out(run: Run, **facts) -> None:
+    "Rewrite the executed notebook as a record; a run never fails by it."
+    try:
+        lay_out_record(run.folder, run.manifest | facts)
+    except Exception as error:
+        _log.warning("the record of run %s stays in the order it was executed: %s", run.manifest["run_id"], error)
+
 # %% ../../nbs/runs/execute.ipynb #7fd67546
 def execute_phase(
     phase: str,  # Phase name
@@ -185,9 +197,12 @@ def execute_phase(
         run.manifest |= read_json(run.folder / "run.json")
         if run.manifest["status"] != "executed":
             raise RuntimeError("the notebook ended without run.finish(...)")
+        _lay_out(run, status="complete")
         run._save(status="complete", notebook={"sha256": file_sha256(run.folder / "notebook.ipynb")})
     except BaseException as error:
-        raise _record_run_error(run, error) from (None if isinstance(error, KeyboardInterrupt | SystemExit) else error)
+        reason = _record_run_error(run, error)
+        _lay_out(run)
+        raise reason from (None if isinstance(error, KeyboardInterrupt | SystemExit) else error)
     finally:
         (run.folder / "progress.json").unlink(missing_ok=True)
         run.release()

@@ -33,6 +33,7 @@ from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_man
 from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
 from .phases import MADE_UP_DATA, Phase, find_phase, is_phase, runs_root
+from .record_layout import lay_out_record
 from .signals import STOP_SIGNALS
 
 # %% ../../nbs/runs/run.ipynb #796ef191
@@ -216,13 +217,10 @@ def finish(
 ) -> dict:  # Run id, headline and outputs
     "Hash what was written, and close the run."
     launcher = self.manifest["launcher"]
-    if launcher == "papermill" and (record := papermill_output()) and record.is_file():
-        # papermill saves after each cell: the copy has every output but this cell's
-        shutil.copyfile(record, self.folder / "notebook.ipynb")
     began = datetime.fromisoformat(self.manifest["resumed"] or self.manifest["started"])
     if reason := self.manifest.get("example"):
         headline = f"example ({reason}): {headline}"
-    self._save(
+    facts = dict(
         status=_FINAL_STATUS.get(launcher, "complete"),
         headline=headline,
         summary=summary or [],
@@ -232,6 +230,11 @@ def finish(
         wall_seconds=round(time.time() - began.timestamp(), 1),
         memory=peak_memory(),
     )
+    if launcher == "papermill" and (record := papermill_output()) and record.is_file():
+        # papermill saves after each cell: the copy has every output but this cell's
+        shutil.copyfile(record, self.folder / "notebook.ipynb")
+        lay_out_record(self.folder, self.manifest | facts)
+    self._save(**facts)
     self.release()
     return {"run": self.manifest["run_id"], "headline": headline, "outputs": list(self.manifest["outputs"])}
 
