@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_parameters', 'run_command', 'merge_command', 'phases_command', 'runs_command', 'show_command',
-           'robust_command', 'grade_command', 'doctor_command', 'clean_command', 'cli_main']
+           'rerun_command', 'robust_command', 'grade_command', 'doctor_command', 'clean_command', 'cli_main']
 
 # %% ../nbs/cli.ipynb #10ddb7e7
 import json
@@ -20,6 +20,7 @@ import typer
 
 from .core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from .core.errors import BadInput
+from .core.files import visible_text
 from .runs.execute import RunFailed, execute_phase
 from .runs.listing import print_run, print_table, run_row
 from .runs.manifest import all_runs, find_run, newest_run
@@ -389,6 +390,32 @@ def show_command(
         print_run(
             newest_run(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
         )
+
+# %% ../nbs/cli.ipynb #c020146f
+@app.command(
+    name="rerun",
+    epilog="Examples:  codetrace rerun 20261121T2210  |  codetrace rerun runs/reference/tracing/20261122T0359",
+)
+def rerun_command(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Run id, the beginning of one, or a folder.")],
+    tolerance: Annotated[
+        float, typer.Option(metavar="T", help="Numbers are close within T times the larger of 1 and theirs.")
+    ] = 1e-3,
+    quiet: _Quiet = False,
+):
+    "Run a record again from its manifest and compare; exit status 1 where something differs."
+    from codetrace.runs.rerun import find_record, rerun_record
+
+    result = rerun_record(find_record(name), tolerance=tolerance, show_progress=not quiet)
+    print_table([vars(comparison) for comparison in result.outputs])
+    for note in result.notes:
+        print(note)
+    for word, manifest in (("then", result.record), ("now", result.repeated)):
+        print(visible_text(f"{word}: {manifest.get('headline', '')}"))
+    print(result.sentence)
+    if not result.holds:
+        print(f"compare with {result.repeated['folder']}")
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #1ec496d6
 @app.command(

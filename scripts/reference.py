@@ -2,41 +2,71 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-What is left out (large weights, say) stays listed in the manifest with its hash, under `left_out`.
+Pictures are left out, for the record shows them, and what the patterns name (large weights, the rows of a training).
+All of it stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again. A record that
+is a reference already is thinned where it is.
 """
 
 import argparse
 import fnmatch
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from codetrace.core.files import write_json
-from codetrace.runs.manifest import resolve_run
+from codetrace.core.files import file_sha256, read_json, write_json
+from codetrace.runs.manifest import resolve_run, stored_manifest
+from codetrace.runs.record_layout import lay_out_record
 
 HOME = Path(__file__).resolve().parents[1]
+PICTURES = ("*.png", "*.svg")
+
+
+def without_example_outputs(notebook: dict) -> dict:
+    "A record whose chapter's examples, which say nothing about the run, show nothing."
+    ids = [cell["id"] for cell in notebook["cells"]]
+    tagged = [
+        i for i, cell in enumerate(notebook["cells"]) if "injected-parameters" in cell["metadata"].get("tags", [])
+    ]
+    if "record-code" in ids and tagged:
+        for cell in notebook["cells"][ids.index("record-code") : tagged[0]]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = []
+    return notebook
+
+
+def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
+    "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
+    manifest = stored_manifest(folder)
+    matching = {name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in patterns)}
+    left_out = sorted(matching | set(manifest.get("left_out", [])))
+    for name in left_out:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    changes = {"left_out": left_out} if left_out else {}
+    record = folder / "notebook.ipynb"
+    if record.is_file():
+        lay_out_record(folder, manifest)
+        write_json(record, without_example_outputs(read_json(record)))
+        changes["notebook"] = {"sha256": file_sha256(record)}
+    write_json(folder / "run.json", read_json(folder / "run.json") | changes)
+    return left_out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run id or folder of a complete run")
-    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PATTERN", help="outputs that are not copied")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PATTERN", help="outputs that are not kept")
     parser.add_argument("--to", type=Path, default=HOME / "runs" / "reference", help="default: %(default)s")
     options = parser.parse_args()
     manifest = resolve_run(options.run)
     source = Path(manifest["folder"])
-    target = options.to / manifest["phase"] / manifest["run_id"]
-    left_out = [name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in options.leave_out)]
-    skipped = {source / name for name in left_out}
-
-    def ignore(folder, names):
-        return [n for n in names if Path(folder) / n in skipped or n.startswith(".")]
-
-    shutil.copytree(source, target, ignore=ignore)
-    for folder in sorted((p for p in target.rglob("*") if p.is_dir()), reverse=True):
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    stored = {key: value for key, value in manifest.items() if key != "folder"}
-    write_json(target / "run.json", stored | ({"left_out": left_out} if left_out else {}))
+    target = options.to.resolve() / manifest["phase"] / manifest["run_id"]
+    if source.resolve() != target:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+        write_json(target / "run.json", {key: value for key, value in manifest.items() if key != "folder"})
+    thin(target, [*PICTURES, *options.leave_out])
     print(target)
 
 

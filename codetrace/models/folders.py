@@ -107,9 +107,17 @@ def check_adapter_folder(
     return base
 
 # %% ../../nbs/models/folders.ipynb #63d1d53c
-def adapters_by_step() -> dict[int, Path]:
-    "Adapters along the training of `binding`, by step. Only a checkout has them."
-    home = Path(codetrace.__file__).resolve().parents[1] / "adapters" / "binding"
+_MAKE_STEPS = (
+    "codetrace run binding -f recipes/binding.yaml makes it in an hour; then "
+    "mkdir -p adapters && ln -s ../runs/binding/RUN/weights adapters/binding"
+)
+
+
+def adapters_by_step(
+    home: Path | None = None,  # Default: `adapters/binding` of the checkout
+) -> dict[int, Path]:  # Empty where the training was not made again
+    "Adapters along the training of `binding`, by step."
+    home = home or Path(codetrace.__file__).resolve().parents[1] / "adapters" / "binding"
     return {int(folder.name.removeprefix("step-")): folder for folder in sorted(home.glob("step-*"))}
 
 
@@ -120,7 +128,10 @@ def adapter_folder(
     if name == "binding":
         return Path(codetrace.__file__).resolve().parent / "data" / "binding"
     if name.startswith("binding@"):
-        return look_up_name(name, {f"binding@{step}": folder for step, folder in adapters_by_step().items()}, "model")
+        folders = {f"binding@{step}": folder for step, folder in adapters_by_step().items()}
+        if not folders:
+            raise UnknownName(f"model {name!r} is a step of a training that is not here: {_MAKE_STEPS}")
+        return look_up_name(name, folders, "model")
     path = Path(os.path.expanduser(name))
     return path if (path / "adapter_config.json").is_file() else None
 
