@@ -249,9 +249,11 @@ _FOLDING = """## Method and code
 <style>
 details.codetrace-code > summary { cursor: pointer }
 .jp-Cell:has(details.codetrace-code:not([open])) ~ .jp-Cell,
-body:has(details.codetrace-code:not([open])) .jp-Cell.celltag_folded > .jp-Cell-inputWrapper { display: none }
+body:has(details.codetrace-code:not([open])) .jp-Cell.celltag_folded > .jp-Cell-inputWrapper,
+section:has(> details.codetrace-code:not([open])) > :not(h2, details.codetrace-code) { display: none }
 </style>"""
 _FOLD_OPTION = "#| code-fold: true\n"
+_DIRECTIVE = re.compile(r"\A(?:#\|[^:\n]*(?:\n|\Z))+")  # nbdev's, which make no sense as options of a cell
 
 
 def _folded(cell: Mapping) -> dict:
@@ -261,7 +263,7 @@ def _folded(cell: Mapping) -> dict:
     metadata = dict(cell["metadata"])
     metadata["jupyter"] = {**metadata.get("jupyter", {}), "source_hidden": True}
     metadata["tags"] = [*metadata.get("tags", []), "folded"]
-    source = _source(cell)
+    source = _DIRECTIVE.sub("", _source(cell))
     return {**cell, "metadata": metadata, "source": source if source.startswith("%%") else _FOLD_OPTION + source}
 
 
