@@ -23,7 +23,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
 from ..core.function_digest import function_digest
 from ..core.progress import no_progress
-from ..core.records import Records, table_to_rows
+from ..core.records import Records, read_records, table_to_rows
 from ..core.stats import format_count, format_with_interval
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
