@@ -128,7 +128,7 @@ def adapter_folder(
     if name == "binding":
         return Path(codetrace.__file__).resolve().parent / "data" / "binding"
     if name.startswith("binding@"):
-        folders = {f"binding@{step}": folder for step, folder in adapters_by_step().items()}
+        folders: dict[str, Path] = {f"binding@{step}": folder for step, folder in adapters_by_step().items()}
         if not folders:
             raise UnknownName(f"model {name!r} is a step of a training that is not here: {_MAKE_STEPS}")
         return look_up_name(name, folders, "model")

@@ -144,7 +144,7 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
 _NO_ROOM_OR_RIGHT = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()}
 
 
-def _record_run_error(run: Run, error: BaseException) -> Exception | None:
+def _record_run_error(run: Run, error: BaseException) -> Exception:
     "Write down how a run went wrong, and give the error that the caller shall see."
     run.manifest |= read_json(run.folder / "run.json")
     known = run.manifest["error"]

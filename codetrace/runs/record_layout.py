@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, cast
 
 from ..core.errors import BadInput
 from ..core.files import atomic_write, read_json
 from .manifest import run_subject
-from .parameters import PhaseParameter, notebook_parameters
-from .phases import find_phase, is_phase, repository_root
+from .parameters import PhaseParameter, phase_parameters
+from .phases import is_phase, repository_root
 
 # %% ../../nbs/runs/record_layout.ipynb #da459d11
 def shortened_paths(
@@ -66,7 +67,7 @@ def _without_noise(text: str) -> str:
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def _changed_texts(value, change: Callable[[str], str]):
+def _changed_texts(value, change: Callable[[str], str]) -> Any:
     "A value of JSON's types with every text changed, names of fields excepted."
     if isinstance(value, str):
         return change(value)
@@ -97,7 +98,7 @@ def _clean_cell(cell: Mapping, names: Mapping[str, str]) -> dict:
     if cell["cell_type"] != "code":
         return dict(cell)
     cleaned = [_clean_output(output, names) for output in cell.get("outputs", [])]
-    cell = {**cell, "outputs": [output for output in cleaned if output is not None]}
+    cell = dict(cell) | {"outputs": [output for output in cleaned if output is not None]}
     if "injected-parameters" in cell["metadata"].get("tags", []):
         cell["source"] = _without_paths("".join(cell["source"]), names)
     return cell
@@ -133,7 +134,7 @@ def results_of(
     tagged = [index for index, cell in enumerate(cells) if "parameters" in str(cell["metadata"].get("tags", []))]
     if not headings:
         return [i for i in range(max(tagged, default=-1) + 1, len(cells)) if _shows_something(cells[i])]
-    level = len(re.match("#+", _source(cells[headings[-1]]))[0])
+    level = len(_source(cells[headings[-1]]).split(" ")[0])
     chosen = []
     for index in range(headings[-1] + 1, len(cells)):
         cell = cells[index]
@@ -314,7 +315,7 @@ def laid_out(
     "An executed notebook as a record: results first, then parameters and inputs, method and code folded."
     if any(cell.get("id") == "record-title" for cell in notebook["cells"]):
         return dict(notebook)
-    metadata = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
+    metadata: dict[str, Any] = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
     if "papermill" in metadata:
         names = shortened_paths(folder)
         metadata["papermill"] = _changed_texts(metadata["papermill"], lambda text: _without_paths(text, names))
@@ -338,6 +339,6 @@ def lay_out_record(
     notebook = nbformat.from_dict(read_json(path))
     declared = {}
     if is_phase(manifest["phase"]):
-        declared = notebook_parameters(find_phase(manifest["phase"]).notebook)
-    record = nbformat.from_dict(laid_out(notebook, manifest, folder, declared))
+        declared = phase_parameters(manifest["phase"])
+    record = nbformat.from_dict(laid_out(cast(Mapping, notebook), manifest, folder, declared))
     atomic_write(path, nbformat.writes(record))

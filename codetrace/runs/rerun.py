@@ -101,6 +101,16 @@ def _array_difference(first, second, place: str) -> Difference:
     return Difference(float(np.nanmax(relative, initial=0.0)))
 
 
+def _column_difference(first: pd.Series, second: pd.Series, name: str) -> Difference:
+    if all(pd.api.types.is_numeric_dtype(column) for column in (first, second)):
+        return _array_difference(
+            first.to_numpy(float, na_value=math.nan), second.to_numpy(float, na_value=math.nan), name
+        )
+    return value_difference(
+        json.loads(first.to_json(orient="values")), json.loads(second.to_json(orient="values")), name
+    )
+
+
 def _table_difference(first: pd.DataFrame, second: pd.DataFrame) -> Difference:
     "How far two tables are from each other."
     if list(first.columns) != list(second.columns):
@@ -110,15 +120,7 @@ def _table_difference(first: pd.DataFrame, second: pd.DataFrame) -> Difference:
     total = Difference()
     for name in first.columns:
         if not _TIMES.search(str(name)):
-            columns = [table[name] for table in (first, second)]
-            if all(pd.api.types.is_numeric_dtype(column) for column in columns):
-                total += _array_difference(
-                    *[column.to_numpy(float, na_value=math.nan) for column in columns], str(name)
-                )
-            else:
-                total += value_difference(
-                    *[json.loads(column.to_json(orient="values")) for column in columns], str(name)
-                )
+            total += _column_difference(first[name], second[name], str(name))
     return total
 
 # %% ../../nbs/runs/rerun.ipynb #05f57b5b
@@ -229,9 +231,10 @@ def find_record(
     try:
         manifest = find_run(name, root)
     except UnknownName:
-        if repository_root() is None:
+        home = repository_root()
+        if home is None:
             raise
-        manifest = find_run(name, repository_root() / "runs")
+        manifest = find_run(name, home / "runs")
     run_id = manifest["run_id"]
     if manifest["status"] != "complete":
         raise BadInput(
