@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNT_PARAMETERS', 'PhaseParameter', 'notebook_parameters', 'phase_parameters', 'write_phase_notebook',
-           'BadParameter', 'read_value', 'check_parameters', 'run_command_line', 'shorthand_parameters', 'phase_values']
+           'BadParameter', 'read_value', 'check_parameters', 'run_command_line', 'parse_parameters',
+           'shorthand_parameters', 'phase_values']
 
 # %% ../../nbs/runs/parameters.ipynb #8ea54486
 import ast
@@ -200,6 +201,32 @@ def run_command_line(
             text = text if isinstance(text, str) else json.dumps(text)
             words += ["-p", shlex.quote(f"{name}={text}")]
     return " ".join(["codetrace run", phase, *words])
+
+# %% ../../nbs/runs/parameters.ipynb #791b061c
+def parse_parameters(
+    pairs: list[str],  # `name=value`, as typed
+    file: Path | None = None,  # A YAML file of names and values
+) -> dict:  # Values by name
+    "Read parameters as they are typed: as texts, which `check_parameters` reads by their declared types."
+    import yaml
+
+    values = {}
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+            values = yaml.load(text, Loader=yaml.BaseLoader) or {}  # texts: the declared type says what they mean
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise BadInput(f"cannot read parameters from {file}: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise BadInput(
+                f"{file} holds a {type(values).__name__}, not parameters: write lines such as 'num_seqs: 20'"
+            )
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise BadInput(f"cannot read the parameter {pair!r}: write -p name=value, such as -p num_seqs=20")
+        values[name.strip()] = value
+    return values
 
 # %% ../../nbs/runs/parameters.ipynb #c40a0806
 COUNT_PARAMETERS = ("num_seqs", "num_programs", "num_problems")
