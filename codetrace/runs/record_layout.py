@@ -76,13 +76,13 @@ def _changed_texts(value, change: Callable[[str], str]) -> Any:
     return [_changed_texts(item, change) for item in value] if isinstance(value, list) else value
 
 
-def _clean_output(output: Mapping, names: Mapping[str, str]) -> dict | None:
+def _clean_output(output: Mapping[str, Any], names: Mapping[str, str]) -> dict | None:
     "An output as a record keeps it; None where nothing is left."
     if _WIDGET in output.get("data", {}):
         return None
     if output.get("name") == "stderr":
         text = _without_noise("".join(output["text"]))
-        output = {**output, "text": text}
+        output = dict(output) | {"text": text}
         if not text:
             return None
     is_image = [mime for mime in output.get("data", {}) if mime.startswith("image/")]
@@ -116,7 +116,8 @@ def _shows_something(cell: Mapping) -> bool:
     "Does this cell show a figure, a table or a text, other than the note with which a run ends?"
     is_last = re.search(r"\brun\.finish\(", _source(cell))
     shown = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
-    texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in shown]
+    data: list[dict[str, Any]] = [output.get("data", {}) for output in shown]
+    texts = ["".join(mimes.get("text/plain", "")) for mimes in data]
     return bool(shown) and not is_last and any(text != "''" for text in texts)
 
 
