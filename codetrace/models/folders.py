@@ -131,7 +131,7 @@ def adapter_folder(
         folders: dict[str, Path] = {f"binding@{step}": folder for step, folder in adapters_by_step().items()}
         if not folders:
             raise UnknownName(f"model {name!r} is a step of a training that is not here: {_MAKE_STEPS}")
-        return look_up_name(name, folders, "model")
+        return Path(look_up_name(name, folders, "model"))
     path = Path(os.path.expanduser(name))
     return path if (path / "adapter_config.json").is_file() else None
 

@@ -100,7 +100,7 @@ def _clean_cell(cell: Mapping, names: Mapping[str, str]) -> dict:
     cleaned = [_clean_output(output, names) for output in cell.get("outputs", [])]
     cell = dict(cell) | {"outputs": [output for output in cleaned if output is not None]}
     if "injected-parameters" in cell["metadata"].get("tags", []):
-        cell["source"] = _without_paths("".join(cell["source"]), names)
+        cell["source"] = _without_paths(_source(cell), names)
     return cell
 
 # %% ../../nbs/runs/record_layout.ipynb #82dee4a5
