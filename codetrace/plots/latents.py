@@ -130,9 +130,8 @@ def plot_auroc_by_layer(
 ) -> Figure:
     "The AUROC of a probe of each layer, a panel a set."
     panels = list(table.groupby("set", sort=False))
-    lowest = min(0.45, table["low"].min(), levels["value"].min() - 0.02)
     caption = f"{caption} Band: 95% at each layer by itself. Dotted: baselines without states."
-    with panel_grid(len(panels), 1, 4.6, 2.6, caption.strip()) as axes:
+    with panel_grid(len(panels), 1, 4.6, 3.0, caption.strip()) as axes:
         for ax, (name, rows) in zip(axes.flat, panels):
             rows = rows.sort_values("layer")
             layers = rows["layer"].tolist()
@@ -141,9 +140,9 @@ def plot_auroc_by_layer(
             ax.plot(layers, rows["value"], "o-", color="k", ms=3, lw=0.9)
             _label_levels(ax, levels[levels["set"] == name])
             ax.set_title(name, pad=3)
-            ax.set_ylim(lowest, 1.0)
+            ax.set_ylim(0, 1)
             ax.xaxis.get_major_locator().set_params(integer=True)
-            range_frame(ax, (layers[0], layers[-1]), (lowest, 1.0))
+            range_frame(ax, (layers[0], layers[-1]), (0, 1))
         axes[-1, 0].set(xlabel="layer", ylabel="AUROC")
     return axes[0, 0].figure
 

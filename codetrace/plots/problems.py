@@ -126,9 +126,8 @@ def _plot_choice_panel(ax: Axes, rows: pd.DataFrame, bounds: tuple[str, str]):
         ax.vlines(x, of_name["low"], of_name["high"], color="k", lw=0.6)
         ax.plot(x, of_name["value"], marker, ls="-", color="k", mfc="w" if number % 2 else "k", ms=3.2, lw=0.6)
     names = last.sort_values().index
-    span = max(rows["high"].max() - rows["low"].min(), 0.05)
-    for name, height in zip(names, spread_labels(last[names].tolist(), 0.07 * span)):
-        mark = "" if name in bounds else f" {'●■▲◆▼✚'[scores.index(name) % 6]}"
+    for name, height in zip(names, spread_labels(last[names].tolist(), 0.05)):
+        mark = "" if name in bounds else f" {'●□▲◇▼✚'[scores.index(name) % 6]}"
         ax.annotate(
             f"{name}{mark} {last[name]:.2f}",
             (1.02, height),
@@ -147,13 +146,11 @@ def plot_choice_by_k(
     import matplotlib.pyplot as plt
 
     with figure_style():
-        fig, ax = plt.subplots(figsize=(5.2, 2.8), layout="constrained")
+        fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
         _plot_choice_panel(ax, table, bounds)
         ks = sorted(table["k"].unique())
-        low = table["low"].min()
-        high = table["high"].max()
-        ax.set(xlabel="answers to choose from, k", ylabel="pass@1 of the choice", xticks=ks)
-        range_frame(ax, (ks[0], ks[-1]), (low, high))
+        ax.set(xlabel="answers to choose from, k", ylabel="pass@1 of the choice", xticks=ks, ylim=(0, 1))
+        range_frame(ax, (ks[0], ks[-1]), (0, 1))
         caption_below(
             fig, f"{caption} 95% bootstrap intervals over problems. Grey: {bounds[0]} and {bounds[1]}.".strip()
         )
