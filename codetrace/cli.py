@@ -416,12 +416,6 @@ def _programs_solved_by_all(generator: str, names: list[str], seq_len: int, dept
     options = {"depth": depths[0]} if depths else {}
     return find_programs_solved_by_all(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
 
-# %% ../nbs/cli.ipynb #5a120003
-def _verdict_line(name: str, verdict) -> str:
-    "A verdict for people; what cannot be printed becomes a question mark."
-    detail = ": " + " ".join(verdict.detail.split()) if verdict.detail else ""
-    return f"{verdict.verdict:18}{name}{detail}".encode("utf-8", "replace").decode()
-
 # %% ../nbs/cli.ipynb #5a120002
 @app.command(
     name="grade",
@@ -452,7 +446,7 @@ def grade_command(
     from collections import Counter
     from dataclasses import asdict
 
-    from codetrace.runs.grading_jobs import grading_limits, read_grading_jobs
+    from codetrace.runs.grading_jobs import grading_limits, read_grading_jobs, verdict_line
     from codetrace.sandbox.pool import SandboxPool
 
     limits = grading_limits(time, memory, output, values)
@@ -461,7 +455,7 @@ def grade_command(
     with SandboxPool(workers, limits, tier) as pool:
         for job, verdict in zip(jobs, pool.grade(jobs)):
             counts[verdict.verdict] += 1
-            print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else _verdict_line(job.name, verdict))
+            print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else verdict_line(job.name, verdict))
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     print(f"{len(jobs)} programs: {summary}" if jobs else "no programs", file=sys.stderr if as_json else sys.stdout)
     if counts["runner_error"]:
@@ -532,40 +526,23 @@ def clean_command(
     force: Annotated[bool, typer.Option("--force", help="Do not ask.")] = False,
 ):
     "Remove runs, after asking; runs/reference and what is being written stay."
-    from codetrace.runs.clean import removable_folders, remove_folder
+    from codetrace.runs.clean import folders_and_size, removable_folders, remove_folder
 
     folders = removable_folders(phases or [], incomplete)
-    print_table([_folder_row(folder) for folder in folders])
+    print_table([folder.row() for folder in folders])
     names = {folder.folder.name for folder in folders}
     if missed := [folder for folder in folders if set(folder.read_by) - names]:
         print(f"runs that stay were made from {len(missed)} of these, and could not be made again as they were")
     if not folders:
         print("there is nothing to remove")
     elif dry_run:
-        print(f"nothing was removed ({_folders_and_size(folders)})")
-    elif force or _confirm(f"Remove {_folders_and_size(folders)} for good?"):
+        print(f"nothing was removed ({folders_and_size(folders)})")
+    elif force or _confirm(f"Remove {folders_and_size(folders)} for good?"):
         removed = [folder for folder in folders if remove_folder(folder)]
         kept = ", ".join(folder.folder.name for folder in folders if folder not in removed)
-        print(f"removed {_folders_and_size(removed)}" + (f"; somebody is writing there: {kept}" if kept else ""))
+        print(f"removed {folders_and_size(removed)}" + (f"; somebody is writing there: {kept}" if kept else ""))
     else:
         print("nothing was removed")
-
-# %% ../nbs/cli.ipynb #121080c9
-def _folder_row(folder) -> dict:
-    "A folder that can be removed, as a row."
-    return {
-        "run": folder.folder.name,
-        "phase": folder.phase,
-        "status": folder.status,
-        "MB": folder.bytes / 1e6,
-        "read by": " ".join(folder.read_by),
-    }
-
-
-def _folders_and_size(folders: list) -> str:
-    "How many folders, and how large they are together."
-    plural = "s" * (len(folders) != 1)
-    return f"{len(folders)} folder{plural}, {sum(folder.bytes for folder in folders) / 1e6:,.1f} MB"
 
 # %% ../nbs/cli.ipynb #75f6d21b
 def _confirm(question: str) -> bool:
