@@ -139,6 +139,7 @@ def _shared_libraries(python: str, stdlib: str) -> list[str]:
         "/usr/lib",
         "/usr/lib64",
         "/etc/ld.so.cache",
+        "/etc/alternatives",  # Debian's libblas.so.3 is a link through it
         "/usr/share/zoneinfo",
     ]
     folders = tuple(path + "/" for path in candidates)
