@@ -16,6 +16,7 @@ from .candidate_connection import serve_requests
 from .connection import Connection
 from .isolation import fork_into_namespaces, prepare_namespaced_process, set_resource_limits
 from .landlock import enforce_landlock
+from .line_tracer import serve_traced
 from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import send_frame, to_json
 from .seccomp import compile_seccomp_program, install_seccomp, seccomp_program
@@ -53,7 +54,7 @@ def _isolate_candidate(config: dict, channel: int, output: int, rulesets: dict):
 
 # %% ../../nbs/sandbox/candidate.ipynb #07391edd
 def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
-    "In a fresh child: isolate it, report that it is ready, and serve."
+    "In a fresh child: isolate it, report that it is ready, and serve a judge, or run one program under the tracer."
     try:
         _isolate_candidate(config, channel, output, rulesets)
     except BaseException as error:
@@ -62,7 +63,8 @@ def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
     try:
         send_frame(3, to_json(["", "ready", ""]))
         random.seed(0)
-        serve_requests(3, config["limits"]["answer"])
+        serve = serve_traced if config["order"] == b"trace" else serve_requests
+        serve(3, config["limits"]["answer"])
     finally:
         os._exit(0)
 
@@ -93,7 +95,7 @@ def run_zygote(control: socket.socket, config: dict, rulesets: dict):
         if not message:
             os._exit(0)
         try:
-            pid, handle, status_pipe = start(config, rulesets, *fds)
+            pid, handle, status_pipe = start(config | {"order": message}, rulesets, *fds)
         except OSError as error:
             control.send(str(error).encode())
             continue

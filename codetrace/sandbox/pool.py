@@ -38,6 +38,7 @@ from codetrace.sandbox import (
     judge,
     judge_connection,
     landlock,
+    line_tracer,
     object_graph,
     protocol,
     pytest_functions,
@@ -187,7 +188,15 @@ def find_readable_paths() -> ReadablePaths:
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
 _ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, semaphores, candidate, supervisor)
 _VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, object_graph, connection)
-_JUDGING_MODULES = (candidate_connection, judge_connection, assert_rewriting, pytest_functions, shared_state, judge)
+_JUDGING_MODULES = (
+    candidate_connection,
+    judge_connection,
+    assert_rewriting,
+    pytest_functions,
+    shared_state,
+    judge,
+    line_tracer,
+)
 _SANDBOX_MODULES = _ISOLATION_MODULES + _VALUE_MODULES + _JUDGING_MODULES
 _SANDBOX_FILES = [module.__file__ for module in _SANDBOX_MODULES]
 _BOOT_CODE = (
@@ -372,9 +381,13 @@ class SandboxWorker:
     def grade(self, job: GradingJob) -> Verdict:
         "Judge one job."
         message = {"code": job.code, "setup": job.setup, "entry_point": job.entry_point, "tests": list(job.tests)}
-        _send_message(self, message)
-        answer = json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
+        answer = self.exchange(message)
         return Verdict(answer["verdict"], tuple(answer["per_test"]), _printable(answer["detail"]), answer["seconds"])
+
+    def exchange(self, message: dict) -> dict:
+        "Have one job done; raises `WorkerLost`."
+        _send_message(self, message)
+        return json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
 
     def close(self):
         "End the worker, and with it everything in it."
