@@ -34,6 +34,7 @@ from codetrace.runs.phases import (
     runs_root,
     studies,
 )
+from .runs.watch_command import WATCH_EXAMPLES, watch_command
 
 # %% ../nbs/cli.ipynb #5c7d4f83
 app = typer.Typer(
@@ -513,6 +514,9 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="The fin
         print("this machine is usable" if good else "this machine is not usable: see FAILS")
     if not good:
         raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #11a56f09
+app.command(name="watch", epilog="Examples:  " + "  |  ".join(WATCH_EXAMPLES))(watch_command)
 
 # %% ../nbs/cli.ipynb #a8b81dce
 @app.command(

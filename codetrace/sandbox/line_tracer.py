@@ -7,7 +7,6 @@ __all__ = ['describe_value', 'message_hash', 'serve_traced']
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #9d9b9c81
 import _imp
-import _signal
 import _thread
 import builtins
 import collections
@@ -61,7 +60,7 @@ def _cut(text: str, room: int) -> tuple[str, int]:
     return (text, room - len(text)) if len(text) <= room else (text[: max(room, 0)] + "…", -1)
 
 
-def _atom_text(value: Any, base: type, room: int) -> tuple[str, int]:
+def _atom_text(value: Any, base: Any, room: int) -> tuple[str, int]:
     "The text of a value without parts."
     if base is int:
         bits = int.bit_length(value)
@@ -86,7 +85,7 @@ def _items_text(items: Any, has_keys: bool, room: int, depth: int) -> tuple[str,
     return "".join(parts)[2:], room
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #e31b8b3d
-def _container_text(value: Any, base: type, room: int, depth: int) -> tuple[str, int]:
+def _container_text(value: Any, base: Any, room: int, depth: int) -> tuple[str, int]:
     "The text of a container of Python's."
     count = base.__len__(value)
     has_keys = base is dict
@@ -128,6 +127,9 @@ def _object_text(value: Any, kind: type, room: int, depth: int) -> tuple[str, in
     if issubclass(kind, BaseException):
         text, room = _items_text(BaseException.args.__get__(value), False, room - len(name), depth)
         return f"{name}({text})", room
+    if kind is slice:
+        text, room = _items_text((value.start, value.stop, value.step), False, room, depth)
+        return f"slice({text})", room
     attributes = _attributes(value)
     if not attributes:
         return f"{name}()", room
@@ -347,7 +349,7 @@ def _refuse_thread(*_, **__):
 
 def _take_away(finish: Callable):
     "Take away what gives frames or the trace function without saying so."
-    for module in (signal, _signal):
+    for module in (signal, sys.modules["_signal"]):
         for name in list(vars(module)):
             if callable(getattr(module, name)) and not name.startswith("__"):
                 delattr(module, name)
