@@ -221,9 +221,7 @@ def _packed_columns(packed: PackedQuestions) -> tuple[list[int], _Columns]:
     return ids, _Columns(torch.tensor(owner), torch.tensor(position), torch.tensor(is_truth))
 
 
-def _visible_columns(
-    queries: _Columns, keys: _Columns, visible: Int[Tensor, "program"]
-) -> Bool[Tensor, "rows pos"]:
+def _visible_columns(queries: _Columns, keys: _Columns, visible: Int[Tensor, "program"]) -> Bool[Tensor, "rows pos"]:
     "Which cached tokens each new token sees."
     past = keys.position[None] <= queries.position[:, None]
     limits = torch.where(queries.owner >= 0, visible[queries.owner.clamp(min=0)], 1 << 30)
