@@ -147,8 +147,9 @@ def _connect_view(view: View, begin, cancel, as_code, results: tuple) -> None:
     cancel.click(_cancelled_note, None, shown, cancels=[show], queue=False, **options)
     as_code.click(partial(_snippet_markup, view), fields, code, queue=False, **options)
     for component in fields if not view.is_job else ():
-        component.input(partial(_show_view, view), fields, shown, **options)
-        changed = component.input(partial(_link_markup, view), fields, link, queue=False, **options)
+        component.input(partial(_show_view, view), fields, shown, trigger_mode="always_last", **options)
+        follow = partial(_link_markup, view)
+        changed = component.input(follow, fields, link, queue=False, trigger_mode="always_last", **options)
         changed.then(None, js=_FOLLOW_LINK % view.name)
 
 # %% ../../nbs/app/page.ipynb #3d6c23ad
