@@ -143,7 +143,8 @@ def _connect_view(view: View, begin, cancel, as_code, results: tuple) -> None:
     options = {"api_visibility": "private", "show_progress": "hidden"}
     show_link = begin.click(partial(_link_markup, view), fields, link, queue=False, **options)
     show_link.then(None, js=_FOLLOW_LINK % view.name)
-    show = begin.click(partial(_show_view, view), fields, shown, concurrency_limit=_USERS_AT_ONCE, **options)
+    run_options = options | {"concurrency_limit": _USERS_AT_ONCE, "trigger_mode": "always_last"}
+    show = begin.click(partial(_show_view, view), fields, shown, **run_options)
     cancel.click(_cancelled_note, None, shown, cancels=[show], queue=False, **options)
     as_code.click(partial(_snippet_markup, view), fields, code, queue=False, **options)
     for component in fields if not view.is_job else ():
