@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'run_command', 'merge_command', 'phases_command', 'runs_command', 'show_command', 'rerun_command',
-           'robust_command', 'grade_command', 'rank_command', 'doctor_command', 'clean_command', 'cli_main']
+           'robust_command', 'grade_command', 'rank_command', 'doctor_command', 'page_command', 'clean_command',
+           'cli_main']
 
 # %% ../nbs/cli.ipynb #10ddb7e7
 import json
@@ -517,6 +518,19 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="The fin
 
 # %% ../nbs/cli.ipynb #11a56f09
 app.command(name="watch", epilog="Examples:  " + "  |  ".join(WATCH_EXAMPLES))(watch_command)
+
+# %% ../nbs/cli.ipynb #e7578b37
+@app.command(name="app", epilog="Examples:  codetrace app  |  codetrace app --model smollm2 --port 8000")
+def page_command(
+    model: Annotated[str, typer.Option(metavar="M", help="The model that is asked and traced.")] = "binding",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Its port; else the first free one.")] = None,
+    host: Annotated[str, typer.Option(metavar="A", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+):
+    "Serve the page: records, traces, latents and pushes in a browser."
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    from codetrace.app.server import start_page
+
+    start_page(model, host, port)
 
 # %% ../nbs/cli.ipynb #a8b81dce
 @app.command(

@@ -24,6 +24,7 @@ FOLDERS = {  # In the order in which they import from each other
     "planted": "Planted mechanisms",
     "runs": "Runs",
     "phases": "Phases",
+    "app": "The page",
 }
 TABLE = "## The chapters"
 
