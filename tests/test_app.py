@@ -128,11 +128,6 @@ def type_into(page, label: str, text: str) -> None:
     field.press_sequentially(text)
 
 
-def grid_of(page) -> list[str]:
-    page.wait_for_selector("#result_trace :text('done: one program')")
-    return page.locator("#result_trace table.grid td").all_inner_texts()
-
-
 @pytest.mark.slow
 @in_browser
 def test_records_are_filtered_read_compared_and_taken_away(people):
@@ -158,95 +153,3 @@ def test_records_are_filtered_read_compared_and_taken_away(people):
     assert "codetrace show 20260101T000000001Z-aaaaaaa1" in page.inner_text("#snippet_records")
     compared = people("?view=records&compare=20260101T000000000Z-aaaaaaa0,20260101T000000001Z-aaaaaaa1")
     compared.wait_for_selector("#result_records :text('What differs')")
-
-
-@pytest.mark.slow
-@in_browser
-def test_a_link_brings_a_trace_back_and_the_keyboard_starts_one(people):
-    first = people("?view=trace")
-    first.wait_for_selector("#result_trace table.grid")
-    type_into(first, "Program (last line", "a = 4\nb = 6\nc = a\nd = 1\n#c:")
-    first.locator("#show_trace").focus()
-    first.keyboard.press("Enter")
-    wait_for(lambda: "c+%3D+a" in address_of(first))
-    first.wait_for_selector("#result_trace :text('c = a')")
-    cells = grid_of(first)
-    assert "no interval" in first.inner_text("#result_trace") and "Controls" in first.inner_text("#result_trace")
-    second = people("?" + address_of(first).partition("/?")[2])
-    assert grid_of(second) == cells
-    second.click("#code_trace")
-    second.wait_for_selector("#snippet_trace pre")
-    assert "run_sweep" in second.inner_text("#snippet_trace")
-
-
-@pytest.mark.slow
-@in_browser
-def test_two_people_one_who_leaves_and_programs_that_do_not_end(people):
-    pages = [people("?view=trace") for _ in range(2)]
-    leaves = people("?view=trace&positions=all&head_position=final")
-    leaves.wait_for_selector("#result_trace .note")
-    leaves.close()
-    assert grid_of(pages[0]) == grid_of(pages[1])
-    loop = "x%20%3D%201%0Afor%20i%20in%20range(1000000)%3A%0A%20%20for%20j%20in%20range(1000000)%3A%0A%20%20%20%20x%20%3D%20x%20%2B%201%0A%23x%3A"
-    refused = {
-        f"?view=trace&program={loop}": "timeout",
-        "?view=trace&program=import%20os%0A%23x%3A": "is not run here",
-        "?view=trace&model=smollm2": "GB",
-        "?view=trace&model=/etc": "unknown model of this page",
-        "?view=nothing": "unknown view",
-    }
-    for query, reason in refused.items():
-        page = people(query)
-        page.wait_for_selector("[role=alert]")
-        assert reason in page.inner_text("[role=alert]"), query
-    assert grid_of(people("?view=trace"))
-
-
-@pytest.mark.slow
-@in_browser
-def test_a_latent_and_a_push_are_shown(people):
-    page = people("?view=latents")
-    page.wait_for_selector("#result_latents h2")
-    assert "by chance" in page.inner_text("#result_latents") and "made-up data" in page.inner_text("#result_latents")
-    page = people("?view=steer")
-    page.wait_for_selector("#result_steer a")
-    page.locator("#result_steer a").first.click()
-    page.wait_for_selector("#result_steer :text('done: one problem')")
-    titles = page.locator("#result_steer .columns h3").all_inner_texts()
-    assert titles == ["unpushed", "the frozen push", "a random push"]
-    verdicts = page.locator("#result_steer .columns strong").all_inner_texts()
-    assert len(verdicts) == 3 and set(verdicts) <= {"passed", "failed_assertion"}
-
-
-@pytest.mark.slow
-@in_browser
-def test_everybody_can_read_and_use_it(people):
-    axe = pytest.importorskip("axe_playwright_python", reason="no axe: pip install -e '.[browser]'")
-    source = (Path(axe.__file__).parent / "axe.min.js").read_text()
-    for view in ("records", "trace", "latents", "steer"):
-        page = people(f"?view={view}")
-        page.wait_for_selector(f"#result_{view} table")
-        if view == "trace":
-            grid_of(page)
-        page.evaluate(source)
-        violations = page.evaluate("axe.run()")["violations"]
-        assert [(v["id"], v["nodes"][0]["html"]) for v in violations] == [], view
-
-
-@pytest.mark.slow
-@in_browser
-def test_memory_stays_where_it_was(served, people):
-    import psutil
-
-    _, server = served
-    page = people("?view=trace")
-    grid_of(page)
-    sizes = []
-    for number in range(40):
-        type_into(page, "Program (last line", f"a = {number % 9}\nc = a\nd = {1000 + number}\n#c:")
-        page.click("#show_trace")
-        page.wait_for_selector(f"#result_trace :text('d = {1000 + number}')")
-        grid_of(page)
-        sizes.append(psutil.Process(server.pid).memory_info().rss / 1e6)
-    late, early = sum(sizes[-10:]) / 10, sum(sizes[10:20]) / 10
-    assert late - early < 60, f"{early:.0f} MB after 20 jobs, {late:.0f} MB after 40"
