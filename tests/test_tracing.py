@@ -791,7 +791,10 @@ LEFT_OUT = {  # Programs, and what the message must say
         "line 1 or 2",
     ),
     "counterfactual twice": ([{"original": GIVEN, "counterfactual": GIVEN.replace("4", "7")}], "or twice"),
-    "no digit": ([("x = 'ball'\ny = x\nz = y\nw = z\n#w:", "ball")], "no aligned counterfactual.*begins with a digit"),
+    "no constant": (
+        [("a = 1\nb = 2\nx = None\ny = x\nz = y\n#z:", "None")],
+        "no counterfactual.*begins with a digit, truth value or word",
+    ),
     "nothing": ([], "no programs to trace: give at least one"),
 }
 
