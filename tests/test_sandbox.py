@@ -359,6 +359,21 @@ def test_libraries_are_found_through_debians_links(tier):
     assert verdict.verdict == "passed", verdict
 
 
+def test_packages_beside_numpy_are_not_even_listed(tier):
+    pytest.importorskip("numpy")
+    code = """import os, numpy
+def f():
+    try:
+        return sorted({*os.listdir(os.path.dirname(os.path.dirname(numpy.__file__)))} - {"numpy", "numpy.libs"})
+    except OSError:
+        return []
+def g():
+    return numpy.arange(3) @ numpy.ones(3)
+"""
+    (verdict,) = grade([GradingJob(code, "f", ("assert f() == []", "assert g() == 3"))], tier=tier, workers=1)
+    assert verdict.verdict == "passed", verdict
+
+
 def test_hashes_and_chance_repeat():
     code = "import random\ndef f(x): return hash('a'), random.random(), list({'a', 'b', 'c'})"
     seen = grade_one(code, "raise ValueError(repr(f(1)))").detail

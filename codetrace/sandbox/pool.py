@@ -312,10 +312,12 @@ def _worker_configuration(tier: int, limits: SandboxLimits, folder: str) -> dict
         "uid": _unused_uid() if is_root else None,
         "shared_uid": tier == 2 and not is_root,
     }
+    packages = {name: path for path in visible.packages if "." not in (name := os.path.basename(path))}
     if tier == 1:
-        return config | {"path": [*map(_tier1_path, visible.path), "/packages"]}
-    path = [*visible.path, *sorted({os.path.dirname(package) for package in visible.packages})]
-    return config | {"path": path, "readable": _landlock_readable_paths(), "listable": path}
+        packages = {name: _tier1_path(package) for name, package in packages.items()}
+        return config | {"path": [*map(_tier1_path, visible.path)], "packages": packages}
+    readable = _landlock_readable_paths()
+    return config | {"path": visible.path, "packages": packages, "readable": readable, "listable": visible.path}
 
 # %% ../../nbs/sandbox/pool.ipynb #5a120008
 def _send_message(worker: "SandboxWorker", message: dict):

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import spec_from_file_location
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
 from .isolation import set_resource_limits
@@ -331,9 +332,26 @@ def _drop_privileges(config: dict) -> dict[str, int]:
     return rulesets
 
 
+class _PackageFinder:
+    "Finds packages at known places: the folder that they lie in, with other people's packages, need not be listed."
+
+    def __init__(self, folders: dict[str, str]):
+        self.folders = folders  # By name
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name in self.folders:
+            folder = self.folders[name]
+            return spec_from_file_location(name, f"{folder}/__init__.py", submodule_search_locations=[folder])
+
+
 def _redirect_imports(prefix: str, handle: int):
     "Have modules found, and submodules of those already loaded, through an open directory."
     sys.path[:] = [_path_through_descriptor(path, prefix, handle) for path in sys.path]
+    for finder in sys.meta_path:
+        if isinstance(finder, _PackageFinder):
+            finder.folders = {
+                name: _path_through_descriptor(path, prefix, handle) for name, path in finder.folders.items()
+            }
     for module in list(sys.modules.values()):
         if isinstance(folders := getattr(module, "__path__", None), list):
             folders[:] = [_path_through_descriptor(path, prefix, handle) for path in folders]
@@ -352,6 +370,7 @@ def run_supervisor():
         del sys.modules[name]  # a candidate that imports codetrace finds none
     sys.argv = [""]
     sys.path[:] = config["path"]
+    sys.meta_path.append(_PackageFinder(config["packages"]))
     os.closerange(3, MAX_DESCRIPTORS)
     config["null"] = os.open("/dev/null", os.O_RDWR)  # 3, which is free to be taken by a channel once it is copied
     rulesets = _drop_privileges(config)
