@@ -43,7 +43,9 @@ setup(
     package_data={"codetrace": ["data/**/*"]},
     cmdclass={"build_py": BuildWithNotebooks},
     install_requires=about["requirements"].split(),
-    extras_require={name: about[f"{name}_requirements"].split() for name in ("dev", "quant", "saes", "lens", "app", "browser")},
+    extras_require={
+        name: about[f"{name}_requirements"].split() for name in ("dev", "quant", "saes", "lens", "app", "browser")
+    },
     entry_points={"console_scripts": about["console_scripts"].split(), "nbdev": ["codetrace=codetrace._modidx:d"]},
     zip_safe=False,
 )
