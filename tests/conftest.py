@@ -1,4 +1,4 @@
-"Shapes and types that the annotations of modules with arrays promise are checked at every call that a test makes."
+"Order of the tests; and shapes and types that annotations of modules with arrays promise, checked at every call that a test makes."
 
 import os
 
@@ -9,6 +9,11 @@ import pytest
 CHECKED = [f"codetrace.{name}" for name in ("core.metrics", "core.stats", "models", "patching", "sae", "steering")]
 if os.environ.get("CODETRACE_CHECK_TYPES", "1") != "0":  # `make test` does without, `make test-slow` does not
     jaxtyping.install_import_hook(CHECKED, "runtime_types.checked")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    "Long files first, in their own order: no worker is left with one when the others have nothing to do."
+    items.sort(key=lambda item: -item.path.stat().st_size)
 
 
 @pytest.fixture
