@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sandbox_logger', 'VERDICTS', 'NOT_JUDGED', 'GradingJob', 'Verdict', 'SandboxLimits', 'ReadablePaths',
            'find_readable_paths', 'WorkerLost', 'SandboxWorker', 'NoSandbox', 'why_tier_unavailable',
-           'choose_sandbox_tier', 'SandboxPool', 'grade']
+           'choose_sandbox_tier', 'SandboxPool', 'ask_idle_worker', 'grade']
 
 # %% ../../nbs/sandbox/pool.ipynb #75e96e39
 import json
@@ -19,13 +19,14 @@ import sys
 import sysconfig
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import BadInput
 from codetrace.sandbox import (
@@ -530,14 +531,17 @@ class SandboxPool:
             yield submitted.popleft().result()
 
 # %% ../../nbs/sandbox/pool.ipynb #5a12000b
-def _grade_with_worker(pool: SandboxPool, job: GradingJob) -> Verdict:
-    "Judge a job with an idle worker; if that is lost, with a new one."
+def ask_idle_worker(
+    pool: SandboxPool,
+    ask: Callable[[SandboxWorker], Any],  # What the worker is asked
+) -> Any:  # What it answers
+    "The answer of an idle worker; if that is lost, of a new one. Raises `WorkerLost` where that is lost too."
     worker = pool.idle.get()
     reason = ""
     try:
         for _ in range(2):
             try:
-                return worker.grade(job)
+                return ask(worker)
             except WorkerLost as error:
                 reason = str(error)
                 pool.restarts += 1
@@ -545,9 +549,17 @@ def _grade_with_worker(pool: SandboxPool, job: GradingJob) -> Verdict:
                 worker.process.kill()
                 worker.close()
                 worker = SandboxWorker(pool.tier, pool.limits)
-        return Verdict("runner_error", (None,) * len(job.tests), _printable(reason), 0.0)
+        raise WorkerLost(reason)
     finally:
         pool.idle.put(worker)
+
+
+def _grade_with_worker(pool: SandboxPool, job: GradingJob) -> Verdict:
+    "Judge a job; what no worker could judge is no label."
+    try:
+        return ask_idle_worker(pool, lambda worker: worker.grade(job))
+    except WorkerLost as error:
+        return Verdict("runner_error", (None,) * len(job.tests), _printable(str(error)), 0.0)
 
 # %% ../../nbs/sandbox/pool.ipynb #479f77db
 def grade(

@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..sandbox.line_tracer import message_hash
-from ..sandbox.pool import SandboxLimits, SandboxPool, SandboxWorker, WorkerLost, sandbox_logger
+from ..sandbox.pool import SandboxLimits, SandboxPool, WorkerLost, ask_idle_worker
 from ..sandbox.protocol import from_json
 
 # %% ../../nbs/tasks/execution.ipynb #87f52781
@@ -214,25 +214,13 @@ def _with_branches(code: str, steps: list[ExecutionStep]) -> list[ExecutionStep]
 
 # %% ../../nbs/tasks/execution.ipynb #5e6759f3
 def _record_with_worker(pool: SandboxPool, program: TracedProgram, limits: TraceLimits) -> Execution:
-    "Record a program with an idle worker; if that is lost, with a new one."
-    worker = pool.idle.get()
+    "Record a program; one that no worker could record says why."
     key = secrets.token_bytes(32)
     request = {"trace": True, "code": program.code, "call": program.call, "key": key.hex(), "limits": asdict(limits)}
-    reason = ""
     try:
-        for _ in range(2):
-            try:
-                return _read_execution(program, worker.exchange(request), key)
-            except WorkerLost as error:
-                reason = str(error)
-                pool.restarts += 1
-                sandbox_logger.warning("a sandbox worker was lost and is replaced: %s", reason)
-                worker.process.kill()
-                worker.close()
-                worker = SandboxWorker(pool.tier, pool.limits)
-        return Execution(program, (), "runner_error", reason)
-    finally:
-        pool.idle.put(worker)
+        return _read_execution(program, ask_idle_worker(pool, lambda worker: worker.exchange(request)), key)
+    except WorkerLost as error:
+        return Execution(program, (), "runner_error", str(error))
 
 
 def _check_program(program: TracedProgram) -> None:
