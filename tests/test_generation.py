@@ -695,7 +695,8 @@ def test_kill_9(judge, tiny, items, whole, tmp_path, answers, seconds):
 
 
 VICTIMS = ("kernel", "papermill", "shard")
-MOMENTS = np.random.default_rng(7).uniform(0, 0.8, 20).round(2).tolist()  # Shares of all answers
+MOMENTS = np.random.default_rng(7).uniform(0, 0.8, 21).round(2).tolist()  # Shares of all answers
+KILLS = [(share, VICTIMS[number % 3]) for number, share in enumerate(MOMENTS)]
 
 
 def start(folder: Path, victim: str) -> subprocess.Popen:
@@ -704,7 +705,8 @@ def start(folder: Path, victim: str) -> subprocess.Popen:
     env |= {KERNELS_VARIABLE: ""}  # a child of its own, which can be found
     if victim == "shard":
         given = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
-        command = ["-c", f"from codetrace import runs; runs.execute('generation', {given!r}, show_progress=False)"]
+        call = f"execute_phase('generation', {given!r}, show_progress=False)"
+        command = ["-c", f"from codetrace.runs.execute import execute_phase; {call}"]
     else:
         words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]
         command = ["-m", "papermill", str(find_phase("generation").notebook), str(folder / "out.ipynb"), *words]
@@ -771,8 +773,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("share", MOMENTS)
+@pytest.mark.parametrize("share, victim", KILLS)
 def test_killed_at_any_moment(uninterrupted, tmp_path, share, victim):
     lost = interrupted(tmp_path, victim, share)
     assert lost <= 50

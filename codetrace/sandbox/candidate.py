@@ -35,15 +35,13 @@ def _isolate_candidate(config: dict, channel: int, output: int, rulesets: dict):
     limits = config["limits"]
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     processes = limits["processes"] + (_count_threads(os.getuid()) if config["shared_uid"] else 0)
+    processes += config["tier"] == 1  # its init
     os.dup2(config["null"], 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(channel, 3)
     prctl(PR_SET_DUMPABLE, 1)  # else its uid_map and its descriptors would belong to root
-    if config["tier"] == 1:
-        os.setsid()
-        prepare_namespaced_process(*config["self"], limits["disk"])
-    else:
+    if config["tier"] == 2:
         enforce_landlock(rulesets["candidate"])
     kept_descriptor = config.get("keep", 3)
     os.closerange(4, kept_descriptor)
@@ -58,8 +56,7 @@ def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
     try:
         _isolate_candidate(config, channel, output, rulesets)
     except BaseException as error:
-        send_frame(3, to_json(["", "setup", f"{type(error).__name__}: {error}"]))
-        os._exit(1)
+        _report_setup_error(3, error)
     try:
         send_frame(3, to_json(["", "ready", ""]))
         random.seed(0)
@@ -67,6 +64,13 @@ def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
         serve(3, config["limits"]["answer"])
     finally:
         os._exit(0)
+
+
+
+def _report_setup_error(channel: int, error: BaseException):
+    "Say that the limits could not be put in force, and end."
+    send_frame(channel, to_json(["", "setup", f"{type(error).__name__}: {error}"]))
+    os._exit(1)
 
 # %% ../../nbs/sandbox/candidate.ipynb #c786d56b
 def _warm_up():
@@ -109,21 +113,51 @@ def run_zygote(control: socket.socket, config: dict, rulesets: dict):
 
 # %% ../../nbs/sandbox/candidate.ipynb #0436388d
 def _start_in_namespaces(config: dict, rulesets: dict, channel: int, output: int) -> tuple[int, int, int]:
-    "Start a candidate in tier 1: its process, a handle to kill it by, and no pipe for its status."
+    "Start a candidate in tier 1: its init's process, a handle to it, and a pipe for the candidate's status."
+    reading, writing = os.pipe()
     pid, handle = fork_into_namespaces()
     if pid == 0:
+        os.close(reading)
+        try:
+            _run_init(config, rulesets, channel, output, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    return pid, handle, reading
+
+
+def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pipe: int):
+    "As process 1: prepare the namespaces, start the candidate, reap until it has ended, and write down how."
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        prctl(PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
+        os.setsid()
+        prepare_namespaced_process(*config["self"], config["limits"]["disk"])
+    except BaseException as error:
+        _report_setup_error(channel, error)
+    open_signals = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    child = os.fork()
+    if child == 0:
+        os.close(status_pipe)
+        signal.pthread_sigmask(signal.SIG_SETMASK, open_signals)
         _run_candidate(config, channel, output, rulesets)
-    return pid, handle, -1
+    prctl(PR_SET_DUMPABLE, 0)
+    os.close(channel)
+    os.close(output)
+    status = None
+    while status is None:
+        pid, wait_status = os.waitpid(-1, _ALL_CHILDREN)
+        status = os.waitstatus_to_exitcode(wait_status) if pid == child else None
+    os.write(status_pipe, str(status).encode())
+    os._exit(0)
 
-
+# %% ../../nbs/sandbox/candidate.ipynb #906ae461
 def _wait_for_exit(pid: int, status_pipe: int) -> str:
     "Wait for a candidate; its exit status, negative for a signal, and the seconds of CPU it used."
-    _, wait_status, usage = os.wait4(pid, 0)
-    status = os.waitstatus_to_exitcode(wait_status)
-    if status_pipe >= 0:  # a guardian wrote down how its candidate ended
-        written = os.read(status_pipe, 64)
-        os.close(status_pipe)
-        status = int(written or b"-9")
+    _, _, usage = os.wait4(pid, 0)
+    written = os.read(status_pipe, 64)  # by init or guardian, unless it was killed
+    os.close(status_pipe)
+    status = int(written or b"-9")
     return f"{status} {usage.ru_utime + usage.ru_stime}"
 
 # %% ../../nbs/sandbox/candidate.ipynb #7f6c71a5
