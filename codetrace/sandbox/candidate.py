@@ -66,7 +66,6 @@ def _run_candidate(config: dict, channel: int, output: int, rulesets: dict):
         os._exit(0)
 
 
-
 def _report_setup_error(channel: int, error: BaseException):
     "Say that the limits could not be put in force, and end."
     send_frame(channel, to_json(["", "setup", f"{type(error).__name__}: {error}"]))
