@@ -46,7 +46,7 @@ class _Comparison:
         allowed = tolerance * (self.theirs.abs() + part.abs().max())
         return not bool(((self.ours - self.theirs).abs() <= allowed).all())
 
-
+# %% ../../nbs/models/family_check.ipynb #36cc5698
 def _layer_comparisons(lm: LM, ids: list[int]) -> Iterator[_Comparison]:
     "What each layer adds to the stream, and what it takes from the layer before."
     states = lm.capture([ids], [(site, layer) for layer in range(lm.n_layers) for site in lm.sites])

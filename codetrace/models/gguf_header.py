@@ -28,7 +28,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING = 8
 _ARRAY = 9
 
-
+# %% ../../nbs/models/gguf_header.ipynb #e9cdc293
 class _HeaderReader:
     "Values one after the other from the beginning of a file."
 
@@ -121,7 +121,7 @@ def _parse_header(path: Path, data) -> GGUFHeader:
     alignment = metadata.get("general.alignment", 32)
     return GGUFHeader(path, metadata, tuple(tensors), -(-reader.position // alignment) * alignment)
 
-
+# %% ../../nbs/models/gguf_header.ipynb #9b6f4a5e
 def read_gguf_header(
     path: Path,
 ) -> GGUFHeader:

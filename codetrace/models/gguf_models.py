@@ -85,7 +85,7 @@ def _layer_types(
         pattern = [bool((layer + 1) % pattern) for layer in range(n_layers)]
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
-
+# %% ../../nbs/models/gguf_models.ipynb #4be0c2f3
 def _corrected_config(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
     "A configuration as transformers reads it from a file, with what it leaves out."
     if head_dim := header.of_family("attention.key_length"):
@@ -147,7 +147,7 @@ def _read_gguf_weights(header: GGUFHeader, config, dtype: torch.dtype) -> torch.
         raise NotAGGUF(f"{path} lacks {len(lacking)} tensors of its model, such as {lacking[0]}: get the file again")
     return model
 
-
+# %% ../../nbs/models/gguf_models.ipynb #8d9159d1
 def write_gguf_weights(
     header: GGUFHeader,
     dtype: torch.dtype,

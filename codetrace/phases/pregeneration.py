@@ -172,7 +172,7 @@ class ScoredSets:
     def predictors(self) -> list[str]:
         return [name for name in (PROBE, LATENT) if name in self.fitting]
 
-
+# %% ../../nbs/phases/30_pregeneration.ipynb #a95b459c
 def score_sets(
     fitting: LabelledActivations,
     judged: Mapping[str, LabelledActivations],
@@ -208,7 +208,7 @@ class PregenerationResult:
     layers: pd.DataFrame  # `set, layer, value, low, high`: the probe of each layer
     nulls: pd.DataFrame  # `set, name, p, null_high`: by permuted labels; `null_high` is the 95% quantile
 
-
+# %% ../../nbs/phases/30_pregeneration.ipynb #69fcc017
 def judge_scores(
     fitting: LabelledActivations,
     judged: Mapping[str, LabelledActivations],
@@ -272,7 +272,7 @@ def _rows_where(table: pd.DataFrame, values: Mapping) -> pd.DataFrame:
     "The rows that have these values."
     return table[np.logical_and.reduce([table[column] == value for column, value in values.items()])]
 
-
+# %% ../../nbs/phases/30_pregeneration.ipynb #2aa0c287
 def pregeneration_sentence(
     result: PregenerationResult,
     choice: Mapping,  # `layer` and `components` or `latent`

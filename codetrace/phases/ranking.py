@@ -105,7 +105,7 @@ def _gain_verdict(row: Mapping, p: float) -> str:
         return "is better than taking any answer"
     return "is not measurably better than taking any answer"
 
-
+# %% ../../nbs/phases/31_ranking.ipynb #9f410172
 def ranking_sentence(
     table: pd.DataFrame,  # From `choice_table`
     name: str,  # Of the ranker

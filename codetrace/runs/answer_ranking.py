@@ -47,7 +47,7 @@ class Candidate:
     completion: str  # What the model wrote
     prompt: str  # What it read; empty: to be made from its problem
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #e1f95868
 def _parse_candidate(text: str, line: int, where: str, problems: Mapping[str, Problem]) -> Candidate:
     "The answer that a line holds."
     try:
@@ -72,7 +72,7 @@ def _parse_candidate(text: str, line: int, where: str, problems: Mapping[str, Pr
         )
     return Candidate(line, row, task_id, completion, prompt)
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #d6e07134
 def read_candidates(
     file: Path,  # `-` is standard input
     problems: Mapping[str, Problem] = {},  # By task id; none: every line has its prompt
@@ -114,7 +114,7 @@ def find_ranking_run(
         )
     return resolve_run(fitting[-1]["folder"], root)
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #67b92838
 def worth_of_order(
     manifest: Mapping,  # Of a run of phase ranking
     ranker: str,
@@ -159,7 +159,7 @@ def answer_logprobs(
     hidden = lm._hidden(batch.inputs).last_hidden_state
     return [_mean_logprob(lm, x, len(p), a) for x, p, a in zip(hidden, prompt_ids, answer_ids)]
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #1b8a2cfb
 def _state_of(states: torch.Tensor, n_prompt: int, n_answer: int, position: str) -> torch.Tensor:
     "The state of one answer; that of its prompt where nothing was written."
     if not n_answer:
@@ -224,7 +224,7 @@ class AnswerScorer:
             questions.append(question_after_answer(statement, code, self.lm.tokenizer))
         return [self.ranker.details["sign"] * row["confidence"] for row in ask_yes_no(self.lm, questions)]
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #201737c3
 def _scores_of(candidates: Sequence[Candidate], score: Callable) -> pd.DataFrame:
     "One row a candidate of a batch."
     return pd.DataFrame({"line": [c.line for c in candidates], "score": list(map(float, score(candidates)))})
@@ -246,7 +246,7 @@ def score_candidates(
     table = compute_missing_units(folder, batches, progress, "scoring")
     return table.set_index("line").loc[[c.line for c in candidates], "score"].tolist()
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #d01760e3
 def ranked_rows(
     candidates: Sequence[Candidate],
     scores: Sequence[float],
@@ -278,7 +278,7 @@ def _scorer(
     sae = partial(load_run_sae, sae_folder) if sae_folder else None
     return AnswerScorer(load_model(made_with["model"]), ranker, site, sae, made_with.get("prompt", "pva"), problems)
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #7e6f676f
 @dataclass(frozen=True)
 class RankedFile:
     "What came of ordering a file."
@@ -299,7 +299,7 @@ class RankedFile:
         ordered = f"{len(self.rows)} answers to {count} problems by {self.ranker} of run {self.run_id}{where}"
         return f"{ordered}\n{self.worth}"
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #ed97a098
 def rank_file(
     file: Path,  # `-` is standard input
     load_model: Callable[[str], LM],  # By name
@@ -330,7 +330,7 @@ def rank_file(
     worth = worth_of_order(manifest, ranker.name, answers_a_problem)
     return RankedFile(ranked_rows(candidates, scores, ranker.name), manifest["run_id"], ranker.name, worth, folder)
 
-
+# %% ../../nbs/runs/answer_ranking.ipynb #fd5f595f
 def write_ranked(
     ranked: RankedFile,
     path: Path | None,  # None: standard output

@@ -186,7 +186,7 @@ def _check_planted_model(phase: str, model: str) -> None:
         )
     look_up_name(model, _PLANTED_MODELS, "planted model")
 
-
+# %% ../../nbs/runs/checks.ipynb #85f1029c
 def _check_layers(phase: str, values: Mapping, model: str, n_layers: int) -> None:
     for name in _LAYER_PARAMETERS:
         value = values.get(name)
@@ -205,7 +205,7 @@ def _read_problem_set(name: str) -> list[Problem] | None:  # None where they mus
         raise BadInput(f"unknown problem set {name!r}: {known}; or give a JSON, JSONL or Parquet file")
     return load_problems(name)
 
-
+# %% ../../nbs/runs/checks.ipynb #6bd71e63
 def _check_problems(phase: str, values: Mapping) -> None:
     for name in ("problems", "on_problems"):
         if not values.get(name):
@@ -225,7 +225,7 @@ def _check_problems(phase: str, values: Mapping) -> None:
             )
         _check_fit_of_problems(phase, values, problems)
 
-
+# %% ../../nbs/runs/checks.ipynb #3b2a2d7d
 def _check_fit_of_problems(phase: str, values: Mapping, problems: Sequence[Problem]) -> None:
     "Enough problems to divide, and problems that a prompt can be made of."
     count = min(len(problems), values.get("num_problems") or len(problems))
@@ -320,7 +320,7 @@ def _check_sites(phase: str, values: Mapping) -> None:
     if values.get("site"):
         look_up_name(values["site"], residual, "site of the residual stream")
 
-
+# %% ../../nbs/runs/checks.ipynb #066e08af
 _WITHOUT_ADAPTERS = ("tiny:gpt2", "tiny:gpt_neox")  # Their projections have other names
 
 
@@ -362,7 +362,7 @@ def _check_references(values: Mapping) -> None:
             f"depths={values['depths']}: a program of depth 1 has no reference to change; give depths of 2 or more"
         )
 
-
+# %% ../../nbs/runs/checks.ipynb #18cb3cdf
 def _check_tracing(values: Mapping) -> None:
     _check_references(values)
     _check_position_names(values["positions"])
@@ -410,7 +410,7 @@ def _check_splits(values: Mapping) -> None:
     if not values["similarity"] > 0:
         raise BadParameter("similarity=0: give a share above 0, such as 0.75; 1 keeps only equal descriptions together")
 
-
+# %% ../../nbs/runs/checks.ipynb #b684f938
 def _check_steering(values: Mapping) -> None:
     _check_temperatures("temperatures", values)
 
@@ -451,7 +451,7 @@ _PHASE_CHECKS = {
     "tuning": _check_tuning,
 }
 
-
+# %% ../../nbs/runs/checks.ipynb #65e27979
 def check_run(
     phase: str,  # A phase's name or number
     values: Mapping,  # A value for every parameter, of its type

@@ -51,7 +51,7 @@ class RemovableFolder:
             "read by": " ".join(self.read_by),
         }
 
-
+# %% ../../nbs/runs/clean.ipynb #0019c54a
 def folders_and_size(
     folders: list[RemovableFolder],
 ) -> str:

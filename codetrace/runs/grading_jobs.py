@@ -91,7 +91,7 @@ def _problem_of(row: Mapping, problems: Mapping[str, Problem], where: str) -> Pr
         raise BadInput(f"{where}: the problem set has no task {task_id!r}: {suggest_names(task_id, problems)}")
     return problems[task_id]
 
-
+# %% ../../nbs/runs/grading_jobs.ipynb #93b126bb
 def parse_grading_job(
     text: str,  # A line of JSON
     where: str,  # For messages
@@ -112,7 +112,7 @@ def parse_grading_job(
     name = str(row.get("name", row.get("task_id", where)))
     return GradingJob(code, fields["entry_point"], tests, fields["setup"], name)
 
-
+# %% ../../nbs/runs/grading_jobs.ipynb #d4de0240
 def read_grading_jobs(
     file: Path,  # `-` is standard input
     problems: str = "",  # A key of `PROBLEM_SETS` or a file; empty: every line has its own tests

@@ -267,7 +267,7 @@ def _manifest_of_input(read: Mapping, reader: Mapping) -> dict:
         )
     return read_manifest(Path(read["folder"]))
 
-
+# %% ../../nbs/runs/manifest.ipynb #72619ffc
 def run_subject(
     manifest: Mapping,  # Of a run
 ) -> dict[str, str]:  # `model` and `problems`, as far as they are known
@@ -398,7 +398,7 @@ def _complete_shards(phase: str, parameters: Mapping, root: Path | None) -> list
         if _is_complete_run_of(manifest, phase) and _whole_parameters(phase, manifest["parameters"]) == whole
     ]
 
-
+# %% ../../nbs/runs/manifest.ipynb #04c43123
 def shard_runs(
     phase: str,  # Phase name
     parameters: Mapping,  # Of the whole: `shard` is negative
@@ -427,7 +427,7 @@ def shard_runs(
     _check_same_models([by_shard[shard] for shard in shards])
     return [resolve_run(by_shard[shard]["folder"]) for shard in shards]
 
-
+# %% ../../nbs/runs/manifest.ipynb #cd5e86b5
 def _check_same_models(shards: Iterable[Mapping]) -> None:
     "Refuse shards of which one asked another revision of a model, or one of other precision."
     seen = {}

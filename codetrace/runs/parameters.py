@@ -54,7 +54,7 @@ def _declared_parameter(node: ast.stmt, lines: list[str]) -> PhaseParameter:
     annotation = ast.unparse(node.annotation) if is_typed else _inferred_annotation(default)
     return PhaseParameter((node.target if is_typed else node.targets[0]).id, default, comment, annotation)
 
-
+# %% ../../nbs/runs/parameters.ipynb #625ab475
 def notebook_parameters(
     notebook: Path,  # A phase notebook
 ) -> dict[str, PhaseParameter]:  # Its parameters, in the order of the cell

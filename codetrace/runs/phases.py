@@ -99,7 +99,7 @@ def notebook_cells(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise BadInput(f"{notebook} is no notebook ({reason}): mend it, or move it elsewhere") from None
 
-
+# %% ../../nbs/runs/phases.ipynb #a6834182
 def parse_cell(
     source: str,  # Of a code cell
     notebook: Path,  # For messages
@@ -170,7 +170,7 @@ def phase_folders() -> list[Path]:
     user_folder = os.environ.get("CODETRACE_NOTEBOOKS")
     return [home / "nbs" / "phases", *([Path(user_folder).absolute()] if user_folder else [])]
 
-
+# %% ../../nbs/runs/phases.ipynb #6ded8577
 @cache
 def _declared_in(notebook: Path, changed: int) -> Phase | BadInput | None:
     "The phase of a notebook, or why it cannot be read, which is said once."
@@ -200,7 +200,7 @@ def _read_notebooks() -> dict[Path, Phase | BadInput | None]:
     "What each notebook declares."
     return _declared_in_all(tuple(found for folder in phase_folders() for found in _notebooks_of(folder)))
 
-
+# %% ../../nbs/runs/phases.ipynb #e782ccc2
 def phases() -> dict[str, Phase]:
     "All phases by name, in the order of their notebooks; a notebook that cannot be read is left out, with a warning."
     return {phase.name: phase for phase in _read_notebooks().values() if isinstance(phase, Phase)}

@@ -92,7 +92,7 @@ def _clean_output(output: Mapping[str, Any], names: Mapping[str, str]) -> dict |
         cleaned["data"] |= images
     return cleaned
 
-
+# %% ../../nbs/runs/record_layout.ipynb #b9ccb406
 def _clean_cell(cell: Mapping, names: Mapping[str, str]) -> dict:
     "A cell with outputs as a record keeps them."
     if cell["cell_type"] != "code":
@@ -224,7 +224,7 @@ def _parameter_section(manifest: Mapping, declared: Mapping[str, PhaseParameter]
     text = "Bold: other than the default.\n\n" + "\n".join(rows) if len(rows) > 2 else "None."
     return f"## Parameters\n\n{text}"
 
-
+# %% ../../nbs/runs/record_layout.ipynb #cfaf7b93
 def _input_line(read: Mapping, folder: Path) -> str:
     "A run that was read, as an item of a list; a link where it stands beside this run."
     role = f"shard {read['shard']}" if "shard" in read else read.get("parameter", "")

@@ -147,7 +147,7 @@ def _tensors_difference(first: Path, second: Path) -> Difference:
     pairs = [(name, tensors[0][name].float().numpy(), tensors[1][name].float().numpy()) for name in tensors[0]]
     return sum((_array_difference(a, b, name) for name, a, b in pairs), Difference())
 
-
+# %% ../../nbs/runs/rerun.ipynb #d9b321e5
 def _file_difference(first: Path, second: Path) -> Difference:
     "How far two outputs with other hashes are from each other."
     if first.is_dir():
@@ -248,7 +248,7 @@ def find_record(
         raise DamagedRun(f"run {run_id} is damaged: {', '.join(changed)} changed after it was complete")
     return manifest
 
-
+# %% ../../nbs/runs/rerun.ipynb #bc29d542
 def _values_to_run(manifest: Mapping) -> tuple[dict, list[str]]:
     "Values for the parameters that the phase has now, and what had to be changed."
     declared = phase_parameters(manifest["phase"])
@@ -292,7 +292,7 @@ class Rerun:
         counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()) or "no outputs"
         return f"run {self.record['run_id']} {'holds' if self.holds else 'does not hold'}: {counted}"
 
-
+# %% ../../nbs/runs/rerun.ipynb #887ffc28
 def rerun_record(
     manifest: Mapping,  # As `find_record` gives it
     *,

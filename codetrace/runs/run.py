@@ -259,7 +259,7 @@ def release(self: Run):
     if self._lock is not None:
         self._lock.release(force=True)
 
-
+# %% ../../nbs/runs/run.ipynb #17a9b41b
 def _fail_by(run: Run, error: BaseException, cell: int | None = None):
     "Write down an error of a run that is being written."
     if run.manifest["status"] != "running":
@@ -375,7 +375,7 @@ _SUBJECT_PARAMETERS = {
     "input",
 }  # They say what a run is about, not how large it is
 
-
+# %% ../../nbs/runs/run.ipynb #51b32fc5
 def example_reason(
     phase: str,  # Phase name
     parameters: Mapping,  # Complete and checked
@@ -405,7 +405,7 @@ def _example_reason_of(folder: Path) -> str:
     except BadInput:
         return ""
 
-
+# %% ../../nbs/runs/run.ipynb #2885adb7
 def _has_planted_model(parameters: Mapping) -> bool:
     "Is one of the models made so that there is something to find?"
     names = [parameters.get("model"), *(parameters.get("models") or []), *(parameters.get("compared_models") or [])]
@@ -521,7 +521,7 @@ def _claim_scratch_folder(home: Path, phase: str) -> tuple[Path, object]:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             return folder, lock
 
-
+# %% ../../nbs/runs/run.ipynb #d0de0694
 def open_scratch_run(phase: str, parameters: dict, launcher: str) -> Run:
     "A run that is no record: for people who try things, and for tests."
     inputs = input_records(phase, parameters, runs_root())

@@ -77,7 +77,7 @@ def _end_in_silence():
     atexit._run_exitfuncs()
     os._exit(0)
 
-
+# %% ../../nbs/runs/warm_kernels.ipynb #94a66404
 def _become_kernel(request: dict, connection: socket.socket, outputs: Sequence[int]):
     "What a forked process does: take over the caller's surroundings, and be its kernel."
     from ipykernel.kernelapp import IPKernelApp
@@ -231,7 +231,7 @@ def _connect(path: str) -> socket.socket | None:
         return None
     return connection
 
-
+# %% ../../nbs/runs/warm_kernels.ipynb #0f196140
 def fork_kernel(
     arguments: Sequence[str],  # Of `python -m ipykernel_launcher`
     environment: Mapping[str, str],

@@ -42,7 +42,7 @@ COLUMN_RANKERS: dict[str, str] = {
 }
 _FIXED_SIGNS = {"own verdict": 1.0}  # A yes means yes
 
-
+# %% ../../nbs/sae/answer_rankers.ipynb #ee6cda29
 @dataclass(frozen=True, eq=False)
 class Ranker:
     "Scores answers, higher for better."
@@ -103,7 +103,7 @@ def _probe_ranker(
     probe = component_probes(fitting.states(details["position"], details["layer"]), label, [settings])[0]
     return Ranker("probe", float(auroc(label, choice.scores)), details, probe)
 
-
+# %% ../../nbs/sae/answer_rankers.ipynb #d13f3b50
 def _latent_ranker(
     fitting: LabelledActivations, places: Sequence[tuple[str, int]], seed: int, progress: Progress
 ) -> Ranker:

@@ -181,7 +181,7 @@ def stream_layer_states(
         states = {layer: captured[site, layer][:, 1:].flatten(0, 1) for layer in layers}
         yield {layer: x[typical_norm_mask(x)] for layer, x in states.items()}
 
-
+# %% ../../nbs/sae/corpus.ipynb #9b3278b9
 def stream_states(
     lm: LM,
     pieces: Sequence[list[int]],  # Of equal length

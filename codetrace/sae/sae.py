@@ -23,7 +23,7 @@ from ..core.files import atomic_write, storage_errors, write_json
 # %% ../../nbs/sae/sae.ipynb #e04084e1
 ACTIVATION_FUNCTIONS: tuple[str, ...] = ("relu", "jumprelu", "topk")
 
-
+# %% ../../nbs/sae/sae.ipynb #4e0d4193
 @dataclass(frozen=True, eq=False)
 class SAE:
     "A sparse autoencoder."

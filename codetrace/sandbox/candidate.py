@@ -124,7 +124,7 @@ def _start_in_namespaces(config: dict, rulesets: dict, channel: int, output: int
     os.close(writing)
     return pid, handle, reading
 
-
+# %% ../../nbs/sandbox/candidate.ipynb #663402fd
 def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pipe: int):
     "As process 1: prepare the namespaces, start the candidate, reap until it has ended, and write down how."
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

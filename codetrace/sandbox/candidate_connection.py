@@ -169,7 +169,7 @@ def _own_globals(connection: CandidateConnection, *names: str) -> list[str]:
     used = _globals_of_functions(connection.code) if own else ()
     return [name for name in own if name in used]
 
-
+# %% ../../nbs/sandbox/candidate_connection.ipynb #5b7dfbd5
 def _globals_of_functions(code: types.CodeType) -> set[str]:
     "Globals that the functions of a piece of code read."
     import dis

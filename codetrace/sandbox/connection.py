@@ -70,7 +70,7 @@ def _references_of_a_local() -> int:
     result = [None]
     return sys.getrefcount(result)
 
-
+# %% ../../nbs/sandbox/connection.ipynb #7e26d32a
 _LOCAL_ONLY = _references_of_a_local()
 
 

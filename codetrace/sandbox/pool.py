@@ -363,7 +363,7 @@ def _make_folder() -> str:
     is_open = all(folder.stat().st_mode & 0o001 for folder in (parent, *parent.parents))
     return tempfile.mkdtemp(prefix="codetrace-sandbox-", dir=parent if is_open or os.getuid() != 0 else "/tmp")
 
-
+# %% ../../nbs/sandbox/pool.ipynb #126ab6b9
 class SandboxWorker:
     "One sandbox, and a pipe into it."
 

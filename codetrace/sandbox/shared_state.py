@@ -259,7 +259,7 @@ _OPTIONAL = {
 # %% ../../nbs/sandbox/shared_state.ipynb #5f88c469
 _LONGEST_WAIT = 2.0  # Seconds that a thread of a test waits for the program to be done with another's call
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #ff89c419
 class SharingConnection(JudgeConnection):
     "A connection that keeps the surroundings of both processes alike."
 

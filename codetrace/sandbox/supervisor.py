@@ -331,7 +331,7 @@ def _drop_privileges(config: dict) -> dict[str, int]:
     prctl(PR_SET_DUMPABLE, 0)
     return rulesets
 
-
+# %% ../../nbs/sandbox/supervisor.ipynb #c008251a
 class _PackageFinder:
     "Finds packages at known places: the folder that they lie in, with other people's packages, need not be listed."
 

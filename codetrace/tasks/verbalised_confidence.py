@@ -42,7 +42,7 @@ def task_statement(
     "A problem as a question shows it: its description and the tests that a prompt shows."
     return f"{problem.text}\n\n{chr(10).join(problem.shown_tests)}".strip()
 
-
+# %% ../../nbs/tasks/verbalised_confidence.ipynb #0b59e29f
 def question_before_answer(
     task: str,  # The problem as the model reads it, tests and all
     tokenizer,  # The model's
