@@ -22,19 +22,19 @@ NOTEBOOKS = (
 TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--durations=12"]  # they wait a third of their time
 TESTS += ["--dist", "loadfile"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
-STAGES = [  # Checks of one stage run side by side
-    {
-        "ruff check": ["ruff", "check", "."],
-        "ruff format": ["ruff", "format", "--check", "."],
-        "imports": ["lint-imports"],
-    },
+FIRST = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "imports": ["lint-imports"],
+}
+LANES = [  # side by side; the checks of a lane one after the other
+    {"notebooks": NOTEBOOKS},
     {
         # tests/types-baseline.json holds what is known, and only shrinks
         "types": ["basedpyright", "--level", "error"],
         "docs": [sys.executable, "scripts/docs.py", "--check"],
-        "notebooks": NOTEBOOKS,
+        "tests": TESTS,
     },
-    {"tests": TESTS},
 ]
 
 
@@ -49,13 +49,14 @@ def run_check(name: str, command: list[str], quiet: bool) -> bool:
     return done.returncode == 0
 
 
-def run_stage(stage: dict[str, list[str]]) -> list[str]:
-    "Run the checks of a stage side by side; names of those that failed."
-    for name, command in stage.items():
+def run_lane(lane: dict[str, list[str]]) -> list[str]:
+    "Run checks one after the other; names of those that failed."
+    failed = []
+    for name, command in lane.items():
         print(f"== {name}: {' '.join(command)}", flush=True)
-    with ThreadPoolExecutor(len(stage)) as pool:
-        passed = pool.map(lambda check: run_check(*check, check[0] != "tests"), stage.items())
-        return [name for name, is_good in zip(stage, passed, strict=True) if not is_good]
+        if not run_check(name, command, quiet=name != "tests"):
+            failed.append(name)
+    return failed
 
 
 def main() -> int:
@@ -72,8 +73,10 @@ def main() -> int:
             "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer
         }
         open_until_the_end.enter_context(warm_kernels())  # imports of runs are done once
-        failed = [name for stage in STAGES for name in run_stage(stage)]
-    total = sum(map(len, STAGES))
+        failed = run_lane(FIRST)
+        with ThreadPoolExecutor(len(LANES)) as pool:
+            failed += [name for names in pool.map(run_lane, LANES) for name in names]
+    total = sum(map(len, [FIRST, *LANES]))
     print(f"{total - len(failed)} passed, {len(failed)} failed" + (f" ({', '.join(failed)})" if failed else ""))
     return 1 if failed else 0
 

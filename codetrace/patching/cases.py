@@ -301,10 +301,10 @@ def traceability_table(
     "Which programs can be traced with which tokenizer, and how many were drawn for each that fits."
     rows = []
     for lm, generator, style in product(lms, generators, QUERY_STYLES):
-        found = measure_traceability(lm, partial(GENERATORS[generator], query_style=style), seq_len, n)
-        row = {"tokenizer": lm.name, "generator": generator, "query_style": style, "n": n, "traceable": found.share}
-        row["drawn"] = 1 + sum(found.passed_over.values()) / n
-        rows.append(row | {"passed_over": dict(found.passed_over)})
+        measured = measure_traceability(lm, partial(GENERATORS[generator], query_style=style), seq_len, n)
+        row = {"tokenizer": lm.name, "generator": generator, "query_style": style, "n": n, "traceable": measured.share}
+        row["drawn"] = 1 + sum(measured.passed_over.values()) / n
+        rows.append(row | {"passed_over": dict(measured.passed_over)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/patching/cases.ipynb #06dad03e

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 
 from ..core.errors import BadInput, look_up_name, suggest_names
-from ..core.files import atomic_write, digest_values
+from ..core.files import atomic_write, digest_values, read_json_lines
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
 from ..core.stats import format_with_interval
@@ -48,13 +48,8 @@ class Candidate:
     prompt: str  # What it read; empty: to be made from its problem
 
 # %% ../../nbs/runs/answer_ranking.ipynb #e1f95868
-def _parse_candidate(text: str, line: int, where: str, problems: Mapping[str, Problem]) -> Candidate:
+def _parse_candidate(row: dict, line: int, where: str, problems: Mapping[str, Problem]) -> Candidate:
     "The answer that a line holds."
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where} is not JSON: {error}") from None
-    row = row if isinstance(row, dict) else {}
     if "task_id" not in row:
         raise BadInput(f"{where}: expected 'task_id', which tells whose answers are compared; it has {sorted(row)}")
     completion = row.get("completion") if row.get("completion") is not None else row.get("code")
@@ -78,12 +73,7 @@ def read_candidates(
     problems: Mapping[str, Problem] = {},  # By task id; none: every line has its prompt
 ) -> list[Candidate]:
     "The answers in a file of JSON lines; raises `BadInput`, which names the first line that is none."
-    try:
-        text = sys.stdin.read() if str(file) == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from None
-    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
-    return [_parse_candidate(line, i, f"{file}, line {i}", problems) for i, line in lines if line.strip()]
+    return [_parse_candidate(row, line, f"{file}, line {line}", problems) for line, row in read_json_lines(file)]
 
 # %% ../../nbs/runs/answer_ranking.ipynb #8baaa832
 def find_ranking_run(

@@ -7,16 +7,15 @@ __all__ = ['parse_grading_job', 'read_grading_jobs', 'grading_limits', 'verdict_
 
 # %% ../../nbs/runs/grading_jobs.ipynb #a1650a14
 import ast
-import json
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import BadInput, suggest_names
+from ..core.files import read_json_lines
 from ..sandbox.pool import GradingJob, SandboxLimits, Verdict
 from ..tasks.extraction import extract_code
 from ..tasks.problem_prompts import Prompt
@@ -93,16 +92,11 @@ def _problem_of(row: Mapping, problems: Mapping[str, Problem], where: str) -> Pr
 
 # %% ../../nbs/runs/grading_jobs.ipynb #93b126bb
 def parse_grading_job(
-    text: str,  # A line of JSON
+    row: Mapping,  # The object of a line
     where: str,  # For messages
     problems: Mapping[str, Problem] = {},  # By task id, where the lines are answers to the tasks of a set
 ) -> GradingJob:
     "The job that a line describes."
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where} is not JSON: {error}") from None
-    row = row if isinstance(row, dict) else {}
     if not {"code", "completion"} & row.keys():
         raise BadInput(f"{where}: expected 'code' (or 'completion') and 'entry_point', both text; it has {sorted(row)}")
     problem = _problem_of(row, problems, where)
@@ -118,13 +112,9 @@ def read_grading_jobs(
     problems: str = "",  # A key of `PROBLEM_SETS` or a file; empty: every line has its own tests
 ) -> list[GradingJob]:
     "The jobs in a file of JSON lines; raises `BadInput`, which names the first line that is none."
-    try:
-        text = sys.stdin.read() if str(file) == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from None
+    rows = read_json_lines(file)
     by_id = {problem.task_id: problem for problem in load_problems(problems)} if problems else {}
-    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
-    return [parse_grading_job(line, f"{file}, line {number}", by_id) for number, line in lines if line.strip()]
+    return [parse_grading_job(row, f"{file}, line {number}", by_id) for number, row in rows]
 
 # %% ../../nbs/runs/grading_jobs.ipynb #9dc16684
 _SMALLEST = {"time": 0.1, "memory": 16, "output": 0.001, "values": 0.001}

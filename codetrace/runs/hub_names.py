@@ -22,9 +22,9 @@ def _is_cached_dataset(name: str) -> bool:
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
     downloaded = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     letters = _letters(name)
-    found = [_letters(path.name) for path in prepared.glob("*")]
-    found += [_letters(path.name.removeprefix("datasets")) for path in downloaded.glob("datasets--*")]
-    return letters in found
+    cached = [_letters(path.name) for path in prepared.glob("*")]
+    cached += [_letters(path.name.removeprefix("datasets")) for path in downloaded.glob("datasets--*")]
+    return letters in cached
 
 
 def _letters(name: str) -> str:

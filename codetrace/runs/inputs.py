@@ -316,12 +316,12 @@ def pinned_records(
     records = []
     for read in manifest["inputs"]:
         try:
-            found = resolve_run(name_to_read(read, root), root)
+            present = resolve_run(name_to_read(read, root), root)
         except BadInput:
             return None
-        if _content_hash(found) != read["sha256"]:
+        if _content_hash(present) != read["sha256"]:
             return None
-        records.append({**read, "folder": found["folder"]})
+        records.append({**read, "folder": present["folder"]})
     return records
 
 

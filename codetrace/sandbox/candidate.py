@@ -131,7 +131,8 @@ def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pi
     try:
         prctl(PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
         os.setsid()
-        prepare_namespaced_process(*config["self"], config["limits"]["disk"])
+        uid, gid = config["self"]
+        prepare_namespaced_process(uid, gid, config["limits"]["disk"])
     except BaseException as error:
         _report_setup_error(channel, error)
     open_signals = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())

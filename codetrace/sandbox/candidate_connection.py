@@ -121,8 +121,8 @@ def _load_source(connection: CandidateConnection, request: dict) -> tuple[str, A
     connection.code = code
     connection.names = _mentioned_names(code)
     exec(code, connection.namespace)
-    found = connection.namespace.get(entry_point)
-    return "loaded", found if callable(found) else None
+    function = connection.namespace.get(entry_point)
+    return "loaded", function if callable(function) else None
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #2e7770d7
 def serve_requests(
@@ -215,9 +215,9 @@ def _surroundings(connection: CandidateConnection, recursion_limit: int | None =
 def _replace(connection: CandidateConnection, module: str, attribute: str, *replacement):
     "Put what the test has replaced in a module in its place here too, or back what was there."
     load_kinds(module)
-    found = importlib.import_module(module)
-    original = connection.replaced.setdefault((module, attribute), getattr(found, attribute))
-    setattr(found, attribute, replacement[0] if replacement else original)
+    library = importlib.import_module(module)
+    original = connection.replaced.setdefault((module, attribute), getattr(library, attribute))
+    setattr(library, attribute, replacement[0] if replacement else original)
 
 
 _ORIGINAL_FUNCTIONS = {"input": input, "print": print}

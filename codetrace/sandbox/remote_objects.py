@@ -483,10 +483,10 @@ def local_class(name: list[str]) -> type | None:
     if not is_standard_module(module):
         return None
     try:
-        found = find_qualified(module, qualified)
+        value = find_qualified(module, qualified)
     except AttributeError:
         return None
-    return found if isinstance(found, type) else None
+    return value if isinstance(value, type) else None
 
 # %% ../../nbs/sandbox/remote_objects.ipynb #34ea5feb
 def make_stand_in(

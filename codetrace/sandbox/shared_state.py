@@ -235,10 +235,10 @@ class _SharedFiles:
 
     def __init__(self, connection: JudgeConnection):
         for module, names in _FILE_FUNCTIONS.items():
-            found = importlib.import_module(module)
+            library = importlib.import_module(module)
             for owner, _, name in (qualified.rpartition(".") for qualified in names.split()):
                 qualified = f"{owner}.{name}" if owner else name
-                target = getattr(found, owner) if owner else found
+                target = getattr(library, owner) if owner else library
                 setattr(target, name, _remote_function(connection, module, qualified))
 
     def push(self):
