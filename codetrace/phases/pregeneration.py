@@ -29,6 +29,7 @@ from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..sae.baseline_differences import verdict_on_baselines
 from ..sae.dataset import LabelledActivations
+from ..sae.linear_probes import scores_like
 from codetrace.sae.nested_probes import (
     NestedChoice,
     ProbeSettings,
@@ -140,20 +141,26 @@ def probe_scores_by_layer(
     for row in progress(choice.by_layer.to_dict("records"), desc="layers"):
         settings = ProbeSettings(int(row["components"]), row["penalty"])
         layer = int(row["layer"])
-        probe = component_probes(fitting.states(POSITION, layer), fitting.rows["label"], [settings])[0]
+        fit_states = fitting.states(POSITION, layer)
+        probe = component_probes(fit_states, fitting.rows["label"], [settings])[0]
+        fit_scores = probe(fit_states)
         for name, activations in judged.items():
-            scores[name].append(probe(activations.states(POSITION, layer)))
+            scores[name].append(scores_like(fit_scores, probe(activations.states(POSITION, layer))))
     return {name: np.stack(rows) for name, rows in scores.items()}
 
 
 def latent_scores(
+    fitting: LabelledActivations,
     judged: LabelledActivations,
     choice: NestedChoice,  # Of the latent
 ) -> Float[np.ndarray, "rows"]:
-    "Activations of the chosen latent, higher for right answers."
+    "Activations of the chosen latent, higher for right answers, in units of their spread on the fitting rows."
     layer = choice.chosen["layer"]
-    active = encode_active_latents(judged.sae(layer), judged.states(POSITION, layer))
-    return choice.chosen["sign"] * active.column(choice.chosen["latent"]).astype(float)
+    scores = []
+    for activations in (fitting, judged):
+        active = encode_active_latents(judged.sae(layer), activations.states(POSITION, layer))
+        scores.append(choice.chosen["sign"] * active.column(choice.chosen["latent"]).astype(float))
+    return scores_like(*scores)
 
 # %% ../../nbs/phases/30_pregeneration.ipynb #ccb303e0
 @dataclass(frozen=True, eq=False)
@@ -189,7 +196,7 @@ def score_sets(
     for name, activations in judged.items():
         scores = {PROBE: by_layer[name][layer_number]}
         if LATENT in choices:
-            scores[LATENT] = latent_scores(activations, choices[LATENT])
+            scores[LATENT] = latent_scores(fitting, activations, choices[LATENT])
         columns = baseline_columns(fitting.rows)
         baselines, judged_baselines = baseline_scores(fitting.rows, activations.rows, columns, seed)
         tables[name] = pd.DataFrame(scores).join(judged_baselines)

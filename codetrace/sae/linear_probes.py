@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreFunction', 'PROBE_PENALTIES', 'LINEAR_PROBES', 'RowScore', 'RowFitter', 'THRESHOLD_MEASURES', 'grouped_folds',
            'LinearProbe', 'difference_of_means', 'logistic_probe', 'select_active_rows', 'SparseProbe', 'sparse_probe',
-           'row_fitter', 'out_of_fold_scores', 'best_threshold', 'platt_scaling']
+           'row_fitter', 'scores_like', 'out_of_fold_scores', 'best_threshold', 'platt_scaling']
 
 # %% ../../nbs/sae/linear_probes.ipynb #14057c9b
 from collections.abc import Callable
@@ -170,6 +170,16 @@ def row_fitter(
     return fit
 
 # %% ../../nbs/sae/linear_probes.ipynb #9397eee6
+def scores_like(
+    fit_scores: Float[np.ndarray, "*some fit_rows"],  # Of the rows that were fitted on
+    scores: Float[np.ndarray, "*some rows"],  # Of others, from the same fit
+) -> Float[np.ndarray, "*some rows"]:
+    "Scores in units of their spread on the rows that were fitted on, so that those of several fits can be compared."
+    centre = fit_scores.mean(-1, keepdims=True)
+    spread = fit_scores.std(-1, keepdims=True)
+    return (scores - centre) / np.where(spread > 0, spread, 1)
+
+
 def out_of_fold_scores(
     fit: RowFitter,
     label: ArrayLike,  # [rows]
@@ -181,8 +191,7 @@ def out_of_fold_scores(
     scores = np.zeros(len(np.asarray(label)))
     for fit_rows, held_out in grouped_folds(label, task, n, seed):
         fitted = fit(fit_rows)
-        fit_scores = fitted(fit_rows)
-        scores[held_out] = (fitted(held_out) - fit_scores.mean()) / (fit_scores.std() or 1.0)
+        scores[held_out] = scores_like(fitted(fit_rows), fitted(held_out))
     return scores
 
 # %% ../../nbs/sae/linear_probes.ipynb #eac4b60b

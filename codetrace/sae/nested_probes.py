@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from sklearn.linear_model import LogisticRegression
 
 from ..core.metrics import auroc
-from .linear_probes import LinearProbe, grouped_folds
+from .linear_probes import LinearProbe, grouped_folds, scores_like
 from .separation import ActiveLatents
 
 # %% ../../nbs/sae/nested_probes.ipynb #eca8dab5
@@ -89,13 +89,6 @@ class LayerCandidates:
     auroc: Float[np.ndarray, "some"]  # On all rows: the AUROC that the final choice is made by
 
 
-def _scores_like(fit_scores: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    "Scores in units of their spread on the rows that were fitted on."
-    centre = fit_scores.mean(1, keepdims=True)
-    spread = fit_scores.std(1, keepdims=True)
-    return (scores - centre) / np.where(spread > 0, spread, 1)
-
-
 def _aurocs(label: np.ndarray, scores: np.ndarray) -> Float[np.ndarray, "some"]:
     return np.array([auroc(label, score) for score in scores])
 
@@ -113,7 +106,7 @@ def _cross_validated_scores(
     scores = np.zeros((len(grid), len(rows)))
     for fit, held_out in grouped_folds(label[rows], group[rows], 3, seed):
         fitted = _fitted_scores(x, label, rows[fit], grid)
-        scores[:, held_out] = _scores_like(fitted(rows[fit]), fitted(rows[held_out]))
+        scores[:, held_out] = scores_like(fitted(rows[fit]), fitted(rows[held_out]))
     return scores
 
 # %% ../../nbs/sae/nested_probes.ipynb #8a409a19
@@ -134,7 +127,7 @@ def probe_candidates(
     for fit, held_out in grouped_folds(label, group, 5, seed):
         inner.append(_aurocs(label[fit], _cross_validated_scores(x, label, group, fit, grid, seed)))
         fitted = _fitted_scores(x, label, fit, grid)
-        fold_scores.append(_scores_like(fitted(fit), fitted(held_out)))
+        fold_scores.append(scores_like(fitted(fit), fitted(held_out)))
         out_of_fold[:, held_out] = fold_scores[-1]
     return LayerCandidates(layer, np.array(inner), fold_scores, _aurocs(label, out_of_fold))
 
@@ -243,7 +236,7 @@ def choose_latent(
                 columns[fold] = choice.sign * active.column(choice.latent).astype(float)
     scores = np.zeros(len(label))
     for (fit, held_out), column in zip(folds, columns, strict=True):
-        scores[held_out] = _scores_like(column[None, fit], column[None, held_out])[0]
+        scores[held_out] = scores_like(column[None, fit], column[None, held_out])[0]
     by_layer = pd.DataFrame(rows)
     chosen = rows[int(by_layer["auroc"].argmax())]
     return NestedChoice(scores, chosen, [asdict(choice) for choice in best_by_fold], by_layer)

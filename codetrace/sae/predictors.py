@@ -30,6 +30,7 @@ from codetrace.sae.linear_probes import (
     out_of_fold_scores,
     platt_scaling,
     row_fitter,
+    scores_like,
     select_active_rows,
     sparse_probe,
 )
@@ -193,7 +194,7 @@ def _fit_on_all_rows(probe: CandidateProbe, choosing: LabelledActivations) -> Ca
 def _standardised_score(score: Callable, choosing: LabelledActivations) -> Callable:
     "A score in units of its spread on the choosing rows."
     reference = score(choosing)
-    return lambda samples: (score(samples) - reference.mean()) / (reference.std() or 1.0)
+    return lambda samples: scores_like(reference, score(samples))
 
 # %% ../../nbs/sae/predictors.ipynb #d38a5baa
 def refit_best_probe(

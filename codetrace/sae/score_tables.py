@@ -18,7 +18,7 @@ from ..core.metrics import auroc, cluster_interval
 from .baseline_differences import Statistic, simultaneous_differences
 from .latent_search import draw_permutations
 from .length_residuals import fit_length_effect, residualise_on_length
-from .linear_probes import logistic_probe, out_of_fold_scores, row_fitter
+from .linear_probes import logistic_probe, out_of_fold_scores, row_fitter, scores_like
 from .null_of_maximum import permutation_design
 
 # %% ../../nbs/sae/score_tables.ipynb #bc14aea6
@@ -50,9 +50,8 @@ def baseline_scores(
         row_fitter(fit_together, x, fitting["label"], group), fitting["label"], group, seed=seed
     )
     probe = fit_together(x, fitting["label"], group)
-    return tables[0].assign(**{ALL_TOGETHER: out_of_fold}), tables[1].assign(
-        **{ALL_TOGETHER: probe(tables[1].to_numpy())}
-    )
+    together = scores_like(probe(x), probe(tables[1].to_numpy()))
+    return tables[0].assign(**{ALL_TOGETHER: out_of_fold}), tables[1].assign(**{ALL_TOGETHER: together})
 
 # %% ../../nbs/sae/score_tables.ipynb #b44442e1
 def scores_beyond(
