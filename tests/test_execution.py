@@ -109,7 +109,7 @@ OWN_PROGRAMS = [
 
 def _frames(execution):
     """Steps as the reference has them: by call, line and variables before it, and those at the end under line 0."""
-    frames = {frame: [] for frame in execution.calls}
+    frames = {frame: [] for frame in sorted({step.frame for step in execution.steps})}
     ends = {}
     for step in execution.steps:
         assert step.complete
@@ -159,6 +159,83 @@ def test_branches_visits_and_unbound_variables(own_executions):
     assert own_executions[9].steps[1].raised == "ZeroDivisionError"
     table = state_table(own_executions[13])
     assert not table[(table["variable"] == "x") & (table["line"] == 3)]["bound"].any()
+
+
+TOLD = {
+    "header of two lines": (
+        "def f(x):\n    if (x >\n            0):\n        y = 1\n    return x",
+        "f(1)",
+        [None, None, True, None, None],
+    ),
+    "last line, not entered": ("x = 3\nif x > 5:\n    x = 4", "", [None, False]),
+    "iterator class": (
+        "class It:\n    def __iter__(self):\n        return self\n    def __next__(self):\n        raise StopIteration\n"
+        "def f():\n    for x in It():\n        y = x\n    return 1",
+        "f()",
+        [None, None, False, None],
+    ),
+    "callee reaches the limit": (
+        "def g():\n    while True:\n        pass\ndef f():\n    if g():\n        x = 1",
+        "f()",
+        [None],
+    ),
+    "callee raises": (
+        "def g():\n    return 1 / 0\ndef f():\n    try:\n        if g():\n            x = 1\n    except ZeroDivisionError:\n        x = 2",
+        "f()",
+        [None, None, None, None, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_branches_are_told_where_they_are_known(name):
+    code, call, branches = TOLD[name]
+    steps = record_executions([TracedProgram(code, call)], TraceLimits(steps=30), workers=1)[0].steps
+    steps = [step for step in steps if step.function != "g" or "limit" not in name]
+    assert sorted(branches, key=str) == sorted((step.branch for step in steps), key=str)
+    assert not any(step.raised for step in steps if step.branch is not None)
+
+
+def test_comprehensions_are_no_visits_and_calls_are_done_before_their_line():
+    code = "def g(v):\n    w = v + 1\n    return w\ndef f(xs):\n    for _ in range(2):\n        t = sum([x for x in xs])\n    return g(t)"
+    steps = record_executions([TracedProgram(code, "f([1, 2, 3])")], workers=1)[0].steps
+    assert [step.visit for step in steps if step.function == "f" and step.line == 6] == [1, 2]
+    by_line = {step.line: step for step in steps if step.function in ("f", "g")}
+    assert by_line[7].step < by_line[2].step and by_line[7].finished > by_line[3].finished > by_line[2].finished
+
+
+TAKEN_FOR_AN_INT = """
+log = []
+class A:
+    @property
+    def __class__(self):
+        log.append(1)
+        return int
+a = A()
+b = len(log)
+"""
+ODD_NAMESPACE = """
+class Odd:
+    def __init__(self):
+        self.d = {}
+    def __getitem__(self, name):
+        return self.d[name]
+    def __setitem__(self, name, value):
+        self.d[name] = value
+def make(name, bases, namespace):
+    return namespace.d["x"]
+make.__prepare__ = lambda *_: Odd()
+class C(metaclass=make):
+    x = 1
+y = C
+"""
+
+
+def test_the_tracer_runs_no_code_of_the_program():
+    lied, odd = record_executions([TracedProgram(TAKEN_FOR_AN_INT), TracedProgram(ODD_NAMESPACE)], workers=1)
+    assert (lied.ending, odd.ending) == ("return", "return")
+    assert {step.after["b"].text for step in lied.steps if "b" in step.after} == {"0"}
+    assert odd.steps[-1].after["y"].text == "1"
 
 
 HOSTILE = {

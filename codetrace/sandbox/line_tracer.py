@@ -47,12 +47,28 @@ def _plain_base(kind: type) -> type | None:
 
 
 def _attributes(value: object) -> dict:
-    "The instance dictionary of a value, whatever its class makes of `__dict__`."
+    "The attributes that a value holds itself, in its instance dictionary or in slots, whatever its class says of them."
+    attributes = {}
     for base in _mro_of(type(value)):
-        descriptor = _dict_of(base).get("__dict__")
+        namespace = _dict_of(base)
+        descriptor = namespace.get("__dict__")
         if type(descriptor) is types.GetSetDescriptorType:
-            return descriptor.__get__(value)
-    return {}
+            attributes |= descriptor.__get__(value)
+        if "__slots__" in namespace:
+            attributes |= _slots(value, namespace)
+    return attributes
+
+
+def _slots(value: object, namespace: types.MappingProxyType) -> dict:
+    "The slots of a class that a value has filled."
+    filled = {}
+    for name, descriptor in namespace.items():
+        if type(descriptor) is types.MemberDescriptorType:
+            try:
+                filled[name] = descriptor.__get__(value)
+            except AttributeError:
+                pass
+    return filled
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #02f5a6c6
 def _cut(text: str, room: int) -> tuple[str, int]:
@@ -181,16 +197,21 @@ def message_hash(
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #7f9dfc94
 _NOT_VARIABLES = (types.FunctionType, types.ModuleType, types.BuiltinFunctionType, type)
+_NEW_LOCALS = 0x2  # inspect.CO_NEWLOCALS: importing inspect would take longer than most programs run
+_GOES_ON = 0x20 | 0x80 | 0x200  # inspect.CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 
 
 def _variables(frame: types.FrameType, longest: int) -> dict[str, list]:
     "The variables of a frame, written down."
-    is_function = frame.f_code.co_flags & 2  # CO_NEWLOCALS
+    is_function = frame.f_code.co_flags & _NEW_LOCALS
+    variables = frame.f_locals
+    if not issubclass(type(variables), dict):  # of a class whose metaclass prepares something else
+        return {}
     described = {}
-    for name, value in dict.items(frame.f_locals):
+    for name, value in dict.items(variables):
         if type(name) is not str or name[:2] == "__" or name[:1] == ".":
             continue
-        if not is_function and isinstance(value, _NOT_VARIABLES):
+        if not is_function and issubclass(type(value), _NOT_VARIABLES):
             continue
         described[name] = describe_value(value, longest)
     return described
@@ -218,11 +239,10 @@ def _enter_frame(state: dict, frame: types.FrameType) -> dict:
         shown = _variables(frame, state["longest"])
         known = {"number": state["count"], "step": None, "shown": shown}
         state["frames"][frame] = known
-        caller = state["stack"][-1] if state["stack"] else 0
         code = frame.f_code
-        state["emit"](["call", known["number"], caller, code.co_name, code.co_firstlineno, shown])
-    state["stack"].append(known["number"])
-    if len(state["stack"]) > state["depth"]:
+        state["emit"](["call", known["number"], code.co_name, code.co_firstlineno, shown])
+    state["open"] += 1
+    if state["open"] > state["depth"]:
         state["finish"](["end", "limit", "depth", ""])
     return known
 
@@ -236,11 +256,10 @@ def _begin_line(state: dict, known: dict, line: int):
     state["emit"](["line", known["step"], known["number"], line])
 
 
-def _leave_frame(state: dict, frame: types.FrameType, known: dict, value: object):
-    "Send what a frame returns or yields, and forget it unless it may go on."
-    state["emit"](["return", known["number"], describe_value(value, state["longest"])])
-    state["stack"].pop()
-    if not frame.f_code.co_flags & 0x2A0:  # generators and coroutines
+def _leave_frame(state: dict, frame: types.FrameType):
+    "Forget a frame, unless it may go on."
+    state["open"] -= 1
+    if not frame.f_code.co_flags & _GOES_ON:
         del state["frames"][frame]
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #65785dad
@@ -273,14 +292,14 @@ def _record_event(state: dict, frame: types.FrameType, event: str, argument: Any
     if event == "line":
         _begin_line(state, known, frame.f_lineno)
     elif event == "return":
-        _leave_frame(state, frame, known, argument)
+        _leave_frame(state, frame)
     if not has_room:
         state["finish"](["end", "limit", "size", ""])
 
 
 def _describe_exception(error: Any) -> list[str]:
     "Type and arguments of an exception, without asking it."
-    if isinstance(error, type):
+    if issubclass(type(error), type):
         return [_name_of(error), "()"]
     name = _name_of(type(error))
     return [name, _value_text(error, 200)[0][len(name) :]]
@@ -386,7 +405,7 @@ def _run_program(request: dict, namespace: dict) -> list:
         leave(0)
 
     leave, set_trace = os._exit, sys.settrace
-    state = {"emit": emit, "finish": finish, "leave": leave, "frames": {}, "stack": [], "count": 0, "step": 0}
+    state = {"emit": emit, "finish": finish, "leave": leave, "frames": {}, "open": 0, "count": 0, "step": 0}
     state |= {"ended": False, "steps": limits["steps"], "depth": limits["depth"], "longest": limits["longest"]}
     tracer = _make_tracer(state)
     hook = _make_audit_hook(finish, _functions_that_ask_for_frames(), sys._getframe)

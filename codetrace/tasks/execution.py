@@ -8,12 +8,13 @@ __all__ = ['ENDINGS', 'TraceLimits', 'TracedProgram', 'TracedValue', 'ExecutionS
 
 # %% ../../nbs/tasks/execution.ipynb #b8496609
 import ast
+import os
 import secrets
 import struct
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 
 import pandas as pd
@@ -59,7 +60,7 @@ class ExecutionStep:
     step: int  # From 1
     frame: int  # Of which call
     line: int  # From 1
-    visit: int  # How many times this line has been executed, this one included
+    visit: int  # How many times this line of its function has been executed, this one included
     function: str
     before: dict[str, TracedValue]  # Variables when the line begins
     after: dict[str, TracedValue]  # And when the next line of this call begins, or the call ends
@@ -68,6 +69,9 @@ class ExecutionStep:
     )
     raised: str = ""  # Exception that the line raised, or let through
     complete: bool = False  # False where the record ended within the line: `after` is not known
+    finished: int = (
+        0  # The how-manieth line to be done: a call's lines are done before the line that calls. 0: not done
+    )
 
     @property
     def changed(self) -> list[str]:
@@ -100,8 +104,6 @@ class Execution:
     ending: str  # One of `ENDINGS`
     detail: str = ""  # Which limit, which exception, what was reached for
     value: TracedValue | None = None  # What the call returned
-    returns: dict[int, TracedValue] = field(default_factory=dict)  # By frame: what it returned last
-    calls: dict[int, int] = field(default_factory=dict)  # By frame: the frame that called it, 0 for none
 
 # %% ../../nbs/tasks/execution.ipynb #e6c16944
 def _signed_messages(data: bytes, key: bytes) -> tuple[list[list], bool]:
@@ -127,49 +129,46 @@ class _RecordReader:
     "Puts steps together from messages."
 
     def __init__(self):
-        self.functions: dict[int, str] = {}
-        self.calls: dict[int, int] = {}
-        self.returns: dict[int, TracedValue] = {}
+        self.functions: dict[int, tuple[str, int]] = {}  # By frame: name and first line
         self.variables: dict[int, dict[str, TracedValue]] = {}  # By frame
-        self.visits: Counter = Counter()
+        self.visits: Counter = Counter()  # By function and line: a comprehension is no visit of the line it stands on
         self.steps: dict[int, ExecutionStep] = {}
+        self.finished = 0
 
-    def call(self, frame: int, caller: int, function: str, line: int, variables: dict):
-        self.functions[frame] = function
-        self.calls[frame] = caller
+    def call(self, frame: int, function: str, line: int, variables: dict):
+        self.functions[frame] = (function, line)
         self.variables[frame] = {name: TracedValue(*value) for name, value in variables.items()}
 
     def line(self, step: int, frame: int, line: int):
-        self.visits[line] += 1
+        function = self.functions[frame]
+        self.visits[function, line] += 1
         now = self.variables[frame]
-        self.steps[step] = ExecutionStep(step, frame, line, self.visits[line], self.functions[frame], now, now)
+        self.steps[step] = ExecutionStep(step, frame, line, self.visits[function, line], function[0], now, now)
 
     def after(self, step: int, changed: dict, unbound: list):
-        found = self.steps[step]
-        now = {name: value for name, value in found.before.items() if name not in unbound}
+        begun = self.steps[step]
+        now = {name: value for name, value in begun.before.items() if name not in unbound}
         now |= {name: TracedValue(*value) for name, value in changed.items()}
-        self.variables[found.frame] = now
-        self.steps[step] = replace(found, after=now, complete=True)
+        self.variables[begun.frame] = now
+        self.finished += 1
+        self.steps[step] = replace(begun, after=now, complete=True, finished=self.finished)
 
     def exception(self, step: int, kind: str, arguments: str):
         if step:
             self.steps[step] = replace(self.steps[step], raised=kind)
-
-    def result(self, frame: int, value: list):
-        self.returns[frame] = TracedValue(*value)
 
 # %% ../../nbs/tasks/execution.ipynb #2c6f85d9
 def _read_execution(program: TracedProgram, reply: dict, key: bytes) -> Execution:
     "What a worker's reply says about a program."
     messages, is_forged = _signed_messages(reply.get("messages", "").encode("latin-1"), key)
     reader = _RecordReader()
-    handlers = {"raise": reader.exception, "return": reader.result}
-    handlers |= {"call": reader.call, "line": reader.line, "after": reader.after}
+    handlers = {"call": reader.call, "line": reader.line, "after": reader.after, "raise": reader.exception}
     for kind, *values in messages:
         if kind != "end":
             handlers[kind](*values)
-    steps = _with_branches(program.code, list(reader.steps.values()))
-    record = Execution(program, tuple(steps), "crashed", returns=reader.returns, calls=reader.calls)
+    is_over = bool(messages) and messages[-1][:2] in (["end", "return"], ["end", "exception"])
+    steps = _with_branches(program.code, list(reader.steps.values()), is_over)
+    record = Execution(program, tuple(steps), "crashed")
     if is_forged:
         return replace(record, ending="forged", detail="a message without the tracer's hash")
     if not messages or messages[-1][0] != "end":
@@ -182,35 +181,61 @@ def _read_execution(program: TracedProgram, reply: dict, key: bytes) -> Executio
     return replace(record, ending=ending, detail=separator.join(rest).strip())
 
 # %% ../../nbs/tasks/execution.ipynb #546ac6df
-def _branch_bodies(code: str) -> dict[int, tuple[range, bool]]:
-    "By the line of each `if`, `while` and `for`: the lines of its body, and whether they can be told from its header."
+@dataclass(frozen=True)
+class _Branch:
+    "An `if`, `while` or `for` whose body stands below its header."
+
+    header: range  # Lines
+    body: range
+    is_for: bool
+
+
+def _branches_by_line(code: str) -> dict[int, _Branch]:
+    "The branches of a program, by each line of their headers."
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    bodies = {}
+    branches = {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.If, ast.While, ast.For)):
             first = node.body[0].lineno
-            end = node.body[-1].end_lineno or first
-            bodies[node.lineno] = range(first, end + 1)
-    return {line: body for line, body in bodies.items() if line not in body}
+            tested = node.iter if isinstance(node, ast.For) else node.test
+            header = range(node.lineno, (tested.end_lineno or node.lineno) + 1)
+            body = range(first, (node.body[-1].end_lineno or first) + 1)
+            if first not in header:
+                branches |= dict.fromkeys(header, _Branch(header, body, isinstance(node, ast.For)))
+    return branches
 
 
-def _with_branches(code: str, steps: list[ExecutionStep]) -> list[ExecutionStep]:
+def _with_branches(
+    code: str,
+    steps: list[ExecutionStep],
+    is_over: bool,  # Did the program end by itself? If not, nobody knows where its last line would have led
+) -> list[ExecutionStep]:
     "Steps with the branches that were taken."
-    bodies = _branch_bodies(code)
-    last_of_frame: dict[int, int] = {}
-    for index, step in enumerate(steps):
-        previous = last_of_frame.get(step.frame)
-        if previous is not None and steps[previous].line in bodies and not steps[previous].raised:
-            steps[previous] = replace(steps[previous], branch=step.line in bodies[steps[previous].line])
-        last_of_frame[step.frame] = index
-    for index in last_of_frame.values():
-        left_frame = steps[index].frame
-        if steps[index].line in bodies and not steps[index].raised and index + 1 < len(steps) and left_frame:
-            steps[index] = replace(steps[index], branch=False)
-    return steps
+    branches = _branches_by_line(code)
+    next_of_frame: dict[int, ExecutionStep] = {}
+    told = []
+    for index in range(len(steps) - 1, -1, -1):
+        step = steps[index]
+        following = next_of_frame.get(step.frame)
+        next_of_frame[step.frame] = step
+        if step.line in branches and step.complete:
+            is_known = following is not None or is_over or index + 1 < len(steps)
+            step = _with_branch(step, branches[step.line], following) if is_known else step
+        told.append(step)
+    return told[::-1]
+
+
+def _with_branch(step: ExecutionStep, branch: _Branch, following: ExecutionStep | None) -> ExecutionStep:
+    "A line of a header, with the branch that was taken, from the line that comes next in its call."
+    if branch.is_for and step.raised == "StopIteration":  # of an iterator: the loop heard it, and ended
+        return replace(step, raised="", branch=False)
+    is_still_header = following is not None and following.line in branch.header
+    if step.raised or is_still_header:
+        return step
+    return replace(step, branch=following is not None and following.line in branch.body)
 
 # %% ../../nbs/tasks/execution.ipynb #5e6759f3
 def _record_with_worker(pool: SandboxPool, program: TracedProgram, limits: TraceLimits) -> Execution:
@@ -243,7 +268,7 @@ def record_executions(
     programs = list(programs)
     for program in programs:
         _check_program(program)
-    workers = min(len(programs), workers or 2) or 1
+    workers = min(len(programs), workers or len(os.sched_getaffinity(0))) or 1
     with SandboxPool(workers, sandbox_limits) as pool:
         jobs: list[Future] = [pool.threads.submit(_record_with_worker, pool, program, limits) for program in programs]
         return [job.result() for job in jobs]
