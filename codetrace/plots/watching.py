@@ -35,34 +35,35 @@ def plot_listing(
 
     columns = [name for name in LISTING_COLUMNS if name in rows]
     with figure_style():
-        fig, ax = plt.subplots(figsize=(4.6 + 0.9 * len(columns), 0.17 * len(rows) + 0.8), layout="constrained")
-        ax.set(xlim=(0, 62 + 13 * len(columns)), ylim=(len(rows) - 0.5, -1.8))
+        fig, ax = plt.subplots(
+            figsize=(2 + 0.055 * max(map(len, rows["code"])) + 0.9 * len(columns), 0.17 * len(rows) + 0.8),
+            layout="constrained",
+        )
+        width = 8 + 1.1 * min(_LONGEST_CODE, max(map(len, rows["code"])))
+        places = [width + 13 * k for k in range(len(columns) + 2)]
+        ax.set(xlim=(0, places[-1]), ylim=(len(rows) - 0.5, -1.8))
         ax.axis("off")
-        for k, name in enumerate(["variable", *columns]):
-            ax.text(_column_place(k), -1.1, name, fontsize=7, color="0.35", va="center")
+        for place, name in zip(places, ["variable", *columns]):
+            ax.text(place, -1.1, name, fontsize=7, color="0.35", va="center")
         for y, row in enumerate(rows.to_dict("records")):
-            _draw_listing_row(ax, y, row, columns)
+            _draw_listing_row(ax, y, row, columns, places)
         caption_below(fig, caption)
         plt.close(fig)
     return fig
 
 
-def _column_place(k: int) -> float:
-    return 50 + 13 * k
-
-
-def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str]):
+def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str], places: Sequence[float]):
     "One executed line."
     visit = f"·{row['visit']}" if row["visit"] > 1 else ""
     style = {"fontsize": 7, "va": "center"}
     ax.text(0, y, f"{row['line']}{visit}", color=GREY, **style)
     ax.text(5, y, _cut_text(row["code"], _LONGEST_CODE), family="monospace", **style)
-    ax.text(_column_place(0), y, _cut_text(row["variable"], _LONGEST_CELL), family="monospace", **style)
+    ax.text(places[0], y, _cut_text(row["variable"], _LONGEST_CELL), family="monospace", **style)
     for k, name in enumerate(columns, 1):
         is_wrong = name in ("said", "read") and str(row[name]) != str(row["truth"])
         text = _cut_text(row[name], _LONGEST_CELL)
         ax.text(
-            _column_place(k),
+            places[k],
             y,
             text,
             color="tab:red" if is_wrong else "k",
@@ -71,7 +72,7 @@ def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str]):
             **style,
         )
     if row["diverges"]:
-        ax.annotate("◀", (_column_place(len(columns) + 1) - 3, y), fontsize=7, va="center", annotation_clip=False)
+        ax.annotate("◀", (places[-1] - 3, y), fontsize=7, va="center", annotation_clip=False)
         ax.axhspan(y - 0.5, y + 0.5, color="0.92", zorder=0)
 
 # %% ../../nbs/plots/watching.ipynb #1ecdc538
@@ -121,7 +122,12 @@ def plot_calibration(
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/watching.ipynb #169379dc
-_LAYER_LINES = (("accuracy", "k", "-"), ("control_accuracy", GREY, "-."), ("used", "tab:blue", "--"))
+_LAYER_LINES = (
+    ("accuracy", "k", "-"),
+    ("control_accuracy", GREY, "-."),
+    ("lens", "k", ":"),
+    ("used", "tab:blue", "--"),
+)
 
 
 def plot_read_and_used(
@@ -132,7 +138,7 @@ def plot_read_and_used(
     panels = list(table.groupby("place", sort=False))
     last = int(table["layer"].max())
     text = (
-        f"{caption} Black: accuracy of a linear probe beyond rules; dash-dotted: the control task; blue, dashed: swaps of the state that bring the other run's value. "
+        f"{caption} Black: accuracy of a linear probe beyond rules; dash-dotted: the control task; dotted: the logit lens; blue, dashed: swaps of the state that bring the other run's value. "
         "95% bootstrap intervals over programs."
     )
     with panel_grid(len(panels), 3, 1.9, 1.6, text) as axes:

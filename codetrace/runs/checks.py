@@ -31,7 +31,7 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes count program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
+    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
@@ -64,7 +64,7 @@ def _check_number(phase: str, name: str, value: float) -> None:
 
 # %% ../../nbs/runs/checks.ipynb #760244db
 _DISTINCT = set(
-    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers "
+    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers targets "
     "per_token_layers coefficients subspace_sizes components".split()
 )
 
@@ -111,6 +111,8 @@ _CHOICES = {
     "steering.split": ("all", *_SPLITS),
     "watch.source": ("generated", "cruxeval", "basics", "humaneval"),
     "watch.generators": ("copies", "execution", *GENERATORS),
+    "targets": ("value", "type", "bound", "executed", "branch"),
+    "hold_out": ("programs", "names", "lengths"),
     "watch.style": ("auto", "assertion", "comment", "print", "hash", "chat"),
     "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
 }
