@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 
 import numpy as np
 import pandas as pd
@@ -388,7 +389,7 @@ def lens_table(
     if len(known) < 2 or not is_judged.any():
         return pd.DataFrame(columns=["place", "layer", "lens", "lens_low", "lens_high"])
     rows = data.rows[is_judged]
-    weights = lm.hf.get_output_embeddings().weight[list(known.values())].float()
+    weights = methodcaller("get_output_embeddings")(lm.hf).weight[list(known.values())].float()
     norm = lm.hf.get_submodule(lm.adapter.norm)
     tables = []
     for layer, states in enumerate(data.states):
