@@ -31,11 +31,11 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
+    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
-    "models generators seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes components".split()
+    "models generators program_lines seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes components".split()
 )
 _ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
 
@@ -64,7 +64,7 @@ def _check_number(phase: str, name: str, value: float) -> None:
 
 # %% ../../nbs/runs/checks.ipynb #760244db
 _DISTINCT = set(
-    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers "
+    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers targets "
     "per_token_layers coefficients subspace_sizes components".split()
 )
 
@@ -109,6 +109,11 @@ _CHOICES = {
     "generation.split": ("all", *_SPLITS),
     "latents.split": _SPLITS,
     "steering.split": ("all", *_SPLITS),
+    "watch.source": ("generated", "cruxeval", "basics", "humaneval"),
+    "watch.generators": ("copies", "execution", *GENERATORS),
+    "targets": ("value", "type", "bound", "executed", "branch"),
+    "hold_out": ("programs", "names", "lengths"),
+    "watch.style": ("auto", "assertion", "comment", "print", "hash", "chat"),
     "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
 }
 _LABELS = {
@@ -158,7 +163,7 @@ def _check_programs(phase: str, values: Mapping) -> None:
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
 _PLANTED_MODELS = ("planted:binding", "planted:binding@1", "planted:binding@2")  # Of planted.binding
-_TAKES_PLANTED_MODELS = ("mechanism", "seeds")
+_TAKES_PLANTED_MODELS = ("mechanism", "seeds", "watch")
 _MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
@@ -410,6 +415,21 @@ def _check_splits(values: Mapping) -> None:
     if not values["similarity"] > 0:
         raise BadParameter("similarity=0: give a share above 0, such as 0.75; 1 keeps only equal descriptions together")
 
+
+def _check_watch(values: Mapping) -> None:
+    "CRUXEval comes by the path of its file; programs of each generator and length can be drawn."
+    if values["source"] == "cruxeval" and not Path(values["path"]).is_file():
+        raise BadParameter(
+            f"path={values['path']!r}: source=cruxeval needs its file; give path=cruxeval.jsonl, of facebookresearch/cruxeval"
+        )
+    if min(values["program_lines"]) < _FEWEST_WATCHED_LINES:
+        raise BadParameter(
+            f"program_lines={values['program_lines']}: give {_FEWEST_WATCHED_LINES} or more, for two constants and a line that reads one"
+        )
+
+
+_FEWEST_WATCHED_LINES = 3
+
 # %% ../../nbs/runs/checks.ipynb #b684f938
 def _check_steering(values: Mapping) -> None:
     _check_temperatures("temperatures", values)
@@ -449,6 +469,7 @@ _PHASE_CHECKS = {
     "steering": _check_steering,
     "tracing": _check_tracing,
     "tuning": _check_tuning,
+    "watch": _check_watch,
 }
 
 # %% ../../nbs/runs/checks.ipynb #65e27979

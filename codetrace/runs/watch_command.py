@@ -31,7 +31,7 @@ def watch_command(
     model: Annotated[str, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")] = "smollm2",
     variable: Annotated[list[str] | None, typer.Option(metavar="X", help="Only this variable; repeatable.")] = None,
     style: Annotated[
-        str, typer.Option(metavar="S", help="How it is asked: assertion, comment, print, chat.")
+        str, typer.Option(metavar="S", help="How it is asked: assertion, comment, print, hash, chat.")
     ] = "print",
     whole: Annotated[bool, typer.Option("--all", help="Also what a line does not change.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,

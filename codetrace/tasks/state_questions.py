@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
@@ -28,8 +28,10 @@ QUESTION_STYLES = {
     "assertion": "\n{indent}assert {variable} ==",
     "comment": "\n{indent}# {variable} =",
     "print": "\n{indent}print({variable})  # prints",
+    "hash": "\n{indent}#{variable}:",
     "chat": "\n```\nWhat is the value of `{variable}` after line {line} has run{times}? Answer with the value alone.",
 }
+_STYLES_WITHOUT_SPACE = ("chat", "hash")  # The answer follows without a space
 _ASKED_TYPES = {"int": 20, "float": 20, "bool": 5, "NoneType": 4, "str": 24, "list": 40, "tuple": 40, "dict": 40}
 
 
@@ -136,7 +138,7 @@ def _bare_ids(lm: LM, text: str) -> list[int]:
 
 def _question_and_answer(lm: LM, text: str, truth: str, style: str) -> tuple[list[int], list[int]]:
     "Token ids of a question and of its true answer, cut where the tokenizer cuts."
-    gaps = [("", "")] if style == "chat" else [(" ", ""), ("", " ")]
+    gaps = [("", "")] if style in _STYLES_WITHOUT_SPACE else [(" ", ""), ("", " ")]
     found = []
     for inside, outside in gaps:
         question_ids = _bare_ids(lm, text + inside)
@@ -144,7 +146,7 @@ def _question_and_answer(lm: LM, text: str, truth: str, style: str) -> tuple[lis
         if all_ids[: len(question_ids)] == question_ids and len(all_ids) > len(question_ids):
             found.append((question_ids, all_ids[len(question_ids) :]))
     if not found:
-        return _bare_ids(lm, text), _bare_ids(lm, truth if style == "chat" else " " + truth)
+        return _bare_ids(lm, text), _bare_ids(lm, truth if style in _STYLES_WITHOUT_SPACE else " " + truth)
     return min(found, key=_answer_length)
 
 
@@ -252,6 +254,7 @@ class StateAnswer:
     log_prob: float  # Of the true answer: the sum over its tokens
     rank: int  # Of the true answer's worst token, 0 for first
     one_token: bool  # Is the true answer a single token?
+    said_log_prob: float = float("nan")  # Of the tokens that were decoded
 
 
 def _score_truths(packed: PackedQuestions, logits: Tensor, starts: list[int]) -> list[tuple[float, int]]:
@@ -286,9 +289,9 @@ def answer_packed(
     logits = lm.unembed(hidden[wanted])
     lengths = torch.tensor([0, *map(len, packed.truth_ids)]).cumsum(0).tolist()
     scores = _score_truths(packed, logits, lengths[:-1])
-    first = logits[lengths[:-1]].argmax(-1).tolist()
-    texts = _decode_packed(lm, packed, first, columns, visible, cache, max_new_tokens)
-    return [StateAnswer(t, *s, len(ids) == 1) for t, s, ids in zip(texts, scores, packed.truth_ids)]
+    first = logits[lengths[:-1]]
+    texts, said = _decode_packed(lm, packed, first, columns, visible, cache, max_new_tokens)
+    return [StateAnswer(t, *s, len(ids) == 1, p) for t, s, ids, p in zip(texts, scores, packed.truth_ids, said)]
 
 
 def _last_indices(question_ids: list[list[int]], truth_ids: list[list[int]]) -> list[int]:
@@ -305,15 +308,24 @@ def _last_indices(question_ids: list[list[int]], truth_ids: list[list[int]]) -> 
 _ANSWER_END = re.compile(r"\s*(?:-?\d+(?:\.\d+)?(?![\d.e])|True\b|False\b|None\b)[^\w.]|\s*\S[^\n`#]*[\n`#]")
 
 
-def _decode_packed(lm: LM, packed: PackedQuestions, tokens: list[int], columns: _Columns, visible, cache, limit: int):
-    "Greedy answers, each until it has said a value, or its line or the text ends."
-    written: list[list[int]] = [[] for _ in tokens]
-    running = list(range(len(tokens)))
+def _top_tokens(logits: Float[Tensor, "rows vocab"]) -> tuple[list[int], list[float]]:
+    "The most probable token of each row, and its log-probability."
+    log_probs, tokens = logits.log_softmax(-1).max(-1)
+    return tokens.tolist(), log_probs.tolist()
+
+
+def _decode_packed(lm: LM, packed: PackedQuestions, logits: Tensor, columns: _Columns, visible, cache, limit: int):
+    "Greedy answers, each until it has said a value, or its line or the text ends; and their log-probabilities."
+    written: list[list[int]] = [[] for _ in logits]
+    said = [0.0] * len(logits)
+    running = list(range(len(logits)))
+    tokens, log_probs = _top_tokens(logits)
     ends = lm._ends()
     position = [seen + len(ids) for seen, ids in zip(packed.visible, packed.question_ids)]
     for _ in range(limit):
         going = []
-        for index, token in zip(running, tokens):
+        for index, token, log_prob in zip(running, tokens, log_probs):
+            said[index] += log_prob
             if token not in ends:
                 written[index].append(token)
                 if not _ANSWER_END.match(lm._decode(written[index])):
@@ -325,8 +337,8 @@ def _decode_packed(lm: LM, packed: PackedQuestions, tokens: list[int], columns: 
         added = _Columns(torch.tensor(running), rows, torch.zeros(len(running), dtype=torch.bool))
         columns = columns.joined(added)
         hidden, cache = _packed_step(lm, [token for _, token in going], added, columns, visible, cache)
-        tokens = lm.unembed(hidden).argmax(-1).tolist()
-    return [lm._decode(ids).strip().split("\n")[0].strip() for ids in written]
+        tokens, log_probs = _top_tokens(lm.unembed(hidden))
+    return [lm._decode(ids).strip().split("\n")[0].strip() for ids in written], said
 
 # %% ../../nbs/tasks/state_questions.ipynb #c757ee7a
 def ask_states(
