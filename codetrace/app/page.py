@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -42,6 +42,7 @@ class View:
     snippet: Callable[..., str]  # The same to the code that does the same
     choices: Callable[[], Mapping[str, list]] = dict  # Choices by field, read whenever the page is opened
     lists: frozenset[str] = frozenset()  # Fields with several values
+    of_page: Mapping[str, str] = field(default_factory=dict)  # What the page puts into fields that a link leaves empty
     is_job: bool = False  # Takes a while: runs on demand, and can be cancelled
 
 # %% ../../nbs/app/page.ipynb #6b967966
@@ -78,7 +79,7 @@ _FOLLOW_LINK = """() => {
   if (link) history.replaceState(null, "", link.getAttribute("href"));
 }"""
 _SHOW_LINKED_VIEW = """() => {
-  const view = new URLSearchParams(location.search).get("view") || "records";
+  const view = new URLSearchParams(location.search).get("view") || "watch";
   let tries = 100;  // a tab's parts are made when it is opened
   const timer = setInterval(() => {
     const button = document.querySelector("#show_" + CSS.escape(view));
@@ -178,23 +179,24 @@ def _opener(gradio: ModuleType, views: Sequence[View]) -> Callable[..., list]:
     "The function that fills in the fields when the page is opened."
 
     def fill(request) -> list:
-        name, values, error = opening_state(dict(request.query_params))
+        opened_view, values, error = opening_state(dict(request.query_params))
         note = page_part(html_note(error, "error")) if error else ""
-        updates = [gradio.update(selected=name), note]
+        updates = [gradio.update(selected=opened_view), note]
         for view in views:
-            state = values if view.name == name else VIEW_DEFAULTS[view.name]
+            state = values if view.name == opened_view else VIEW_DEFAULTS[view.name]
             choices = view.choices()
-            updates += [_field_update(gradio, view, field, state[field], choices) for field in view.fields]
+            updates += [_field_update(gradio, view, name, state[name], choices) for name in view.fields]
         return updates
 
     fill.__annotations__["request"] = gradio.Request
     return fill
 
 
-def _field_update(gradio: ModuleType, view: View, field: str, text: str, choices: Mapping[str, list]):
+def _field_update(gradio: ModuleType, view: View, name: str, text: str, choices: Mapping[str, list]):
     "What a field is set to."
-    value = [part for part in text.split(",") if part] if field in view.lists else text
-    return gradio.update(value=value, **({"choices": choices[field]} if field in choices else {}))
+    text = text or view.of_page.get(name, "")
+    value = [part for part in text.split(",") if part] if name in view.lists else text
+    return gradio.update(value=value, **({"choices": choices[name]} if name in choices else {}))
 
 # %% ../../nbs/app/page.ipynb #6c4b0519
 def serve_page(
