@@ -1,8 +1,9 @@
-"""README.md, the table of chapters in nbs/index.ipynb and the chapters of _quarto.yml, all from the notebooks.
+"""README.md, findings in nbs/index.ipynb, the table in nbs/chapters.ipynb and the chapters of _quarto.yml, all from the notebooks and the reference records.
 
-`make export` runs it; nothing of these three is written by hand twice.
+`make export` runs it; nothing of these is written by hand twice, and no number of the findings is written by hand at all.
 """
 
+import base64
 import json
 import os
 import re
@@ -26,7 +27,11 @@ FOLDERS = {  # In the order in which they import from each other
     "phases": "Phases",
     "app": "The page",
 }
+PAGES = ["index", "recipes", "chapters"]  # Notebooks without a module, in the order of the site
 TABLE = "## The chapters"
+FINDINGS = "## What it finds"
+RECORDS = HOME / "runs" / "reference"
+FIGURE = ("tracing/20261128T175737179Z-66b4c402", "c5bb26f9")  # A record, and the cell that shows it
 
 
 def read(path: Path) -> dict:
@@ -36,7 +41,8 @@ def read(path: Path) -> dict:
 def chapters() -> dict[str, list[Path]]:
     "Notebooks by the title of their part, the command line last."
     parts = {title: sorted((NOTEBOOKS / folder).glob("*.ipynb")) for folder, title in FOLDERS.items()}
-    known = {NOTEBOOKS / "index.ipynb", *(path for part in parts.values() for path in part)}
+    pages = [NOTEBOOKS / f"{name}.ipynb" for name in PAGES]
+    known = {*pages, *(path for part in parts.values() for path in part)}
     return parts | {"Command line": [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if path not in known]}
 
 
@@ -56,14 +62,97 @@ def chapter_table() -> str:
     return "\n".join(rows)
 
 
-def write_index() -> None:
-    "Put the table of chapters into its cell of the index."
-    path = NOTEBOOKS / "index.ipynb"
+def replace_cell(name: str, start: str, text: str) -> None:
+    "Write the cell of a notebook that begins in some way; what follows its table stays."
+    path = NOTEBOOKS / f"{name}.ipynb"
     notebook = read(path)
-    cell = next(cell for cell in notebook["cells"] if "".join(cell["source"]).startswith(TABLE))
-    rest = "".join(cell["source"]).rpartition("|\n")[2].strip()
-    cell["source"] = f"{TABLE}\n\n{chapter_table()}\n\n{rest}".splitlines(True)
+    cell = next(cell for cell in notebook["cells"] if "".join(cell["source"]).startswith(start))
+    cell["source"] = f"{start}\n\n{text}".splitlines(True)
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_chapters() -> None:
+    "Put the table of chapters into its page."
+    hint = "A folder imports only from the folders above it in this table. Edit a notebook, never `codetrace/**/*.py`; then `make export`, `make test`."
+    replace_cell("chapters", TABLE, f"{chapter_table()}\n\n{hint}")
+
+
+def record(name: str) -> dict:
+    "The manifest of a reference record."
+    return read(RECORDS / name / "run.json")
+
+
+def record_link(name: str, text: str) -> str:
+    return f"[{text}](../runs/reference/{name}/notebook.ipynb)"
+
+
+def tracking_finding(name: str) -> str:
+    "What SmolLM2 answers, beside the best shallow rule."
+    manifest = record(name)
+    rows = [row for row in manifest["summary"] if row["task"] == "variable_binding" and row["examples"] == 2]
+    count = sum(row["n"] for row in rows)
+    rule = sum(row["n"] * float(row["best baseline"]) for row in rows) / count
+    accuracy = re.search(r"variable_binding ([\d.]+ \[[^\]]*\])", manifest["headline"])[1]
+    return (
+        f"**A small model guesses.** Asked for a variable after two solved examples, SmolLM2 is right in {accuracy} of {count} programs; "
+        f"the best shallow rule of each kind of program is right in {rule:.2f} ({record_link(name, 'record')})."
+    )
+
+
+def seeds_finding(name: str) -> str:
+    "What holds in every training of the model that follows references, and what does not."
+    rows = {row["finding"]: row for row in record(name)["summary"]}
+    value = rows["a changed value passes from rhs 1 to the final token (layer)"]
+    reference = rows["a changed reference passes from rhs 2 to the final token (layer)"]
+    enough = rows["heads chosen at final for a changed value bring more than random heads (effect)"]
+    needed = rows[
+        "without the heads chosen at final for a changed value accuracy is lower than without random heads (accuracy)"
+    ]
+    return (
+        f"**Where it is learnt, it is learnt in the same place.** SmolLM2 was taught to follow references {value['of']} times. A changed value passes from its constant to the "
+        f"last token at layer {layers(value)} of 0 to 29 in {share(value)}, a changed reference at layer {layers(reference)} in {share(reference)}; the heads found there bring more "
+        f"than random heads in {share(enough)}, but are needed more than random heads in only {share(needed)} ({record_link(name, 'record')})."
+    )
+
+
+def layers(row: dict) -> str:
+    "The layers at which something is found."
+    low, high = int(row["smallest"]), int(row["largest"])
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def share(row: dict) -> str:
+    "In how many trainings something is found, with the interval."
+    return f"{row['in_seeds']} of {row['of']} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def pregeneration_finding(name: str) -> str:
+    "What a state before the first token foretells."
+    manifest = record(name)
+    area = re.search(r"AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks", manifest["headline"])
+    more = re.search(r"the strongest is (.*?), difference ([\d.]+ \[[^\]]*\])", manifest["headline"])
+    return (
+        f"**A code model knows before it writes.** The state of Qwen2.5-Coder-0.5B at the last token of a prompt foretells whether its answer will pass the tests: "
+        f"AUROC {area[1]} on {area[2]} problems that had no part in the fit, {more[2]} above {more[1]} ({record_link(name, 'record')})."
+    )
+
+
+def write_findings() -> None:
+    "Put findings and their figure into the index, from reference records."
+    name, cell_id = FIGURE
+    notebook = read(RECORDS / name / "notebook.ipynb")
+    cell = next(cell for cell in notebook["cells"] if cell["id"] == cell_id)
+    image = next(output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output["data"])
+    (NOTEBOOKS / "finding.png").write_bytes(base64.b64decode("".join(image)))
+    findings = [
+        tracking_finding("tracking/20261122T002252652Z-2c8bf046"),
+        seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
+        pregeneration_finding("pregeneration/20261128T183744719Z-c90a6dd5"),
+    ]
+    count = re.match(r"n=(\d+)", record(name)["headline"])[1]
+    caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
+    figure = f"![{caption}](finding.png)\n\n{caption}, at the constant (left) and at the last token (right), with 95% intervals and controls; {record_link(name, 'record')}."
+    replace_cell("index", FINDINGS, "\n".join(f"* {finding}" for finding in findings) + f"\n\n{figure}")
 
 
 def write_quarto() -> None:
@@ -76,7 +165,8 @@ def write_quarto() -> None:
         {"part": title, "chapters": [f"nbs/{path.relative_to(NOTEBOOKS).as_posix()}" for path in paths]}
         for title, paths in chapters().items()
     ]
-    block = yaml.safe_dump({"chapters": ["index.ipynb", *listed, *records]}, sort_keys=False, width=200)
+    pages = [f"nbs/{name}.ipynb" for name in PAGES[1:]]
+    block = yaml.safe_dump({"chapters": ["index.ipynb", *pages, *listed, *records]}, sort_keys=False, width=200)
     block = re.sub(r"^", "  ", block, flags=re.M).rstrip() + "\n"
     head, _, tail = text.partition("  chapters:\n")
     after = tail[tail.index("\nformat:") :]
@@ -86,7 +176,7 @@ def write_quarto() -> None:
 def linked(markdown: str, page: Path = HOME) -> str:
     "Links of the index, which stands in nbs/, as a page in another folder writes them."
     there = os.path.relpath(NOTEBOOKS, page)
-    markdown = re.sub(r"\]\(([\w/]+\.ipynb)\)", rf"]({there}/\1)", markdown)
+    markdown = re.sub(r"\]\(([\w/]+\.(?:ipynb|png))\)", rf"]({there}/\1)", markdown)
     return markdown.replace("](../", "](")
 
 
@@ -111,6 +201,7 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    write_index()
+    write_chapters()
+    write_findings()
     write_quarto()
     (HOME / "README.md").write_text(readme(), encoding="utf-8")

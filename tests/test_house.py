@@ -18,7 +18,8 @@ from codetrace.runs.phases import phases
 
 HOME = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((HOME / "nbs").rglob("*.ipynb"))
-CHAPTERS = [path for path in NOTEBOOKS if path.stem != "index"]
+PAGES = {"index", "recipes", "chapters"}  # text only, no module
+CHAPTERS = [path for path in NOTEBOOKS if path.stem not in PAGES]
 MODULES = sorted(path for path in (HOME / "codetrace").rglob("*.py") if path.stem not in ("__init__", "_modidx"))
 
 

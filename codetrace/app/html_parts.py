@@ -143,6 +143,17 @@ PAGE_STYLE = """
 .codetrace table.grid thead th { text-align: center; padding: 0 1px !important; border: 0 !important; font-size: 12px; }
 .codetrace table.grid td.unswept { background: #e3e3e3; color: #4a4a4a; }
 .codetrace table.grid td.preview { font-style: italic; outline: 1px dashed #666; outline-offset: -2px; }
+.codetrace table.watch td, .codetrace table.watch th { padding: 3px 14px 3px 4px !important; white-space: nowrap; font-weight: 400; }
+.codetrace table.watch thead th { font-weight: 600; }
+.codetrace table.watch th code { white-space: pre; }
+.codetrace table.watch td { line-height: 1.25; border-left: 3px solid transparent !important; }
+.codetrace table.watch td > :first-child { font-weight: 600; font-family: monospace; }
+.codetrace table.watch td.unchanged, .codetrace table.watch td.unchanged > :first-child { font-weight: 400; color: #595959; }
+.codetrace table.watch td.mistaken { background: #fdeeee !important; border-left: 3px solid #8f0f0f !important; }
+.codetrace table.watch tr.divergence > th { background: #ffe08a !important; }
+.codetrace table.watch .probability, .codetrace table.watch br ~ span { font-size: 12px; }
+.codetrace table.watch .probability { color: #595959; }
+.codetrace .finding { font-weight: 600; margin: 0.4em 0; }
 .codetrace .right { color: #14602a; } .codetrace .wrong { color: #8f0f0f; }
 .codetrace .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 16px; }
 """

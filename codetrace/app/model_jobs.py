@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,10 @@ def _work(self: ModelJobs, model: str) -> None:
             if not jobs:
                 return
             job = jobs[0]
-        _run_job(job, self.patience)
+        try:
+            _run_job(job, self.patience)
+        except Exception:  # the next one must have its turn
+            _log.exception("a job could not be ended")
         with self.lock:
             jobs.popleft()
             if not jobs:
@@ -161,5 +164,5 @@ def _run_job(job: _Job, patience: float) -> None:
             _log.exception("a job failed")
         job.put(error, patience)
     finally:
-        if steps is not None:
+        if isinstance(steps, Generator):  # a plain iterator has nothing to end
             steps.close()

@@ -17,6 +17,7 @@ from .record_tab import records_tab
 from .steer_tab import steer_tab
 from .trace_tab import trace_tab
 from .typed_programs import TYPED_PROGRAM_LIMITS
+from .watch_tab import watch_tab
 from ..core.errors import look_up_name
 from ..models.limits import memory_limits_from_environment
 from ..models.lm import LM
@@ -77,7 +78,9 @@ def start_page(
     models = PageModels(model, jobs)
     with SandboxPool(1, TYPED_PROGRAM_LIMITS) as pool:
         make_trace = partial(trace_tab, jobs=jobs, load=models.named, models=models.names, pool=pool)
+        make_watch = partial(watch_tab, jobs=jobs, load=models.named, models=models.names)
         make_steer = partial(steer_tab, jobs=jobs, load=models.load)
-        tabs = {"trace": make_trace, "records": records_tab, "latents": latents_tab, "steer": make_steer}
+        tabs = {"watch": make_watch, "trace": make_trace, "records": records_tab}
+        tabs |= {"latents": latents_tab, "steer": make_steer}
         page = build_page(gradio, tabs)
         serve_page(page, host, port)

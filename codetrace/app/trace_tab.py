@@ -277,6 +277,7 @@ def trace_tab(
         fields=fields,
         show=_trace_runner(jobs, load, pool),
         snippet=trace_snippet,
+        of_page={"model": models[0]},
         is_job=True,
     )
 

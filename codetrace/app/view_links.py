@@ -12,13 +12,26 @@ from urllib.parse import urlencode
 from ..core.errors import BadInput, look_up_name
 
 # %% ../../nbs/app/view_links.ipynb #458a8095
+_WATCHED_AT_FIRST = """def count_even(numbers):
+    total = 0
+    for n in numbers:
+        if n % 2 == 0:
+            total = total + 1
+    return total"""
 VIEW_DEFAULTS: dict[str, dict[str, str]] = {
+    "watch": {
+        "program": _WATCHED_AT_FIRST,
+        "call": "count_even([4, 7, 2])",
+        "variables": "",
+        "model": "",
+        "style": "print",
+    },
     "records": {"search": "", "phase": "", "model": "", "status": "", "run": "", "compare": ""},
     "trace": {
         "program": "b = 7\nq = 2\nh = b\nk = 5\n#h:",
         "counterfactual": "",
         "prefix": "",
-        "model": "binding",
+        "model": "",
         "site": "resid_pre",
         "direction": "denoise",
         "positions": "named",
@@ -54,7 +67,7 @@ def read_view_link(
     query: Mapping[str, str],  # The parameters of an address
 ) -> tuple[str, dict[str, str]]:  # The view, and all its fields
     "The view and the state that a link asks for; raises `BadInput` where there is none such."
-    view = query.get("view", "records")
+    view = query.get("view", "watch")
     defaults = _view_defaults(view)
     values = {name: query[name] for name in defaults if name in query}
     for name, value in values.items():

@@ -131,7 +131,11 @@ def share_over_programs(
     if len(values):
         marks = values.to_numpy(float)
         n = len(set(programs))
-        ends = wilson(n * marks[0], n) if np.ptp(marks) == 0 and marks[0] in (0, 1) else bootstrap_interval(marks, programs.to_numpy())
+        ends = (
+            wilson(n * marks[0], n)
+            if np.ptp(marks) == 0 and marks[0] in (0, 1)
+            else bootstrap_interval(marks, programs.to_numpy())
+        )
     mean = float(values.mean()) if len(values) else np.nan
     return {name: mean, f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
 
