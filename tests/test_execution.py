@@ -7,10 +7,14 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from codetrace import models
 from codetrace.sandbox.pool import GradingJob, SandboxLimits, grade
 from codetrace.tasks.execution import TracedProgram, TraceLimits, record_executions, state_table
+from codetrace.tasks.state_questions import pack_questions, state_questions
+from codetrace.tasks.watching import first_divergence
 
 DATA = Path(os.environ.get("CODETRACE_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
@@ -202,6 +206,27 @@ def test_comprehensions_are_no_visits_and_calls_are_done_before_their_line():
     assert [step.visit for step in steps if step.function == "f" and step.line == 6] == [1, 2]
     by_line = {step.line: step for step in steps if step.function in ("f", "g")}
     assert by_line[7].step < by_line[2].step and by_line[7].finished > by_line[3].finished > by_line[2].finished
+
+
+def test_a_caller_is_asked_when_its_callee_has_been_read():
+    code = "def f(x):\n    y = g(x)\n    return y\ndef g(v):\n    w = v + 1\n    return w"
+    questions = state_questions(record_executions([TracedProgram(code, "f(1)")], workers=1)[0])
+    asked = [(question.variable, question.step.line, question.last_line) for question in questions]
+    assert asked.index(("w", 5, 5)) < asked.index(("y", 2, 6))
+    assert ("y", 2, 2) not in asked
+    table = pd.DataFrame({"step": [2, 1], "finished": [1, 2], "correct": [False, False]})
+    assert first_divergence(table) == 2
+
+
+def test_a_question_does_not_depend_on_its_true_answer():
+    lm = models.load("tiny:llama")
+    asked = []
+    for value in ("7", "'a'", "[1, 2]", "True"):
+        execution = record_executions([TracedProgram(f"x = {value}")], workers=1)[0]
+        packed = pack_questions(lm, execution, state_questions(execution))
+        same = len(lm.tokenizer(f"x = {value}")["input_ids"])
+        asked.append(packed.prompt_ids(0)[same:])
+    assert all(question == asked[0] for question in asked)
 
 
 TAKEN_FOR_AN_INT = """

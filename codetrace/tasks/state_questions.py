@@ -8,9 +8,13 @@ __all__ = ['QUESTION_STYLES', 'StateQuestion', 'is_asked', 'state_questions', 'w
 
 # %% ../../nbs/tasks/state_questions.ipynb #4fcd1d45
 import ast
+import io
 import re
-from collections.abc import Iterable, Sequence
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +26,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
 from ..models.lm import LM
 from .execution import Execution, ExecutionStep, TracedProgram, TracedValue
+from .problem_prompts import render_chat_turn
 
 # %% ../../nbs/tasks/state_questions.ipynb #ee87aca1
 QUESTION_STYLES = {
@@ -56,13 +61,14 @@ def state_questions(
 ) -> list[StateQuestion]:
     "Every variable after every step that has a value which can be asked for."
     names = set(variables)
+    furthest = list(accumulate((step.line for step in execution.steps), max))
     questions = []
-    last_line = 0
-    for step in execution.steps:
-        last_line = max(last_line, step.line)
-        for name, value in step.after.items() if step.complete else ():
+    begun = 0
+    for step in sorted(filter(attrgetter("complete"), execution.steps), key=attrgetter("finished")):
+        begun = max(begun, step.step)
+        for name, value in step.after.items():
             if is_asked(value) and (not names or name in names):
-                questions.append(StateQuestion(step, name, value, last_line))
+                questions.append(StateQuestion(step, name, value, furthest[begun - 1]))
     return questions
 
 # %% ../../nbs/tasks/state_questions.ipynb #c0315700
@@ -113,7 +119,7 @@ def _question_text(execution: Execution, question: StateQuestion, style: str) ->
     return f"\n{indent}# line {question.step.line}, run {visit} times:{text}" if visit > 1 else text
 
 
-def _program_text(execution: Execution, style: str) -> str:
+def _program_text(execution: Execution) -> str:
     "The program as the model reads it, behind the call."
     call = execution.program.call
     return (f"# {call}\n" if call else "") + execution.program.code
@@ -126,9 +132,7 @@ def _chat_frame(lm: LM) -> tuple[str, str]:
     "What a chat template puts before and after a user's message."
     if not getattr(lm.tokenizer, "chat_template", None):
         raise BadInput(f"{lm.name} has no chat template: use the style assertion, comment or print")
-    message = [{"role": "user", "content": _MARKER}]
-    text = lm.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, _, after = text.partition(_MARKER)
+    before, _, after = render_chat_turn(lm.tokenizer, _MARKER).partition(_MARKER)
     return before + "```python\n", after + "The value is `"
 
 
@@ -136,22 +140,27 @@ def _bare_ids(lm: LM, text: str) -> list[int]:
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _question_and_answer(lm: LM, text: str, truth: str, style: str) -> tuple[list[int], list[int]]:
+_NEUTRAL_ANSWERS = ("0", "7", "12", "-3", "1.5", "True", "None", "'a'", "[1, 2]")
+
+
+def _answer_gap(lm: LM, style: str) -> tuple[str, str]:
+    "Whether the space before an answer is the question's or the answer's: what makes answers shortest, whatever the true one is."
+    if style in _STYLES_WITHOUT_SPACE:
+        return "", ""
+    texts = "x ==" + pd.Series(_NEUTRAL_ANSWERS, dtype=str).radd(" ")
+    space_asked = sum(len(_bare_ids(lm, text)) for text in texts) - len(texts) * len(_bare_ids(lm, "x == "))
+    space_said = sum(len(_bare_ids(lm, text)) for text in texts) - len(texts) * len(_bare_ids(lm, "x =="))
+    return (" ", "") if space_asked < space_said else ("", " ")
+
+
+def _question_and_answer(lm: LM, text: str, truth: str, gap: tuple[str, str]) -> tuple[list[int], list[int]]:
     "Token ids of a question and of its true answer, cut where the tokenizer cuts."
-    gaps = [("", "")] if style in _STYLES_WITHOUT_SPACE else [(" ", ""), ("", " ")]
-    found = []
-    for inside, outside in gaps:
-        question_ids = _bare_ids(lm, text + inside)
-        all_ids = _bare_ids(lm, text + inside + outside + truth)
-        if all_ids[: len(question_ids)] == question_ids and len(all_ids) > len(question_ids):
-            found.append((question_ids, all_ids[len(question_ids) :]))
-    if not found:
-        return _bare_ids(lm, text), _bare_ids(lm, truth if style in _STYLES_WITHOUT_SPACE else " " + truth)
-    return min(found, key=_answer_length)
-
-
-def _answer_length(pair: tuple[list[int], list[int]]) -> int:
-    return len(pair[1])
+    inside, outside = gap
+    question_ids = _bare_ids(lm, text + inside)
+    all_ids = _bare_ids(lm, text + inside + outside + truth)
+    if all_ids[: len(question_ids)] == question_ids and len(all_ids) > len(question_ids):
+        return question_ids, all_ids[len(question_ids) :]
+    return question_ids, _bare_ids(lm, outside + truth)
 
 # %% ../../nbs/tasks/state_questions.ipynb #0a02cd00
 @dataclass(frozen=True, eq=False)
@@ -177,19 +186,20 @@ def pack_questions(
     "Program and questions as tokens."
     look_up_name(style, QUESTION_STYLES, "question style")
     before, after = _chat_frame(lm) if style == "chat" else ("", "")
-    text = before + _program_text(execution, style)
+    text = before + _program_text(execution)
     encoded = lm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=style != "chat")
     offsets = encoded["offset_mapping"]
     code = execution.program.code
     start = len(text) - len(code)
     line_ends = [start + len("\n".join(code.split("\n")[:number])) for number in range(1, code.count("\n") + 2)]
     packed = PackedQuestions(list(encoded["input_ids"]), [], [], [])
+    gap = _answer_gap(lm, style)
     for question in questions:
         end = line_ends[question.last_line - 1]
         seen = sum(stop <= end for _, stop in offsets)
         left = text[max((stop for _, stop in offsets[:seen]), default=0) : end]
         asked = left + _question_text(execution, question, style) + after
-        question_ids, truth_ids = _question_and_answer(lm, asked, question.truth.text, style)
+        question_ids, truth_ids = _question_and_answer(lm, asked, question.truth.text, gap)
         packed.visible.append(seen)
         packed.question_ids.append(question_ids)
         packed.truth_ids.append(truth_ids)
@@ -304,8 +314,12 @@ def _last_indices(question_ids: list[list[int]], truth_ids: list[list[int]]) -> 
     return indices
 
 # %% ../../nbs/tasks/state_questions.ipynb #60736b4d
-# A number or a word of Python's that something follows, or the end of a line, a quotation or a comment
-_ANSWER_END = re.compile(r"\s*(?:-?\d+(?:\.\d+)?(?![\d.e])|True\b|False\b|None\b)[^\w.]|\s*\S[^\n`#]*[\n`#]")
+_TEXT = r"""'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*\""""  # Of Python, with its quotes
+# A number or a word of Python's that something follows, the end of a line, or a backtick or comment outside a text
+_ANSWER_END = re.compile(
+    r"\s*(?:-?\d+(?:\.\d+)?(?![\d.e])|True\b|False\b|None\b)[^\w.]|\s*\S[^\n]*\n"
+    rf"|\s*(?:{_TEXT}|[^\s`#'\"])(?:{_TEXT}|[^\n`#'\"])*[`#]"
+)
 
 
 def _top_tokens(logits: Float[Tensor, "rows vocab"]) -> tuple[list[int], list[float]]:
@@ -362,11 +376,25 @@ def ask_states(
 # %% ../../nbs/tasks/state_questions.ipynb #c6d864d1
 def read_said_value(text: str) -> str:
     "The value that an answer begins with, as `repr` writes it; the text itself where it begins with none."
-    text = re.sub(r"^(\s*-?\d+)\.(?!\d)", r"\1", text.rstrip(" ,;:"))  # a full stop
-    for end in ("", "`", "  #", " #", ', "', "```", "<|", ".", ",", ";", " "):
-        part = text.partition(end)[0].strip().strip("`") if end else text.strip()
+    text = text.strip()
+    for prefix in _literal_prefixes(text.lstrip("`")):
         try:
-            return repr(ast.literal_eval(part))
+            return repr(ast.literal_eval(prefix))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-    return text.strip()
+    return text
+
+
+def _literal_prefixes(text: str) -> Iterator[str]:
+    "Beginnings of a text that end after a token and within no bracket, up to the first comma outside of brackets."
+    depth = 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
+            if token.start[0] > 1 or depth < 0 or (depth == 0 and token.string == ","):
+                return
+            if depth == 0 and token.type in (tokenize.NUMBER, tokenize.STRING, tokenize.NAME, tokenize.OP):
+                prefix = text[: token.end[1]]
+                yield prefix.removesuffix(".") if token.type == tokenize.NUMBER else prefix  # a full stop
+    except (tokenize.TokenError, SyntaxError):
+        return

@@ -10,6 +10,7 @@ __all__ = ['STATE_RULES', 'SHALLOW_STATE_RULES', 'ERROR_KINDS', 'rule_answers', 
 # %% ../../nbs/tasks/watching.ipynb #60e83657
 import ast
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,13 +31,18 @@ _OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 _LARGEST = 10**12  # Of the numbers that are computed with
 
 
-def _constants_by_line(tree: ast.AST) -> dict[int, str]:
-    "The last constant of each line, as `repr` writes it."
+def _constants(tree: ast.AST) -> list[tuple[int, str]]:
+    "The constants of a program in their order, each with its line, as `repr` writes it; descriptions are none."
+    skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = {}
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value is not ...]
-    for node in sorted(nodes, key=_position):
-        constants[node.lineno] = repr(node.value)
-    return constants
+    for node in ast.walk(tree):
+        match node:
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                constants[_position(node)] = repr(-number)
+                skipped.add(id(node.operand))
+            case ast.Constant(value=value) if value is not ... and id(node) not in skipped:
+                constants[_position(node)] = repr(value)
+    return [(line, constants[line, column]) for line, column in sorted(constants)]
 
 
 def _position(node: ast.expr | ast.stmt) -> tuple[int, int]:
@@ -104,7 +110,8 @@ def rule_answers(
 ) -> pd.DataFrame:  # One row a question, one column a rule, None where it has no answer
     "What each of the `STATE_RULES` answers."
     tree = ast.parse(execution.program.code)
-    constants = _constants_by_line(tree)
+    in_order = _constants(tree)
+    constants = dict(in_order)  # the last of each line
     arguments = _literal_arguments(execution)
     known = {0: arguments} | _propagated(tree, arguments)
     rows = []
@@ -113,7 +120,7 @@ def rule_answers(
         row = {"previous": before.text if before else None}
         row["last_constant"] = _last_up_to(constants, question.step.line)
         row["line_constant"] = constants.get(question.step.line)
-        row["first_constant"] = constants[min(constants)] if constants else None
+        row["first_constant"] = in_order[0][1] if in_order else None
         row["propagation"] = (_last_up_to(known, question.step.line) or {}).get(question.variable)
         rows.append(row)
     return pd.DataFrame(rows, columns=list(STATE_RULES), dtype=object)
@@ -138,7 +145,7 @@ def error_kind(
         return "swapped"
     if said in rules:
         return "shallow"
-    if question.truth.type == "int" and said.lstrip("-").isdigit() and len(said) < 20:
+    if question.truth.type == "int" and re.fullmatch(r"-?\d{1,18}", said, re.ASCII):
         return "off by one" if abs(int(said) - int(truth)) == 1 else "other"
     return "other"
 
@@ -157,7 +164,12 @@ def watch_table(
         said = read_said_value(answer.text)
         values = earlier.setdefault((step.frame, question.variable), [])
         row = {"step": step.step, "line": step.line, "visit": step.visit, "frame": step.frame}
-        row |= {"variable": question.variable, "type": question.truth.type, "truth": question.truth.text}
+        row |= {
+            "finished": step.finished,
+            "variable": question.variable,
+            "type": question.truth.type,
+            "truth": question.truth.text,
+        }
         row |= {"changed": question.variable in step.changed, "said": said, "correct": said == question.truth.text}
         row |= {"probability": float(np.exp(answer.log_prob)), "rank": answer.rank, "one_token": answer.one_token}
         row |= {"said_probability": float(np.exp(answer.said_log_prob))}
@@ -178,9 +190,9 @@ def _beyond_columns(rule_is_right: pd.Series, changed: bool) -> dict[str, bool]:
 def first_divergence(
     table: pd.DataFrame,  # From `watch_table`, of one program
 ) -> int | None:  # The step, None where everything said is true
-    "The first step after which something said is not true."
+    "The first step after which something said is not true; a call's lines come before the line that calls."
     wrong = table[~table["correct"].astype(bool)]
-    return int(wrong["step"].min()) if len(wrong) else None
+    return int(wrong.loc[wrong["finished"].idxmin(), "step"]) if len(wrong) else None
 
 # %% ../../nbs/tasks/watching.ipynb #ab4c7174
 def watch_program(
