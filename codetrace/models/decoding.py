@@ -61,7 +61,7 @@ class Continuation:
     tokens: list[int]  # What was written, without the token that ends a text
     text: str
     finish: str  # `answered`: `over` was true, `eos`: the model ended the text, `length`: the limit was reached
-    logprob: float  # Mean over what was written, the end of text included, in nats at temperature 1
+    logprob: float  # Mean over `tokens`, in nats at temperature 1; of the end of text where nothing was written
     entropy: float  # Of the distribution, likewise
     states: dict[str, Float[Tensor, "place d_model"]] = field(repr=False)  # By kind, empty where none were kept
     per_token: dict[Place, Float[Tensor, "pos d_model"]] = field(repr=False)  # By place: of each token written
@@ -280,8 +280,10 @@ def _read(self: Decoder, request: Request, hooks: _LayerHooks) -> _PrefilledProm
 @patch
 def _append(self: Decoder, answer: _AnswerInProgress, token: int, logprob: float, entropy: float) -> None:
     "Add a token to an answer, or note that it is over."
-    answer.choices.append((logprob, entropy))
-    if token in self.end_tokens:
+    is_end = token in self.end_tokens
+    if not (is_end and answer.tokens):
+        answer.choices.append((logprob, entropy))
+    if is_end:
         answer.finish = "eos"
         return
     answer.tokens.append(token)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .architectures import UnsupportedArchitecture
 from .decoding import Decoder, Request
+from .limits import is_out_of_memory
 from .lm import LM
 
 # %% ../../nbs/models/family_check.ipynb #e6740c49
@@ -79,8 +80,12 @@ def _decoding_comparison(lm: LM, ids: list[int]) -> _Comparison:
     "The greedy logit at each step of an answer, by Hugging Face, beside that of the token that was chosen."
     decoder: Any = Decoder(lm, [Request(ids)], max_new_tokens=4, slots=1)
     (answer,) = list(decoder)
-    steps = _hf_logits(lm, [*ids, *answer.tokens])[len(ids) - 1 : -1]
-    chosen = steps.gather(-1, torch.tensor(answer.tokens, device=steps.device)[:, None])[:, 0]
+    steps = _hf_logits(lm, [*ids, *answer.tokens])[len(ids) - 1 :]
+    written = [step[token] for step, token in zip(steps, answer.tokens)]
+    if answer.finish == "eos":
+        written.append(steps[-1][sorted(lm._ends())].max())
+    chosen = torch.stack(written)
+    steps = steps[: len(written)]
     return _Comparison("decoded tokens", chosen, steps.max(-1).values, steps)
 
 # %% ../../nbs/models/family_check.ipynb #ea452174
@@ -93,6 +98,8 @@ def check_family(
     try:
         comparisons = [*_layer_comparisons(lm, ids), *_logit_comparisons(lm, ids), _decoding_comparison(lm, ids)]
     except (AttributeError, RuntimeError, TypeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedArchitecture(
             f"the row for {lm.arch!r} in ARCHITECTURES does not fit {lm.name}: {error!r}"
         ) from None

@@ -65,7 +65,7 @@ def program_places(
 ) -> dict[str, int]:  # Token of the program by place; a place that is not there is left out
     "The tokens of the program that belong to a variable after a line."
     before = _chat_frame(lm)[0] if style == "chat" else ""
-    text = before + _program_text(execution, style)
+    text = before + _program_text(execution)
     offsets = _offsets_of(lm, text, style)
     code = execution.program.code
     start = len(text) - len(code)

@@ -35,7 +35,7 @@ from ..runs.phases import Phase, PhaseInput, PhaseNumber
 from ..steering.ablation import post_norm_gains
 from ..steering.directions import Direction, Push
 from ..steering.outcomes import MIN_RANDOM_DIRECTIONS
-from ..tasks.problem_prompts import render_problem_prompt
+from ..tasks.problem_prompts import DEFAULT_PROMPT_STYLE, render_problem_prompt
 from ..tasks.problems import Problem
 
 # %% ../../nbs/phases/28_attention.ipynb #e6fb98b9
@@ -65,7 +65,7 @@ def _part_of_characters(spans: Mapping[str, tuple[int, int]], start: int, end: i
 def prompt_token_parts(
     lm: LM,
     problem: Problem,
-    style: str = "pva",  # Of the prompt
+    style: str = DEFAULT_PROMPT_STYLE,  # Of the prompt
 ) -> tuple[list[int], list[str]]:  # The prompt's tokens, and one of `PROMPT_PARTS` for each
     "Which token of a prompt belongs to which part."
     prompt = render_problem_prompt(problem, style, lm.tokenizer).text
@@ -133,7 +133,7 @@ def prompt_attention_shares(
     lm: LM,
     problems: Sequence[Problem],
     push: Push | None = None,  # What is added at every prompt token; None: nothing
-    style: str = "pva",
+    style: str = DEFAULT_PROMPT_STYLE,
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a task, layer, head and part: `attention, pushed_attention`, and `uniform_attention`, the part's share of tokens
     "The share of the last prompt token's attention that goes to each part, unpushed and pushed."
@@ -169,7 +169,7 @@ def null_attention_changes(
     lm: LM,
     problems: Sequence[Problem],
     pushes: Sequence[Push],  # Random directions, as `random_pushes_of_same_norm` gives them
-    style: str = "pva",
+    style: str = DEFAULT_PROMPT_STYLE,
     progress: Progress = no_progress,
     seed: int = 0,
 ) -> list[int]:  # For each push: heads and parts with q below 0.05
@@ -267,7 +267,7 @@ def component_contributions(
     problems: Sequence[Problem],
     layer: int,  # At which the weight reads
     weight: Float[Tensor, "d_model"],
-    style: str = "pva",
+    style: str = DEFAULT_PROMPT_STYLE,
     progress: Progress = no_progress,
     site: str = "resid_post",  # Where in that layer
 ) -> pd.DataFrame:  # One row a task and component: `part` (`embedding`, `head`, `mlp` or `bias`), `layer, head, value`

@@ -42,9 +42,6 @@ def score_answers(
     return table
 
 # %% ../../nbs/phases/31_ranking.ipynb #c118f79b
-_LONGEST_CODE = 4000  # Characters of an answer that are shown; an answer that is longer repeats itself
-
-
 def code_digest(code: str) -> str:
     "What tells distinct answers apart."
     return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -53,7 +50,7 @@ def code_digest(code: str) -> str:
 def _own_verdicts_of(lm: LM, problem: Problem, codes: Mapping[str, str], batch_size: int) -> pd.DataFrame:
     "One row a distinct answer to a problem."
     statement = task_statement(problem)
-    questions = [question_after_answer(statement, code[:_LONGEST_CODE], lm.tokenizer) for code in codes.values()]
+    questions = [question_after_answer(statement, code, lm.tokenizer) for code in codes.values()]
     return pd.DataFrame(ask_yes_no(lm, questions, batch_size)).assign(task_id=problem.task_id, code_sha256=list(codes))
 
 

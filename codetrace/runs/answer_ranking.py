@@ -266,7 +266,7 @@ def _scorer(
     site = run_sae_site(sae_folder) if sae_folder else "resid_post"
     made_with = read_manifest(folders["input"])["parameters"]
     sae = partial(load_run_sae, sae_folder) if sae_folder else None
-    return AnswerScorer(load_model(made_with["model"]), ranker, site, sae, made_with.get("prompt", "pva"), problems)
+    return AnswerScorer(load_model(made_with["model"]), ranker, site, sae, made_with["prompt"], problems)
 
 # %% ../../nbs/runs/answer_ranking.ipynb #7e6f676f
 @dataclass(frozen=True)

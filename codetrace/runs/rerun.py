@@ -95,10 +95,14 @@ def _array_difference(first, second, place: str) -> Difference:
         return value_difference(first.tolist(), second.tolist(), place)
     first = first.astype(float)
     second = second.astype(float)
-    if not (np.isnan(first) == np.isnan(second)).all():
+    is_finite = np.isfinite(first)
+    if (
+        not np.array_equal(first[~is_finite], second[~is_finite], equal_nan=True)
+        or not np.isfinite(second[is_finite]).all()
+    ):
         return Difference(place=place)
-    relative = np.abs(first - second) / np.maximum(1, np.abs(first))
-    return Difference(float(np.nanmax(relative, initial=0.0)))
+    relative = np.abs(first - second)[is_finite] / np.maximum(1, np.abs(first[is_finite]))
+    return Difference(float(relative.max(initial=0.0)))
 
 
 def _column_difference(first: pd.Series, second: pd.Series, name: str) -> Difference:
@@ -114,7 +118,8 @@ def _column_difference(first: pd.Series, second: pd.Series, name: str) -> Differ
 def _table_difference(first: pd.DataFrame, second: pd.DataFrame) -> Difference:
     "How far two tables are from each other."
     if list(first.columns) != list(second.columns):
-        return Difference(place=f"column {sorted(set(first.columns) ^ set(second.columns), key=str)[:1]}")
+        only_one = sorted(set(first.columns) ^ set(second.columns), key=str)
+        return Difference(place=f"column {only_one[0]!r}" if only_one else "order of columns")
     if len(first) != len(second):
         return Difference(place=f"{len(first)} against {len(second)} rows")
     total = Difference()

@@ -24,7 +24,7 @@ from ..models.lm import LM
 from .ablation import orthogonalize_weights
 from .directions import Gate, Push, push_edits
 from .outcomes import mean_answer_logprobs, parses_as_python, repetition_rate
-from ..tasks.problem_prompts import render_problem_prompt
+from ..tasks.problem_prompts import DEFAULT_PROMPT_STYLE, render_problem_prompt
 from ..tasks.problems import Problem
 from ..tasks.solving import SampleSpec, SamplingOptions, finish_samples, generate_samples
 
@@ -101,7 +101,7 @@ def _check_same_settings(folder: Path, settings: Sequence[SteeringSetting]) -> N
 class SteeringSweepOptions:
     "How the answers of a sweep are written."
 
-    style: str = "pva"  # Of prompts, where a setting has none of its own
+    style: str = DEFAULT_PROMPT_STYLE  # Of prompts, where a setting has none of its own
     max_new_tokens: int = 200
     slots: int = 0  # Answers written at a time (0: as many as fit)
     seed: int = 0
@@ -202,7 +202,7 @@ def gate_open_at_prompt(
     lm: LM,
     gate: Gate,
     problems: Sequence[Problem],
-    style: str = "pva",
+    style: str = DEFAULT_PROMPT_STYLE,
 ) -> dict[str, bool]:  # By task id
     "For which tasks a gate is open at the last prompt token."
     prompts = [render_problem_prompt(problem, style, lm.tokenizer).text for problem in problems]

@@ -31,7 +31,7 @@ from ..models.memory import MemoryEstimate, check_memory_estimate, estimate_gene
 from ..sandbox.pool import GradingJob, SandboxPool, Verdict
 from .difficulty import cyclomatic_complexity
 from .extraction import extract_code, is_answer_complete
-from .problem_prompts import Prompt, render_problem_prompt
+from .problem_prompts import DEFAULT_PROMPT_STYLE, Prompt, render_problem_prompt
 from .problem_splits import SPLIT_SHARES
 from .problems import Problem, load_problems
 
@@ -260,7 +260,7 @@ def _without_progress(steps: Iterable, **_) -> Iterable:
 class SamplingOptions:
     "How answers are written, and which of their states are kept."
 
-    style: str = "pva"  # A key of `PROMPT_STYLES`
+    style: str = DEFAULT_PROMPT_STYLE  # A key of `PROMPT_STYLES`
     max_new_tokens: int = 2000
     layers: Sequence[int] | None = None  # Whose states are kept (None: of all)
     per_token_layers: Sequence[int] = ()  # Whose states are kept for every token written
