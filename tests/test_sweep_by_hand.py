@@ -354,6 +354,14 @@ def test_the_crossover_is_a_layer_of_the_model_where_only_some_were_swept(layers
     assert crossover_layer(cells) == expected
 
 
+def test_an_interval_is_open_where_resampled_programs_never_cross():
+    "Two of five programs are ahead at the last layer, by more than the others are behind: 0.6 ** 5 of the draws hold none."
+    early = [[0.5, 0.5, 0.5]] * 5
+    late = [[0.1, 0.1, 0.9]] * 2 + [[0.1, 0.1, 0.45]] * 3
+    layer, low, high = crossover_layer(crossing_cells(early, late))
+    assert (layer, low, high) == (2, 2, np.inf)
+
+
 def test_where_there_is_no_crossover():
     cells = crossing_cells(EARLY, LATE)
     assert np.isnan(crossover_layer(cells, after="query")).tolist() == [True] * 3
@@ -362,7 +370,7 @@ def test_where_there_is_no_crossover():
     one, low, high = crossover_layer(crossing_cells(EARLY[:1], LATE[:1]))
     assert one == 1 and np.isnan([low, high]).all()
     some = crossover_layer(crossing_cells([[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.7], [0.1, 0.2]]))
-    assert np.isnan(some[0]) and some[1:] == (1, 1)  # Only where the first program is drawn twice
+    assert np.isnan(some[0]) and some[1:] == (1, np.inf)  # At layer 1 only where the first program is drawn twice
 
 
 def test_a_program_without_both_positions_is_left_out():

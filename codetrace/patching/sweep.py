@@ -257,7 +257,7 @@ def crossover_layer(
     before: str = "rhs 1",
     after: str = "final",
     n_resamples: int = 2000,
-) -> tuple[float, float, float]:  # Layer, and the ends of its 95% interval. NaN where there is none
+) -> tuple[float, float, float]:  # Layer, and the ends of its 95% interval, inf: at no layer. NaN where there is none
     "The first layer at which one position's mean effect is above another's."
     effect = _program_means(cells, ["layer", "position_name"])
     effect = effect.pivot(index="program", columns=["position_name", "layer"], values="effect")
@@ -268,8 +268,9 @@ def crossover_layer(
     layers = _first_positive(ahead[resampled].mean(1))
     low = high = np.nan
     if np.isfinite(layers).any() and len(ahead) > 1:
-        with np.errstate(invalid="ignore"):
-            low, high = np.nanquantile(layers, [0.025, 0.975])
+        never = ahead.shape[1]  # Behind the last layer
+        ends = np.quantile(np.where(np.isnan(layers), never, layers), [0.025, 0.975])
+        low, high = np.where(ends > never - 1, np.inf, ends)
     return float(_first_positive(ahead.mean(0))), float(low), float(high)
 
 

@@ -147,7 +147,8 @@ def _crossover_phrase(cells: pd.DataFrame, origin: str) -> list[str]:
     layer, low, high = crossover_layer(cells, origin)
     if pd.isna(layer):
         return []
-    interval = "" if pd.isna(low) else f" [{low:.0f}, {high:.0f}]"
+    ends = ["never" if np.isinf(end) else f"{end:.0f}" for end in (low, high)]
+    interval = "" if pd.isna(low) else f" [{', '.join(ends)}]"
     source = "the root" if origin == "rhs 1" else origin
     return [f"final token overtakes {source} at layer {layer:.0f}{interval}"]
 
