@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT_BASELINES', 'COVARIATES', 'POSITION', 'PROBE', 'LATENT', 'BEYOND', 'PREGENERATION', 'read_prompts',
-           'baseline_columns', 'probe_grid', 'choose_before_answer', 'probe_scores_by_layer', 'latent_scores',
-           'ScoredSets', 'score_sets', 'PregenerationResult', 'judge_scores', 'pregeneration_sentence',
-           'pregeneration_claims', 'refuse_shared_prompts', 'pregeneration_headline']
+           'baseline_columns', 'choose_before_answer', 'probe_scores_by_layer', 'latent_scores', 'ScoredSets',
+           'score_sets', 'PregenerationResult', 'judge_scores', 'pregeneration_sentence', 'pregeneration_claims',
+           'refuse_shared_prompts', 'pregeneration_headline']
 
 # %% ../../nbs/phases/30_pregeneration.ipynb #007fd5c2
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,7 @@ from codetrace.sae.nested_probes import (
     choose_probe,
     component_probes,
     probe_candidates,
+    probe_grid,
 )
 from codetrace.sae.score_tables import (
     auroc_null,
@@ -96,16 +97,6 @@ def baseline_columns(
 POSITION = "last_prompt"
 PROBE = "probe"
 LATENT = "latent"
-_PENALTIES = (1e-3, 1e-2, 1e-1)
-
-
-def probe_grid(
-    components: Sequence[int],  # Numbers of principal components
-) -> tuple[ProbeSettings, ...]:
-    "Every number of components with every penalty."
-    return tuple(ProbeSettings(n, penalty) for n in components for penalty in _PENALTIES)
-
-
 def choose_before_answer(
     fitting: LabelledActivations,  # Rows of the SAE and hyperparameter splits, all layers
     sae_layers: Sequence[int],  # Of them those that have an SAE; none: no latent is chosen
@@ -345,7 +336,7 @@ def refuse_shared_prompts(
     if shared.any():
         task = transfer.loc[shared, "task_id"].iloc[0]
         raise BadInput(
-            f"transfer: task {task!r} and {int(shared.sum()) - 1} others are among those that the probe is fitted on; "
+            f"transfer: {int(shared.sum())} of its tasks, such as {task!r}, are among those that the probe is fitted on; "
             "name a run on another problem set"
         )
 
