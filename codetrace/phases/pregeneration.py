@@ -97,6 +97,8 @@ def baseline_columns(
 POSITION = "last_prompt"
 PROBE = "probe"
 LATENT = "latent"
+
+
 def choose_before_answer(
     fitting: LabelledActivations,  # Rows of the SAE and hyperparameter splits, all layers
     sae_layers: Sequence[int],  # Of them those that have an SAE; none: no latent is chosen

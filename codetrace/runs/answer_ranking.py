@@ -26,6 +26,7 @@ from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
 from ..core.stats import format_with_interval
 from ..models.lm import LM
+from ..models.prompt_likelihoods import token_logprobs
 from .manifest import NoInputRun, complete_runs, read_manifest, resolve_run, run_subject
 from .phases import MADE_UP_DATA
 from ..sae.answer_rankers import Ranker, load_rankers
@@ -160,11 +161,8 @@ def _state_of(states: torch.Tensor, n_prompt: int, n_answer: int, position: str)
 
 def _mean_logprob(lm: LM, hidden: torch.Tensor, n_prompt: int, answer: Sequence[int]) -> float:
     "The mean log-probability of an answer's tokens; of the end of text where there are none."
-    targets = torch.tensor(list(answer) or [lm.tokenizer.eos_token_id], device=hidden.device)
-    before = hidden[n_prompt - 1 : n_prompt - 1 + len(targets)]
-    parts = [lm.unembed(part).log_softmax(-1) for part in before.split(64)]
-    logprobs = torch.cat([x.gather(1, t.to(x.device)[:, None])[:, 0] for x, t in zip(parts, targets.split(64))])
-    return float(logprobs.mean())
+    targets = list(answer) or [lm.tokenizer.eos_token_id]
+    return float(token_logprobs(lm, hidden[n_prompt - 1 :], targets).mean())
 
 # %% ../../nbs/runs/answer_ranking.ipynb #c7f6bfff
 @dataclass(frozen=True, eq=False)

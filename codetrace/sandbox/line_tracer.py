@@ -328,7 +328,8 @@ def _functions_that_ask_for_frames() -> frozenset:
 
 def _make_audit_hook(finish: Callable, askers: frozenset, get_frame: Callable) -> Callable:
     "A hook that ends the program when it reaches for the tracer."
-
+    namespace = globals()  # copied here: the program can reach the module's own
+    watched = _FORBIDDEN_EVENTS
     asking = []  # is the hook itself asking for a frame?
 
     def audit(event, arguments):
@@ -339,7 +340,7 @@ def _make_audit_hook(finish: Callable, askers: frozenset, get_frame: Callable) -
         asking.append(True)
         caller = get_frame(1)
         asking.pop()
-        if caller.f_globals is own or (event == "sys._getframe" and caller.f_code in askers):
+        if caller.f_globals is namespace or (event == "sys._getframe" and caller.f_code in askers):
             return
         if event == "object.__getattr__" and arguments[1] not in _FRAME_ATTRIBUTES:
             return
@@ -347,7 +348,6 @@ def _make_audit_hook(finish: Callable, askers: frozenset, get_frame: Callable) -
             return
         finish(["end", "tampering", f"import {arguments[0]}" if event == "import" else event, ""])
 
-    own, watched = globals(), _FORBIDDEN_EVENTS
     return audit
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #111f7d51

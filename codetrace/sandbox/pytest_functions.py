@@ -226,7 +226,7 @@ def warns(
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         yield shown
-    kinds = [one for one in shown if issubclass(one.category, expected)]
+    kinds = [warning for warning in shown if issubclass(warning.category, expected)]
     assert kinds, f"DID NOT WARN {expected!r}"
     assert match is None or any(re.search(match, str(one.message)) for one in kinds), f"no warning has {match!r}"
 

@@ -238,9 +238,9 @@ def _visible_columns(queries: _Columns, keys: _Columns, visible: Int[Tensor, "pr
     past = keys.position[None] <= queries.position[:, None]
     limits = torch.where(queries.owner >= 0, visible[queries.owner.clamp(min=0)], 1 << 30)
     of_program = (keys.owner[None] == -1) & (keys.position[None] < limits[:, None])
-    own = (keys.owner[None] == queries.owner[:, None]) & (queries.owner >= 0)[:, None]
+    of_question = (keys.owner[None] == queries.owner[:, None]) & (queries.owner >= 0)[:, None]
     hidden_truth = keys.is_truth[None] & ~queries.is_truth[:, None]
-    return past & (of_program | (own & ~hidden_truth))
+    return past & (of_program | (of_question & ~hidden_truth))
 
 # %% ../../nbs/tasks/state_questions.ipynb #e46ec2a3
 def _packed_step(lm: LM, ids: list[int], queries: _Columns, keys: _Columns, visible, cache):
