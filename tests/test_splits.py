@@ -209,7 +209,7 @@ def test_phases_in_batch(root):
     assert said["split_sizes"] == {"sae": 20, "hyperparams": 4, "validation": 16} and said["total_problems"] == 40
     read = {part: [p.task_id for p in load_problems(str(folder / f"{part}_basics.parquet"))] for part in SPLIT_SHARES}
     assert read == said["task_ids"] and done["problems"]["n"] == 40
-    with pytest.raises(NoInputRun, match="codetrace run difficulty --problems humaneval"):
+    with pytest.raises(NoInputRun, match="codetrace run 0 --problems humaneval"):
         execute_phase("splits", {"problems": "humaneval", "input": "difficulty"}, show_progress=False)
 
 

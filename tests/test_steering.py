@@ -514,7 +514,7 @@ CHAINED = {  # The planted study needs no more; by phase
     },
     "2": {"text": "{text}", "text_tokens": 1000, "max_density": 1.0, "shuffles": 1000},
     "3": {"random_latents": 3, "resamples": 100},
-    "3.1": {"coefficients": [-0.5, 0.5], "refine": 1, "max_new_tokens": 8, "random_directions": 100},
+    "3.1": {"coefficients": [-0.5, 0.5], "refine": 1, "max_new_tokens": 8, "random_directions": 150},
     "3.2": {"temperatures": [0.8], "samples": 1, "prompts": []},
     "3.4": {"ask_model": False, "components": [8], "shuffles": 99, "resamples": 100},  # it reads letters, not words
     "3.5": {"ask_model": False, "components": [8], "shuffles": 99, "resamples": 100},

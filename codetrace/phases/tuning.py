@@ -515,7 +515,7 @@ TUNING = Phase(
                 "coefficients": [-1.0, -0.5, -0.2, 0.2, 0.5, 1.0],
                 "refine": 4,
                 "max_new_tokens": 400,
-                "random_directions": 60,
+                "random_directions": 150,
             },
             inputs={"input": "1.0", "splits": "0.1", "saes": "1.5", "latents": "2"},
         ),

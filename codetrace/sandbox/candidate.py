@@ -14,7 +14,12 @@ import socket
 
 from .candidate_connection import serve_requests
 from .connection import Connection
-from .isolation import fork_into_namespaces, prepare_namespaced_process, set_resource_limits
+from codetrace.sandbox.isolation import (
+    fork_into_namespaces,
+    prepare_namespaced_process,
+    restore_default_signals,
+    set_resource_limits,
+)
 from .landlock import enforce_landlock
 from .line_tracer import serve_traced
 from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
@@ -87,6 +92,7 @@ def _warm_up():
 def run_zygote(control: socket.socket, config: dict, rulesets: dict):
     "Fork candidates on request, one at a time, until the supervisor is gone."
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    restore_default_signals()
     config["self"] = os.getuid(), os.getgid()  # a new user namespace does not know them yet
     config["filter"] = compile_seccomp_program(seccomp_program("candidate", may_touch=config["tier"] == 1))
     if config["tier"] == 2:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.util import spec_from_file_location
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
-from .isolation import set_resource_limits
+from .isolation import restore_default_signals, set_resource_limits
 from .judge import run_judge, warm_up_judge
 from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
@@ -77,6 +77,7 @@ def start_judge(supervisor: Supervisor, job: dict, channel: int) -> tuple[int, i
         return pid, reading
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        restore_default_signals()
         for fd in range(3):
             os.dup2(supervisor.config["null"], fd)
         os.dup2(channel, 3)
