@@ -29,7 +29,7 @@ from codetrace import models
 from codetrace.models.decoding import Decoder, Request
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
-from codetrace.tasks.solving import answer_stop_condition
+from codetrace.tasks.sampled_solutions import answer_stop_condition
 
 
 def say(**facts):

@@ -30,7 +30,7 @@ from codetrace.runs.run import peak_memory
 from codetrace.steering.directions import gaussian_directions, make_push, median_norms, push_edits
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
-from codetrace.tasks.solving import answer_stop_condition
+from codetrace.tasks.sampled_solutions import answer_stop_condition
 
 
 def say(**facts):

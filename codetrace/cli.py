@@ -481,7 +481,7 @@ def rank_command(
     "Order the answers to each problem without tests, best first; repeat the command to continue after an interruption."
     from codetrace.core.progress import no_progress, progress_bar
     from codetrace.models.loading import load
-    from codetrace.runs.answer_ranking import rank_file, write_ranked
+    from codetrace.runs.ranking_command import rank_file, write_ranked
 
     bar = no_progress if quiet else progress_bar
     ranked = rank_file(file, load, problems or "", model or "", by or "", run or "", batch_size, bar)

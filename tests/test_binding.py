@@ -45,7 +45,7 @@ from codetrace.tasks.binding_training import (
 from codetrace.tasks.counterfactuals import program_constants
 from codetrace.tasks.generators import make_variable_binding_program
 from codetrace.tasks.heuristics import chance_beyond_heuristics, shallow_heuristics
-from codetrace.tasks.packed_queries import predict_digits, prediction_table, rule_is_right
+from codetrace.tasks.packed_binding_queries import predict_digits, prediction_table, rule_is_right
 
 HOME = Path(__file__).resolve().parents[1]
 ADAPTER = HOME / "codetrace" / "data" / "binding"

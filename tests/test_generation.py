@@ -38,10 +38,10 @@ from codetrace.runs.manifest import NoInputRun, read_manifest, resolve_run
 from codetrace.runs.parameters import phase_values
 from codetrace.runs.phases import find_phase, preset_parameters
 from codetrace.sandbox.pool import SandboxLimits, Verdict
-from codetrace.tasks import solving
+from codetrace.tasks import sampled_solutions
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
-from codetrace.tasks.solving import (
+from codetrace.tasks.sampled_solutions import (
     SAMPLE_KEY,
     SamplingOptions,
     finish_samples,
@@ -305,7 +305,7 @@ def test_a_prompt_longer_than_the_context(tiny):
 # The phase
 
 
-class Judge(solving.SandboxPool):
+class Judge(sampled_solutions.SandboxPool):
     "In place of the sandbox, which has tests of its own: every answer without code is wrong."
 
     def __init__(self, workers):
@@ -325,7 +325,7 @@ class Judge(solving.SandboxPool):
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr(solving, "SandboxPool", Judge)
+    monkeypatch.setattr(sampled_solutions, "SandboxPool", Judge)
 
 
 ASKED = {"model": "tiny:llama", "num_problems": 120, "max_new_tokens": 6, "slots": 8}
@@ -349,7 +349,7 @@ def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **op
 def whole(tiny, items, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "SandboxPool", Judge)
+        patch.setattr(sampled_solutions, "SandboxPool", Judge)
         return folder, written(tiny("llama"), items, folder)
 
 
@@ -421,7 +421,7 @@ class Stopped(Judge):
 def test_a_stop_that_reaches_the_judges_leaves_no_label(judge, tiny, items, whole, tmp_path, monkeypatch):
     "Answers that were not judged when the run was stopped are written again; an error before that is a result."
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(solving, "SandboxPool", Stopped)
+        patch.setattr(sampled_solutions, "SandboxPool", Stopped)
         written(tiny("llama"), items, tmp_path, until(77))
     table = read_records(tmp_path / "samples")
     assert len(table) == 77 - 3 and (table["verdict"] == "runner_error").sum() == 1
@@ -439,7 +439,7 @@ def test_what_the_grader_failed_on_is_graded_again(judge, tiny, items, whole, tm
     "A run whose grader failed now and then ends with the verdicts of one whose grader did not."
     options = SamplingOptions(max_new_tokens=6, slots=8, workers=1)
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(solving, "SandboxPool", Stopped)
+        patch.setattr(sampled_solutions, "SandboxPool", Stopped)
         generate_samples(tiny("llama"), items, tmp_path, options, progress=until(66))
     assert (read_records(tmp_path / "samples")["verdict"] == "runner_error").sum() == 1
     assert written(tiny("llama"), items, tmp_path) == whole[1]
@@ -459,7 +459,7 @@ class NeverGrades(Judge):
 
 def test_what_cannot_be_graded_is_counted_and_no_label(tiny, tmp_path, monkeypatch):
     some = plan_samples(load_problems("basics", 3))
-    monkeypatch.setattr(solving, "SandboxPool", NeverGrades)
+    monkeypatch.setattr(sampled_solutions, "SandboxPool", NeverGrades)
     generate_samples(tiny("llama"), some, tmp_path, SamplingOptions(max_new_tokens=3, layers=[0], workers=1))
     table = finish_samples(tmp_path, some)
     scores = pass_at_k_table(table, table)
@@ -481,9 +481,9 @@ def test_no_text_of_a_program_stops_the_phase(tiny, tmp_path, monkeypatch, what)
     "Whatever a program says, its verdict is stored, and it is a verdict."
     problem = load_problems("basics", 1)[0]
     problem = replace(problem, entry_point="f", tests=("assert f(1) == 1",), setup="")
-    monkeypatch.setattr(solving, "extract_code", lambda *_: POISON[what])
-    quick = partial(solving.SandboxPool, limits=SandboxLimits(wall=1.0, patience=1.0))
-    monkeypatch.setattr(solving, "SandboxPool", quick)
+    monkeypatch.setattr(sampled_solutions, "extract_code", lambda *_: POISON[what])
+    quick = partial(sampled_solutions.SandboxPool, limits=SandboxLimits(wall=1.0, patience=1.0))
+    monkeypatch.setattr(sampled_solutions, "SandboxPool", quick)
     items = plan_samples([problem])
     generate_samples(tiny("llama"), items, tmp_path, SamplingOptions(max_new_tokens=3, layers=[], workers=1))
     (row,) = finish_samples(tmp_path, items).to_dict("records")

@@ -67,7 +67,7 @@ from codetrace.steering.sweep import (
     measure_answers,
     sweep_settings,
 )
-from codetrace.tasks.solving import SamplingOptions, finish_samples, generate_samples, plan_samples
+from codetrace.tasks.sampled_solutions import SamplingOptions, finish_samples, generate_samples, plan_samples
 
 HOME = Path(__file__).resolve().parents[1]
 MBPP = HOME.parent / "shared" / "data" / "mbpp.jsonl"

@@ -38,7 +38,7 @@ from codetrace.tasks.heuristics import (
     compare_with_baseline,
     format_beside_heuristics,
 )
-from ..tasks.packed_queries import predict_digits, prediction_table, rule_is_right
+from ..tasks.packed_binding_queries import predict_digits, prediction_table, rule_is_right
 
 # %% ../../nbs/phases/12_binding.ipynb #b3616dd6
 def _even_shares(total: int, parts: int) -> list[int]:

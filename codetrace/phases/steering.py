@@ -42,7 +42,7 @@ from codetrace.steering.outcomes import (
 )
 from ..steering.sweep import BASELINE_SETTING, SteeringSetting, gated_push_rows
 from ..tasks.problems import Problem
-from ..tasks.solving import select_problems
+from ..tasks.sampled_solutions import select_problems
 
 # %% ../../nbs/phases/27_steering.ipynb #029a3d55
 def choice_directions(

@@ -58,7 +58,7 @@ from ..steering.outcomes import pair_with_baseline, steering_effects
 from ..steering.sweep import BASELINE_SETTING, SteeringSetting, SteeringSweepOptions, sweep_settings
 from ..tasks.problem_prompts import render_problem_prompt
 from ..tasks.problems import Problem
-from ..tasks.solving import select_problems
+from ..tasks.sampled_solutions import select_problems
 
 # %% ../../nbs/phases/26_tuning.ipynb #8577e4af
 def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int) -> list[Direction]:

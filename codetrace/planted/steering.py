@@ -27,7 +27,7 @@ from ..models.word_tokenizers import pattern_tokenizer
 from ..sae.dataset import LabelledActivations
 from ..sae.sae import SAE, hook_name
 from ..tasks.problems import Problem
-from ..tasks.solving import SamplingOptions, finish_samples, generate_samples, plan_samples
+from ..tasks.sampled_solutions import SamplingOptions, finish_samples, generate_samples, plan_samples
 
 # %% ../../nbs/planted/steering.ipynb #519aeeb2
 STEERING_STUDY_NAME = "planted-steering"  # Names the model and the problem set in choices and manifests

@@ -26,7 +26,7 @@ from .directions import Gate, Push, push_edits
 from .outcomes import mean_answer_logprobs, parses_as_python, repetition_rate
 from ..tasks.problem_prompts import DEFAULT_PROMPT_STYLE, render_problem_prompt
 from ..tasks.problems import Problem
-from ..tasks.solving import SampleSpec, SamplingOptions, finish_samples, generate_samples
+from ..tasks.sampled_solutions import SampleSpec, SamplingOptions, finish_samples, generate_samples
 
 # %% ../../nbs/steering/sweep.ipynb #fd8bdb33
 def _push_columns(push: Push | None) -> dict:

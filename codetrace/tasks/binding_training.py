@@ -40,7 +40,7 @@ from codetrace.tasks.binding_programs import (
     draw_balanced_bindings,
     draw_binding_programs,
 )
-from codetrace.tasks.packed_queries import (
+from codetrace.tasks.packed_binding_queries import (
     PackedPrograms,
     answer_logits,
     binding_accuracy_table,
