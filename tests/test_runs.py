@@ -248,6 +248,22 @@ SAID_AT_ONCE = {
     "learning_rate must be more than 0": "saes -p learning_rate=0",
     "less than one batch of 512": "saes -p tokens=100",
     "fewer latents are active than there are": "saes -p k=256",
+    "a piece is longer than all tokens=8000": "saes -p context=100000",
+    "no SAE ''": "saes -p sae=",
+    "no text ''": "saes -p text=",
+    "num_seqs is given twice, '1' and '2'": "tracking -p num_seqs=1 -p num_seqs=2",
+    "num_seqs is given twice, by -p and by an option": "tracking -p num_seqs=1 -n 2",
+    "model=smollm2: without an input phase 'latents' makes up a study": "latents --model smollm2",
+    "problems=basics: without an input phase 'validation' makes up a study": "validation --problems basics",
+    "splits=0.1: without an input phase 'ranking' makes up a study": "ranking -p splits=0.1",
+    "on_problems=basics: without an input": "steering -p on_problems=basics",
+    "rank=16: it would not be read with init=scratch": "binding -p rank=16 -p init=scratch",
+    "scratch_size=[2, 2, 32]: it would not be read with init=adapter": "binding -p scratch_size=2,2,32",
+    "steps=7: it would not be read with full=true": "binding -p full=true -p steps=7",
+    "num_programs=3: give at least 4": "mechanism -n 3",
+    "compared_programs=1: give at least 4": "mechanism -p compared_programs=1",
+    "reference_programs must be a whole number of at least 1": "seeds -p reference_programs=0",
+    "random_draws must be a whole number of at least 1": "mechanism -p random_draws=0",
     "text=completions needs the run": "saes -p text=completions",
     "no text 'stdlb'": "saes -p text=stdlb",
     "no SAE './nowhere'": "saes -p sae=./nowhere",
@@ -330,6 +346,7 @@ SAID_AT_ONCE = {
     "give JSON from phase numbers to reasons": "report -p failed=3.1",
     "shards are numbered from 0": "tracing -p shards=2 -p shard=2",
     "no device '7' here": "tracing --devices 7",
+    "no device '²' here": "tracing --devices cpu,²",
     "--shards 0: give how many processes": "tracing --shards 0",
     "phase 'tracking' is not made to be split": "tracking --shards 2",
     "--partition is for a cluster": "tracking --partition long",
@@ -1268,6 +1285,42 @@ def test_kernels_of_two_threads_are_told_their_own_runs(tmp_path, monkeypatch):
     assert told == {folder.name: str(folder.resolve()) for folder in folders}
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_run_whose_code_was_edited_meanwhile_says_so(tmp_path, monkeypatch, edited):
+    from codetrace.runs import execute
+    from codetrace.runs.run import Run
+
+    folder = write_phase(tmp_path / "notebooks")
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(folder))
+
+    def run_kernel(notebook, run_folder, parameters):
+        run = Run(run_folder, json.loads((run_folder / "run.json").read_text()))
+        if edited:
+            notebook.write_text(notebook.read_text().replace("97", "65"))
+        (run_folder / "notebook.ipynb").write_text(notebook.read_text())
+        run.finish("3 letters")
+
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    done = execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+    assert done["headline"] == "(the code was edited while this ran) " * edited + "3 letters"
+
+
+def test_a_mistake_that_is_found_before_a_kernel_has_its_run_is_the_users(tmp_path, monkeypatch):
+    from codetrace.runs import execute
+
+    class CellError(Exception):
+        ename = "BadInput"
+        evalue = "the library was changed while this run began: repeat the command"
+
+    def run_kernel(*_):
+        raise CellError
+
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(write_phase(tmp_path / "notebooks")))
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    with pytest.raises(BadInput, match=r"^the library was changed"):
+        execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+
+
 # --- phases of one's own -----------------------------------------------------------------------------------------------
 
 
@@ -1415,6 +1468,18 @@ def test_limits_of_programs_can_be_typed(tmp_path, verdict):
     assert grade_lines(tmp_path, [row], *words).output.split()[0] == verdict
     if verdict != "timeout":
         assert grade_lines(tmp_path, [row]).output.split()[0] == "passed"
+
+
+def test_a_name_that_stands_twice_in_a_file_is_refused(tmp_path):
+    from codetrace.runs.parameters import parse_parameters
+
+    file = tmp_path / "study.yaml"
+    for text in ("num_seqs: 3\nseed: 1\nnum_seqs: 4\n", "3.1: {num_latents: 3, num_latents: 4}"):
+        file.write_text(text)
+        with pytest.raises(BadInput, match=f"cannot read parameters from {file}: .*num_.* is given twice"):
+            parse_parameters([], file)
+    file.write_text("num_seqs: 3\n")
+    assert parse_parameters(["num_seqs=5"], file) == {"num_seqs": "5"}
 
 
 def test_a_value_beyond_its_limit_is_too_much(tmp_path):

@@ -22,7 +22,7 @@ from ..core.shards import shard_range
 from ..models.folders import check_model_name
 from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name, existing_path
 from .input_checks import check_inputs
-from .parameters import BadParameter
+from .parameters import BadParameter, phase_parameters
 from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
@@ -31,7 +31,8 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
+    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components mechanism.reference_programs mechanism.ablation_programs random_draws top_heads "
+    "seeds.reference_programs seeds.ablation_programs queries_per_depth perplexity_sequences".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
@@ -288,6 +289,10 @@ def _check_saes(values: Mapping) -> None:
         check_released_sae(*name.split(":", 1))
     if name != "train":
         return
+    if values["context"] > values["tokens"]:
+        raise BadParameter(
+            f"context={values['context']}: a piece is longer than all tokens={values['tokens']}; give fewer"
+        )
     if values["k"] >= values["d_sae"]:
         raise BadParameter(f"k={values['k']}, d_sae={values['d_sae']}: fewer latents are active than there are")
     pieces = max(1, values["tokens"] // values["context"])
@@ -348,6 +353,38 @@ def _check_training(phase: str, values: Mapping) -> None:
     if values.get("mastery") == 1:
         raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
 
+# %% ../../nbs/runs/checks.ipynb #14459118
+_READ_ONLY_BY_SCRATCH = ("scratch_size", "rope_base", "full")
+_NOT_READ_BY_SCRATCH = ("model", "dtype", "rank", "rehearsal_sequences")
+_SET_BY_FULL = ("scratch_size", "steps", "batch", "lines", "max_depth")
+
+
+def _check_read_values(phase: str, values: Mapping) -> None:
+    "Refuse what phase binding is given and does not read."
+    if phase != "binding":
+        return
+    is_scratch = values["init"] == "scratch" or values["full"]
+    unread = dict.fromkeys(_NOT_READ_BY_SCRATCH if is_scratch else _READ_ONLY_BY_SCRATCH, f"init={values['init']}")
+    unread |= dict.fromkeys(_SET_BY_FULL if values["full"] else (), "full=true")
+    declared = phase_parameters(phase)
+    for name, reason in unread.items():
+        if values[name] != declared[name].default:
+            raise BadParameter(f"{name}={values[name]}: it would not be read with {reason}; leave one of them out")
+
+
+def _check_made_up(phase: str, values: Mapping) -> None:
+    "Refuse runs, a model and problems for a study that is made up."
+    declaration = find_phase(phase)
+    if not declaration.made_up or any(values[name] != value for name, value in declaration.made_up.items()):
+        return
+    names = [read.parameter for read in declaration.reads] + ["model", "problems", "on_model", "on_problems"]
+    for name in names:
+        if name not in declaration.made_up and values.get(name):
+            raise BadParameter(
+                f"{name}={values[name]}: without an input phase {phase!r} makes up a study and would not read it; "
+                f"type codetrace run {next(iter(declaration.numbers), phase)}, or give input="
+            )
+
 # %% ../../nbs/runs/checks.ipynb #c0a9e772
 _POSITION_NAME = r"query|final|end other|(lhs|rhs|end) [1-9]\d*[b-z]?"  # Of patching.sweep
 _EXAMPLE_POSITIONS = ("all", "named", "query", "final", "end other", "lhs 1", "rhs 1", "end 1")
@@ -379,6 +416,13 @@ def _check_tracing(values: Mapping) -> None:
         raise BadParameter(
             "engine=transformer_lens needs TransformerLens, which is not installed: pip install -c constraints.txt 'codetrace[lens]'"
         )
+
+
+def _check_mechanism(values: Mapping) -> None:
+    _check_references(values)
+    for name in ("num_programs", "compared_programs"):
+        if values[name] < 4:
+            raise BadParameter(f"{name}={values[name]}: give at least 4, since one half chooses and the other judges")
 
 
 def _check_seeds(values: Mapping) -> None:
@@ -455,11 +499,13 @@ _CHECKS = (
     _check_programs,
     _check_problems,
     _check_models,
+    _check_read_values,
+    _check_made_up,
 )
 _PHASE_CHECKS = {
     "generation": _check_generation,
     "latents": _check_latents,
-    "mechanism": _check_references,
+    "mechanism": _check_mechanism,
     "pregeneration": _check_latents,
     "ranking": _check_latents,
     "report": _check_report,
