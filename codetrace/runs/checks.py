@@ -31,7 +31,7 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components mechanism.reference_programs mechanism.ablation_programs random_draws top_heads "
+    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components mechanism.reference_programs mechanism.ablation_programs random_draws random_latents top_heads num_cards "
     "seeds.reference_programs seeds.ablation_programs queries_per_depth perplexity_sequences".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
@@ -48,6 +48,8 @@ def _lowest(phase: str, name: str) -> float:
     "The smallest value that a parameter can have."
     if name in _ANY_NUMBER:
         return -math.inf
+    if name == "resamples":
+        return 2
     return 1 if name in _AT_LEAST_ONE or f"{phase}.{name}" in _AT_LEAST_ONE else 0
 
 
@@ -186,7 +188,7 @@ def _check_models(phase: str, values: Mapping) -> None:
 
 def _check_planted_model(phase: str, model: str) -> None:
     if phase not in _TAKES_PLANTED_MODELS:
-        phases = " and ".join(_TAKES_PLANTED_MODELS)
+        phases = " and ".join([", ".join(_TAKES_PLANTED_MODELS[:-1]), _TAKES_PLANTED_MODELS[-1]])
         raise BadParameter(
             f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not"
         )
@@ -372,14 +374,20 @@ def _check_read_values(phase: str, values: Mapping) -> None:
             raise BadParameter(f"{name}={values[name]}: it would not be read with {reason}; leave one of them out")
 
 
+_NOT_MADE_UP = ("model", "problems", "on_model", "on_problems", "text", "text_tokens", "max_density")
+
+
 def _check_made_up(phase: str, values: Mapping) -> None:
-    "Refuse runs, a model and problems for a study that is made up."
+    "Refuse runs, a model, problems and a corpus for a study that is made up."
     declaration = find_phase(phase)
     if not declaration.made_up or any(values[name] != value for name, value in declaration.made_up.items()):
         return
-    names = [read.parameter for read in declaration.reads] + ["model", "problems", "on_model", "on_problems"]
-    for name in names:
-        if name not in declaration.made_up and values.get(name):
+    declared = phase_parameters(phase)
+    unread = {read.parameter for read in declaration.reads} | set(_NOT_MADE_UP)
+    if phase == "steering":  # which measures made-up pushes on made-up text
+        unread -= {"text_tokens"}
+    for name in declared.keys() & (unread - declaration.made_up.keys()):
+        if values[name] != declared[name].default:
             raise BadParameter(
                 f"{name}={values[name]}: without an input phase {phase!r} makes up a study and would not read it; "
                 f"type codetrace run {next(iter(declaration.numbers), phase)}, or give input="
@@ -432,8 +440,22 @@ def _check_seeds(values: Mapping) -> None:
         raise BadParameter(f"head_programs={values['head_programs']}: give 4 to num_programs={values['num_programs']}")
 
 # %% ../../nbs/runs/checks.ipynb #4388cb14
+def _check_coefficients(values: Mapping) -> None:
+    if too_large := [coefficient for coefficient in values["coefficients"] if abs(coefficient) > _LARGEST_COEFFICIENT]:
+        raise BadParameter(
+            f"coefficients={too_large[0]:g}: they are fractions of the stream's median norm; give numbers from "
+            f"-{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, such as 0.6"
+        )
+
+
+_LARGEST_COEFFICIENT = 100
+
+
 def _check_tuning(values: Mapping) -> None:
-    "A grid of pushes, without the baseline."
+    "Something to push, on a grid of pushes without the baseline."
+    _check_coefficients(values)
+    if not values["num_latents"] and not (values["linear_directions"] and values["input"]):
+        raise BadParameter("num_latents=0: nothing to push; give at least 1, or linear_directions=true with an input")
     if not values["coefficients"] or 0 in values["coefficients"]:
         raise BadParameter(
             f"coefficients={values['coefficients']}: give at least one, and not 0, which is the baseline itself"
@@ -477,6 +499,7 @@ _FEWEST_WATCHED_LINES = 3
 # %% ../../nbs/runs/checks.ipynb #b684f938
 def _check_steering(values: Mapping) -> None:
     _check_temperatures("temperatures", values)
+    _check_coefficients(values)
 
 
 def _check_report(values: Mapping) -> None:
