@@ -166,7 +166,7 @@ def _check_programs(phase: str, values: Mapping) -> None:
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
 _PLANTED_MODELS = ("planted:binding", "planted:binding@1", "planted:binding@2")  # Of planted.binding
-_TAKES_PLANTED_MODELS = ("mechanism", "seeds", "watch")
+_TAKES_PLANTED_MODELS = ("mechanism", "watch", "seeds")
 _MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
@@ -372,6 +372,23 @@ def _check_read_values(phase: str, values: Mapping) -> None:
     for name, reason in unread.items():
         if values[name] != declared[name].default:
             raise BadParameter(f"{name}={values[name]}: it would not be read with {reason}; leave one of them out")
+    if values["curriculum"] and values["mastery"]:
+        raise BadParameter(
+            f"curriculum={values['curriculum']}: with mastery programs grow by right answers; leave one out"
+        )
+    if not values["full"]:
+        _check_training_length(values)
+
+
+def _check_training_length(values: Mapping) -> None:
+    "Chains that fit the programs, and evaluations that come before the end."
+    if values["max_depth"] >= values["lines"][1]:
+        raise BadParameter(
+            f"max_depth={values['max_depth']}: programs of {values['lines'][1]} assignments have chains of at most "
+            f"{values['lines'][1] - 1}; give a smaller depth, or longer programs with lines="
+        )
+    if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
+        raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
 
 
 _NOT_MADE_UP = ("model", "problems", "on_model", "on_problems", "text", "text_tokens", "max_density")
