@@ -1332,6 +1332,136 @@ def test_a_mistake_that_is_found_before_a_kernel_has_its_run_is_the_users(tmp_pa
         execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
 
 
+# --- what a machine and its users bring along ---------------------------------------------------------------------------
+
+
+def test_facts_are_written_as_json_has_them(tmp_path):
+    "Numbers of NumPy stay numbers; what is no number is null, which every reader of JSON takes."
+    import numpy as np
+
+    from codetrace.runs.run import Run
+
+    run = Run(tmp_path, {"run_id": "r", "launcher": "python", "started": "2026-01-01T00:00+00:00", "resumed": None})
+    facts = {
+        "k": np.int64(3),
+        "share": np.float32(0.5),
+        "right": np.bool_(True),
+        "none": float("nan"),
+        "path": tmp_path,
+    }
+    run.describe(facts=facts, rows=[{"n": np.int64(4), "low": -np.inf, "shares": np.array([0.5, np.nan])}])
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    written = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert written["facts"] == {"k": 3, "share": 0.5, "right": True, "none": None, "path": str(tmp_path)}
+    assert written["rows"] == [{"n": 4, "low": None, "shares": [0.5, None]}]
+
+
+def test_a_package_without_a_name_stops_no_run(monkeypatch):
+    "What an interrupted uninstallation leaves behind."
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    from codetrace.runs.manifest import run_provenance
+
+    packages = [SimpleNamespace(metadata={"Name": name}, version="1.0") for name in (None, "Torch")]
+    monkeypatch.setattr(metadata, "distributions", lambda: packages)
+    assert run_provenance()["packages"] == {"torch": "1.0"}
+
+
+@pytest.mark.parametrize(
+    "kind, is_full_disk", [("ENOSPC", True), ("EDQUOT", True), ("ENOMEM", False), ("EAGAIN", False)]
+)
+def test_only_a_disk_that_is_full_is_called_one(tmp_path, monkeypatch, kind, is_full_disk):
+    import errno
+
+    from codetrace.core.files import StorageError
+    from codetrace.runs import execute
+    from codetrace.runs.manifest import all_runs
+
+    def run_kernel(*_):
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(write_phase(tmp_path / "notebooks")))
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    with pytest.raises(StorageError if is_full_disk else execute.RunFailed):
+        execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+    (manifest,) = all_runs(tmp_path / "runs")
+    assert is_full_disk or (manifest["status"], manifest["error"]["user"]) == ("failed", False)
+
+
+def test_markup_in_what_a_run_says_is_text(capsys):
+    from codetrace.runs.listing import print_table
+
+    print_table([{"headline": r"the template 'A\[/INST]' has [red]no[/red] place, \[bold]x", "n": 1}])
+    assert r"the template 'A\[/INST]' has [red]no[/red] place, \[bold]x" in capsys.readouterr().out
+
+
+def test_who_looks_at_a_run_keeps_nobody_from_going_on_with_it(tmp_path):
+    import threading
+
+    from codetrace.runs.manifest import run_lock
+    from codetrace.runs.run import acquire_run_lock
+
+    held = threading.Event()
+
+    def look():
+        with run_lock(tmp_path):
+            held.set()
+            time.sleep(0.15)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    held.wait(10)
+    acquire_run_lock(tmp_path).release()
+    looking.join()
+
+
+def test_nested_brackets_without_end_are_one_line(tmp_path):
+    from codetrace.runs.grading_jobs import read_grading_jobs
+    from codetrace.runs.parameters import parse_parameters, phase_values
+
+    deep = tmp_path / "deep"
+    deep.write_text("[" * 200_000)
+    mistakes = [
+        lambda: read_grading_jobs(deep, ""),
+        lambda: parse_parameters([], deep),
+        lambda: phase_values("tracking", {"seq_lens": "[" * 3000}),
+        lambda: phase_values("tracking", {"num_seqs": "9" * 5000}),
+    ]
+    for mistake in mistakes:
+        with pytest.raises(BadInput) as error:
+            mistake()
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("devices", [None, "cpu,cpu"])
+def test_a_study_on_devices_starts_no_process_that_would_wait_for_nobody(monkeypatch, devices):
+    "Its processes have other variables than this one, so none of them could take a kernel from it."
+    from contextlib import contextmanager
+
+    from codetrace import cli
+
+    started = []
+
+    @contextmanager
+    def warm_kernels():
+        started.append("a process")
+        yield
+
+    def run_study(*_):
+        raise BadInput("far enough")
+
+    monkeypatch.setattr("codetrace.runs.warm_kernels.warm_kernels", warm_kernels)
+    monkeypatch.setattr("codetrace.runs.pipeline.run_study", run_study)
+    subject = {"model": None, "problems": None, "n": None}
+    with pytest.raises(BadInput, match="far enough"):
+        cli._run_study("correctness", subject, None, cli._Placement(devices), False)
+    assert bool(started) == (devices is None)
+
+
 # --- phases of one's own -----------------------------------------------------------------------------------------------
 
 
