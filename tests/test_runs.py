@@ -248,6 +248,33 @@ SAID_AT_ONCE = {
     "learning_rate must be more than 0": "saes -p learning_rate=0",
     "less than one batch of 512": "saes -p tokens=100",
     "fewer latents are active than there are": "saes -p k=256",
+    "a piece is longer than all tokens=8000": "saes -p context=100000",
+    "no SAE ''": "saes -p sae=",
+    "no text ''": "saes -p text=",
+    "num_seqs is given twice, '1' and '2'": "tracking -p num_seqs=1 -p num_seqs=2",
+    "num_seqs is given twice, by -p and by an option": "tracking -p num_seqs=1 -n 2",
+    "model=smollm2: without an input phase 'latents' makes up a study": "latents --model smollm2",
+    "problems=basics: without an input phase 'validation' makes up a study": "validation --problems basics",
+    "splits=0.1: without an input phase 'ranking' makes up a study": "ranking -p splits=0.1",
+    "on_problems=basics: without an input": "steering -p on_problems=basics",
+    "rank=16: it would not be read with init=scratch": "binding -p rank=16 -p init=scratch",
+    "scratch_size=[2, 2, 32]: it would not be read with init=adapter": "binding -p scratch_size=2,2,32",
+    "steps=7: it would not be read with full=true": "binding -p full=true -p steps=7",
+    "curriculum=0.5: with mastery programs grow": "binding -p curriculum=0.5 -p mastery=0.9",
+    "max_depth=6: programs of 6 assignments have chains of at most 5": "binding -p max_depth=6",
+    "evaluate_after=[3, 99]: training has steps=2": "binding -p evaluate_after=1,3,99",
+    "num_programs=3: give at least 4": "mechanism -n 3",
+    "compared_programs=1: give at least 4": "mechanism -p compared_programs=1",
+    "reference_programs must be a whole number of at least 1": "seeds -p reference_programs=0",
+    "num_cards must be a whole number of at least 1": "latents -p num_cards=0",
+    "max_density=0.5: without an input": "latents -p max_density=0.5",
+    "random_latents must be a whole number of at least 1": "validation -p random_latents=0",
+    "resamples must be a whole number of at least 2": "validation -p resamples=1",
+    "num_latents=0: nothing to push": "tuning -p num_latents=0",
+    "num_latents=0: nothing to push; give": "tuning -p num_latents=0 -p linear_directions=true",
+    "coefficients=1e+30: they are fractions": "tuning -p coefficients=1e30",
+    "coefficients=-101: they are fractions": "steering -p coefficients=1,-101",
+    "random_draws must be a whole number of at least 1": "mechanism -p random_draws=0",
     "text=completions needs the run": "saes -p text=completions",
     "no text 'stdlb'": "saes -p text=stdlb",
     "no SAE './nowhere'": "saes -p sae=./nowhere",
@@ -286,7 +313,7 @@ SAID_AT_ONCE = {
     "similarity is a share": "0.1 -p similarity=7",
     "unknown threshold_for 'f2'": "validation -p threshold_for=f2",
     "unknown where 'generatd'": "tuning -p where=generatd",
-    "planted:binding' has its weights written by hand: phases mechanism and seeds take it": "tracking --model planted:binding",
+    "planted:binding' has its weights written by hand: phases mechanism, watch and seeds take it": "tracking --model planted:binding",
     "'tracing' does not": "tracing --model planted:binding",
     "'generation' does not": "generation --model planted:nonsense",
     "'steering' does not": "steering -p on_model=planted:binding",
@@ -330,6 +357,7 @@ SAID_AT_ONCE = {
     "give JSON from phase numbers to reasons": "report -p failed=3.1",
     "shards are numbered from 0": "tracing -p shards=2 -p shard=2",
     "no device '7' here": "tracing --devices 7",
+    "no device '²' here": "tracing --devices cpu,²",
     "--shards 0: give how many processes": "tracing --shards 0",
     "phase 'tracking' is not made to be split": "tracking --shards 2",
     "--partition is for a cluster": "tracking --partition long",
@@ -1268,6 +1296,172 @@ def test_kernels_of_two_threads_are_told_their_own_runs(tmp_path, monkeypatch):
     assert told == {folder.name: str(folder.resolve()) for folder in folders}
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_run_whose_code_was_edited_meanwhile_says_so(tmp_path, monkeypatch, edited):
+    from codetrace.runs import execute
+    from codetrace.runs.run import Run
+
+    folder = write_phase(tmp_path / "notebooks")
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(folder))
+
+    def run_kernel(notebook, run_folder, parameters):
+        run = Run(run_folder, json.loads((run_folder / "run.json").read_text()))
+        if edited:
+            notebook.write_text(notebook.read_text().replace("97", "65"))
+        (run_folder / "notebook.ipynb").write_text(notebook.read_text())
+        run.finish("3 letters")
+
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    done = execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+    assert done["headline"] == "(the code was edited while this ran) " * edited + "3 letters"
+
+
+def test_a_mistake_that_is_found_before_a_kernel_has_its_run_is_the_users(tmp_path, monkeypatch):
+    from codetrace.runs import execute
+
+    class CellError(Exception):
+        ename = "BadInput"
+        evalue = "the library was changed while this run began: repeat the command"
+
+    def run_kernel(*_):
+        raise CellError
+
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(write_phase(tmp_path / "notebooks")))
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    with pytest.raises(BadInput, match=r"^the library was changed"):
+        execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+
+
+# --- what a machine and its users bring along ---------------------------------------------------------------------------
+
+
+def test_facts_are_written_as_json_has_them(tmp_path):
+    "Numbers of NumPy stay numbers; what is no number is null, which every reader of JSON takes."
+    import numpy as np
+
+    from codetrace.runs.run import Run
+
+    run = Run(tmp_path, {"run_id": "r", "launcher": "python", "started": "2026-01-01T00:00+00:00", "resumed": None})
+    facts = {
+        "k": np.int64(3),
+        "share": np.float32(0.5),
+        "right": np.bool_(True),
+        "none": float("nan"),
+        "path": tmp_path,
+    }
+    run.describe(facts=facts, rows=[{"n": np.int64(4), "low": -np.inf, "shares": np.array([0.5, np.nan])}])
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    written = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert written["facts"] == {"k": 3, "share": 0.5, "right": True, "none": None, "path": str(tmp_path)}
+    assert written["rows"] == [{"n": 4, "low": None, "shares": [0.5, None]}]
+
+
+def test_a_package_without_a_name_stops_no_run(monkeypatch):
+    "What an interrupted uninstallation leaves behind."
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    from codetrace.runs.manifest import run_provenance
+
+    packages = [SimpleNamespace(metadata={"Name": name}, version="1.0") for name in (None, "Torch")]
+    monkeypatch.setattr(metadata, "distributions", lambda: packages)
+    assert run_provenance()["packages"] == {"torch": "1.0"}
+
+
+@pytest.mark.parametrize(
+    "kind, is_full_disk", [("ENOSPC", True), ("EDQUOT", True), ("ENOMEM", False), ("EAGAIN", False)]
+)
+def test_only_a_disk_that_is_full_is_called_one(tmp_path, monkeypatch, kind, is_full_disk):
+    import errno
+
+    from codetrace.core.files import StorageError
+    from codetrace.runs import execute
+    from codetrace.runs.manifest import all_runs
+
+    def run_kernel(*_):
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(write_phase(tmp_path / "notebooks")))
+    monkeypatch.setattr(execute, "_run_papermill", run_kernel)
+    with pytest.raises(StorageError if is_full_disk else execute.RunFailed):
+        execute.execute_phase("letters", {"n": 3}, root=tmp_path / "runs", show_progress=False)
+    (manifest,) = all_runs(tmp_path / "runs")
+    assert is_full_disk or (manifest["status"], manifest["error"]["user"]) == ("failed", False)
+
+
+def test_markup_in_what_a_run_says_is_text(capsys):
+    from codetrace.runs.listing import print_table
+
+    print_table([{"headline": r"the template 'A\[/INST]' has [red]no[/red] place, \[bold]x", "n": 1}])
+    assert r"the template 'A\[/INST]' has [red]no[/red] place, \[bold]x" in capsys.readouterr().out
+
+
+def test_who_looks_at_a_run_keeps_nobody_from_going_on_with_it(tmp_path):
+    import threading
+
+    from codetrace.runs.manifest import run_lock
+    from codetrace.runs.run import acquire_run_lock
+
+    held = threading.Event()
+
+    def look():
+        with run_lock(tmp_path):
+            held.set()
+            time.sleep(0.15)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    held.wait(10)
+    acquire_run_lock(tmp_path).release()
+    looking.join()
+
+
+def test_nested_brackets_without_end_are_one_line(tmp_path):
+    from codetrace.runs.grading_jobs import read_grading_jobs
+    from codetrace.runs.parameters import parse_parameters, phase_values
+
+    deep = tmp_path / "deep"
+    deep.write_text("[" * 200_000)
+    mistakes = [
+        lambda: read_grading_jobs(deep, ""),
+        lambda: parse_parameters([], deep),
+        lambda: phase_values("tracking", {"seq_lens": "[" * 3000}),
+        lambda: phase_values("tracking", {"num_seqs": "9" * 5000}),
+    ]
+    for mistake in mistakes:
+        with pytest.raises(BadInput) as error:
+            mistake()
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("devices", [None, "cpu,cpu"])
+def test_a_study_on_devices_starts_no_process_that_would_wait_for_nobody(monkeypatch, devices):
+    "Its processes have other variables than this one, so none of them could take a kernel from it."
+    from contextlib import contextmanager
+
+    from codetrace import cli
+
+    started = []
+
+    @contextmanager
+    def warm_kernels():
+        started.append("a process")
+        yield
+
+    def run_study(*_):
+        raise BadInput("far enough")
+
+    monkeypatch.setattr("codetrace.runs.warm_kernels.warm_kernels", warm_kernels)
+    monkeypatch.setattr("codetrace.runs.pipeline.run_study", run_study)
+    subject = {"model": None, "problems": None, "n": None}
+    with pytest.raises(BadInput, match="far enough"):
+        cli._run_study("correctness", subject, None, cli._Placement(devices), False)
+    assert bool(started) == (devices is None)
+
+
 # --- phases of one's own -----------------------------------------------------------------------------------------------
 
 
@@ -1415,6 +1609,18 @@ def test_limits_of_programs_can_be_typed(tmp_path, verdict):
     assert grade_lines(tmp_path, [row], *words).output.split()[0] == verdict
     if verdict != "timeout":
         assert grade_lines(tmp_path, [row]).output.split()[0] == "passed"
+
+
+def test_a_name_that_stands_twice_in_a_file_is_refused(tmp_path):
+    from codetrace.runs.parameters import parse_parameters
+
+    file = tmp_path / "study.yaml"
+    for text in ("num_seqs: 3\nseed: 1\nnum_seqs: 4\n", "3.1: {num_latents: 3, num_latents: 4}"):
+        file.write_text(text)
+        with pytest.raises(BadInput, match=f"cannot read parameters from {file}: .*num_.* is given twice"):
+            parse_parameters([], file)
+    file.write_text("num_seqs: 3\n")
+    assert parse_parameters(["num_seqs=5"], file) == {"num_seqs": "5"}
 
 
 def test_a_value_beyond_its_limit_is_too_much(tmp_path):

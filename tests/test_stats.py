@@ -67,6 +67,16 @@ def test_coverage_of_shares(share, samples):
         assert 0.9 <= np.mean([contains(share_interval(study), share) for study in solved]) <= 0.99
 
 
+def test_the_interval_of_a_share_is_of_its_level():
+    "Also where every share is 0 or 1; what it does not take is refused."
+    for values in ([0, 1, 1], [1, 1, 1], [0.2, 0.4, 1.0]):
+        narrow, wide = (share_interval(values, level) for level in (0.5, 0.95))
+        assert wide[0] < narrow[0] and (narrow[1] < wide[1] or values == [1, 1, 1]), values
+    assert share_interval([0, 1, 1], 0.5) == wilson(2, 3, 0.5)
+    with pytest.raises(TypeError):
+        share_interval([0, 1, 1], levle=0.5)
+
+
 def _pooled_mean_interval(values, member):
     "SciPy's percentile interval of the mean of the pooled values of the drawn clusters."
     groups = [values[(member == c) & ~np.isnan(values)] for c in np.unique(member)]

@@ -2,16 +2,21 @@
 
 import json
 import os
+import resource
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from shards import Workspace, wait_for
 
 from codetrace.core.environment import KERNELS_VARIABLE
-from codetrace.runs.warm_kernels import fork_kernel, warm_kernels
+from codetrace.runs import warm_kernels as kernels
+from codetrace.runs.warm_kernels import ForkedKernel, fork_kernel, warm_kernels
 
 SMALL = ["run", "letters", "-q", "-p", "n=3"]
 
@@ -109,3 +114,91 @@ def test_who_has_a_server_starts_no_other(server, monkeypatch):
     with warm_kernels() as path:
         assert path == server
     assert os.environ[KERNELS_VARIABLE] == server
+
+
+def test_forks_draw_other_random_numbers(variables, tmp_path):
+    "A kernel of one's own begins with a random state of its own; so does a fork."
+    drawn = []
+    for name in ("one", "two"):
+        line = f"import numpy; open({str(tmp_path / name)!r}, 'w').write(str(numpy.random.rand()) + ';')"
+        words = ["-f", str(tmp_path / f"{name}.json"), f"--IPKernelApp.exec_lines={[line]!r}"]
+        kernel = fork_kernel(words, variables, tmp_path)
+        wait_for(lambda name=name: (tmp_path / name).is_file() and ";" in (tmp_path / name).read_text(), 60)
+        kernel.kill()
+        kernel.wait()
+        drawn.append((tmp_path / name).read_text())
+    assert drawn[0] != drawn[1]
+
+
+def test_no_request_ends_the_process_that_waits(variables, tmp_path):
+    "Neither an odd one, nor one whose folder is gone, which the caller hears at once."
+    for line in (b"{}\n", b"[]\n", b"3\n", b"no json\n", b"[" * 5000 + b"\n"):
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.settimeout(60)
+            caller.connect(variables[KERNELS_VARIABLE])
+            caller.sendall(line)
+            assert caller.recv(1) == b""
+    assert fork_kernel(["-f", "x.json"], variables, tmp_path / "gone") is None
+    kernel = fork_kernel(["-f", str(tmp_path / "kernel.json")], variables, tmp_path)
+    assert kernel is not None
+    kernel.kill()
+    kernel.wait()
+
+
+def test_a_process_with_many_open_files_can_wait_for_a_kernel():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("so many files cannot be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    ends = socket.socketpair()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        kernel = ForkedKernel(child.pid, ends[0])
+        assert kernel.poll() is None
+        kernel.kill()
+        assert (kernel.wait(), kernel.poll(), kernel.wait()) == (0, 0, 0)
+    finally:
+        child.kill()
+        child.wait()
+        for file in files:
+            os.close(file)
+        ends[1].close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple]:
+    "Commands that would start a process that waits."
+    commands = []
+    process = SimpleNamespace(kill=lambda: None, communicate=lambda: None)
+    start = SimpleNamespace(PIPE=subprocess.PIPE, Popen=lambda command, **options: commands.append(command) or process)
+    monkeypatch.setattr(kernels, "subprocess", start)
+    monkeypatch.setenv(KERNELS_VARIABLE, "")
+    return commands
+
+
+def test_files_where_one_stands_are_no_modules_of_the_process_that_waits(started, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("")
+    with warm_kernels():
+        pass
+    ((python, option, code),) = started
+    (tmp_path / "queue.py").write_text("")
+    paths, imports = code.split("; from ", 1)
+    assert imports.startswith("codetrace")
+    done = subprocess.check_output([python, option, f"{paths}; import queue; print(queue.__file__)"], cwd=tmp_path)
+    assert str(tmp_path) not in done.decode()
+
+
+def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(started, tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with warm_kernels() as path, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+
+
+def test_another_interpreter_gets_no_fork_of_this_one(tmp_path):
+    other = tmp_path / "python3"
+    other.symlink_to("/bin/true")
+    assert kernels._is_this_python(sys.executable) and not kernels._is_this_python(str(other))

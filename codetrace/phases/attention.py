@@ -328,7 +328,7 @@ def attention_change_claim(
     "The largest change of attention, with how many heads and parts change at all."
     p = attention_change_p(int((changes["q"] < SIGNIFICANCE_LEVEL).sum()), random_counts)
     return claim_row(
-        f"change of attention to {largest['part']} by {_component_name(largest)}, the largest",
+        f"change of attention to {largest['part']} by {_component_name(largest)}, the largest of {len(changes)} (its own interval)",
         largest["change"],
         (largest["low"], largest["high"]),
         attention_change_sentence(changes, random_counts),

@@ -133,7 +133,7 @@ def study_report(
     if len(claims):
         tested = int(claims["p_adjusted"].notna().sum())
         table = markdown_table(_format_intervals(claims))
-        table += f"\n\np is adjusted for the {tested} tests of this table (Holm); a verdict needs 0.05 or less."
+        table += f"\n\np is adjusted for the {tested} tests of this table (Holm); a verdict that rests on a test needs 0.05 or less."
     lines = ["# What the study found", "", scope, "", "## Claims", "", table, ""]
     lines += ["## Limitations", "", *(f"* {sentence}" for sentence in study_limitations(runs, claims)), ""]
     for number, question in study_questions().items():

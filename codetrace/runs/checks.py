@@ -22,7 +22,7 @@ from ..core.shards import shard_range
 from ..models.folders import check_model_name
 from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name, existing_path
 from .input_checks import check_inputs
-from .parameters import BadParameter
+from .parameters import BadParameter, phase_parameters
 from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
@@ -31,7 +31,8 @@ from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
     "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components".split()
+    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components mechanism.reference_programs mechanism.ablation_programs random_draws random_latents top_heads num_cards "
+    "seeds.reference_programs seeds.ablation_programs queries_per_depth perplexity_sequences".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
@@ -47,6 +48,8 @@ def _lowest(phase: str, name: str) -> float:
     "The smallest value that a parameter can have."
     if name in _ANY_NUMBER:
         return -math.inf
+    if name == "resamples":
+        return 2
     return 1 if name in _AT_LEAST_ONE or f"{phase}.{name}" in _AT_LEAST_ONE else 0
 
 
@@ -163,7 +166,7 @@ def _check_programs(phase: str, values: Mapping) -> None:
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
 _PLANTED_MODELS = ("planted:binding", "planted:binding@1", "planted:binding@2")  # Of planted.binding
-_TAKES_PLANTED_MODELS = ("mechanism", "seeds", "watch")
+_TAKES_PLANTED_MODELS = ("mechanism", "watch", "seeds")
 _MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
@@ -185,7 +188,7 @@ def _check_models(phase: str, values: Mapping) -> None:
 
 def _check_planted_model(phase: str, model: str) -> None:
     if phase not in _TAKES_PLANTED_MODELS:
-        phases = " and ".join(_TAKES_PLANTED_MODELS)
+        phases = " and ".join([", ".join(_TAKES_PLANTED_MODELS[:-1]), _TAKES_PLANTED_MODELS[-1]])
         raise BadParameter(
             f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not"
         )
@@ -288,6 +291,10 @@ def _check_saes(values: Mapping) -> None:
         check_released_sae(*name.split(":", 1))
     if name != "train":
         return
+    if values["context"] > values["tokens"]:
+        raise BadParameter(
+            f"context={values['context']}: a piece is longer than all tokens={values['tokens']}; give fewer"
+        )
     if values["k"] >= values["d_sae"]:
         raise BadParameter(f"k={values['k']}, d_sae={values['d_sae']}: fewer latents are active than there are")
     pieces = max(1, values["tokens"] // values["context"])
@@ -348,6 +355,61 @@ def _check_training(phase: str, values: Mapping) -> None:
     if values.get("mastery") == 1:
         raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
 
+# %% ../../nbs/runs/checks.ipynb #14459118
+_READ_ONLY_BY_SCRATCH = ("scratch_size", "rope_base", "full")
+_NOT_READ_BY_SCRATCH = ("model", "dtype", "rank", "rehearsal_sequences")
+_SET_BY_FULL = ("scratch_size", "steps", "batch", "lines", "max_depth")
+
+
+def _check_read_values(phase: str, values: Mapping) -> None:
+    "Refuse what phase binding is given and does not read."
+    if phase != "binding":
+        return
+    is_scratch = values["init"] == "scratch" or values["full"]
+    unread = dict.fromkeys(_NOT_READ_BY_SCRATCH if is_scratch else _READ_ONLY_BY_SCRATCH, f"init={values['init']}")
+    unread |= dict.fromkeys(_SET_BY_FULL if values["full"] else (), "full=true")
+    declared = phase_parameters(phase)
+    for name, reason in unread.items():
+        if values[name] != declared[name].default:
+            raise BadParameter(f"{name}={values[name]}: it would not be read with {reason}; leave one of them out")
+    if values["curriculum"] and values["mastery"]:
+        raise BadParameter(
+            f"curriculum={values['curriculum']}: with mastery programs grow by right answers; leave one out"
+        )
+    if not values["full"]:
+        _check_training_length(values)
+
+
+def _check_training_length(values: Mapping) -> None:
+    "Chains that fit the programs, and evaluations that come before the end."
+    if values["max_depth"] >= values["lines"][1]:
+        raise BadParameter(
+            f"max_depth={values['max_depth']}: programs of {values['lines'][1]} assignments have chains of at most "
+            f"{values['lines'][1] - 1}; give a smaller depth, or longer programs with lines="
+        )
+    if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
+        raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
+
+
+_NOT_MADE_UP = ("model", "problems", "on_model", "on_problems", "text", "text_tokens", "max_density")
+
+
+def _check_made_up(phase: str, values: Mapping) -> None:
+    "Refuse runs, a model, problems and a corpus for a study that is made up."
+    declaration = find_phase(phase)
+    if not declaration.made_up or any(values[name] != value for name, value in declaration.made_up.items()):
+        return
+    declared = phase_parameters(phase)
+    unread = {read.parameter for read in declaration.reads} | set(_NOT_MADE_UP)
+    if phase == "steering":  # which measures made-up pushes on made-up text
+        unread -= {"text_tokens"}
+    for name in declared.keys() & (unread - declaration.made_up.keys()):
+        if values[name] != declared[name].default:
+            raise BadParameter(
+                f"{name}={values[name]}: without an input phase {phase!r} makes up a study and would not read it; "
+                f"type codetrace run {next(iter(declaration.numbers), phase)}, or give input="
+            )
+
 # %% ../../nbs/runs/checks.ipynb #c0a9e772
 _POSITION_NAME = r"query|final|end other|(lhs|rhs|end) [1-9]\d*[b-z]?"  # Of patching.sweep
 _EXAMPLE_POSITIONS = ("all", "named", "query", "final", "end other", "lhs 1", "rhs 1", "end 1")
@@ -381,6 +443,13 @@ def _check_tracing(values: Mapping) -> None:
         )
 
 
+def _check_mechanism(values: Mapping) -> None:
+    _check_references(values)
+    for name in ("num_programs", "compared_programs"):
+        if values[name] < 4:
+            raise BadParameter(f"{name}={values[name]}: give at least 4, since one half chooses and the other judges")
+
+
 def _check_seeds(values: Mapping) -> None:
     "Programs for both changes, and enough of them to choose heads on one half and judge them on the other."
     _check_references(dict(values) | {"change": "reference"})
@@ -388,8 +457,22 @@ def _check_seeds(values: Mapping) -> None:
         raise BadParameter(f"head_programs={values['head_programs']}: give 4 to num_programs={values['num_programs']}")
 
 # %% ../../nbs/runs/checks.ipynb #4388cb14
+def _check_coefficients(values: Mapping) -> None:
+    if too_large := [coefficient for coefficient in values["coefficients"] if abs(coefficient) > _LARGEST_COEFFICIENT]:
+        raise BadParameter(
+            f"coefficients={too_large[0]:g}: they are fractions of the stream's median norm; give numbers from "
+            f"-{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, such as 0.6"
+        )
+
+
+_LARGEST_COEFFICIENT = 100
+
+
 def _check_tuning(values: Mapping) -> None:
-    "A grid of pushes, without the baseline."
+    "Something to push, on a grid of pushes without the baseline."
+    _check_coefficients(values)
+    if not values["num_latents"] and not (values["linear_directions"] and values["input"]):
+        raise BadParameter("num_latents=0: nothing to push; give at least 1, or linear_directions=true with an input")
     if not values["coefficients"] or 0 in values["coefficients"]:
         raise BadParameter(
             f"coefficients={values['coefficients']}: give at least one, and not 0, which is the baseline itself"
@@ -433,6 +516,7 @@ _FEWEST_WATCHED_LINES = 3
 # %% ../../nbs/runs/checks.ipynb #b684f938
 def _check_steering(values: Mapping) -> None:
     _check_temperatures("temperatures", values)
+    _check_coefficients(values)
 
 
 def _check_report(values: Mapping) -> None:
@@ -455,11 +539,13 @@ _CHECKS = (
     _check_programs,
     _check_problems,
     _check_models,
+    _check_read_values,
+    _check_made_up,
 )
 _PHASE_CHECKS = {
     "generation": _check_generation,
     "latents": _check_latents,
-    "mechanism": _check_references,
+    "mechanism": _check_mechanism,
     "pregeneration": _check_latents,
     "ranking": _check_latents,
     "report": _check_report,

@@ -25,7 +25,7 @@ from .manifest import RunInterrupted
 from .parameters import phase_values
 from .phases import find_phase
 from .record_layout import lay_out_record
-from .run import Run, notebook_code, open_run
+from .run import Run, notebook_code, open_run, phase_code_digest
 from .signals import interrupt_on_stop_signals
 from .warm_kernels import warm_kernel_manager
 
@@ -141,6 +141,7 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
         source.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/execute.ipynb #5874eaf3
+_MISTAKES_AT_START = ("BadInput", "BadParameter", "RunBusy", "UnknownName")  # Of `start_run`, before a run is attached
 _NO_ROOM_OR_RIGHT = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()}
 
 
@@ -161,7 +162,7 @@ def _record_run_error(run: Run, error: BaseException) -> Exception:
         kind = getattr(error, "ename", type(error).__name__)
         message = getattr(error, "evalue", str(error))
         message = "the kernel died: killed, or out of memory" if "Kernel died" in message else message
-        run.fail(kind, message, cell=getattr(error, "exec_count", None))
+        run.fail(kind, message, cell=getattr(error, "exec_count", None), user=kind in _MISTAKES_AT_START)
         known = run.manifest["error"]
     if known["user"]:
         return BadInput(known["message"])
@@ -177,6 +178,12 @@ def _lay_out(run: Run, **facts) -> None:
         lay_out_record(run.folder, run.manifest | facts)
     except Exception as error:
         _log.warning("the record of run %s stays in the order it was executed: %s", run.manifest["run_id"], error)
+
+# %% ../../nbs/runs/execute.ipynb #23465658
+def _headline_of(run: Run) -> str:
+    "The finding of a run that has ended, and whether its code was edited while it ran."
+    was_edited = run.manifest["code"] != phase_code_digest(run.manifest["phase"])
+    return "(the code was edited while this ran) " * was_edited + run.manifest.get("headline", "")
 
 # %% ../../nbs/runs/execute.ipynb #7fd67546
 def execute_phase(
@@ -197,8 +204,9 @@ def execute_phase(
         run.manifest |= read_json(run.folder / "run.json")
         if run.manifest["status"] != "executed":
             raise RuntimeError("the notebook ended without run.finish(...)")
-        _lay_out(run, status="complete")
-        run._save(status="complete", notebook={"sha256": file_sha256(run.folder / "notebook.ipynb")})
+        facts = {"status": "complete", "headline": _headline_of(run)}
+        _lay_out(run, **facts)
+        run._save(**facts, notebook={"sha256": file_sha256(run.folder / "notebook.ipynb")})
     except BaseException as error:
         reason = _record_run_error(run, error)
         _lay_out(run)

@@ -45,7 +45,7 @@ def existing_path(
 ) -> Path | None:
     "The file or folder of that name; None where there is none, or where no file could be called so."
     try:
-        return Path(text) if Path(text).exists() else None
+        return Path(text) if text and Path(text).exists() else None
     except (OSError, ValueError):
         return None
 

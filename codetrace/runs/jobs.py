@@ -51,7 +51,7 @@ def parse_devices(
         number = name.strip().lower().removeprefix("cuda:")
         if number == "cpu":
             devices.append("cpu")
-        elif number.isdigit() and int(number) < len(gpus):
+        elif number.isdecimal() and int(number) < len(gpus):
             devices.append(gpus[int(number)])
         else:
             raise BadInput(
@@ -153,7 +153,7 @@ class SubmittedJob:
 def _is_job(job: SubmittedJob) -> bool:
     "Can this job be looked for?"
     named = isinstance(job.shard, int) and isinstance(job.job_id, str)
-    return named and (job.cluster == "slurm" or (job.job_id.isdigit() and float(job.create_time) >= 0))
+    return named and (job.cluster == "slurm" or (job.job_id.isdecimal() and float(job.create_time) >= 0))
 
 
 def read_submitted_jobs(

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..core.files import cached_file_sha256, digest_values
+from ..core.errors import BadInput
+from ..core.files import cached_file_sha256, digest_values, read_json
 
 # %% ../../nbs/runs/named_files.ipynb #80be2d87
 def content_digest(
@@ -23,19 +24,54 @@ def content_digest(
     return digest_values([[str(file.relative_to(path)), cached_file_sha256(file)] for file in files])
 
 # %% ../../nbs/runs/named_files.ipynb #9aa2419b
-def _paths_in(value: object) -> Iterator[Path]:
+_TAKE_FOLDERS = ("model", "models", "on_model", "compared_models", "sae", "text", "tokenizer")  # By a plain word too
+_OWN_NAMES = ("binding", "smollm2", "stdlib", "completions", "train", "released")  # They never stand for a folder
+
+
+def _names_path(name: str, text: str) -> bool:
+    "Can this text of a parameter stand for a file or folder?"
+    if text in ("", *_OWN_NAMES):
+        return False
+    return "/" in text or bool(Path(text).suffix) or name in _TAKE_FOLDERS
+
+
+def _paths_in(name: str, value: object) -> Iterator[Path]:
     "Files and folders that a parameter's value names; of a pattern such as `saes/layer_{layer}`, the folder it lies in."
     for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and ("/" in text or Path(text).suffix):
-            path = Path(os.path.expanduser(text.partition("{")[0]))
-            with suppress(OSError, ValueError):  # a text that can be no path
-                path = path if "{" not in text or text.partition("{")[0].endswith("/") else path.parent
-                if path.is_file() or (path.is_dir() and path != Path(path.anchor) and path != Path()):
-                    yield path
+        if not (isinstance(text, str) and _names_path(name, text)):
+            continue
+        path = Path(os.path.expanduser(text.partition("{")[0]))
+        with suppress(OSError, ValueError):  # a text that can be no path
+            path = path if "{" not in text or text.partition("{")[0].endswith("/") else path.parent
+            if path.is_file() or (path.is_dir() and path != Path(path.anchor or os.sep)):
+                yield path
+
+# %% ../../nbs/runs/named_files.ipynb #27d1c272
+def _model_below(path: Path) -> list[Path]:
+    "The folder of the model that an adapter's folder was trained on, where it is one of this machine."
+    config = path / "adapter_config.json"
+    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    folder = Path(os.path.expanduser(base)) if isinstance(base, str) and base else None
+    return [folder] if folder and folder.is_dir() else []
+
+
+def _is_left_alone(name: str, path: Path) -> bool:
+    "Is this the folder one stands in? It is refused where a folder is meant: what runs write there would belong to it."
+    is_here = path.resolve() == Path.cwd()
+    if is_here and name in _TAKE_FOLDERS:
+        raise BadInput(
+            f"{name}={path}: runs may write into the folder one stands in; go elsewhere, and name it ./{Path.cwd().name}"
+        )
+    return is_here
 
 
 def named_file_digests(
     parameters: Mapping,  # Of a run
 ) -> dict[str, str]:  # By `parameter=path`; empty where nothing is named
-    "A hash of every file and folder that parameters name."
-    return {f"{name}={path}": content_digest(path) for name, value in parameters.items() for path in _paths_in(value)}
+    "A hash of every file and folder that parameters name, and of the models below adapters."
+    digests = {}
+    for name, value in parameters.items():
+        for path in _paths_in(name, value):
+            if not _is_left_alone(name, path):
+                digests |= {f"{name}={named}": content_digest(named) for named in [path, *_model_below(path)]}
+    return digests

@@ -183,7 +183,7 @@ def check_parameters(
                 ) from None
             example = json.dumps(parameter.default)
             raise BadParameter(
-                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values[name]!r}"
+                f"parameter {name!r} of phase {phase!r} takes {parameter.annotation} values such as {example}, not {values[name]!r:.80}"
             ) from None
     return checked
 
@@ -202,20 +202,35 @@ def run_command_line(
             words += ["-p", shlex.quote(f"{name}={text}")]
     return " ".join(["codetrace run", phase, *words])
 
+# %% ../../nbs/runs/parameters.ipynb #d8ee5d18
+def _read_yaml(text: str) -> object:
+    "What a YAML file says, as texts, which the declared types read; a name that stands there twice is an error."
+    import yaml
+
+    class TextLoader(yaml.BaseLoader):
+        def construct_mapping(self, node, deep=False):
+            names = [name.value for name, _ in node.value]
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader=TextLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(" ".join(str(error).split())) from None
+
 # %% ../../nbs/runs/parameters.ipynb #791b061c
 def parse_parameters(
     pairs: list[str],  # `name=value`, as typed
     file: Path | None = None,  # A YAML file of names and values
 ) -> dict:  # Values by name
     "Read parameters as they are typed: as texts, which `check_parameters` reads by their declared types."
-    import yaml
-
     values = {}
+    typed = {}
     if file is not None:
         try:
-            text = Path(file).read_text(encoding="utf-8")
-            values = yaml.load(text, Loader=yaml.BaseLoader) or {}  # texts: the declared type says what they mean
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            values = _read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, BadInput) as error:
             raise BadInput(f"cannot read parameters from {file}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise BadInput(
@@ -224,9 +239,13 @@ def parse_parameters(
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip().isidentifier():
-            raise BadInput(f"cannot read the parameter {pair!r}: write -p name=value, such as -p num_seqs=20")
-        values[name.strip()] = value
-    return values
+            raise BadInput(f"cannot read the parameter {pair!r:.80}: write -p name=value, such as -p num_seqs=20")
+        if name.strip() in typed:
+            raise BadInput(
+                f"{name.strip()} is given twice, {typed[name.strip()]!r:.80} and {value!r:.80}: give it once"
+            )
+        typed[name.strip()] = value
+    return values | typed
 
 # %% ../../nbs/runs/parameters.ipynb #c40a0806
 COUNT_PARAMETERS = ("num_seqs", "num_programs", "num_problems")

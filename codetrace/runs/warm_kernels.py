@@ -127,6 +127,9 @@ def _answer(connection: socket.socket, listener: socket.socket, setting: str):
         os.close(output)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #86384bc6
+_FAULTS_OF_ONE_CALLER = (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError)
+
+
 def serve_kernels(
     path: str,  # Of the socket
 ) -> None:
@@ -144,7 +147,7 @@ def serve_kernels(
         while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [])[0]):
             if ready:
                 connection, _ = listener.accept()
-                with connection, suppress(OSError, EOFError, ValueError, LookupError, TypeError):  # of the one caller
+                with connection, suppress(*_FAULTS_OF_ONE_CALLER):
                     _answer(connection, listener, setting)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #454a37a1
