@@ -428,7 +428,8 @@ def swap_gains(
             }
             by_program = gain.groupby(programs).mean().to_numpy()
             rows.append(row | {"p": float(sign_flip_p(by_program)) if len(by_program) else np.nan})
-    return pd.DataFrame(rows)
+    columns = "place layer control n programs used flips gain gain_low gain_high p".split()
+    return pd.DataFrame(rows, columns=columns)
 
 
 USED_NULLS = ("random", "same answer")  # States that do not hold the other run's value
