@@ -18,6 +18,7 @@ import torch
 from ..core.stats import bootstrap_interval
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
+from .state_accuracy import share_over_programs
 from .state_questions import ask_states, read_said_value, state_questions
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #6eb879a1
@@ -268,9 +269,8 @@ def bug_summary(
         row = dict(zip(by, values)) | {"n": len(group), "programs": group["program"].nunique()}
         gain = group.set_index(key)[hits] - chance.reindex(group.set_index(key).index)
         for name in hits:
-            low, high = bootstrap_interval(group[name].to_numpy(), group["program"].to_numpy())
             gain_low, gain_high = bootstrap_interval(gain[name].to_numpy(), group["program"].to_numpy())
-            row |= {name: group[name].mean(), f"{name}_low": float(low), f"{name}_high": float(high)}
+            row |= share_over_programs(group[name], group["program"], name)
             row |= {
                 f"{name} over chance": gain[name].mean(),
                 f"{name}_gain_low": float(gain_low),
