@@ -22,12 +22,12 @@ from jaxtyping import Float
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
-from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval, sign_flip_p
+from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval
 from ..models.lm import LM
 from .probes import fit_linear_probe
 from .state_sites import STATE_PLACES, PlacedStates, place_states
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
-from ..tasks.state_accuracy import line_kinds, share_over_programs
+from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
 from ..tasks.state_questions import StateQuestion, pack_questions, state_questions
 from ..tasks.watching import SHALLOW_STATE_RULES, rule_answers
 
@@ -356,11 +356,10 @@ def probe_gains(
         right = table.set_index(["program", "step", "variable"])["correct"].reindex(beyond.index).astype(float)
         gain = beyond["correct"].astype(float) - right
         programs = pd.Series(beyond.index.get_level_values("program"), beyond.index)
-        by_program = gain.groupby(programs.to_numpy()).mean().to_numpy()
-        row = {"baseline": name, "n": len(gain), "programs": len(by_program), "accuracy": float(right.mean())}
+        row = {"baseline": name, "n": len(gain), "programs": programs.nunique(), "accuracy": float(right.mean())}
         low, high = bootstrap_interval(gain.to_numpy(), programs.to_numpy())
         row |= {"gain": float(gain.mean()), "gain_low": float(low), "gain_high": float(high)}
-        rows.append(row | {"p": float(sign_flip_p(by_program)) if len(by_program) else np.nan})
+        rows.append(row | {"p": gain_p(gain, programs.to_numpy())})
     return pd.DataFrame(rows)
 
 

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.progress import Progress, no_progress
-from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval, sign_flip_p
+from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval
 from ..models.lm import LM
 from .controls import patch_states
 from .engine import patch_all
 from .sites import PatchPair, _site_states
 from .state_sites import PROGRAM_PLACES, STATE_PLACES, program_places, query_token
 from ..tasks.execution import Execution, ExecutionStep, TracedProgram, TraceLimits, record_executions
-from ..tasks.state_accuracy import names_read_by_line, share_over_programs, state_depths
+from ..tasks.state_accuracy import gain_p, names_read_by_line, share_over_programs, state_depths
 from ..tasks.state_questions import StateQuestion, is_asked, pack_questions
 
 # %% ../../nbs/patching/state_swaps.ipynb #4dfd9ae8
@@ -426,9 +426,9 @@ def swap_gains(
                 "gain_low": low,
                 "gain_high": high,
             }
-            by_program = gain.groupby(programs).mean().to_numpy()
-            rows.append(row | {"p": float(sign_flip_p(by_program)) if len(by_program) else np.nan})
-    return pd.DataFrame(rows)
+            rows.append(row | {"p": gain_p(gain, programs)})
+    columns = "place layer control n programs used flips gain gain_low gain_high p".split()
+    return pd.DataFrame(rows, columns=columns)
 
 
 USED_NULLS = ("random", "same answer")  # States that do not hold the other run's value

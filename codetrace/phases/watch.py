@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_MORE_THAN_COMMONEST', 'NOT_MORE_THAN_BASELINES', 'NOT_USED', 'WATCH', 'question_style', 'answer_length',
            'say_states', 'SaidResult', 'beyond_rules_test', 'count_said', 'said_sentence', 'said_claims',
-           'watch_claims', 'watch_limitations', 'read_sentence', 'used_sentence', 'watch_headline', 'read_claim',
-           'used_claims', 'with_read_and_used', 'agreement_table', 'listing_rows']
+           'watch_claims', 'watch_limitations', 'read_sentence', 'used_sentence', 'bugs_sentence', 'dreval_sentence',
+           'watch_headline', 'read_claim', 'used_claims', 'with_read_and_used', 'agreement_table', 'listing_rows']
 
 # %% ../../nbs/phases/14_watch.ipynb #e0031ca6
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
-from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval, sign_flip_p
+from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
 from ..models.lm import LM
 from ..patching.state_probes import ReadResult, is_read
 from ..patching.state_swaps import USED_NULLS, UsedResult, best_program_place, is_used
@@ -29,6 +29,7 @@ from ..tasks.execution import Execution
 from codetrace.tasks.state_accuracy import (
     divergence_table,
     error_shares,
+    gain_p,
     share_over_programs,
     state_accuracy,
     state_calibration,
@@ -98,13 +99,13 @@ class SaidResult:
 def beyond_rules_test(
     table: pd.DataFrame,
     column: str = "correct",
-) -> float:  # Two-sided p
-    "Sign-flip test over programs: beyond rules, is what is said as often true as the commonest value?"
+) -> float:  # p, as `gain_p` gives it
+    "Sign-flip test over programs: beyond rules, is what is said more often true than the commonest value?"
     beyond = table[table["beyond"].astype(bool) & table["changed"].astype(bool)]
     if beyond.empty:
         return np.nan
     gain = beyond[column].astype(float) - (beyond["truth"] == beyond["truth"].mode().iloc[0])
-    return float(sign_flip_p(gain.groupby(beyond["program"]).mean().to_numpy()))
+    return gain_p(gain, beyond["program"].to_numpy())
 
 
 def count_said(
@@ -239,10 +240,35 @@ def used_sentence(result: UsedResult) -> str:
     return f"Used ({result.n_known} of {result.n_cases} pairs of runs known): {'; '.join(places)}."
 
 
-def watch_headline(said: SaidResult, read: Sequence[ReadResult] = (), used: UsedResult | None = None) -> str:
+def bugs_sentence(
+    summary: pd.DataFrame,  # From `bug_summary`
+) -> str:
+    "How often what is said points at a faulty line."
+    rows = summary.set_index("ranking")
+    found = rows.loc["divergence"]
+    hit = format_with_interval(*found[["hit@1", "hit@1_low", "hit@1_high"]])
+    others = ", ".join(f"{name} {rows.loc[name, 'hit@1']:.2f}" for name in rows.index if name != "divergence")
+    points = "more" if found["hit@1_gain_low"] > 0 else "not measurably more"
+    return f"Of {found['n']:.0f} seeded bugs the first divergence is at the faulty line in {hit} ({others}), {points} often than chance."
+
+
+def dreval_sentence(
+    scores: pd.DataFrame,  # From `dreval_scores`
+) -> str:
+    "The row of DREval's table."
+    parts = [f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in scores.dropna().itertuples()]
+    return f"DREval, {scores['programs'].iloc[0]} programs, percent: {', '.join(parts)}."
+
+
+def watch_headline(
+    said: SaidResult,
+    read: Sequence[ReadResult] = (),
+    used: UsedResult | None = None,
+    further: Sequence[str] = (),  # Sentences about bugs and DREval
+) -> str:
     "What is said, read and used, in one line."
     parts = [said_sentence(said), *map(read_sentence, read)]
-    return " ".join(parts + ([used_sentence(used)] if used else []))
+    return " ".join([*parts, *([used_sentence(used)] if used else []), *further])
 
 # %% ../../nbs/phases/14_watch.ipynb #7379b09d
 def read_claim(result: ReadResult) -> dict:
@@ -325,9 +351,11 @@ def listing_rows(
     step_of_divergence = divergence_table(states)["step"].iloc[0]
     rows = []
     for step in execution.steps:
-        cells = states[(states["step"] == step.step) & states["changed"].astype(bool)].to_dict("records")
-        text = {"line": step.line, "visit": step.visit, "code": lines[step.line - 1]}
         diverges = step.step == step_of_divergence
+        at_step = states[states["step"] == step.step]
+        is_shown = at_step["changed"].astype(bool) | (diverges & ~at_step["correct"].astype(bool))
+        cells = at_step[is_shown].to_dict("records")
+        text = {"line": step.line, "visit": step.visit, "code": lines[step.line - 1]}
         for cell in cells or [{"variable": "", "truth": "", "said": ""}]:
             columns = {name: cell[name] for name in ("variable", "truth", "said", "read", "used") if name in cell}
             rows.append(text | columns | {"diverges": diverges})

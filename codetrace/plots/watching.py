@@ -157,6 +157,6 @@ def _draw_layer_line(ax: Axes, rows: pd.DataFrame, value: str, color: str, style
     measured = rows.dropna(subset=[value]) if value in rows else rows.head(0)
     if len(measured):
         ax.plot(measured["layer"], measured[value], style, color=color, lw=1.1)
-        if f"{value}_low" in measured:
+        if value in ("accuracy", "used") and f"{value}_low" in measured:
             bounds = measured[f"{value}_low"].to_numpy(float), measured[f"{value}_high"].to_numpy(float)
             ax.fill_between(measured["layer"], *bounds, color=color, alpha=0.15, lw=0)

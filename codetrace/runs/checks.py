@@ -505,6 +505,11 @@ def _check_watch(values: Mapping) -> None:
         raise BadParameter(
             f"path={values['path']!r}: source=cruxeval needs its file; give path=cruxeval.jsonl, of facebookresearch/cruxeval"
         )
+    files = values["dreval"]
+    if files and (len(files) != 2 or not all(Path(name).is_file() for name in files)):
+        raise BadParameter(f"dreval={files}: give its two files, such as dreval_data.jsonl,dreval_tasks.jsonl")
+    if values["bug_programs"] and values["source"] == "generated":
+        raise BadParameter("bug_programs: bugs are seeded in functions; take source=cruxeval, basics or humaneval")
     if min(values["program_lines"]) < _FEWEST_WATCHED_LINES:
         raise BadParameter(
             f"program_lines={values['program_lines']}: give {_FEWEST_WATCHED_LINES} or more, for two constants and a line that reads one"
