@@ -60,7 +60,7 @@ def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, an
     truth = _truth_markup(progress, step, variable)
     return Markup(f'<td class="{" ".join(kinds)}">{truth}<br>{said}</td>')
 
-
+# %% ../../nbs/app/watch_tab.ipynb #b2952b7b
 def _watched_names(progress: WatchProgress) -> list[str]:
     "Variables in the order in which they appear."
     names = dict.fromkeys(name for step in progress.execution.steps for name in step.after)
@@ -85,7 +85,7 @@ def _diverging_step(progress: WatchProgress) -> int | None:
         return None
     return first_divergence(progress.table)
 
-
+# %% ../../nbs/app/watch_tab.ipynb #9abfe164
 def watch_grid(
     progress: WatchProgress,
 ) -> Markup:
@@ -131,7 +131,7 @@ def _place_of(wrong: pd.DataFrame, model: str) -> str:
         f"{_cut(row['said']) or 'nothing'} ({row['error']}; it gives the truth {row['probability']:.2f})."
     )
 
-
+# %% ../../nbs/app/watch_tab.ipynb #692a37d0
 def answer_share_rows(
     progress: WatchProgress,
 ) -> list[dict]:  # `variable, answers, right`, and what each of the `STATE_RULES` has right
@@ -215,7 +215,7 @@ WATCHED_PROGRAMS: dict[str, tuple[str, str]] = {
 }
 _SANDBOX = "the sandbox"  # Its queue
 
-
+# %% ../../nbs/app/watch_tab.ipynb #199c67a2
 def _watch_runner(jobs: ModelJobs, load: Callable[[str], LM]) -> Callable[..., Iterator[Markup]]:
     "What the button of the tab does."
 
