@@ -41,11 +41,12 @@ def _truth_markup(progress: WatchProgress, step: ExecutionStep, variable: str) -
 
 def _said_markup(answer: Mapping) -> Markup:
     "What the model says, marked where it is wrong."
-    probability = f'<span class="probability">{answer["probability"]:.2f}</span>'
+    probability = f'<span class="probability">{answer["said_probability"]:.2f}</span>'
     if answer["correct"]:
         return Markup(f'<span class="right">✓ says so</span> {probability}')
     said = escape_text(_cut(answer["said"]) or "nothing")
-    return Markup(f'<span class="wrong">✗ says <strong>{said}</strong></span> {probability}')
+    of_truth = f'<span class="probability">truth {answer["probability"]:.2f}</span>'
+    return Markup(f'<span class="wrong">✗ says <strong>{said}</strong></span> {probability}<br>{of_truth}')
 
 # %% ../../nbs/app/watch_tab.ipynb #3165ba7e
 def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, answer: Mapping | None) -> Markup:
@@ -96,7 +97,7 @@ def watch_grid(
     body = "".join(_row_markup(progress, step, names, answers) for step in progress.execution.steps)
     head = "".join(f'<th scope="col">{escape_text(name)}</th>' for name in ["line", "program", *names])
     caption = (
-        f"After each executed line: what is true, what {progress.model} says, and the probability it gives to the truth. "
+        f"After each executed line: what is true, what {progress.model} says, and how probable it holds that; where it is wrong, also how probable it holds the truth. "
         "Grey: the line leaves the variable as it was. A value that is a link opens Trace. One program: no interval."
     )
     return Markup(
