@@ -19,6 +19,7 @@ LOAD = """await new Promise((done, fail) => {
       });
       index = window.siteSearchIndex;"""
 ELSEWHERE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)=["']https?://[^"']+""")
+IMPORT = re.compile(r"""@import\s+(?:url\(["']?https?://[^)]*\)|["']https?://[^"']*["'])[^;]*;""")
 
 
 def vendor_katex(site: Path) -> None:
@@ -43,6 +44,14 @@ def search_from_disk(site: Path) -> None:
     script.write_text(text, encoding="utf-8")
 
 
+def drop_remote_fonts(site: Path) -> None:
+    "Leave out what style sheets import from other hosts: the fonts of themes, for which a browser has its own."
+    for style in site.rglob("*.css"):
+        text = style.read_text(encoding="utf-8")
+        if IMPORT.search(text):
+            style.write_text(IMPORT.sub("", text), encoding="utf-8")
+
+
 def loads_from_elsewhere(site: Path) -> list[str]:
     "What pages of the site would load from another host."
     found = []
@@ -55,6 +64,7 @@ def loads_from_elsewhere(site: Path) -> list[str]:
 def make_offline(site: Path) -> None:
     "All of it; raises where something is still loaded from elsewhere."
     vendor_katex(site)
+    drop_remote_fonts(site)
     search_from_disk(site)
     if found := loads_from_elsewhere(site):
         raise SystemExit("the site loads from other hosts: " + "; ".join(found[:5]))

@@ -34,7 +34,10 @@ def site_of_one_page(folder: Path, head: str = "") -> Path:
 
 def test_mathematics_and_search_need_no_other_host(tmp_path):
     site = site_of_one_page(tmp_path)
+    sheet = site / "site_libs" / "theme.css"
+    sheet.write_text("@import url(https://fonts.googleapis.com/css2?family=A:wght@300;400&display=swap);body{margin:0}")
     offline.make_offline(site)
+    assert sheet.read_text() == "body{margin:0}"
     page = (site / "nbs" / "core" / "stats.html").read_text()
     assert "jsdelivr" not in page and "https://arxiv.org" in page
     for name in ("katex.min.js", "auto-render.min.js", "katex.min.css"):
