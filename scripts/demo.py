@@ -39,7 +39,8 @@ def watch(step: dict) -> dict:
     if done.returncode:
         raise RunFailed(done.stderr.strip())
     *table, finding, record = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
-    return {"step": "watch", "model": step["model"], "run": record.split()[1], "finding": finding, "shown": table}
+    folder = Path(record.split()[1]).parent.relative_to(runs_root())
+    return {"step": "watch", "model": step["model"], "run": str(folder), "finding": finding, "shown": table}
 
 
 def run_phase(step: dict) -> dict:

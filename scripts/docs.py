@@ -1,6 +1,7 @@
 """The site and the thesis appendix: chapters as nbdev processes them, then the reference records.
 
-Quarto renders them where it is installed, else smalldocs does, which makes the same book as a website.
+Quarto renders them where it is installed, else smalldocs does, which makes the same book as a website that asks nothing of other hosts; pandoc and typst
+set it as a PDF where they are installed.
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
 """
 
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import yaml
+from offline import make_offline
+from pdf import NoTypesetter, require_typesetter, write_pdf
 from readme import linked
 
 HOME = Path(__file__).resolve().parents[1]
@@ -76,6 +79,7 @@ def assemble(quarto: bool) -> Path:
         if name.startswith("runs/"):
             text = relinked(text, name)
         (PROJECT / name).write_text(text, encoding="utf-8")
+    shutil.copy(HOME / "nbs" / "finding.png", PROJECT / "nbs" / "finding.png")
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return PROJECT
@@ -85,6 +89,18 @@ def run(*words: str):
     subprocess.run(words, check=True, cwd=PROJECT)
 
 
+def make_pdf():
+    "The same pages as a PDF, or what to install for that."
+    try:
+        require_typesetter()
+    except NoTypesetter as error:
+        print(error)
+        return
+    for line in write_pdf(PROJECT, HOME / "_docs" / "codetrace.pdf"):
+        print(f"not in the PDF: {line}", file=sys.stderr)
+    print(HOME / "_docs" / "codetrace.pdf")
+
+
 def main(check: bool):
     quarto = bool(shutil.which("quarto")) and not check
     assemble(quarto)
@@ -92,10 +108,12 @@ def main(check: bool):
         run("quarto", "render")
     else:
         run("smalldocs", "render", ".", "--strict", "--quiet")
+        make_offline(PROJECT / "_docs")
     if not check:
         shutil.rmtree(HOME / "_docs", ignore_errors=True)
         shutil.copytree(PROJECT / "_docs", HOME / "_docs")
         print(HOME / "_docs" / "index.html")
+        make_pdf()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def seeds_finding(name: str) -> str:
     ]
     return (
         f"**Where it is learnt, it is learnt in the same place.** SmolLM2 was taught to follow references {value['of']} times. A changed value passes from its constant to the "
-        f"last token at layer {layers(value)} of 0 to 29 in {share(value)}, a changed reference at layer {layers(reference)} in {share(reference)}; the heads found there bring more "
+        f"last token at layer {layers(value)} (of layers 0 to 29) in {share(value)}, a changed reference at layer {layers(reference)} in {share(reference)}; the heads found there bring more "
         f"than random heads in {share(enough)}, but are needed more than random heads in only {share(needed)} ({record_link(name, 'record')})."
     )
 
@@ -151,7 +151,7 @@ def write_findings() -> None:
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
-    figure = f"![{caption}](finding.png)\n\n{caption}, at the constant (left) and at the last token (right), with 95% intervals and controls; {record_link(name, 'record')}."
+    figure = f"![Where a value sits, by layer](finding.png)\n\n{caption}, at the constant (left) and at the last token (right), with 95% intervals and controls; {record_link(name, 'record')}."
     replace_cell("index", FINDINGS, "\n".join(f"* {finding}" for finding in findings) + f"\n\n{figure}")
 
 

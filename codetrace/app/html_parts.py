@@ -108,7 +108,7 @@ def download_link(
     return Markup(f'<a download="{escape_text(name)}" href="{address}">{escape_text(label)}</a>')
 
 # %% ../../nbs/app/html_parts.ipynb #10a1388d
-PAGE_STYLE = """
+_FRAME_STYLE = """
 .codetrace, .codetrace * { color-scheme: light; }
 .codetrace { color: #1a1a1a; background: #fff; font-size: 15px; line-height: 1.45; padding: 2px 4px; }
 .codetrace h1 { font-size: 1.4em; margin: 0; color: #1a1a1a; }
@@ -120,6 +120,10 @@ PAGE_STYLE = """
 .gradio-container button[role=tab] { color: #1a1a1a !important; }
 .gradio-container textarea { font-family: monospace; }
 .gradio-container .prose > *:first-child { margin-top: 0; }
+"""
+
+# %% ../../nbs/app/html_parts.ipynb #72ea0753
+_TEXT_STYLE = """
 .codetrace h2 { font-size: 1.25em; margin: 0.6em 0 0.2em; color: #1a1a1a; }
 .codetrace h3 { font-size: 1.05em; margin: 0.9em 0 0.2em; color: #1a1a1a; }
 .codetrace a { color: #0b4a8f; text-decoration: underline; }
@@ -135,6 +139,10 @@ PAGE_STYLE = """
 .codetrace pre { background: #f4f4f4; color: #1a1a1a; padding: 8px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .codetrace pre code, .codetrace code { background: transparent; color: #1a1a1a; font-family: monospace; }
 .codetrace img { max-width: 100%; height: auto; background: #fff; }
+"""
+
+# %% ../../nbs/app/html_parts.ipynb #c3294bdf
+_GRID_STYLE = """
 .codetrace .error { color: #8f0f0f; border-left: 3px solid #8f0f0f; padding-left: 8px; }
 .codetrace .note { color: #3d3d3d; }
 .codetrace mark { background: #ffe08a; color: #1a1a1a; padding: 0; }
@@ -157,6 +165,7 @@ PAGE_STYLE = """
 .codetrace .right { color: #14602a; } .codetrace .wrong { color: #8f0f0f; }
 .codetrace .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 16px; }
 """
+PAGE_STYLE = _FRAME_STYLE + _TEXT_STYLE + _GRID_STYLE
 
 
 def page_part(*parts: str) -> Markup:

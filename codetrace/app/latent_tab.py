@@ -61,7 +61,7 @@ def context_markup(
         parts.append(f'<span style="{style}" title="{value:.2f}">{escape_text(token)}</span>{number}')
     return Markup(f'<pre tabindex="0" role="region" aria-label="top context">{"".join(parts)}</pre>')
 
-
+# %% ../../nbs/app/latent_tab.ipynb #08f6400d
 _NULL_NAMES = {
     "family_wise_p": "adjusted separation",
     "family_wise_p_within_tasks": "adjusted separation, labels permuted within tasks",
@@ -121,7 +121,7 @@ def _all_cards(run: str, cards: Sequence[Mapping]) -> Markup:
         rows.append(row | {"p, all positions": card.get("family_wise_p_all_positions")})
     return html_table(rows, "All cards of this run")
 
-
+# %% ../../nbs/app/latent_tab.ipynb #1b16bd39
 def show_latent(run: str, card: str) -> Markup:
     "The card of a latent."
     manifest, cards = _cards_of(run)

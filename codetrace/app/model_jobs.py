@@ -30,7 +30,7 @@ class Waiting:
 
     before: int  # Jobs of the same model that are done first
 
-
+# %% ../../nbs/app/model_jobs.ipynb #b30b991d
 @dataclass(eq=False)
 class _Job:
     "A generator that was asked for, and what it has given so far."
@@ -99,7 +99,7 @@ def _enter(self: ModelJobs, model: str, make: Callable[[], Iterator]) -> _Job:
             threading.Thread(target=self._work, args=(model,), name=f"codetrace-{model}", daemon=True).start()
     return job
 
-
+# %% ../../nbs/app/model_jobs.ipynb #e2c01e93
 @patch
 def _read(self: ModelJobs, model: str, job: _Job) -> Iterator[Any]:
     "What a job gives, and before that how many are before it."
@@ -147,7 +147,7 @@ def _work(self: ModelJobs, model: str) -> None:
             if not jobs:
                 return
 
-
+# %% ../../nbs/app/model_jobs.ipynb #5f2f9a2a
 def _run_job(job: _Job, patience: float) -> None:
     "Run a job to its end, or to the step at which nobody wants it any more."
     if not job.is_wanted(patience):

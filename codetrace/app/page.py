@@ -175,7 +175,7 @@ def build_page(
         opened.then(None, js=_SHOW_LINKED_VIEW)
     return page
 
-
+# %% ../../nbs/app/page.ipynb #3652c52b
 def _opener(gradio: ModuleType, views: Sequence[View]) -> Callable[..., list]:
     "The function that fills in the fields when the page is opened."
 

@@ -48,7 +48,7 @@ def record_rows(
         rows.append({name: row[name] for name in _ROW_COLUMNS})
     return rows
 
-
+# %% ../../nbs/app/record_views.ipynb #75504498
 def filter_records(
     rows: Sequence[Mapping],  # From `record_rows`
     search: str = "",  # Words that all must stand somewhere in the row
@@ -80,7 +80,7 @@ def records_csv(
         writer.writerow({name: f"'{cell}" if cell[:1] in "=+-@\t" and cell else cell for name, cell in cells.items()})
     return text.getvalue()
 
-
+# %% ../../nbs/app/record_views.ipynb #378935c5
 def records_table(
     rows: Sequence[Mapping],
     manifests: Sequence[Mapping],  # Among them those of the rows
@@ -138,7 +138,7 @@ def _findings(manifest: Mapping) -> list[Markup]:
         parts.append(html_note(f"{error.get('type', 'error')}: {error['message']}", "error"))
     return [*parts, *_figures(manifest), html_table(manifest.get("summary") or [], "Results")]
 
-
+# %% ../../nbs/app/record_views.ipynb #feebb38e
 def _input_links(manifest: Mapping) -> Markup:
     "The runs that were read."
     rows = []
@@ -147,7 +147,7 @@ def _input_links(manifest: Mapping) -> Markup:
         rows.append({"run": link, "phase": read.get("phase", ""), "as": read.get("parameter", "")})
     return html_table(rows, "Runs that it reads") if rows else html_note("It reads no other run.")
 
-
+# %% ../../nbs/app/record_views.ipynb #010886da
 def _method_and_code(manifest: Mapping) -> list[Markup]:
     "The cells of the record, folded."
     record = Path(manifest["folder"]) / "notebook.ipynb"
@@ -176,7 +176,7 @@ def record_command(manifest: Mapping) -> str:
         return show
     return f"{run_command_line(manifest['phase'], manifest['parameters'])}\n{show}"
 
-
+# %% ../../nbs/app/record_views.ipynb #97cf01e7
 def record_page(
     manifest: Mapping,  # As `named_run` gives it
 ) -> Markup:

@@ -52,7 +52,7 @@ class FrozenChoice:
         "The first random direction of a layer."
         return next(direction for direction in self.random if direction.layer == layer)
 
-
+# %% ../../nbs/app/steer_tab.ipynb #797a3c60
 def open_frozen_choice(
     run: str,  # Id of a run of phase tuning; empty: the newest
 ) -> FrozenChoice:
@@ -94,7 +94,7 @@ class SteerRequest:
             )
         return [BASELINE_SETTING, *pushed]
 
-
+# %% ../../nbs/app/steer_tab.ipynb #811c14e2
 def _number(text: str, name: str, low: float, high: float) -> float:
     "A number that was typed, checked."
     try:
@@ -119,7 +119,7 @@ def read_steer_request(run: str, task: str, direction: str, strength: str, token
     n_tokens = int(_number(tokens, "tokens", 1, MOST_NEW_TOKENS))
     return SteerRequest(frozen, by_id[task], frozen.chosen[number], coefficient, n_tokens)
 
-
+# %% ../../nbs/app/steer_tab.ipynb #2556c93a
 def steer_steps(
     lm: LM,
     request: SteerRequest,
@@ -156,7 +156,7 @@ def choice_markup(frozen: FrozenChoice) -> Markup:
         html_table(links, f"{len(frozen.problems)} problems"),
     )
 
-
+# %% ../../nbs/app/steer_tab.ipynb #41f25cf7
 def steer_markup(request: SteerRequest, answers: Sequence[Mapping] | Waiting) -> Markup:
     "The answers so far, side by side."
     if isinstance(answers, Waiting):
@@ -206,7 +206,7 @@ def steer_choices() -> dict[str, list]:
         runs = []
     return {"run": [("the newest", ""), *((f"{run['started'][:16]} {run['run_id']}", run["run_id"]) for run in runs)]}
 
-
+# %% ../../nbs/app/steer_tab.ipynb #e4c7acb3
 def steer_tab(
     gradio: ModuleType,
     jobs: ModelJobs,

@@ -202,7 +202,7 @@ def trace_steps(
         yield progress
     yield from _later_steps(lm, progress)
 
-
+# %% ../../nbs/app/trace_steps.ipynb #03f020eb
 def _later_steps(lm: LM, progress: TraceProgress) -> Iterator[TraceProgress]:
     "Heads where they are asked for, and controls."
     request = progress.request

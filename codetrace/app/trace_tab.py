@@ -164,7 +164,7 @@ def _warnings(progress: TraceProgress) -> list[Markup]:
         )
     return notes
 
-
+# %% ../../nbs/app/trace_tab.ipynb #0d10c6c5
 _CONTROLS_CAPTION = (
     "Controls beside the counterfactual's own states: a no-op and an unrelated program with the first answer should do nothing; "
     "a random state may break the run; an unrelated program with the second answer does as much only where a state holds the "

@@ -51,7 +51,7 @@ def _check_node(node: ast.AST) -> None:
     if isinstance(node, ast.For) and not (isinstance(node.iter, ast.Call) and node.iter.func.id == "range"):
         _refuse(node, "a loop over anything but range(…)")
 
-
+# %% ../../nbs/app/typed_programs.ipynb #c3c41f1d
 def _check_growth(tree: ast.Module) -> None:
     "Refuse what could grow beyond bounds."
     nodes = list(ast.walk(tree))

@@ -90,7 +90,7 @@ class WatchProgress:
         "Is nothing left to ask?"
         return self.n_answers == self.n_questions
 
-
+# %% ../../nbs/app/watch_steps.ipynb #5a3efc5a
 def _asked_questions(execution: Execution, names: list[str]) -> list[StateQuestion]:
     "The questions of a program; raises `BadInput` where there are none."
     questions = state_questions(execution, names)
@@ -158,7 +158,7 @@ def trace_program(
         return ""
     return program
 
-
+# %% ../../nbs/app/watch_steps.ipynb #9c0799a5
 def trace_address(progress: WatchProgress, step: ExecutionStep, variable: str) -> str:
     "The link that opens the view *Trace* for a cell; empty where that view cannot take it."
     program = trace_program(progress, step, variable)

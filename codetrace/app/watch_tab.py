@@ -41,11 +41,12 @@ def _truth_markup(progress: WatchProgress, step: ExecutionStep, variable: str) -
 
 def _said_markup(answer: Mapping) -> Markup:
     "What the model says, marked where it is wrong."
-    probability = f'<span class="probability">{answer["probability"]:.2f}</span>'
+    probability = f'<span class="probability">{answer["said_probability"]:.2f}</span>'
     if answer["correct"]:
         return Markup(f'<span class="right">✓ says so</span> {probability}')
     said = escape_text(_cut(answer["said"]) or "nothing")
-    return Markup(f'<span class="wrong">✗ says <strong>{said}</strong></span> {probability}')
+    of_truth = f'<span class="probability">truth {answer["probability"]:.2f}</span>'
+    return Markup(f'<span class="wrong">✗ says <strong>{said}</strong></span> {probability}<br>{of_truth}')
 
 # %% ../../nbs/app/watch_tab.ipynb #3165ba7e
 def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, answer: Mapping | None) -> Markup:
@@ -60,7 +61,7 @@ def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, an
     truth = _truth_markup(progress, step, variable)
     return Markup(f'<td class="{" ".join(kinds)}">{truth}<br>{said}</td>')
 
-
+# %% ../../nbs/app/watch_tab.ipynb #b2952b7b
 def _watched_names(progress: WatchProgress) -> list[str]:
     "Variables in the order in which they appear."
     names = dict.fromkeys(name for step in progress.execution.steps for name in step.after)
@@ -85,7 +86,7 @@ def _diverging_step(progress: WatchProgress) -> int | None:
         return None
     return first_divergence(progress.table)
 
-
+# %% ../../nbs/app/watch_tab.ipynb #9abfe164
 def watch_grid(
     progress: WatchProgress,
 ) -> Markup:
@@ -96,7 +97,7 @@ def watch_grid(
     body = "".join(_row_markup(progress, step, names, answers) for step in progress.execution.steps)
     head = "".join(f'<th scope="col">{escape_text(name)}</th>' for name in ["line", "program", *names])
     caption = (
-        f"After each executed line: what is true, what {progress.model} says, and the probability it gives to the truth. "
+        f"After each executed line: what is true, what {progress.model} says, and how probable it holds that; where it is wrong, also how probable it holds the truth. "
         "Grey: the line leaves the variable as it was. A value that is a link opens Trace. One program: no interval."
     )
     return Markup(
@@ -131,7 +132,7 @@ def _place_of(wrong: pd.DataFrame, model: str) -> str:
         f"{_cut(row['said']) or 'nothing'} ({row['error']}; it gives the truth {row['probability']:.2f})."
     )
 
-
+# %% ../../nbs/app/watch_tab.ipynb #692a37d0
 def answer_share_rows(
     progress: WatchProgress,
 ) -> list[dict]:  # `variable, answers, right`, and what each of the `STATE_RULES` has right
@@ -215,7 +216,7 @@ WATCHED_PROGRAMS: dict[str, tuple[str, str]] = {
 }
 _SANDBOX = "the sandbox"  # Its queue
 
-
+# %% ../../nbs/app/watch_tab.ipynb #199c67a2
 def _watch_runner(jobs: ModelJobs, load: Callable[[str], LM]) -> Callable[..., Iterator[Markup]]:
     "What the button of the tab does."
 

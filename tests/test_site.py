@@ -1,0 +1,90 @@
+"The site and the appendix: nothing is loaded from elsewhere, the search works from a disk, a notebook becomes a PDF."
+
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import smalldocs
+import yaml
+
+HOME = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HOME / "scripts"))
+offline = importlib.import_module("offline")
+pdf = importlib.import_module("pdf")
+CDN = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
+
+
+def site_of_one_page(folder: Path, head: str = "") -> Path:
+    "What smalldocs leaves of a page with mathematics."
+    page = folder / "nbs" / "core" / "stats.html"
+    page.parent.mkdir(parents=True)
+    scripts = f'<script src="{CDN}/katex.min.js"></script><script src="{CDN}/contrib/auto-render.min.js"></script>'
+    page.write_text(
+        f'<link rel="stylesheet" href="{CDN}/katex.min.css">{scripts}{head}<a href="https://arxiv.org">x</a>'
+    )
+    (folder / "site_libs").mkdir()
+    shutil.copy(Path(smalldocs.__file__).parent / "assets" / "smalldocs.js", folder / "site_libs" / "smalldocs.js")
+    (folder / "search.json").write_text(json.dumps([{"title": "stats\u2028", "href": "nbs/core/stats.html"}]))
+    return folder
+
+
+def test_mathematics_and_search_need_no_other_host(tmp_path):
+    site = site_of_one_page(tmp_path)
+    sheet = site / "site_libs" / "theme.css"
+    sheet.write_text("@import url(https://fonts.googleapis.com/css2?family=A:wght@300;400&display=swap);body{margin:0}")
+    offline.make_offline(site)
+    assert sheet.read_text() == "body{margin:0}"
+    page = (site / "nbs" / "core" / "stats.html").read_text()
+    assert "jsdelivr" not in page and "https://arxiv.org" in page
+    for name in ("katex.min.js", "auto-render.min.js", "katex.min.css"):
+        assert f"../../site_libs/katex/{name}" in page and (site / "site_libs" / "katex" / name).is_file()
+    style = (site / "site_libs" / "katex" / "katex.min.css").read_text()
+    fonts = {part.partition(")")[0] for part in style.split("url(")[1:] if ".woff2" in part.partition(")")[0]}
+    assert len(fonts) == 20 and all((site / "site_libs" / "katex" / font).is_file() for font in fonts)
+    assert "siteSearchIndex" in (site / "site_libs" / "smalldocs.js").read_text()
+    text = (site / "search.js").read_text()
+    index = json.loads(text.partition("= ")[2].rstrip(";\n"))
+    assert index[0]["title"] == "stats\u2028" and "\u2028" not in text
+
+
+def test_what_is_loaded_from_elsewhere_is_refused(tmp_path):
+    site = site_of_one_page(tmp_path, '<script src="https://example.org/track.js"></script>')
+    with pytest.raises(SystemExit, match=r"example\.org"):
+        offline.make_offline(site)
+
+
+def test_a_book_is_read_as_quarto_and_as_smalldocs_have_it():
+    book = {"title": "t", "description": "d", "chapters": ["index.ipynb", {"part": "Core", "chapters": ["a.ipynb"]}]}
+    contents = ["index.ipynb", {"section": "Core", "contents": ["a.ipynb"]}]
+    website = {"title": "t", "description": "d", "sidebar": {"contents": contents}}
+    parts = [("", ["index.ipynb"]), ("Core", ["a.ipynb"])]
+    assert pdf.book_of({"book": book})[1] == parts == pdf.book_of({"website": website})[1]
+
+
+def test_pandoc_gets_a_notebook_that_it_can_read():
+    notebook = json.loads(pdf.readable_notebook(HOME / "nbs" / "index.ipynb"))
+    results = [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "execute_result"]
+    assert results and all(output["execution_count"] == 0 for output in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("pypandoc", "typst")),
+    reason="no pandoc or typst: pip install -c constraints.txt -e '.[pdf]'",
+)
+def test_chapters_and_a_record_become_a_pdf(tmp_path):
+    (record,) = (HOME / "runs" / "reference" / "tracing").glob("20261128T175737179Z-*/notebook.ipynb")
+    names = ["nbs/core/stats.ipynb", "nbs/models/loading.ipynb", record.relative_to(HOME).as_posix()]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HOME / name, tmp_path / name)
+    chapters = [{"part": "Core", "chapters": names[:2]}, {"part": "Records", "chapters": names[2:]}]
+    book = {"title": "codetrace", "description": "all of it", "chapters": chapters}
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump({"book": book}))
+    assert pdf.write_pdf(tmp_path, tmp_path / "book.pdf") == []
+    data = (tmp_path / "book.pdf").read_bytes()
+    assert data.startswith(b"%PDF") and data.count(b"/Type /Page\n") + data.count(b"/Type/Page") > 0
