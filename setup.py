@@ -44,7 +44,8 @@ setup(
     cmdclass={"build_py": BuildWithNotebooks},
     install_requires=about["requirements"].split(),
     extras_require={
-        name: about[f"{name}_requirements"].split() for name in ("dev", "quant", "saes", "lens", "pdf", "app", "browser")
+        name: about[f"{name}_requirements"].split()
+        for name in ("dev", "quant", "saes", "lens", "pdf", "app", "browser")
     },
     entry_points={"console_scripts": about["console_scripts"].split(), "nbdev": ["codetrace=codetrace._modidx:d"]},
     zip_safe=False,

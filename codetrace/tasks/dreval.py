@@ -257,10 +257,9 @@ def state_is_right(text: str, truth: DREvalTruth) -> bool:
     value, kind = said
     if type(value).__name__ != kind:
         return False
-    same_type = [found for found in truth.values if type(found) is type(value)]
     if isinstance(value, float):
-        return any(abs(value - found) < 1e-6 for found in same_type)
-    return value in same_type
+        return any(abs(value - true) < 1e-6 for true in truth.values if isinstance(true, float))
+    return value in [true for true in truth.values if type(true) is type(value)]
 
 # %% ../../nbs/tasks/dreval.ipynb #aa97872c
 _EMPTY_ASSERTIONS = ("assertTrue(True)", "assertFalse(False)", "assert True", "assert False")

@@ -140,7 +140,7 @@ def seed_bugs(
     tried = []
     for number, execution in enumerate(executions):
         visited = {step.line for step in execution.steps}
-        counts = dict.fromkeys(BUG_KINDS, 0)
+        counts: dict[str, int] = dict.fromkeys(BUG_KINDS, 0)
         for kind, line, buggy in candidate_bugs(execution.program, np.random.default_rng([seed, number])):
             if line in visited and counts[kind] < tries:
                 counts[kind] += 1
