@@ -1,6 +1,8 @@
 """What phase watch finds where the mechanism is known, and that it finds nothing where there is nothing."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from codetrace.patching.state_swaps import is_used, swap_cases, use_states
 from codetrace.phases.watch import beyond_rules_test, count_said, read_claim, said_claims, used_claims
 from codetrace.planted.binding import D_HEAD, load_binding_model
 from codetrace.runs.claims import adjust_claims
+from codetrace.tasks.dreval import dreval_truth, load_dreval, record_dreval
 from codetrace.tasks.execution import Execution, TracedProgram, record_executions
 from codetrace.tasks.state_accuracy import state_accuracy, with_line_facts
 from codetrace.tasks.state_questions import StateAnswer, pack_questions, state_questions
@@ -153,3 +156,21 @@ def test_a_study_of_the_planted_model_reads_at_the_layers_where_it_was_planted(h
     assert is_read(read.gains)
     assert min(table["line"][2], table["line end"][3], table["query"][4], table["final"][5]) > 0.9
     assert max(table["line"][1], table["line end"][2], table["query"][3], table["final"][4]) < 0.6
+
+
+@pytest.mark.slow
+def test_questions_of_dreval_are_answered_by_what_is_recorded():
+    data = Path(os.environ.get("CODETRACE_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
+    files = [data / name for name in ("dreval_data.jsonl", "dreval_tasks.jsonl")]
+    if not all(path.is_file() for path in files):
+        pytest.skip(f"{files[0]} is not here")
+    inputs, left_out = load_dreval(*files)
+    assert len(inputs) + left_out == 690 and left_out <= 3
+    assert sum(len(found.questions) for found in inputs) > 3100
+    few = inputs[::15]
+    executions = record_dreval(few)
+    assert sum(execution.ending == "return" for execution in executions) >= len(few) - 3
+    truths = [dreval_truth(e, found, *q) for e, found in zip(executions, few) for q in found.questions]
+    assert np.mean([truth.values is not None for truth in truths]) > 0.95
+    assert 0.3 < np.mean([truth.executed for truth in truths]) < 0.9
+    assert all(truth.values == () for truth in truths if not truth.executed)
