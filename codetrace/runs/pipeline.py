@@ -62,7 +62,7 @@ def _check_steps(numbers: Sequence[str], study: Mapping, overrides: Mapping[str,
     no_runs_yet = dict.fromkeys(numbers, "")
     for number in numbers:
         values = study_parameters(number, study, no_runs_yet, overrides.get(number, {}))
-        check_run(number, phase_values(number, values))
+        check_run(number, phase_values(number, values), reads_later=True)
 
 # %% ../../nbs/runs/pipeline.ipynb #9a31e454
 def run_step_once(

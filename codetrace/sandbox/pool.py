@@ -390,7 +390,7 @@ class SandboxWorker:
     def exchange(self, message: dict) -> dict:
         "Have one job done; raises `WorkerLost`."
         _send_message(self, message)
-        return json.loads(_receive_message(self, (1 + self.limits.patience) * self.limits.wall + 60))
+        return json.loads(_receive_message(self, 2 * (1 + self.limits.patience) * self.limits.wall + 60))
 
     def close(self):
         "End the worker, and with it everything in it."

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.util import spec_from_file_location
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
-from .isolation import restore_default_signals, set_resource_limits
+from .isolation import set_resource_limits
 from .judge import run_judge, warm_up_judge
 from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
@@ -77,7 +77,6 @@ def start_judge(supervisor: Supervisor, job: dict, channel: int) -> tuple[int, i
         return pid, reading
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        restore_default_signals()
         for fd in range(3):
             os.dup2(supervisor.config["null"], fd)
         os.dup2(channel, 3)
@@ -242,8 +241,8 @@ def _combine_verdict(
     return {"verdict": verdict, "per_test": per_test, "detail": f"test {first}: {detail}" if first else detail}
 
 # %% ../../nbs/sandbox/supervisor.ipynb #cf0921d4
-def supervise_job(supervisor: Supervisor, job: dict) -> dict:
-    "One job's verdict."
+def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
+    "One job's verdict, and the exit status of its candidate."
     began = time.monotonic()
     config = supervisor.config
     channel, output, handle, candidate = start_candidate(supervisor)
@@ -262,13 +261,13 @@ def supervise_job(supervisor: Supervisor, job: dict) -> dict:
         _clean_up(supervisor)
     exit_verdict = _exit_verdict(status, cpu_seconds, supervisor.limits)
     verdict = _combine_verdict(len(job["tests"]), outcomes, stop_reason, exit_verdict, judge_status)
-    return verdict | {"seconds": time.monotonic() - began}
+    return verdict | {"seconds": time.monotonic() - began}, status
 
 # %% ../../nbs/sandbox/supervisor.ipynb #a71b1732
 def supervise_trace(
     supervisor: Supervisor,
     job: dict,  # What `serve_traced` reads
-) -> dict:  # `messages` as sent, how the process ended (`stop`, `detail`), and `seconds`
+) -> tuple[dict, int]:  # `messages` as sent, how the process ended (`stop`, `detail`), `seconds`; its exit status
     "Run one program under the tracer."
     began = time.monotonic()
     config = supervisor.config
@@ -287,7 +286,7 @@ def supervise_trace(
     if stop_reason is not None:
         stop, detail = stop_reason, _STOP_DETAILS[stop_reason]
     messages = watched.report_bytes.decode("latin-1")
-    return {"messages": messages, "stop": stop, "detail": detail, "seconds": time.monotonic() - began}
+    return {"messages": messages, "stop": stop, "detail": detail, "seconds": time.monotonic() - began}, status
 
 # %% ../../nbs/sandbox/supervisor.ipynb #dbf26bb9
 def _clean_up(supervisor: Supervisor):
@@ -364,6 +363,16 @@ def _path_through_descriptor(path: str, prefix: str, handle: int) -> str:
     return f"/proc/self/fd/{handle}{path[len(prefix) :]}" if is_inside else path
 
 # %% ../../nbs/sandbox/supervisor.ipynb #e6aaca41
+_SENT_TO_EVERYTHING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # By a terminal, or a cluster, that stops a run
+
+
+def _supervise(supervisor: Supervisor, job: dict) -> dict:
+    "Do a job; once more where its process was ended by a signal that may have been meant for the run."
+    do = supervise_trace if "trace" in job else supervise_job
+    result, status = do(supervisor, job)
+    return do(supervisor, job)[0] if -status in _SENT_TO_EVERYTHING else result
+
+
 def run_supervisor():
     "The worker: jobs come in as frames on standard input, verdicts go out on standard output."
     config = from_json(receive_frame(0))
@@ -385,7 +394,7 @@ def run_supervisor():
             os.waitpid(supervisor.zygote, 0)
             os._exit(0)
         try:
-            verdict = (supervise_trace if "trace" in job else supervise_job)(supervisor, job)
+            verdict = _supervise(supervisor, job)
         except Exception as error:  # whatever a job does, the next one has a worker
             verdict = _runner_error(job, error)
             supervisor.is_spent = True
