@@ -44,7 +44,7 @@ def test_mathematics_and_search_need_no_other_host(tmp_path):
         assert f"../../site_libs/katex/{name}" in page and (site / "site_libs" / "katex" / name).is_file()
     style = (site / "site_libs" / "katex" / "katex.min.css").read_text()
     fonts = {part.partition(")")[0] for part in style.split("url(")[1:] if ".woff2" in part.partition(")")[0]}
-    assert len(fonts) == 20 and all((site / "site_libs" / "katex" / font).is_file() for font in fonts)
+    assert len(fonts) == 14 and all((site / "site_libs" / "katex" / font).is_file() for font in fonts)
     assert "siteSearchIndex" in (site / "site_libs" / "smalldocs.js").read_text()
     text = (site / "search.js").read_text()
     index = json.loads(text.partition("= ")[2].rstrip(";\n"))
