@@ -41,7 +41,7 @@ def _isolate_candidate(config: dict, channel: int, output: int, rulesets: dict):
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     restore_default_signals()
     processes = limits["processes"] + (_count_threads(os.getuid()) if config["shared_uid"] else 0)
-    processes += config["tier"] == 1  # its init
+    processes += config["order"] == b"under init"
     os.dup2(config["null"], 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -118,21 +118,26 @@ def run_zygote(control: socket.socket, config: dict, rulesets: dict):
 
 # %% ../../nbs/sandbox/candidate.ipynb #0436388d
 def _start_in_namespaces(config: dict, rulesets: dict, channel: int, output: int) -> tuple[int, int, int]:
-    "Start a candidate in tier 1: its init's process, a handle to it, and a pipe for the candidate's status."
-    reading, writing = os.pipe()
+    "Start a candidate in tier 1: process 1 of its namespaces, a handle to it, and a pipe for the candidate's status, -1 for none."
+    has_init = config["order"] == b"under init"
+    reading, writing = os.pipe() if has_init else (-1, -1)
     pid, handle = fork_into_namespaces()
     if pid == 0:
-        os.close(reading)
         try:
-            _run_init(config, rulesets, channel, output, writing)
+            _prepare_namespaces(config, channel)
+            if has_init:
+                os.close(reading)
+                _run_init(config, rulesets, channel, output, writing)
+            _run_candidate(config, channel, output, rulesets)
         finally:
             os._exit(1)
-    os.close(writing)
+    if has_init:
+        os.close(writing)
     return pid, handle, reading
 
-# %% ../../nbs/sandbox/candidate.ipynb #663402fd
-def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pipe: int):
-    "As process 1: prepare the namespaces, start the candidate, reap until it has ended, and write down how."
+
+def _prepare_namespaces(config: dict, channel: int):
+    "As process 1: prepare the namespaces, or say why not."
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         prctl(PR_SET_DUMPABLE, 1)  # else its uid_map would belong to root
@@ -141,6 +146,10 @@ def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pi
         prepare_namespaced_process(uid, gid, config["limits"]["disk"])
     except BaseException as error:
         _report_setup_error(channel, error)
+
+# %% ../../nbs/sandbox/candidate.ipynb #663402fd
+def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pipe: int):
+    "As process 1: start the candidate, reap until it has ended, and write down how."
     open_signals = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     child = os.fork()
     if child == 0:
@@ -160,10 +169,12 @@ def _run_init(config: dict, rulesets: dict, channel: int, output: int, status_pi
 # %% ../../nbs/sandbox/candidate.ipynb #906ae461
 def _wait_for_exit(pid: int, status_pipe: int) -> str:
     "Wait for a candidate; its exit status, negative for a signal, and the seconds of CPU it used."
-    _, _, usage = os.wait4(pid, 0)
-    written = os.read(status_pipe, 64)  # by init or guardian, unless it was killed
-    os.close(status_pipe)
-    status = int(written or b"-9")
+    _, wait_status, usage = os.wait4(pid, 0)
+    status = os.waitstatus_to_exitcode(wait_status)
+    if status_pipe >= 0:  # init or guardian wrote down how its candidate ended, unless it was killed
+        written = os.read(status_pipe, 64)
+        os.close(status_pipe)
+        status = int(written or b"-9")
     return f"{status} {usage.ru_utime + usage.ru_stime}"
 
 # %% ../../nbs/sandbox/candidate.ipynb #7f6c71a5

@@ -52,7 +52,7 @@ class Supervisor:
 # %% ../../nbs/sandbox/supervisor.ipynb #5a120005
 def start_candidate(
     supervisor: Supervisor,
-    order: bytes = b"start",  # Or b"trace": one program under the tracer
+    order: bytes = b"start",  # Or b"under init", or b"trace": one program under the tracer
 ) -> tuple[int, int, int, int]:
     "Our end of a candidate's channel, its output, a handle to kill it by, its process."
     ours, theirs = socket.socketpair()
@@ -241,11 +241,23 @@ def _combine_verdict(
     return {"verdict": verdict, "per_test": per_test, "detail": f"test {first}: {detail}" if first else detail}
 
 # %% ../../nbs/sandbox/supervisor.ipynb #cf0921d4
+# Without one of these words no function that sends a signal can be named, nor looked up by a name that is put together
+_SIGNALLING_WORDS = (
+    "kill signal alarm itimer abort faulthandler ctypes getattr attrgetter methodcaller __dict__ vars eval exec __import__ import_module".split()
+)
+
+
+def _may_signal(code: str) -> bool:
+    "May a program send itself a signal? Then it needs an init above it, which takes a quarter longer to start."
+    return any(word in code for word in _SIGNALLING_WORDS)
+
+
 def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
     "One job's verdict, and the exit status of its candidate."
     began = time.monotonic()
     config = supervisor.config
-    channel, output, handle, candidate = start_candidate(supervisor)
+    order = b"under init" if config["tier"] == 1 and _may_signal(job["code"]) else b"start"
+    channel, output, handle, candidate = start_candidate(supervisor, order)
     judge, report = start_judge(supervisor, job, channel)
     os.close(channel)
     watched = _WatchedJob(config, report, output, (candidate, judge))
