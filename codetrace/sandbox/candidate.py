@@ -16,6 +16,7 @@ from .candidate_connection import serve_requests
 from .connection import Connection
 from codetrace.sandbox.isolation import (
     fork_into_namespaces,
+    ignored_signals,
     prepare_namespaced_process,
     restore_default_signals,
     set_resource_limits,
@@ -39,7 +40,7 @@ def _isolate_candidate(config: dict, channel: int, output: int, rulesets: dict):
     "Connect this process to its channel and its output, and put all limits in force."
     limits = config["limits"]
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    restore_default_signals()
+    restore_default_signals(config["ignored"])
     processes = limits["processes"] + (_count_threads(os.getuid()) if config["shared_uid"] else 0)
     processes += config["order"] == b"under init"
     os.dup2(config["null"], 0)
@@ -93,6 +94,7 @@ def _warm_up():
 def run_zygote(control: socket.socket, config: dict, rulesets: dict):
     "Fork candidates on request, one at a time, until the supervisor is gone."
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    config["ignored"] = ignored_signals()
     config["self"] = os.getuid(), os.getgid()  # a new user namespace does not know them yet
     config["filter"] = compile_seccomp_program(seccomp_program("candidate", may_touch=config["tier"] == 1))
     if config["tier"] == 2:

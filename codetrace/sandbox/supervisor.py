@@ -8,6 +8,7 @@ __all__ = ['Supervisor', 'start_candidate', 'start_judge', 'supervise_job', 'sup
 # %% ../../nbs/sandbox/supervisor.ipynb #86e12785
 import gc
 import os
+import re
 import select
 import signal
 import socket
@@ -241,15 +242,16 @@ def _combine_verdict(
     return {"verdict": verdict, "per_test": per_test, "detail": f"test {first}: {detail}" if first else detail}
 
 # %% ../../nbs/sandbox/supervisor.ipynb #cf0921d4
-# Without one of these words no function that sends a signal can be named, nor looked up by a name that is put together
-_SIGNALLING_WORDS = (
-    "kill signal alarm itimer abort faulthandler ctypes getattr attrgetter methodcaller __dict__ vars eval exec __import__ import_module".split()
+# Without one of these names no function that sends a signal can be named, nor looked up by a name that is put together
+_SIGNALLING_NAMES = re.compile(
+    r"\w*(?:kill|signal|alarm|itimer|abort)\b|\bkillpg\b|"
+    r"\b(?:faulthandler|_?ctypes|\w*getattr\w*|attrgetter|methodcaller|__dict__|vars|eval|exec|timeit|__import__|import_module)\b"
 )
 
 
 def _may_signal(code: str) -> bool:
     "May a program send itself a signal? Then it needs an init above it, which takes a quarter longer to start."
-    return any(word in code for word in _SIGNALLING_WORDS)
+    return bool(_SIGNALLING_NAMES.search(code))
 
 
 def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
