@@ -29,7 +29,7 @@ def effect_colour(
 ) -> tuple[str, str]:  # Background and text, as CSS
     "The colour of an effect, and black or white to write on it."
     share = min(abs(value) / max(scale, 1e-9), 1.0)
-    end = (179, 88, 6) if value >= 0 else (33, 82, 160)
+    end = (11, 42, 91) if value >= 0 else (217, 115, 13)  # as in the figures
     rgb = [round(255 + (channel - 255) * share) for channel in end]
     linear = [(c / 255 / 12.92) if c < 11 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -250,7 +250,7 @@ _SIGNALLING_NAMES = re.compile(
 
 
 def _may_signal(code: str) -> bool:
-    "May a program send itself a signal? Then it needs an init above it, which takes a quarter longer to start."
+    "May a program send itself a signal? Then it needs an init above it, which takes a third longer."
     return bool(_SIGNALLING_NAMES.search(code))
 
 
