@@ -11,9 +11,14 @@ if os.environ.get("CODETRACE_CHECK_TYPES", "1") != "0":  # `make test` does with
     jaxtyping.install_import_hook(CHECKED, "runtime_types.checked")
 
 
+# files whose tests take longest, by what was measured
+LONG = ["runs", "sandbox", "steering", "generation", "binding", "tracing", "launch", "warm_kernels", "latents", "store"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     "Long files first, in their own order: no worker is left with one when the others have nothing to do."
-    items.sort(key=lambda item: -item.path.stat().st_size)
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -item.path.stat().st_size))
 
 
 @pytest.fixture

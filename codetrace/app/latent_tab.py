@@ -77,8 +77,8 @@ def _null_rows(card: Mapping, folder: Path) -> list[dict]:
     for name, draws in null[null["position"] == card["position"]].groupby("p", sort=False):
         p = card.get(f"{name}_all_positions", card.get(name))
         quantiles = draws["largest"].quantile([0.5, 0.95])
-        own = abs(card["t"]) if name.endswith("_of_t") else card["score"]
-        row = {"null of the maximum": _NULL_NAMES.get(name, name), "this latent": own}
+        statistic = abs(card["t"]) if name.endswith("_of_t") else card["score"]
+        row = {"null of the maximum": _NULL_NAMES.get(name, name), "this latent": statistic}
         row["median by chance"] = quantiles[0.5]
         rows.append(row | {"95% by chance": quantiles[0.95], "permutations": len(draws), "p, all positions": p})
     return rows

@@ -155,8 +155,10 @@ def control_rows(
     controls = run_controls(lm, [case, *unrelated_cases(lm, case)], options, [0])
     key = ["position_name", "layer"]
     table = controls.pivot_table(index=key, columns="control", values="effect", sort=False).reset_index()
-    own = cells[cells["position_name"] != ""][[*key, "effect"]].rename(columns={"effect": "counterfactual's state"})
-    return own.merge(table, on=key)
+    by_counterfactual = cells[cells["position_name"] != ""][[*key, "effect"]].rename(
+        columns={"effect": "counterfactual's state"}
+    )
+    return by_counterfactual.merge(table, on=key)
 
 # %% ../../nbs/app/trace_steps.ipynb #7836c55e
 @dataclass(frozen=True)

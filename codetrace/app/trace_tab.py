@@ -42,8 +42,8 @@ def _effect_cell(value: float, scale: float, is_preview: bool, place: str) -> st
         return '<td class="unswept">–</td>'
     background, text = effect_colour(value, scale)
     kind = ' class="preview"' if is_preview else ""
-    about = "about " if is_preview else ""
-    title = escape_text(f"{place}: {about}{value:.3f}")
+    prefix = "about " if is_preview else ""
+    title = escape_text(f"{place}: {prefix}{value:.3f}")
     return f'<td{kind} style="background:{background};color:{text}" title="{title}">{round(100 * value):d}</td>'
 
 

@@ -175,8 +175,8 @@ def _bags_of_tokens(lm: LM, execution: Execution, questions: Sequence[StateQuest
     bags = []
     for visible, question in zip(packed.visible, questions):
         bag = Counter(f"program {token}" for token in packed.program_ids[:visible])
-        own = lm.tokenizer(lines[question.step.line - 1], add_special_tokens=False)["input_ids"]
-        bag.update(f"line {token}" for token in own)
+        line_tokens = lm.tokenizer(lines[question.step.line - 1], add_special_tokens=False)["input_ids"]
+        bag.update(f"line {token}" for token in line_tokens)
         bags.append(bag + Counter([f"variable {question.variable}"]))
     return bags
 

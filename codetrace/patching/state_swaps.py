@@ -75,8 +75,8 @@ def other_inputs(
         literal = _other_literal(value, rng)
         if literal is not None and len(others) < count:
             changed = lines[line - 1][:start] + literal + lines[line - 1][end:]
-            other = "\n".join([*lines[: line - 1], changed, *lines[line:]])
-            others.append(replace(program, **{"call" if program.call else "code": other}))
+            changed_text = "\n".join([*lines[: line - 1], changed, *lines[line:]])
+            others.append(replace(program, **{"call" if program.call else "code": changed_text}))
     return others
 
 # %% ../../nbs/patching/state_swaps.ipynb #97f92f29
@@ -181,10 +181,12 @@ def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[s
     start = len(base) - len(question_ids)
     positions = program_places(lm, pair.base, style, pair.step.line, variable)
     positions |= {"query": start + query_token(lm, question_ids, variable), "final": len(base) + len(apart[0]) - 1}
-    other = _other_variable(pair, variable)
-    asked = pair.prompts(lm, other, style)[:2] if other else ((), ())
-    other_line = _last_line_of(pair.base, pair.step, other) if other and other not in sources else 0
-    other_position = program_places(lm, pair.base, style, other_line, other)["line"] if other and other_line else -1
+    other_name = _other_variable(pair, variable)
+    asked = pair.prompts(lm, other_name, style)[:2] if other_name else ((), ())
+    other_line = _last_line_of(pair.base, pair.step, other_name) if other_name and other_name not in sources else 0
+    other_position = (
+        program_places(lm, pair.base, style, other_line, other_name)["line"] if other_name and other_line else -1
+    )
     if len(asked[0]) != len(asked[1]):
         asked = ((), ())
     question = StateQuestion(pair.step, variable, pair.step.after[variable], pair.last_line)

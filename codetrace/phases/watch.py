@@ -245,11 +245,11 @@ def bugs_sentence(
 ) -> str:
     "How often what is said points at a faulty line."
     rows = summary.set_index("ranking")
-    found = rows.loc["divergence"]
-    hit = format_with_interval(*found[["hit@1", "hit@1_low", "hit@1_high"]])
+    divergence = rows.loc["divergence"]
+    hit = format_with_interval(*divergence[["hit@1", "hit@1_low", "hit@1_high"]])
     others = ", ".join(f"{name} {rows.loc[name, 'hit@1']:.2f}" for name in rows.index if name != "divergence")
-    points = "more" if found["hit@1_gain_low"] > 0 else "not measurably more"
-    return f"Of {found['n']:.0f} seeded bugs the first divergence is at the faulty line in {hit} ({others}), {points} often than chance."
+    points = "more" if divergence["hit@1_gain_low"] > 0 else "not measurably more"
+    return f"Of {divergence['n']:.0f} seeded bugs the first divergence is at the faulty line in {hit} ({others}), {points} often than chance."
 
 
 def dreval_sentence(

@@ -309,8 +309,8 @@ def _check_saes(values: Mapping) -> None:
 def _check_text(phase: str, values: Mapping) -> None:
     "A corpus is stdlib, a folder, or a hub dataset."
     text = values.get("text")
-    own = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
-    if text is None or text in own:
+    known_texts = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
+    if text is None or text in known_texts:
         return
     if folder := existing_path(text):
         if not any(folder.rglob("*.py")):
@@ -318,9 +318,11 @@ def _check_text(phase: str, values: Mapping) -> None:
         return
     if text.count("/") == 1 and not text.startswith((".", "/")):
         if phase != "latents" or values["input"]:  # a made-up study has no text
-            check_hub_dataset(text, f"give {own[0]}, or a folder of Python files")
+            check_hub_dataset(text, f"give {known_texts[0]}, or a folder of Python files")
         return
-    raise BadInput(f"no text {text!r}: give {' or '.join(own)}, a folder of Python files, or a hub dataset owner/name")
+    raise BadInput(
+        f"no text {text!r}: give {' or '.join(known_texts)}, a folder of Python files, or a hub dataset owner/name"
+    )
 
 
 def _check_sites(phase: str, values: Mapping) -> None:

@@ -43,8 +43,8 @@ def _common_subject(manifests: Iterable[Mapping]) -> dict[str, str]:
 
 def _given_subject(declared: PhaseInput, parameters: Mapping) -> dict[str, str]:
     "The model and the problem set that a phase was given itself; of several models the first."
-    given = {name: parameters.get(name) or next(iter(parameters.get(f"{name}s") or []), "") for name in declared.same}
-    return {name: value for name, value in given.items() if value}
+    named = {name: parameters.get(name) or next(iter(parameters.get(f"{name}s") or []), "") for name in declared.same}
+    return {name: value for name, value in named.items() if value}
 
 
 def _agreement(declared: PhaseInput, parameters: Mapping, resolved: Mapping[str, Mapping]) -> dict:

@@ -165,9 +165,9 @@ def _mentioned(connection: CandidateConnection, *names: str) -> list[str]:
 
 def _own_globals(connection: CandidateConnection, *names: str) -> list[str]:
     "Those of some names that the program defines itself, and that its functions use."
-    own = [name for name in names if name in connection.names and name in connection.namespace]
-    used = _globals_of_functions(connection.code) if own else ()
-    return [name for name in own if name in used]
+    handle_names = [name for name in names if name in connection.names and name in connection.namespace]
+    used = _globals_of_functions(connection.code) if handle_names else ()
+    return [name for name in handle_names if name in used]
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #5b7dfbd5
 def _globals_of_functions(code: types.CodeType) -> set[str]:

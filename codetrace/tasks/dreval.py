@@ -60,16 +60,14 @@ def _class_program(row: Mapping, given: str) -> TracedProgram | None:
 # %% ../../nbs/tasks/dreval.ipynb #50df29a0
 def _read_dreval_input(row: Mapping, task: Mapping) -> DREvalInput | None:
     "A program with one input; None where the method of its test is not found."
-    given = row["inputs"][task["input_idx"]]
+    input_text = row["inputs"][task["input_idx"]]
     questions = tuple((int(q["lineno"]), str(q["var"])) for q in task["task"])
     if row["test"]:
-        program = _class_program(row, given)
-        invocation = given.strip()
+        program = _class_program(row, input_text)
+        invocation = input_text.strip()
     else:
-        invocation = (
-            f"{row['entry_point']}{given[: given.rfind(',')] if given.rstrip(')').endswith(',') else given[:-1]})"
-        )
-        program = TracedProgram(row["code"], f"{row['entry_point']}(*{given})", row["task_id"])
+        invocation = f"{row['entry_point']}{input_text[: input_text.rfind(',')] if input_text.rstrip(')').endswith(',') else input_text[:-1]})"
+        program = TracedProgram(row["code"], f"{row['entry_point']}(*{input_text})", row["task_id"])
     if program is None:
         return None
     return DREvalInput(row["task_id"], row["code"], program, invocation, task["output_pred"], questions)
@@ -89,9 +87,9 @@ def load_dreval(
                 f"{tasks}: no program for {row.get('task_id')!r} in {data}; give the two files of r-eval/REval"
             )
         for task in row["tasks"]:
-            found = _read_dreval_input(by_id[row["task_id"]], task)
-            left_out += found is None
-            inputs += [found] if found else []
+            dreval_input = _read_dreval_input(by_id[row["task_id"]], task)
+            left_out += dreval_input is None
+            inputs += [dreval_input] if dreval_input else []
     return inputs, left_out
 
 # %% ../../nbs/tasks/dreval.ipynb #6af9a953
@@ -150,12 +148,12 @@ class DREvalTruth:
 
 def dreval_truth(
     execution: Execution,
-    found: DREvalInput,
+    dreval_input: DREvalInput,
     line: int,
     variable: str,
 ) -> DREvalTruth:
     "The truth of a question, from a recorded run."
-    n_lines = found.code.count("\n") + 1
+    n_lines = dreval_input.code.count("\n") + 1
     steps = [step for step in execution.steps if step.line <= n_lines]
     visits = [k for k, step in enumerate(steps) if step.line == line]
     following = tuple(dict.fromkeys(steps[k + 1].line if k + 1 < len(steps) else -1 for k in visits))
@@ -177,7 +175,7 @@ def record_dreval(
     "Run the programs in the sandbox."
     limits = TraceLimits(steps=400_000, size=60_000_000)
     sandbox_limits = SandboxLimits(wall=60, cpu=60, answer=64 << 20, memory=4 << 30)
-    return record_executions([found.program for found in inputs], limits, sandbox_limits=sandbox_limits)
+    return record_executions([dreval_input.program for dreval_input in inputs], limits, sandbox_limits=sandbox_limits)
 
 # %% ../../nbs/tasks/dreval.ipynb #f0acd515
 DREVAL_PROMPTS = {
@@ -190,16 +188,16 @@ _ANSWER_EXAMPLES = {"coverage": "YES", "state": "3; int", "path": "total += x", 
 
 
 def dreval_prompt(
-    found: DREvalInput,
+    dreval_input: DREvalInput,
     kind: str,  # A key of `DREVAL_PROMPTS`
     line: int = 1,
     variable: str = "",
 ) -> str:
     "A question in words."
-    lines = found.code.split("\n")
+    lines = dreval_input.code.split("\n")
     question = DREVAL_PROMPTS[kind].format(line=line, text=lines[line - 1].strip(), variable=variable)
-    code = "\n".join(f"{n}\t{text}" for n, text in enumerate(lines, 1)) if kind == "path" else found.code
-    run = found.output_question if kind == "output" else found.invocation
+    code = "\n".join(f"{n}\t{text}" for n, text in enumerate(lines, 1)) if kind == "path" else dreval_input.code
+    run = dreval_input.output_question if kind == "output" else dreval_input.invocation
     example = f"Answer between [ANSWER] and [/ANSWER], such as [ANSWER]{_ANSWER_EXAMPLES[kind]}[/ANSWER]."
     return f"[PYTHON]\n{code}\n[/PYTHON]\n{question}\n[PYTHON]\n{run}\n[/PYTHON]\n{example}\n[ANSWER]"
 
@@ -282,14 +280,14 @@ def output_code(
     return code
 
 
-def _output_program(found: DREvalInput, code: str) -> TracedProgram:
+def _output_program(dreval_input: DREvalInput, code: str) -> TracedProgram:
     "A program that returns where the assertions of an answer pass; those of unittest by the case that the input is of."
     if not found.program.call.startswith("_case."):
         body = indent(code, "    ")
-        return TracedProgram(f"{found.code}\n\n\ndef _output():\n{body}\n", "_output()", found.task)
+        return TracedProgram(f"{dreval_input.code}\n\n\ndef _output():\n{body}\n", "_output()", dreval_input.task)
     body = indent(re.sub(r"(?<![\w.])(assert[A-Z]\w*)", r"self.\1", code), "        ")
-    case = f"class _Output(type(_case)):\n    def _output(self):\n{body}\n\n\n_case = _Output({_METHOD.findall(found.program.call)[0]!r})\n_case.setUp()\n"
-    return TracedProgram(f"{found.program.code}\n\n{case}", "_case._output()", found.task)
+    case = f"class _Output(type(_case)):\n    def _output(self):\n{body}\n\n\n_case = _Output({_METHOD.findall(dreval_input.program.call)[0]!r})\n_case.setUp()\n"
+    return TracedProgram(f"{dreval_input.program.code}\n\n{case}", "_case._output()", dreval_input.task)
 
 
 _METHOD = re.compile(r"_case\.(\w+)\(")
@@ -300,8 +298,8 @@ def pass_outputs(
     answers: Sequence[str],
 ) -> list[bool]:
     "Do the completed assertions pass? An answer is a program that nobody has read: it is run in the sandbox."
-    codes = [output_code(text, found.output_question) for found, text in zip(inputs, answers)]
-    programs = [_output_program(found, code) for found, code in zip(inputs, codes) if code]
+    codes = [output_code(text, dreval_input.output_question) for dreval_input, text in zip(inputs, answers)]
+    programs = [_output_program(dreval_input, code) for dreval_input, code in zip(inputs, codes) if code]
     limits = TraceLimits(steps=400_000, size=60_000_000)
     endings = iter([execution.ending for execution in record_executions(programs, limits)] if programs else [])
     return [bool(code) and next(endings) == "return" for code in codes]
@@ -357,13 +355,13 @@ def beside_published(
 
 # %% ../../nbs/tasks/dreval.ipynb #0a8c40f0
 def _mark_questions(
-    found: DREvalInput, number: int, execution: Execution, texts: Mapping[str, list[str]], output: bool
+    dreval_input: DREvalInput, number: int, execution: Execution, texts: Mapping[str, list[str]], output: bool
 ) -> Iterator[dict]:
     "Marks of the questions about one input."
-    for k, question in enumerate(found.questions):
-        truth = dreval_truth(execution, found, *question)
+    for k, question in enumerate(dreval_input.questions):
+        truth = dreval_truth(execution, dreval_input, *question)
         yield {
-            "task": found.task,
+            "task": dreval_input.task,
             "input": number,
             "line": question[0],
             "variable": question[1],
@@ -371,7 +369,7 @@ def _mark_questions(
             "is_scored": truth.values is not None,
             "coverage": coverage_is_right(texts["coverage"][k], truth),
             "state": state_is_right(texts["state"][k], truth),
-            "path": path_is_right(texts["path"][k], truth, found.code),
+            "path": path_is_right(texts["path"][k], truth, dreval_input.code),
             "output": output,
         }
 
@@ -389,9 +387,9 @@ def answer_dreval(
         for kind in ("coverage", "state", "path")
     }
     texts = {kind: iter(generate(of_kind)) for kind, of_kind in prompts.items()}
-    outputs = pass_outputs(inputs, generate([dreval_prompt(found, "output") for found in inputs]))
+    outputs = pass_outputs(inputs, generate([dreval_prompt(dreval_input, "output") for dreval_input in inputs]))
     rows = []
-    for number, (found, execution, output) in enumerate(zip(inputs, executions, outputs)):
-        of_input = {kind: [next(answers) for _ in found.questions] for kind, answers in texts.items()}
-        rows += _mark_questions(found, number, execution, of_input, output)
+    for number, (dreval_input, execution, output) in enumerate(zip(inputs, executions, outputs)):
+        of_input = {kind: [next(answers) for _ in dreval_input.questions] for kind, answers in texts.items()}
+        rows += _mark_questions(dreval_input, number, execution, of_input, output)
     return pd.DataFrame(rows)
