@@ -282,7 +282,7 @@ def output_code(
 
 def _output_program(dreval_input: DREvalInput, code: str) -> TracedProgram:
     "A program that returns where the assertions of an answer pass; those of unittest by the case that the input is of."
-    if not found.program.call.startswith("_case."):
+    if not dreval_input.program.call.startswith("_case."):
         body = indent(code, "    ")
         return TracedProgram(f"{dreval_input.code}\n\n\ndef _output():\n{body}\n", "_output()", dreval_input.task)
     body = indent(re.sub(r"(?<![\w.])(assert[A-Z]\w*)", r"self.\1", code), "        ")
