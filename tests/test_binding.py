@@ -88,6 +88,7 @@ def test_it_answers_plain_prompts_as_packed_ones(taught):
     assert said == [p.answer for p in plain]
 
 
+@pytest.mark.slow
 def test_the_untaught_model_does_not():
     k, n = right(models.load("smollm2"), fresh(26, seed=3))
     assert wilson(k, n)[1] < 0.5

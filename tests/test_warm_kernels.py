@@ -96,6 +96,7 @@ def test_a_kernel_ends_with_its_caller(variables, tmp_path):
     wait_for(lambda: not kernel.is_running(), 20)
 
 
+@pytest.mark.slow
 def test_the_process_that_waits_ends_with_its_owner():
     code = "from codetrace.runs.warm_kernels import warm_kernels\nwith warm_kernels() as path: print(path, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
