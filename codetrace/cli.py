@@ -479,6 +479,8 @@ def rank_command(
     quiet: _Quiet = False,
 ):
     "Order the answers to each problem without tests, best first; repeat the command to continue after an interruption."
+    if str(file) != "-" and not file.is_file():
+        raise BadInput(f"no file {str(file)!r}: give JSON lines, one answer each, or - for standard input")
     from codetrace.core.progress import no_progress, progress_bar
     from codetrace.models.loading import load
     from codetrace.runs.ranking_command import rank_file, write_ranked

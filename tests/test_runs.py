@@ -380,6 +380,29 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(tmp_path, monkeypatch, mes
     assert "\n" not in str(done.exception).strip() and not list(tmp_path.rglob("run.json"))
 
 
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("no file 'nosuch.jsonl'", ["rank", "nosuch.jsonl"]),
+        ("no file 'nosuch.py'", ["watch", "nosuch.py"]),
+        ("never closed", ["watch", "a = ("]),
+        ("unknown model 'nosuch'", ["watch", "a = 1", "--model", "nosuch"]),
+    ],
+)
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path, message, words):
+    script = """
+import sys
+from codetrace.cli import app
+from codetrace.core.errors import BadInput
+try:
+    app(sys.argv[1:])
+except BadInput as error:
+    print(error, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert message in done.stdout and done.stdout.strip().endswith("False"), (done.stdout, done.stderr)
+
+
 NOT_HERE = {
     "the model hub for 'nobody/no-such-model'": "tracking --model nobody/no-such-model",
     "the data set 'google-research-datasets/mbpp', and it is in no cache here: give a local copy": "difficulty --problems mbpp",

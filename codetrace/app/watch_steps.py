@@ -16,13 +16,12 @@ from .view_links import view_link
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
-from ..tasks.execution import Execution, ExecutionStep, TraceLimits, record_executions
+from ..tasks.execution import Execution, ExecutionStep, TraceLimits, record_executions, watchable_program
 from codetrace.tasks.state_questions import (
     QUESTION_STYLES,
     StateQuestion,
     ask_states,
     state_questions,
-    watchable_program,
 )
 from ..tasks.watching import check_execution, watch_table
 

@@ -37,9 +37,14 @@ def watch_command(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,
 ):
     "Watch a program's variables: what is true after each line, and what a model says."
-    from codetrace.models.loading import load
-    from codetrace.tasks.execution import TraceLimits, record_executions
-    from codetrace.tasks.state_questions import QUESTION_STYLES, watchable_program
+    from codetrace.models.folders import check_model_name
+    from codetrace.tasks.execution import TraceLimits, record_executions, watchable_program
+
+    traced = watchable_program(program, call)
+    check_model_name(model)
+
+    from codetrace.models.loading import load  # what is wrong is said before torch is imported
+    from codetrace.tasks.state_questions import QUESTION_STYLES
     from codetrace.tasks.watching import (
         check_execution,
         watch_execution,
@@ -49,7 +54,6 @@ def watch_command(
     )
 
     look_up_name(style, QUESTION_STYLES, "question style")
-    traced = watchable_program(program, call)
     (execution,) = record_executions([traced], TraceLimits(steps=1000))
     check_execution(execution, variable or ())
     table = watch_execution(load(model), execution, variable or (), style)

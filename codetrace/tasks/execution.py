@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'TraceLimits', 'TracedProgram', 'TracedValue', 'ExecutionStep', 'Execution', 'record_executions',
-           'state_table']
+           'state_table', 'watchable_program']
 
 # %% ../../nbs/tasks/execution.ipynb #b8496609
 import ast
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
+from pathlib import Path
 
 import pandas as pd
 
@@ -290,3 +291,38 @@ def state_table(
             rows.append(row | {"branch": step.branch, "raised": step.raised})
     columns = "step line visit frame function variable bound type truth whole changed branch raised".split()
     return pd.DataFrame(rows, columns=columns)
+
+# %% ../../nbs/tasks/execution.ipynb #c0315700
+def watchable_program(
+    program: str,  # A Python file, or the text of a program
+    call: str = "",  # An expression; without one the program's own lines are traced
+) -> TracedProgram:
+    "A user's program; a text is taken for a file where it has one line and no more than a name."
+    path = Path(program)
+    is_name = "\n" not in program and (program.endswith(".py") or program.replace("/", "").isidentifier())
+    if not is_name:
+        return TracedProgram(_checked_source(program, "the program"), _checked_call(call), "program")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"no file {program!r}: give a Python file, or the text of a program") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {program}: {' '.join(str(error).split())}") from None
+    return TracedProgram(_checked_source(source, program), _checked_call(call), path.stem)
+
+
+def _checked_source(source: str, what: str, mode: str = "exec") -> str:
+    "A text that is Python; else it says where it is not."
+    source = source.replace("\r\n", "\n")
+    if not source.strip():
+        raise BadInput(f"{what} is empty: expected Python source")
+    try:
+        compile(source, "<program>", mode, dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        place = f" in line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise BadInput(f"{what} is not Python{place}: {getattr(error, 'msg', error)}") from None
+    return source
+
+
+def _checked_call(call: str) -> str:
+    return _checked_source(call, f"the call {call!r}", "eval") if call else ""
