@@ -31,7 +31,7 @@ PAGES = ["index", "recipes", "chapters"]  # Notebooks without a module, in the o
 TABLE = "## The chapters"
 FINDINGS = "## What it finds"
 RECORDS = HOME / "runs" / "reference"
-FIGURE = ("tracing/20261128T175737179Z-66b4c402", "c5bb26f9")  # A record, and the cell that shows it
+FIGURE = ("tracing/20261129T012836170Z-c99ded78", "c5bb26f9")  # A record, and the cell that shows it
 
 
 def read(path: Path) -> dict:
