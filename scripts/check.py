@@ -19,7 +19,7 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
-TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--durations=12"]  # they wait a third of their time
+TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
 TESTS += ["--dist", "loadfile", "--no-loadscope-reorder"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 FIRST = {
@@ -28,9 +28,9 @@ FIRST = {
     "imports": ["lint-imports"],
 }
 LANES = [  # side by side; the checks of a lane one after the other
+    {"notebooks": NOTEBOOKS},
     # tests/types-baseline.json holds what is known, and only shrinks
-    {"notebooks": NOTEBOOKS, "types": ["basedpyright", "--level", "error"]},
-    {"tests": TESTS},
+    {"tests": TESTS, "types": ["basedpyright", "--level", "error"]},
 ]
 if SLOW:
     LANES[0]["docs"] = [sys.executable, "scripts/docs.py", "--check"]
