@@ -28,9 +28,9 @@ FIRST = {
     "imports": ["lint-imports"],
 }
 LANES = [  # side by side; the checks of a lane one after the other
-    {"notebooks": NOTEBOOKS},
     # tests/types-baseline.json holds what is known, and only shrinks
-    {"tests": TESTS, "types": ["basedpyright", "--level", "error"]},
+    {"notebooks": NOTEBOOKS, "types": ["basedpyright", "--level", "error"]},
+    {"tests": TESTS},
 ]
 if SLOW:
     LANES[0]["docs"] = [sys.executable, "scripts/docs.py", "--check"]
