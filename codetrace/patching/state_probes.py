@@ -9,10 +9,12 @@ __all__ = ['PROBE_TARGETS', 'PROBE_HOLD_OUTS', 'ProbeQuestion', 'target_question
            'ReadResult', 'read_target']
 
 # %% ../../nbs/patching/state_probes.ipynb #b6414704
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from operator import methodcaller
 
 import numpy as np
@@ -32,7 +34,7 @@ from ..tasks.state_questions import StateQuestion, pack_questions, state_questio
 from ..tasks.watching import SHALLOW_STATE_RULES, rule_answers
 
 # %% ../../nbs/patching/state_probes.ipynb #e1fc0f86
-PROBE_TARGETS = ("value", "type", "bound", "executed", "branch")
+PROBE_TARGETS = ("value", "type", "bound", "executed", "branch", "iterations")
 _LINE_PLACES = ("line", "line end")
 _QUESTION_PLACES = ("query", "final")
 
@@ -83,21 +85,38 @@ def _bound_questions(execution: Execution) -> list[ProbeQuestion]:
     return rows
 
 
+_KINDS_OF_TARGET = {"branch": ("branch", "loop"), "iterations": ("loop",)}
+
+
 def _line_questions(execution: Execution, target: str) -> list[ProbeQuestion]:
-    "Every line with a statement: was it executed? Every `if`, `while` and `for` that was: was its body entered?"
+    "What is asked of lines: was it executed, was its body entered, how often will it be run?"
     last_step = execution.steps[-1]
     visited = {step.line: step for step in execution.steps}
-    entered = {s.line: any(t.branch for t in execution.steps if t.line == s.line) for s in execution.steps}
     kinds = line_kinds(execution.program.code)
     rows = []
     for line in sorted(kinds):
-        if target == "branch" and (kinds[line] not in ("branch", "loop") or line not in visited):
+        if target in _KINDS_OF_TARGET and (kinds[line] not in _KINDS_OF_TARGET[target] or line not in visited):
             continue
-        label = line in visited if target == "executed" else entered[line]
-        step = visited.get(line, last_step)
-        question = StateQuestion(_at_line(step, line), "_", _UNBOUND, line)
-        rows.append(ProbeQuestion(question, str(label), _LINE_PLACES, True))
+        branches = [step.branch for step in execution.steps if step.line == line]
+        label = {
+            "executed": str(bool(branches)),
+            "branch": str(any(branches)),
+            "iterations": str(_leading_entries(branches)),
+        }[target]
+        is_beyond = target != "iterations" or label not in _numbers_of_line(execution, line)
+        question = StateQuestion(_at_line(visited.get(line, last_step), line), "_", _UNBOUND, line)
+        rows.append(ProbeQuestion(question, label, _LINE_PLACES, is_beyond))
     return rows
+
+
+def _leading_entries(branches: Sequence[bool | None]) -> int:
+    "How often a loop's body is entered before it is left for the first time."
+    return len(list(takewhile(bool, branches)))
+
+
+def _numbers_of_line(execution: Execution, line: int) -> list[str]:
+    "The whole numbers that are written in a line."
+    return re.findall(r"\d+", execution.program.code.split("\n")[line - 1])
 
 
 def _at_line(step: ExecutionStep, line: int) -> ExecutionStep:
@@ -139,7 +158,7 @@ def _program_rows(
         rows.append(row | {"is_kept": place in probed.places})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/patching/state_probes.ipynb #f7450b34
 def collect_probe_data(
     lm: LM,
     executions: Sequence[Execution],
@@ -167,7 +186,7 @@ def collect_probe_data(
         raise BadInput(f"no program has a row for target {target!r}: take other programs, or another target")
     return ProbeData(pd.concat(tables, ignore_index=True), np.concatenate(states, 1), tokens)
 
-
+# %% ../../nbs/patching/state_probes.ipynb #ea86bdab
 def _bags_of_tokens(lm: LM, execution: Execution, questions: Sequence[StateQuestion], style: str) -> list[Counter]:
     "What can be read without order: tokens up to the line, those of the line itself, and the variable."
     packed = pack_questions(lm, execution, questions, style)
@@ -221,7 +240,7 @@ def _fit_and_predict(x: np.ndarray, labels: np.ndarray, x_new: np.ndarray) -> np
         return np.full(len(x_new), labels[0], dtype=object)
     return fit_linear_probe(x, labels).predict(x_new).astype(object)
 
-
+# %% ../../nbs/patching/state_probes.ipynb #34436a8f
 def probe_predictions(
     data: ProbeData,
     part: np.ndarray,  # From `split_probe_rows`
@@ -255,7 +274,7 @@ def probe_predictions(
     predictions = pd.concat(tables, ignore_index=True)
     return predictions.assign(correct=predictions["predicted"] == predictions["label"])
 
-
+# %% ../../nbs/patching/state_probes.ipynb #e2163623
 def _control_labels(rows: pd.DataFrame) -> dict[str, str]:
     labels = sorted(rows["label"].unique())
     return {name: control_label(name, labels) for name in rows["variable"].unique()}
@@ -344,7 +363,7 @@ def baseline_predictions(
         tables["random weights"] = random[(random["layer"] == best["layer"]) & (random["part"] == "judge")]
     return tables
 
-
+# %% ../../nbs/patching/state_probes.ipynb #cac0462d
 def probe_gains(
     chosen: pd.DataFrame,  # Predictions of the chosen probe on the rows that judge
     baselines: Mapping[str, pd.DataFrame],  # From `baseline_predictions`
@@ -422,7 +441,7 @@ class ReadResult:
     gains: pd.DataFrame  # Over every baseline
     chosen: pd.DataFrame  # Predictions of the chosen probe on the rows that judge
 
-
+# %% ../../nbs/patching/state_probes.ipynb #f2b1e1e5
 def read_target(
     lm: LM,
     executions: Sequence[Execution],

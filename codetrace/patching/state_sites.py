@@ -120,7 +120,7 @@ def _token_indices(
         start += len(question_ids) + len(packed.truth_ids[number]) - 1
     return indices
 
-
+# %% ../../nbs/patching/state_sites.ipynb #bac06b8c
 @torch.no_grad()
 def place_states(
     lm: LM,

@@ -171,7 +171,7 @@ def _other_variable(pair: _RunPair, variable: str) -> str | None:
     among = [n for n in differing or names if pair.step.after[n].text != of_value]
     return among[-1] if among else None
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #1d2168b8
 def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[str], style: str) -> SwapCase | None:
     "A case, or None where the two runs do not line up."
     base, source, truth, other_truth, question_ids = pair.prompts(lm, variable, style)
@@ -230,7 +230,7 @@ def swap_cases(
 def _shallowness(case: SwapCase) -> int:
     return -case.depth
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #16052f65
 def _cases_of_runs(lm: LM, base: Execution, source: Execution, style: str) -> Iterator[SwapCase]:
     "Every variable that its line changed, to different values in the two runs."
     depths = state_depths(base)
@@ -399,7 +399,7 @@ def run_swap_controls(
             rows.append(_case_facts(i, cases[i]) | row)
     return pd.DataFrame(rows, columns=None if rows else ["kind", "place", "layer", "program", "case", "flips"])
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #a1e60eda
 def swap_gains(
     controls: pd.DataFrame,  # From `run_swap_controls`
 ) -> pd.DataFrame:  # One row a place and control: rate of flips, and how much more the other run's state flips, with p
@@ -432,7 +432,7 @@ def swap_gains(
     columns = "place layer control n programs used flips gain gain_low gain_high p".split()
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #725402b4
 USED_NULLS = ("random", "same answer")  # States that do not hold the other run's value
 
 

@@ -64,7 +64,7 @@ def _say_part(lm: LM, executions: Sequence[Execution], style: str, max_new_token
         tables.append(with_line_facts(table, execution))
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/phases/14_watch.ipynb #44069800
 def say_states(
     lm: LM,
     executions: Sequence[Execution],
@@ -107,7 +107,7 @@ def beyond_rules_test(
     gain = beyond[column].astype(float) - (beyond["truth"] == beyond["truth"].mode().iloc[0])
     return gain_p(gain, beyond["program"].to_numpy())
 
-
+# %% ../../nbs/phases/14_watch.ipynb #f872052a
 def count_said(
     states: pd.DataFrame,  # From `say_states`
 ) -> SaidResult:
@@ -190,7 +190,7 @@ def watch_claims(
     "The claims that the run wrote."
     return read_stored_claims(manifest)
 
-
+# %% ../../nbs/phases/14_watch.ipynb #24b5f686
 def watch_limitations(
     manifest: Mapping,  # Of a run of this phase
 ) -> list[str]:
@@ -239,7 +239,7 @@ def used_sentence(result: UsedResult) -> str:
     places = [_place_sentence(result, place) for place in result.gains["place"].unique()]
     return f"Used ({result.n_known} of {result.n_cases} pairs of runs known): {'; '.join(places)}."
 
-
+# %% ../../nbs/phases/14_watch.ipynb #775d8e03
 def bugs_sentence(
     summary: pd.DataFrame,  # From `bug_summary`
 ) -> str:

@@ -51,7 +51,7 @@ def plot_listing(
         plt.close(fig)
     return fig
 
-
+# %% ../../nbs/plots/watching.ipynb #2ce86c0f
 def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str], places: Sequence[float]):
     "One executed line."
     visit = f"·{row['visit']}" if row["visit"] > 1 else ""

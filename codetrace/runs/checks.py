@@ -114,7 +114,7 @@ _CHOICES = {
     "steering.split": ("all", *_SPLITS),
     "watch.source": ("generated", "cruxeval", "basics", "humaneval"),
     "watch.generators": ("copies", "execution", *GENERATORS),
-    "targets": ("value", "type", "bound", "executed", "branch"),
+    "targets": ("value", "type", "bound", "executed", "branch", "iterations"),
     "hold_out": ("programs", "names", "lengths"),
     "watch.style": ("auto", "assertion", "comment", "print", "hash", "chat"),
     "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
