@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROBE_TARGETS', 'PROBE_HOLD_OUTS', 'ProbeQuestion', 'target_questions', 'ProbeData', 'collect_probe_data',
            'split_probe_rows', 'control_label', 'probe_predictions', 'probe_table', 'choose_probe_cell',
-           'random_weights_model', 'baseline_predictions', 'probe_gains', 'is_read', 'lens_table', 'ReadOptions',
-           'ReadResult', 'read_target']
+           'random_weights_model', 'other_meaning_labels', 'baseline_predictions', 'probe_gains', 'is_read',
+           'lens_table', 'ReadOptions', 'ReadResult', 'read_target']
 
 # %% ../../nbs/patching/state_probes.ipynb #b6414704
 import re
@@ -28,6 +28,7 @@ from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval
 from ..models.lm import LM
 from .probes import fit_linear_probe
 from .state_sites import STATE_PLACES, PlacedStates, place_states
+from ..tasks.changed_operators import changed_operator_labels
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
 from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
 from ..tasks.state_questions import StateQuestion, pack_questions, state_questions
@@ -337,6 +338,36 @@ def _bag_predictions(data: ProbeData, part: np.ndarray, place: str) -> pd.DataFr
     table["predicted"] = _fit_and_predict(x, labels[fit], vectors.transform([bags[i] for i in judge]))
     return table.assign(correct=table["predicted"] == table["label"])
 
+# %% ../../nbs/patching/state_probes.ipynb #6c2e04df
+_FEWEST_OF_OTHER_MEANING = 20
+
+
+def other_meaning_labels(
+    rows: pd.DataFrame,  # Of `ProbeData`, of target `value`
+    executions: Sequence[Execution],  # That they are of
+) -> pd.Series:  # In step with the rows; None: the other program does not come there
+    "What the variable of each row would hold if operators meant something else."
+    names = [execution.program.name or str(number) for number, execution in enumerate(executions)]
+    labels = dict(zip(names, changed_operator_labels(executions)))
+    keys = zip(rows["program"], rows["line"], rows["variable"])
+    return pd.Series([labels[program].get((line, name)) for program, line, name in keys], rows.index, dtype=object)
+
+
+def _other_meaning_predictions(
+    data: ProbeData, part: np.ndarray, cell: pd.Series, other_labels: pd.Series
+) -> pd.DataFrame:
+    "A probe of the chosen states for the other meaning, on the rows that judge and where it is not the true one."
+    is_known = (data.rows["place"] == cell["place"]).to_numpy() & other_labels.notna().to_numpy()
+    is_other = is_known & (other_labels != data.rows["label"]).to_numpy()
+    fit, judge = (np.nonzero(is_known & (part == "fit"))[0], np.nonzero(is_other & (part == "judge"))[0])
+    table = data.rows.iloc[judge].assign(row=judge)
+    if not len(fit) or not len(judge):
+        return table.assign(correct=False)
+    labels = other_labels.to_numpy(object)
+    states = data.states[int(cell["layer"])]
+    table["predicted"] = _fit_and_predict(states[fit], labels[fit], states[judge])
+    return table.assign(correct=table["predicted"].to_numpy(object) == labels[judge])
+
 # %% ../../nbs/patching/state_probes.ipynb #d3c6333c
 def baseline_predictions(
     data: ProbeData,
@@ -344,6 +375,7 @@ def baseline_predictions(
     predictions: pd.DataFrame,  # Of the probes
     cell: pd.Series,  # The chosen one
     random_data: ProbeData | None = None,  # The same rows, of a model with random weights
+    other_labels: pd.Series | None = None,  # From `other_meaning_labels`
 ) -> dict[str, pd.DataFrame]:  # By name: rows that judge, with `correct`
     "What the labels can be read from without what the model computed."
     place = cell["place"]
@@ -361,6 +393,10 @@ def baseline_predictions(
         random = probe_predictions(few, part[of_place.to_numpy()], with_control=False)
         best = choose_probe_cell(probe_table(random), [place])
         tables["random weights"] = random[(random["layer"] == best["layer"]) & (random["part"] == "judge")]
+    if other_labels is not None:
+        other = _other_meaning_predictions(data, part, cell, other_labels)
+        if other["beyond"].sum() >= _FEWEST_OF_OTHER_MEANING:
+            tables["changed operators"] = other
     return tables
 
 # %% ../../nbs/patching/state_probes.ipynb #cac0462d
@@ -373,8 +409,8 @@ def probe_gains(
     rows = []
     for name, table in baselines.items():
         right = table.set_index(["program", "step", "variable"])["correct"].reindex(beyond.index).astype(float)
-        gain = beyond["correct"].astype(float) - right
-        programs = pd.Series(beyond.index.get_level_values("program"), beyond.index)
+        gain = (beyond["correct"].astype(float) - right).dropna()
+        programs = pd.Series(gain.index.get_level_values("program"), gain.index)
         row = {"baseline": name, "n": len(gain), "programs": programs.nunique(), "accuracy": float(right.mean())}
         low, high = bootstrap_interval(gain.to_numpy(), programs.to_numpy())
         row |= {"gain": float(gain.mean()), "gain_low": float(low), "gain_high": float(high)}
@@ -457,7 +493,8 @@ def read_target(
     table = probe_table(predictions)
     cell = choose_probe_cell(table)
     random_data = collect_probe_data(random_lm, executions, *collected, progress) if random_lm else None
-    baselines = baseline_predictions(data, part, predictions, cell, random_data)
+    other_labels = other_meaning_labels(data.rows, executions) if options.target == "value" else None
+    baselines = baseline_predictions(data, part, predictions, cell, random_data, other_labels)
     is_chosen = (predictions["place"] == cell["place"]) & (predictions["layer"] == cell["layer"])
     chosen = predictions[is_chosen & (predictions["part"] == "judge")]
     if options.target == "value":
