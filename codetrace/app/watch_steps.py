@@ -16,14 +16,21 @@ from .view_links import view_link
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
-from ..tasks.execution import Execution, ExecutionStep, TraceLimits, record_executions, watchable_program
+from codetrace.tasks.execution import (
+    Execution,
+    ExecutionStep,
+    TraceLimits,
+    check_execution,
+    record_executions,
+    watchable_program,
+)
+from ..tasks.question_styles import QUESTION_STYLES
 from codetrace.tasks.state_questions import (
-    QUESTION_STYLES,
     StateQuestion,
     ask_states,
     state_questions,
 )
-from ..tasks.watching import check_execution, watch_table
+from ..tasks.watching import watch_table
 
 # %% ../../nbs/app/watch_steps.ipynb #83db0182
 WATCH_LIMITS = TraceLimits(steps=200, depth=50, size=1_000_000, longest=400)

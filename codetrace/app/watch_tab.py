@@ -20,7 +20,7 @@ from .view_links import VIEW_DEFAULTS
 from .watch_steps import WatchProgress, WatchRequest, record_request, trace_address, watch_steps
 from ..models.lm import LM
 from ..tasks.execution import ENDINGS, ExecutionStep
-from ..tasks.state_questions import QUESTION_STYLES
+from ..tasks.question_styles import QUESTION_STYLES
 from ..tasks.watching import STATE_RULES, first_divergence
 
 # %% ../../nbs/app/watch_tab.ipynb #2bf20ff8
