@@ -64,13 +64,15 @@ class LM:
 @patch(as_prop=True)
 def dtype(self: LM) -> torch.dtype:
     "The type that the model computes in."
-    return self.hf.dtype
+    hf: Any = self.hf  # Hugging Face's models have a type and a device, modules of PyTorch in general do not
+    return hf.dtype
 
 
 @patch(as_prop=True)
 def device(self: LM) -> torch.device:
     "Where the model computes."
-    return self.hf.device
+    hf: Any = self.hf
+    return hf.device
 
 
 @patch
