@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'run_command', 'merge_command', 'phases_command', 'runs_command', 'show_command', 'rerun_command',
-           'robust_command', 'grade_command', 'rank_command', 'doctor_command', 'page_command', 'clean_command',
-           'cli_main']
+           'robust_command', 'rank_command', 'doctor_command', 'page_command', 'clean_command', 'cli_main']
 
 # %% ../nbs/cli.ipynb #10ddb7e7
 import json
@@ -22,6 +21,7 @@ from .core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from .core.errors import BadInput
 from .core.files import visible_text
 from .runs.execute import RunFailed, execute_phase
+from .runs.grade_command import GRADE_EXAMPLES, grade_command
 from .runs.listing import print_run, print_table, run_row
 from .runs.manifest import all_runs, find_run, newest_run
 from .runs.parameters import parse_parameters, phase_parameters, shorthand_parameters
@@ -160,12 +160,23 @@ def run_command(
     slurm_options |= {"parallel": parallel, "slurm": slurm or None, "detach": detach or None}
     placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach)
     options = {"model": model, "problems": _absolute_path(problems), "n": n}
-    options_of_one_phase = {"start": start, "end": end, "batch_size": batch_size, "input": input, "full": full}
-    if phase in studies():
-        _refuse_options_of_one_phase(phase, options_of_one_phase | {"p": p, "detach": detach})
-        _run_study(phase, options, f, placement, not quiet)
-    else:
-        _run_phase(phase, p or [], f, options | options_of_one_phase, placement, not quiet)
+    options |= {"start": start, "end": end, "batch_size": batch_size, "input": input, "full": full}
+    _run_phase_or_study(phase, p or [], f, options, placement, not quiet)
+
+# %% ../nbs/cli.ipynb #a33f18af
+_OPTIONS_OF_ONE_PHASE = ("start", "end", "batch_size", "input", "full")
+
+
+def _run_phase_or_study(
+    name: str, pairs: list[str], file: Path | None, options: dict, placement: _Placement, progress: bool
+):
+    "Run the phase, or all phases of the study, that was named."
+    if name not in studies():
+        _run_phase(name, pairs, file, options, placement, progress)
+        return
+    options_of_one_phase = {option: options[option] for option in _OPTIONS_OF_ONE_PHASE}
+    _refuse_options_of_one_phase(name, options_of_one_phase | {"p": pairs, "detach": placement.detach})
+    _run_study(name, options, file, placement, progress)
 
 # %% ../nbs/cli.ipynb #9fe74f60
 def _absolute_path(problems: str | None) -> str | None:
@@ -419,49 +430,7 @@ def _programs_solved_by_all(generator: str, names: list[str], seq_len: int, dept
     return find_programs_solved_by_all(GENERATORS[generator], seq_len, solvers, range(seeds), **options)
 
 # %% ../nbs/cli.ipynb #5a120002
-@app.command(
-    name="grade",
-    epilog="Examples:  codetrace grade answers.jsonl --json > verdicts.jsonl  |  codetrace grade samples.jsonl --problems humaneval",
-)
-def grade_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One program a line; - reads standard input.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Verdicts as JSON lines; the summary goes to stderr.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="How many at a time; one a processor if not given.")
-    ] = None,
-    tier: Annotated[
-        int | None, typer.Option(min=1, max=2, help="The sandbox's tier; the better one that works.")
-    ] = None,
-    problems: Annotated[
-        str | None, typer.Option(metavar="P", help="The problem set whose tasks are answered; lines have a task_id.")
-    ] = None,
-    time: Annotated[float | None, typer.Option(metavar="S", help="Seconds for each program; 10 if not given.")] = None,
-    memory: Annotated[
-        float | None, typer.Option(metavar="MB", help="Memory of each process; 512 if not given.")
-    ] = None,
-    output: Annotated[float | None, typer.Option(metavar="MB", help="What it may print; 1 if not given.")] = None,
-    values: Annotated[float | None, typer.Option(metavar="MB", help="One value for its tests; 8 if not given.")] = None,
-):
-    "Judge programs in the sandbox; exit status 0 when all of them were judged."
-    from collections import Counter
-    from dataclasses import asdict
-
-    from codetrace.runs.grading_jobs import grading_limits, read_grading_jobs, verdict_line
-    from codetrace.sandbox.pool import SandboxPool
-
-    limits = grading_limits(time, memory, output, values)
-    jobs = read_grading_jobs(file, problems or "")
-    counts = Counter()
-    with SandboxPool(workers, limits, tier) as pool:
-        for job, verdict in zip(jobs, pool.grade(jobs)):
-            counts[verdict.verdict] += 1
-            print(json.dumps({"name": job.name, **asdict(verdict)}) if as_json else verdict_line(job.name, verdict))
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    print(f"{len(jobs)} programs: {summary}" if jobs else "no programs", file=sys.stderr if as_json else sys.stdout)
-    if counts["runner_error"]:
-        raise typer.Exit(1)
+app.command(name="grade", epilog="Examples:  " + "  |  ".join(GRADE_EXAMPLES))(grade_command)
 
 # %% ../nbs/cli.ipynb #362df4f1
 @app.command(

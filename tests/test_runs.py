@@ -387,6 +387,8 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(tmp_path, monkeypatch, mes
         ("no file 'nosuch.py'", ["watch", "nosuch.py"]),
         ("never closed", ["watch", "a = ("]),
         ("unknown model 'nosuch'", ["watch", "a = 1", "--model", "nosuch"]),
+        ("unknown question style 'prnt': did you mean 'print'", ["watch", "a = 1", "--style", "prnt"]),
+        ("unknown variable 'b': the lines that were executed have a", ["watch", "a = 1", "--variable", "b"]),
     ],
 )
 def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path, message, words):

@@ -9,6 +9,7 @@ __all__ = ['MOST_NEW_TOKENS', 'FrozenChoice', 'open_frozen_choice', 'SteerReques
 # %% ../../nbs/app/steer_tab.ipynb #5b18ee2e
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -16,8 +17,9 @@ from types import ModuleType
 import numpy as np
 
 from .html_parts import Markup, code_block, escape_text, html_link, html_note, html_table, page_part
+from .job_progress import show_model_job
 from .latent_tab import complete_runs_of
-from .model_jobs import ModelJobs, Waiting
+from .model_jobs import ModelJobs
 from .page import View
 from .record_views import named_run
 from .view_links import view_link
@@ -157,10 +159,8 @@ def choice_markup(frozen: FrozenChoice) -> Markup:
     )
 
 # %% ../../nbs/app/steer_tab.ipynb #41f25cf7
-def steer_markup(request: SteerRequest, answers: Sequence[Mapping] | Waiting) -> Markup:
+def steer_markup(request: SteerRequest, answers: Sequence[Mapping]) -> Markup:
     "The answers so far, side by side."
-    if isinstance(answers, Waiting):
-        return page_part(html_note(f"waiting: {answers.before} before this one"))
     names = ["unpushed", "the frozen push", "a random push"]
     columns = []
     for name, answer in zip(names, answers):
@@ -228,11 +228,9 @@ def steer_tab(
         choice = request.frozen.choice
 
         def steps() -> Iterator[list[dict]]:
-            yield from steer_steps(load(choice["model"], choice["dtype"]), request)
+            return steer_steps(load(choice["model"], choice["dtype"]), request)
 
-        yield page_part(html_note(f"asking {choice['model']} …"))
-        for answers in jobs.run(choice["model"], steps):
-            yield steer_markup(request, answers)
+        yield from show_model_job(jobs, choice["model"], steps, partial(steer_markup, request))
 
     fields = {"run": run, "task": task, "direction": direction, "strength": strength, "tokens": tokens}
     return View("steer", fields, show, steer_snippet, steer_choices, is_job=True)

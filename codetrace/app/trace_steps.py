@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .typed_programs import RefusedProgram, analyse_typed_program
+from .typed_programs import analyse_typed_program, check_typed_size
 from ..core.errors import look_up_name
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
@@ -77,8 +77,7 @@ def typed_case(
         _, counterfactual = make_counterfactual_pair(program, np.random.default_rng(0), lm.tokenizer)
     case = TraceCase(program, counterfactual, request.prefix)
     aligned = align_pair(lm, case.pair, request.direction, case.prefix)
-    if len(aligned.base) > MOST_TOKENS:
-        raise RefusedProgram(f"the prompt has {len(aligned.base)} tokens: the page traces at most {MOST_TOKENS}")
+    check_typed_size(len(aligned.base), MOST_TOKENS, "tokens", "prompt", "traces")
     if request.head_position and request.head_position not in pair_positions(aligned):
         names = ", ".join(pair_positions(aligned))
         raise CannotTrace(f"no token is called {request.head_position!r} in this program: expected one of {names}")

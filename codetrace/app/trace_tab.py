@@ -13,8 +13,9 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 
-from .html_parts import Markup, code_block, escape_text, html_note, html_table, page_part
-from .model_jobs import ModelJobs, Waiting
+from .html_parts import Markup, code_block, escape_text, html_note, html_table, page_part, scrolled_region
+from .job_progress import show_model_job
+from .model_jobs import ModelJobs
 from .page import View
 from .trace_steps import TraceProgress, TraceRequest, trace_steps
 from .view_links import VIEW_DEFAULTS
@@ -60,10 +61,11 @@ def _grid_table(
         for label, name, cells in rows
     )
     label = escape_text(caption)
-    return Markup(
-        f'<div class="scrolled" tabindex="0" role="region" aria-label="{label[:80]}"><table class="grid"><caption>{label}</caption>'
-        f'<thead><tr><th scope="col">{names[0]}</th><th scope="col">{names[1]}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = (
+        f'<table class="grid"><caption>{label}</caption>'
+        f'<thead><tr><th scope="col">{names[0]}</th><th scope="col">{names[1]}</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
+    return scrolled_region(Markup(label[:80]), table)
 
 # %% ../../nbs/app/trace_tab.ipynb #e3d99764
 def token_labels(
@@ -173,11 +175,9 @@ _CONTROLS_CAPTION = (
 
 
 def trace_markup(
-    progress: TraceProgress | Waiting,
+    progress: TraceProgress,
 ) -> Markup:
     "A trace as far as it is."
-    if isinstance(progress, Waiting):
-        return page_part(html_note(f"waiting: {progress.before} before this one"))
     controls = Markup("")
     if progress.controls is not None:
         rows = progress.controls.round(3).to_dict("records")
@@ -232,7 +232,7 @@ TRACE_EXAMPLES: dict[str, str] = {
     "solved examples wanted": "x = 4\nz = 1\ny = x\nprint(y)  # prints ",
 }
 
-
+# %% ../../nbs/app/trace_tab.ipynb #fcfc597d
 def _trace_runner(jobs: ModelJobs, load: Callable[[str], LM], pool: SandboxPool) -> Callable[..., Iterator[Markup]]:
     "What the button of the tab does."
 
@@ -240,11 +240,9 @@ def _trace_runner(jobs: ModelJobs, load: Callable[[str], LM], pool: SandboxPool)
         request = TraceRequest(**values)
 
         def steps() -> Iterator[TraceProgress]:
-            yield from trace_steps(load(request.model), request, pool)
+            return trace_steps(load(request.model), request, pool)
 
-        yield page_part(html_note(f"asking {request.model} …"))
-        for progress in jobs.run(request.model, steps):
-            yield trace_markup(progress)
+        yield from show_model_job(jobs, request.model, steps, trace_markup)
 
     return show
 

@@ -11,19 +11,26 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from .typed_programs import RefusedProgram, check_typed_program
+from .typed_programs import RefusedProgram, check_typed_program, check_typed_size, plain_source
 from .view_links import view_link
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
-from ..tasks.execution import Execution, ExecutionStep, TraceLimits, record_executions, watchable_program
+from codetrace.tasks.execution import (
+    Execution,
+    ExecutionStep,
+    TraceLimits,
+    check_execution,
+    record_executions,
+    watchable_program,
+)
+from ..tasks.question_styles import QUESTION_STYLES
 from codetrace.tasks.state_questions import (
-    QUESTION_STYLES,
     StateQuestion,
     ask_states,
     state_questions,
 )
-from ..tasks.watching import check_execution, watch_table
+from ..tasks.watching import watch_table
 
 # %% ../../nbs/app/watch_steps.ipynb #83db0182
 WATCH_LIMITS = TraceLimits(steps=200, depth=50, size=1_000_000, longest=400)
@@ -44,8 +51,7 @@ class WatchRequest:
 
     def __post_init__(self):
         look_up_name(self.style, QUESTION_STYLES, "question style")
-        if len(self.program) > _LONGEST_PROGRAM:
-            raise BadInput(f"the program has {len(self.program)} characters: the page takes at most {_LONGEST_PROGRAM}")
+        check_typed_size(len(self.program), _LONGEST_PROGRAM, "characters")
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +61,7 @@ class WatchRequest:
     @property
     def source(self) -> str:
         "The program, which ends with a line's end: text of one line is never taken for the name of a file."
-        return self.program.replace("\r\n", "\n").rstrip("\n") + "\n"
+        return plain_source(self.program) + "\n"
 
 # %% ../../nbs/app/watch_steps.ipynb #222f638d
 def record_request(
@@ -129,8 +135,7 @@ def watch_steps(
 def _check_room(lm: LM, execution: Execution) -> None:
     "Refuse a program that is too long for the page, or for the machine."
     n_tokens = len(lm.tokenizer(execution.program.code)["input_ids"])
-    if n_tokens > _MOST_TOKENS:
-        raise RefusedProgram(f"the program has {n_tokens} tokens: the page asks about at most {_MOST_TOKENS}")
+    check_typed_size(n_tokens, _MOST_TOKENS, "tokens", action="asks about")
     check_pass_memory(lm, 1, n_tokens + 40 * _QUESTIONS_AT_ONCE)
 
 # %% ../../nbs/app/watch_steps.ipynb #4568ea5b

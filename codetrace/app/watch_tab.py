@@ -13,14 +13,15 @@ from types import ModuleType
 
 import pandas as pd
 
-from .html_parts import Markup, escape_text, html_link, html_note, html_table, page_part
+from .html_parts import Markup, escape_text, html_link, html_note, html_table, page_part, scrolled_region
+from .job_progress import show_model_job, waiting_markup
 from .model_jobs import ModelJobs, Waiting
 from .page import View
 from .view_links import VIEW_DEFAULTS
 from .watch_steps import WatchProgress, WatchRequest, record_request, trace_address, watch_steps
 from ..models.lm import LM
 from ..tasks.execution import ENDINGS, ExecutionStep
-from ..tasks.state_questions import QUESTION_STYLES
+from ..tasks.question_styles import QUESTION_STYLES
 from ..tasks.watching import STATE_RULES, first_divergence
 
 # %% ../../nbs/app/watch_tab.ipynb #2bf20ff8
@@ -100,10 +101,11 @@ def watch_grid(
         f"After each executed line: what is true, what {progress.model} says, and how probable it holds that; where it is wrong, also how probable it holds the truth. "
         "Grey: the line leaves the variable as it was. A value that is a link opens Trace. One program: no interval."
     )
-    return Markup(
-        f'<div class="scrolled" tabindex="0" role="region" aria-label="variables line by line"><table class="watch">'
-        f"<caption>{escape_text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    table = (
+        f'<table class="watch"><caption>{escape_text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+    return scrolled_region("variables line by line", table)
 
 # %% ../../nbs/app/watch_tab.ipynb #10129abc
 def divergence_sentence(progress: WatchProgress) -> str:
@@ -156,11 +158,9 @@ def _ending_note(progress: WatchProgress) -> Markup:
 
 
 def watch_markup(
-    progress: WatchProgress | Waiting,
+    progress: WatchProgress,
 ) -> Markup:
     "A watched program as far as it is."
-    if isinstance(progress, Waiting):
-        return page_part(html_note(f"waiting: {progress.before} before this one"))
     stage = f"{progress.n_answers} of {progress.n_questions} questions are answered …"
     if progress.is_done:
         stage = f"done: {progress.n_answers} answers about one program, no interval"
@@ -226,16 +226,14 @@ def _watch_runner(jobs: ModelJobs, load: Callable[[str], LM]) -> Callable[..., I
         yield page_part(html_note("running the program in the sandbox …"))
         for result in jobs.run(_SANDBOX, lambda: iter([record_request(request)])):
             if isinstance(result, Waiting):
-                yield watch_markup(result)
+                yield waiting_markup(result)
             else:
                 executions.append(result)
 
         def steps() -> Iterator[WatchProgress]:
-            yield from watch_steps(load(request.model), request, executions[0])
+            return watch_steps(load(request.model), request, executions[0])
 
-        yield page_part(html_note(f"asking {request.model} …"))
-        for progress in jobs.run(request.model, steps):
-            yield watch_markup(progress)
+        yield from show_model_job(jobs, request.model, steps, watch_markup)
 
     return show
 

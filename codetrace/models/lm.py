@@ -60,17 +60,25 @@ class LM:
         self.d_head = getattr(config, "head_dim", None) or self.d_model // self.n_heads
         self.parallel = bool(getattr(config, "use_parallel_residual", False))  # attention and MLP read the same stream
 
-    def __repr__(self):
-        size = f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
-        return f"LM({self.name}: {self.arch}, {size}, {self.dtype}, {self.device})"
+# %% ../../nbs/models/lm.ipynb #b88bb9ee
+@patch(as_prop=True)
+def dtype(self: LM) -> torch.dtype:
+    "The type that the model computes in."
+    hf: Any = self.hf  # Hugging Face's models have a type and a device, modules of PyTorch in general do not
+    return hf.dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hf.dtype
 
-    @property
-    def device(self) -> torch.device:
-        return self.hf.device
+@patch(as_prop=True)
+def device(self: LM) -> torch.device:
+    "Where the model computes."
+    hf: Any = self.hf
+    return hf.device
+
+
+@patch
+def __repr__(self: LM) -> str:
+    size = f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
+    return f"LM({self.name}: {self.arch}, {size}, {self.dtype}, {self.device})"
 
 # %% ../../nbs/models/lm.ipynb #6faada64
 @patch(as_prop=True)

@@ -27,6 +27,7 @@ from .phases import find_phase, phase_folders
 from ..tasks.generators import GENERATORS, draw_program
 from ..tasks.problem_prompts import PROMPT_STYLES
 from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
+from ..tasks.question_styles import QUESTION_STYLES
 
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
@@ -116,7 +117,7 @@ _CHOICES = {
     "watch.generators": ("copies", "execution", *GENERATORS),
     "targets": ("value", "type", "bound", "executed", "branch", "iterations"),
     "hold_out": ("programs", "names", "lengths"),
-    "watch.style": ("auto", "assertion", "comment", "print", "hash", "chat"),
+    "watch.style": ("auto", *QUESTION_STYLES),
     "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
 }
 _LABELS = {

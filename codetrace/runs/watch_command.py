@@ -14,15 +14,16 @@ import typer
 from ..core.errors import look_up_name
 from .listing import print_table
 from .phases import runs_root
+from ..tasks.question_styles import QUESTION_STYLES
 
-# %% ../../nbs/runs/watch_command.ipynb #3f60ac29
+# %% ../../nbs/runs/watch_command.ipynb #fd075c99
 WATCH_EXAMPLES = (
     "codetrace watch my.py --call 'f([1, 2, 3])'",
     "codetrace watch my.py --call 'f(2)' --variable total",
     "codetrace watch 'a = 1; b = a + 1'",
 )
 
-
+# %% ../../nbs/runs/watch_command.ipynb #3f60ac29
 def watch_command(
     program: Annotated[str, typer.Argument(metavar="FILE.py", help="A Python file, or the text of a program.")],
     call: Annotated[
@@ -30,32 +31,23 @@ def watch_command(
     ] = "",
     model: Annotated[str, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")] = "smollm2",
     variable: Annotated[list[str] | None, typer.Option(metavar="X", help="Only this variable; repeatable.")] = None,
-    style: Annotated[
-        str, typer.Option(metavar="S", help="How it is asked: assertion, comment, print, hash, chat.")
-    ] = "print",
+    style: Annotated[str, typer.Option(metavar="S", help=f"How it is asked: {', '.join(QUESTION_STYLES)}.")] = "print",
     whole: Annotated[bool, typer.Option("--all", help="Also what a line does not change.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,
 ):
     "Watch a program's variables: what is true after each line, and what a model says."
     from codetrace.models.folders import check_model_name
-    from codetrace.tasks.execution import TraceLimits, record_executions, watchable_program
+    from codetrace.tasks.execution import TraceLimits, check_execution, record_executions, watchable_program
 
     traced = watchable_program(program, call)
     check_model_name(model)
-
-    from codetrace.models.loading import load  # what is wrong is said before torch is imported
-    from codetrace.tasks.state_questions import QUESTION_STYLES
-    from codetrace.tasks.watching import (
-        check_execution,
-        watch_execution,
-        watch_listing,
-        watch_summary,
-        write_watch_record,
-    )
-
     look_up_name(style, QUESTION_STYLES, "question style")
     (execution,) = record_executions([traced], TraceLimits(steps=1000))
     check_execution(execution, variable or ())
+
+    from codetrace.models.loading import load  # what is wrong is said before torch is imported
+    from codetrace.tasks.watching import watch_execution, watch_listing, watch_summary, write_watch_record
+
     table = watch_execution(load(model), execution, variable or (), style)
     print_table(watch_listing(execution, table, only_changed=not whole))
     paths = write_watch_record(table, out or runs_root() / "watched" / traced.name)

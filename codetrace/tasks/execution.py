@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'TraceLimits', 'TracedProgram', 'TracedValue', 'ExecutionStep', 'Execution', 'record_executions',
-           'state_table', 'watchable_program']
+           'state_table', 'watchable_program', 'check_execution']
 
 # %% ../../nbs/tasks/execution.ipynb #b8496609
 import ast
@@ -326,3 +326,14 @@ def _checked_source(source: str, what: str, mode: str = "exec") -> str:
 
 def _checked_call(call: str) -> str:
     return _checked_source(call, f"the call {call!r}", "eval") if call else ""
+
+# %% ../../nbs/tasks/execution.ipynb #f55bb388
+def check_execution(execution: Execution, variables: Iterable[str] = ()) -> None:
+    "Refuse what was not run, and variables that the program does not have."
+    if execution.ending in ("syntax", "runner_error", "forged", "tampering") or not execution.steps:
+        reason = execution.detail or "no line of its functions was executed: call one with --call 'f(1)'"
+        raise BadInput(f"{execution.program.name or 'the program'} was not watched ({execution.ending}): {reason}")
+    names = dict.fromkeys(name for step in execution.steps for name in step.after)
+    for name in variables:
+        if name not in names:
+            raise BadInput(f"unknown variable {name!r}: the lines that were executed have {', '.join(names)}")

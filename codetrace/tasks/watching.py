@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_RULES', 'SHALLOW_STATE_RULES', 'ERROR_KINDS', 'rule_answers', 'error_kind', 'watch_table', 'first_divergence',
-           'watch_program', 'watch_execution', 'check_execution', 'watch_listing', 'watch_summary',
-           'write_watch_record']
+           'watch_program', 'watch_execution', 'watch_listing', 'watch_summary', 'write_watch_record']
 
 # %% ../../nbs/tasks/watching.ipynb #60e83657
 import ast
@@ -20,7 +19,7 @@ import pandas as pd
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
 from ..models.lm import LM
-from .execution import Execution, TracedProgram, TraceLimits, record_executions
+from .execution import Execution, TracedProgram, TraceLimits, check_execution, record_executions
 from .state_questions import StateAnswer, StateQuestion, ask_states, read_said_value, state_questions
 
 # %% ../../nbs/tasks/watching.ipynb #2d9d9392
@@ -225,17 +224,6 @@ def watch_execution(
         raise BadInput(f"no variable holds a value that can be asked for: {expected}{hint}")
     answers = ask_states(lm, execution, questions, style, max_new_tokens=max_new_tokens, progress=progress)
     return watch_table(execution, questions, answers)
-
-
-def check_execution(execution: Execution, variables: Sequence[str] = ()) -> None:
-    "Refuse what was not run, and variables that the program does not have."
-    if execution.ending in ("syntax", "runner_error", "forged", "tampering") or not execution.steps:
-        reason = execution.detail or "no line of its functions was executed: call one with --call 'f(1)'"
-        raise BadInput(f"{execution.program.name or 'the program'} was not watched ({execution.ending}): {reason}")
-    names = dict.fromkeys(name for step in execution.steps for name in step.after)
-    for name in variables:
-        if name not in names:
-            raise BadInput(f"unknown variable {name!r}: the lines that were executed have {', '.join(names)}")
 
 # %% ../../nbs/tasks/watching.ipynb #77f4f43b
 def watch_listing(
