@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def _llama3_factors(
     theta: float,  # Base of the rotary frequencies
     size: int,  # Of a head
-    scaling: Mapping[str, float],
+    scaling: Mapping[str, Any],
 ) -> Float[np.ndarray, "frequency"]:
     "By how much Llama 3 slows each rotary frequency (its configuration's `rope_type: llama3`)."
     waves = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
