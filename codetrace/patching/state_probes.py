@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import product, takewhile
 from operator import methodcaller
 
 import numpy as np
@@ -85,7 +85,7 @@ def _bound_questions(execution: Execution) -> list[ProbeQuestion]:
                 rows.append(ProbeQuestion(question, str(is_bound), _QUESTION_PLACES, True))
     return rows
 
-
+# %% ../../nbs/patching/state_probes.ipynb #b9746f60
 _KINDS_OF_TARGET = {"branch": ("branch", "loop"), "iterations": ("loop",)}
 
 
@@ -135,7 +135,7 @@ def target_questions(
         return _value_questions(execution, by_type=target == "type")
     return _bound_questions(execution) if target == "bound" else _line_questions(execution, target)
 
-# %% ../../nbs/patching/state_probes.ipynb #30bff226
+# %% ../../nbs/patching/state_probes.ipynb #bc44dfce
 @dataclass(frozen=True, eq=False)
 class ProbeData:
     "States with labels, a row a place of a question."
@@ -144,14 +144,14 @@ class ProbeData:
     states: Float[np.ndarray, "layer rows d_model"]
     tokens: list[Counter]  # By question: the tokens of the program up to its line, and the variable
 
-
+# %% ../../nbs/patching/state_probes.ipynb #ca732145
 def _program_rows(
-    execution: Execution, number: int, kept: Sequence[ProbeQuestion], placed: PlacedStates
+    execution: Execution, number: int, questions: Sequence[ProbeQuestion], placed: PlacedStates
 ) -> pd.DataFrame:
     "The rows of one program, a place of a question each, in step with its states."
     rows = []
     for index, place in zip(placed.row, placed.place):
-        probed = kept[index]
+        probed = questions[index]
         step = probed.question.step
         row = {"program": execution.program.name or str(number), "lines": execution.program.code.count("\n") + 1}
         row |= {"step": step.step, "line": step.line, "variable": probed.question.variable, "place": place}
@@ -159,35 +159,7 @@ def _program_rows(
         rows.append(row | {"is_kept": place in probed.places})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/patching/state_probes.ipynb #f7450b34
-def collect_probe_data(
-    lm: LM,
-    executions: Sequence[Execution],
-    target: str = "value",  # One of `PROBE_TARGETS`
-    style: str = "hash",  # Of the questions
-    per_program: int = 12,  # Rows of a program at most
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> ProbeData:
-    "A model's states at all places, for many programs."
-    tables, states, tokens = [], [], []
-    for number, execution in enumerate(progress(executions, desc=f"states for {target}")):
-        probed = target_questions(execution, target)
-        chosen = np.random.default_rng([seed, number]).permutation(len(probed))[:per_program]
-        kept = [probed[i] for i in sorted(chosen)]
-        if not kept:
-            continue
-        placed = place_states(lm, execution, [p.question for p in kept], style)
-        table = _program_rows(execution, number, kept, placed)
-        is_kept = table.pop("is_kept").to_numpy(bool)
-        tables.append(table[is_kept].assign(question=table["question"] + len(tokens)))
-        states.append(placed.states[:, is_kept])
-        tokens += _bags_of_tokens(lm, execution, [p.question for p in kept], style)
-    if not tables:
-        raise BadInput(f"no program has a row for target {target!r}: take other programs, or another target")
-    return ProbeData(pd.concat(tables, ignore_index=True), np.concatenate(states, 1), tokens)
 
-# %% ../../nbs/patching/state_probes.ipynb #ea86bdab
 def _bags_of_tokens(lm: LM, execution: Execution, questions: Sequence[StateQuestion], style: str) -> list[Counter]:
     "What can be read without order: tokens up to the line, those of the line itself, and the variable."
     packed = pack_questions(lm, execution, questions, style)
@@ -199,6 +171,37 @@ def _bags_of_tokens(lm: LM, execution: Execution, questions: Sequence[StateQuest
         bag.update(f"line {token}" for token in line_tokens)
         bags.append(bag + Counter([f"variable {question.variable}"]))
     return bags
+
+# %% ../../nbs/patching/state_probes.ipynb #30bff226
+def collect_probe_data(
+    lm: LM,
+    executions: Sequence[Execution],
+    target: str = "value",  # One of `PROBE_TARGETS`
+    style: str = "hash",  # Of the questions
+    per_program: int = 12,  # Rows of a program at most
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> ProbeData:
+    "A model's states at all places, for many programs."
+    tables = []
+    states = []
+    tokens = []
+    for number, execution in enumerate(progress(executions, desc=f"states for {target}")):
+        probed = target_questions(execution, target)
+        chosen = np.random.default_rng([seed, number]).permutation(len(probed))[:per_program]
+        if not len(chosen):
+            continue
+        chosen_rows = [probed[i] for i in sorted(chosen)]
+        questions = [row.question for row in chosen_rows]
+        placed = place_states(lm, execution, questions, style)
+        table = _program_rows(execution, number, chosen_rows, placed)
+        is_kept = table.pop("is_kept").to_numpy(bool)
+        tables.append(table[is_kept].assign(question=table["question"] + len(tokens)))
+        states.append(placed.states[:, is_kept])
+        tokens += _bags_of_tokens(lm, execution, questions, style)
+    if not tables:
+        raise BadInput(f"no program has a row for target {target!r}: take other programs, or another target")
+    return ProbeData(pd.concat(tables, ignore_index=True), np.concatenate(states, 1), tokens)
 
 # %% ../../nbs/patching/state_probes.ipynb #c9bce6ba
 PROBE_HOLD_OUTS = ("programs", "names", "lengths")
@@ -226,7 +229,7 @@ def split_probe_rows(
         part = np.where(is_held_out == (part != "fit"), part, "")
     return part.astype(str)
 
-# %% ../../nbs/patching/state_probes.ipynb #657e8422
+# %% ../../nbs/patching/state_probes.ipynb #4ffe948a
 def control_label(
     variable: str,
     labels: Sequence[str],
@@ -235,13 +238,38 @@ def control_label(
     return labels[int(np.random.default_rng([19, zlib.crc32(variable.encode())]).integers(len(labels)))]
 
 
+def _control_labels(rows: pd.DataFrame) -> dict[str, str]:
+    "By name of a variable: its label in the control task."
+    labels = sorted(rows["label"].unique())
+    return {name: control_label(name, labels) for name in rows["variable"].unique()}
+
+# %% ../../nbs/patching/state_probes.ipynb #b39327e8
 def _fit_and_predict(x: np.ndarray, labels: np.ndarray, x_new: np.ndarray) -> np.ndarray:
     "What a probe says of new rows; the one label where there is no other."
     if len(set(labels)) == 1:
         return np.full(len(x_new), labels[0], dtype=object)
     return fit_linear_probe(x, labels).predict(x_new).astype(object)
 
-# %% ../../nbs/patching/state_probes.ipynb #34436a8f
+
+def _cell_predictions(
+    data: ProbeData, part: np.ndarray, place: str, layer: int, control: np.ndarray | None
+) -> pd.DataFrame | None:
+    "The rows of one place that choose or judge, as read at one layer; None where there is nothing to fit on or to read."
+    at_place = (data.rows["place"] == place).to_numpy()
+    fit = at_place & (part == "fit")
+    new = at_place & np.isin(part, ["choose", "judge"])
+    if not fit.any() or not new.any():
+        return None
+    x = data.states[layer][fit]
+    x_new = data.states[layer][new]
+    labels = data.rows["label"].to_numpy(object)
+    table = data.rows[new].assign(layer=layer, part=part[new], row=np.nonzero(new)[0])
+    table["predicted"] = _fit_and_predict(x, labels[fit], x_new)
+    if control is not None:
+        table["control"] = _fit_and_predict(x, control[fit], x_new) == control[new]
+    return table
+
+# %% ../../nbs/patching/state_probes.ipynb #657e8422
 def probe_predictions(
     data: ProbeData,
     part: np.ndarray,  # From `split_probe_rows`
@@ -250,24 +278,11 @@ def probe_predictions(
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # One row a row that chooses or judges, and a layer: `predicted`, `control`
     "Fit probes on the fitting rows, and let them read the others."
-    labels = data.rows["label"].to_numpy(object)
-    control = data.rows["variable"].map(_control_labels(data.rows)).to_numpy(object)
-    tables = []
-    jobs = [
-        (p, n) for p in data.rows["place"].unique() for n in (range(len(data.states)) if layers is None else layers)
-    ]
-    for place, layer in progress(jobs, desc="probes"):
-        at_place = (data.rows["place"] == place).to_numpy()
-        fit = at_place & (part == "fit")
-        new = at_place & np.isin(part, ["choose", "judge"])
-        if not fit.any() or not new.any():
-            continue
-        x, x_new = data.states[layer][fit], data.states[layer][new]
-        table = data.rows[new].assign(layer=layer, part=part[new], row=np.nonzero(new)[0])
-        table["predicted"] = _fit_and_predict(x, labels[fit], x_new)
-        if with_control:
-            table["control"] = _fit_and_predict(x, control[fit], x_new) == control[new]
-        tables.append(table)
+    control = data.rows["variable"].map(_control_labels(data.rows)).to_numpy(object) if with_control else None
+    layers = range(len(data.states)) if layers is None else layers
+    cells = list(product(data.rows["place"].unique(), layers))
+    tables = [_cell_predictions(data, part, place, layer, control) for place, layer in progress(cells, desc="probes")]
+    tables = [table for table in tables if table is not None]
     if not tables:
         raise BadInput(
             f"{data.rows['program'].nunique()} programs are too few to fit, choose and judge probes: give 12 or more"
@@ -275,17 +290,10 @@ def probe_predictions(
     predictions = pd.concat(tables, ignore_index=True)
     return predictions.assign(correct=predictions["predicted"] == predictions["label"])
 
-# %% ../../nbs/patching/state_probes.ipynb #e2163623
-def _control_labels(rows: pd.DataFrame) -> dict[str, str]:
-    labels = sorted(rows["label"].unique())
-    return {name: control_label(name, labels) for name in rows["variable"].unique()}
-
-# %% ../../nbs/patching/state_probes.ipynb #3063af69
+# %% ../../nbs/patching/state_probes.ipynb #7abb56b1
 def probe_table(
     predictions: pd.DataFrame,  # From `probe_predictions`
-) -> (
-    pd.DataFrame
-):  # One row a place and layer: on the rows that judge `all`, `accuracy` beyond rules, `control_accuracy`
+) -> pd.DataFrame:  # One row a place and layer: of rows that judge `all`, `accuracy` beyond rules, `control_accuracy`
     "Accuracy of every probe on the programs that judge, and how well it did on those that choose."
     rows = []
     for (place, layer), group in predictions.groupby(["place", "layer"], sort=False):
@@ -301,16 +309,16 @@ def probe_table(
         rows.append(row | {"when_chosen": float(choosing["correct"].mean()) if len(choosing) else np.nan})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/patching/state_probes.ipynb #3063af69
 def choose_probe_cell(
     table: pd.DataFrame,  # From `probe_table`
     places: Sequence[str] = STATE_PLACES,
 ) -> pd.Series:  # The row of the chosen place and layer
     "The place and layer that read best on the programs that choose; of equal ones the lowest layer."
-    among = table[table["place"].isin(list(places))].sort_values("layer", kind="stable")
-    if not among["when_chosen"].notna().any():
+    candidates = table[table["place"].isin(list(places))].sort_values("layer", kind="stable")
+    if not candidates["when_chosen"].notna().any():
         raise BadInput("no row of the programs that choose is beyond rules: give more programs, or longer ones")
-    return among.loc[among["when_chosen"].idxmax()]
+    return candidates.loc[candidates["when_chosen"].idxmax()]
 
 # %% ../../nbs/patching/state_probes.ipynb #7d0eee27
 def random_weights_model(
@@ -322,6 +330,23 @@ def random_weights_model(
         torch.manual_seed(seed)
         hf = type(lm.hf)(lm.hf.config).to(lm.device, lm.dtype).eval().requires_grad_(False)
     return LM(f"{lm.name} with random weights", hf, lm.tokenizer, revision=f"random, seed={seed}", limits=lm.limits)
+
+# %% ../../nbs/patching/state_probes.ipynb #631c0779
+def _commonest_label(data: ProbeData, part: np.ndarray, place: str) -> str:
+    "The commonest label beyond rules among the rows that probes of a place are fitted on; empty where there are none."
+    is_fitted = (part == "fit") & (data.rows["place"] == place).to_numpy() & data.rows["beyond"].to_numpy(bool)
+    labels = data.rows["label"][is_fitted]
+    return labels.mode().iloc[0] if len(labels) else ""
+
+
+def _best_random_predictions(random_data: ProbeData, part: np.ndarray, place: str) -> pd.DataFrame:
+    "What probes of a model with random weights read at a place, at their own best layer, on the rows that judge."
+    at_place = random_data.rows["place"] == place
+    rows = random_data.rows[at_place].reset_index(drop=True)
+    data = ProbeData(rows, random_data.states[:, at_place], random_data.tokens)
+    predictions = probe_predictions(data, part[at_place.to_numpy()], with_control=False)
+    best = choose_probe_cell(probe_table(predictions), [place])
+    return predictions[(predictions["layer"] == best["layer"]) & (predictions["part"] == "judge")]
 
 
 def _bag_predictions(data: ProbeData, part: np.ndarray, place: str) -> pd.DataFrame:
@@ -338,7 +363,7 @@ def _bag_predictions(data: ProbeData, part: np.ndarray, place: str) -> pd.DataFr
     table["predicted"] = _fit_and_predict(x, labels[fit], vectors.transform([bags[i] for i in judge]))
     return table.assign(correct=table["predicted"] == table["label"])
 
-# %% ../../nbs/patching/state_probes.ipynb #6c2e04df
+# %% ../../nbs/patching/state_probes.ipynb #babe82d5
 _FEWEST_OF_OTHER_MEANING = 20
 
 
@@ -368,7 +393,7 @@ def _other_meaning_predictions(
     table["predicted"] = _fit_and_predict(states[fit], labels[fit], states[judge])
     return table.assign(correct=table["predicted"].to_numpy(object) == labels[judge])
 
-# %% ../../nbs/patching/state_probes.ipynb #d3c6333c
+# %% ../../nbs/patching/state_probes.ipynb #70e945a3
 def baseline_predictions(
     data: ProbeData,
     part: np.ndarray,
@@ -381,25 +406,18 @@ def baseline_predictions(
     place = cell["place"]
     judged = predictions[(predictions["place"] == place) & (predictions["part"] == "judge")]
     first = judged[judged["layer"] == 0]
-    fitted = data.rows["label"][
-        (part == "fit") & (data.rows["place"] == place).to_numpy() & data.rows["beyond"].to_numpy(bool)
-    ]
-    commonest = fitted.mode().iloc[0] if len(fitted) else ""
+    commonest = _commonest_label(data, part, place)
     tables = {"commonest label": first.assign(correct=first["label"] == commonest)}
     tables |= {"layer 0": first, "bag of tokens": _bag_predictions(data, part, place)}
     if random_data is not None:
-        of_place = random_data.rows["place"] == place
-        few = ProbeData(random_data.rows[of_place].reset_index(drop=True), random_data.states[:, of_place], data.tokens)
-        random = probe_predictions(few, part[of_place.to_numpy()], with_control=False)
-        best = choose_probe_cell(probe_table(random), [place])
-        tables["random weights"] = random[(random["layer"] == best["layer"]) & (random["part"] == "judge")]
+        tables["random weights"] = _best_random_predictions(random_data, part, place)
     if other_labels is not None:
-        other = _other_meaning_predictions(data, part, cell, other_labels)
-        if other["beyond"].sum() >= _FEWEST_OF_OTHER_MEANING:
-            tables["changed operators"] = other
+        other_meaning = _other_meaning_predictions(data, part, cell, other_labels)
+        if other_meaning["beyond"].sum() >= _FEWEST_OF_OTHER_MEANING:
+            tables["changed operators"] = other_meaning
     return tables
 
-# %% ../../nbs/patching/state_probes.ipynb #cac0462d
+# %% ../../nbs/patching/state_probes.ipynb #d3c6333c
 def probe_gains(
     chosen: pd.DataFrame,  # Predictions of the chosen probe on the rows that judge
     baselines: Mapping[str, pd.DataFrame],  # From `baseline_predictions`
@@ -455,7 +473,7 @@ def lens_table(
             tables.append({"place": place, "layer": layer, **share})
     return pd.DataFrame(tables)
 
-# %% ../../nbs/patching/state_probes.ipynb #3de84d97
+# %% ../../nbs/patching/state_probes.ipynb #7b841a2b
 @dataclass(frozen=True)
 class ReadOptions:
     "How states are read."
@@ -477,7 +495,7 @@ class ReadResult:
     gains: pd.DataFrame  # Over every baseline
     chosen: pd.DataFrame  # Predictions of the chosen probe on the rows that judge
 
-# %% ../../nbs/patching/state_probes.ipynb #f2b1e1e5
+# %% ../../nbs/patching/state_probes.ipynb #3de84d97
 def read_target(
     lm: LM,
     executions: Sequence[Execution],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from ..models.lm import LM
 from .sites import _hook_site
@@ -95,7 +96,7 @@ def query_token(
     end = texts[-1].rfind(variable) + len(variable)
     return next(i for i, text in enumerate(texts) if len(text) >= end)
 
-# %% ../../nbs/patching/state_sites.ipynb #512cdf2c
+# %% ../../nbs/patching/state_sites.ipynb #50ec0722
 @dataclass(frozen=True, eq=False)
 class PlacedStates:
     "Residual streams at the places of some questions."
@@ -120,7 +121,7 @@ def _token_indices(
         start += len(question_ids) + len(packed.truth_ids[number]) - 1
     return indices
 
-# %% ../../nbs/patching/state_sites.ipynb #bac06b8c
+# %% ../../nbs/patching/state_sites.ipynb #512cdf2c
 @torch.no_grad()
 def place_states(
     lm: LM,
@@ -132,13 +133,18 @@ def place_states(
     packed = pack_questions(lm, execution, questions, style)
     ids, columns = _packed_columns(packed)
     indices = _token_indices(lm, execution, questions, packed, style)
-    tokens = [token for *_, token in indices]
+    tokens = [token for _, _, token in indices]
     kept: dict[int, np.ndarray] = {}
 
     def keep(layer: int):
-        return lambda x: kept.__setitem__(layer, x[0, tokens, 0].float().cpu().numpy())
+        def keep_tokens(view: Float[Tensor, "batch pos head d_head"]):
+            kept[layer] = view[0, tokens, 0].float().cpu().numpy()
+
+        return keep_tokens
 
     with _hook_site(lm, "resid_pre", {layer: keep(layer) for layer in range(lm.n_layers)}):
         _packed_step(lm, ids, columns, columns, torch.tensor(packed.visible), None)
     states = np.stack([kept[layer] for layer in range(lm.n_layers)])
-    return PlacedStates(states, np.array([row for row, *_ in indices]), np.array([place for _, place, _ in indices]))
+    rows = np.array([row for row, _, _ in indices])
+    places = np.array([place for _, place, _ in indices])
+    return PlacedStates(states, rows, places)

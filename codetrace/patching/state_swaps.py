@@ -79,7 +79,7 @@ def other_inputs(
             others.append(replace(program, **{"call" if program.call else "code": changed_text}))
     return others
 
-# %% ../../nbs/patching/state_swaps.ipynb #97f92f29
+# %% ../../nbs/patching/state_swaps.ipynb #65a5a9a9
 @dataclass(frozen=True, eq=False)
 class SwapCase:
     "Two runs of a program, and questions about them, as tokens."
@@ -99,7 +99,7 @@ class SwapCase:
     def pair(self) -> PatchPair:
         return PatchPair(self.base, self.source, tuple(self.positions.values()))
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #97f92f29
 def state_sources(
     execution: Execution,
 ) -> dict[tuple[int, str], set[str]]:  # By step and variable
@@ -140,6 +140,17 @@ def _last_line_of(execution: Execution, step: ExecutionStep, variable: str) -> i
 
 # %% ../../nbs/patching/state_swaps.ipynb #74dcbb04
 @dataclass(frozen=True)
+class _RunPrompts:
+    "One question, put to both runs, as tokens."
+
+    base: list[int]
+    source: list[int]
+    base_answer: list[int]  # What is true in the base run
+    source_answer: list[int]
+    question_ids: list[int]  # With which the base's prompt ends
+
+
+@dataclass(frozen=True)
 class _RunPair:
     "Two runs at one step."
 
@@ -149,59 +160,99 @@ class _RunPair:
     source_step: ExecutionStep
     last_line: int
 
-    def prompts(
-        self, lm: LM, variable: str, style: str
-    ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-        "Prompts of both runs, their true answers, and the base's question."
-        packs = []
-        for run, step in ((self.base, self.step), (self.source, self.source_step)):
-            question = StateQuestion(step, variable, step.after[variable], self.last_line)
-            packs.append(pack_questions(lm, run, [question], style))
-        first, second = packs
-        return (*(p.prompt_ids(0) for p in packs), first.truth_ids[0], second.truth_ids[0], first.question_ids[0])
+    def question(self, variable: str) -> StateQuestion:
+        "What the variable is in the base run."
+        return StateQuestion(self.step, variable, self.step.after[variable], self.last_line)
 
+    def prompts(self, lm: LM, variable: str, style: str) -> _RunPrompts:
+        "The question about a variable, put to both runs."
+        source_truth = self.source_step.after[variable]
+        source_question = StateQuestion(self.source_step, variable, source_truth, self.last_line)
+        base = pack_questions(lm, self.base, [self.question(variable)], style)
+        source = pack_questions(lm, self.source, [source_question], style)
+        return _RunPrompts(
+            base.prompt_ids(0), source.prompt_ids(0), base.truth_ids[0], source.truth_ids[0], base.question_ids[0]
+        )
 
+# %% ../../nbs/patching/state_swaps.ipynb #65e313f2
 def _other_variable(pair: _RunPair, variable: str) -> str | None:
     "Another variable that can be asked for; first one that differs between the runs."
-    names = [
-        n for n, value in pair.step.after.items() if n != variable and is_asked(value) and n in pair.source_step.after
-    ]
-    differing = [n for n in names if pair.step.after[n].text != pair.source_step.after[n].text]
-    of_value = pair.source_step.after[variable].text
-    among = [n for n in differing or names if pair.step.after[n].text != of_value]
-    return among[-1] if among else None
+    values = pair.step.after
+    source_values = pair.source_step.after
+    names = [name for name in values if name != variable and is_asked(values[name]) and name in source_values]
+    differing = [name for name in names if values[name].text != source_values[name].text]
+    swapped_in = source_values[variable].text
+    candidates = [name for name in differing or names if values[name].text != swapped_in]
+    return candidates[-1] if candidates else None
 
-# %% ../../nbs/patching/state_swaps.ipynb #1d2168b8
+
+def _other_question(
+    lm: LM, pair: _RunPair, variable: str, sources: set[str], style: str
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    "Prompts of both runs about another variable, and where its line ends: the last three fields of a `SwapCase`."
+    name = _other_variable(pair, variable)
+    if name is None:
+        return (), (), -1
+    line = 0 if name in sources else _last_line_of(pair.base, pair.step, name)
+    position = program_places(lm, pair.base, style, line, name)["line"] if line else -1
+    prompts = pair.prompts(lm, name, style)
+    if len(prompts.base) != len(prompts.source):
+        return (), (), position
+    return tuple(prompts.base), tuple(prompts.source), position
+
+# %% ../../nbs/patching/state_swaps.ipynb #69cf51b5
 def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[str], style: str) -> SwapCase | None:
     "A case, or None where the two runs do not line up."
-    base, source, truth, other_truth, question_ids = pair.prompts(lm, variable, style)
-    apart = _one_token_apart(truth, other_truth)
-    if apart is None or len(base) != len(source):
+    prompts = pair.prompts(lm, variable, style)
+    difference = _one_token_apart(prompts.base_answer, prompts.source_answer)
+    if difference is None or len(prompts.base) != len(prompts.source):
         return None
-    start = len(base) - len(question_ids)
+    shared_ids, answer_ids = difference
+    start = len(prompts.base) - len(prompts.question_ids)
     positions = program_places(lm, pair.base, style, pair.step.line, variable)
-    positions |= {"query": start + query_token(lm, question_ids, variable), "final": len(base) + len(apart[0]) - 1}
-    other_name = _other_variable(pair, variable)
-    asked = pair.prompts(lm, other_name, style)[:2] if other_name else ((), ())
-    other_line = _last_line_of(pair.base, pair.step, other_name) if other_name and other_name not in sources else 0
-    other_position = (
-        program_places(lm, pair.base, style, other_line, other_name)["line"] if other_name and other_line else -1
-    )
-    if len(asked[0]) != len(asked[1]):
-        asked = ((), ())
-    question = StateQuestion(pair.step, variable, pair.step.after[variable], pair.last_line)
+    positions["query"] = start + query_token(lm, prompts.question_ids, variable)
+    positions["final"] = len(prompts.base) + len(shared_ids) - 1
+    other_base, other_source, other_position = _other_question(lm, pair, variable, sources, style)
     return SwapCase(
         program=pair.base.program.name,
-        question=question,
+        question=pair.question(variable),
         depth=depth,
-        base=tuple(base + apart[0]),
-        source=tuple(source + apart[0]),
-        answer_ids=apart[1],
+        base=(*prompts.base, *shared_ids),
+        source=(*prompts.source, *shared_ids),
+        answer_ids=answer_ids,
         positions=positions,
-        other_base=tuple(asked[0]),
-        other_source=tuple(asked[1]),
+        other_base=other_base,
+        other_source=other_source,
         other_position=other_position,
     )
+
+# %% ../../nbs/patching/state_swaps.ipynb #0118ad76
+def _is_changed_by_input(step: ExecutionStep, source_step: ExecutionStep, variable: str) -> bool:
+    "Can the variable be asked for after this step in both runs, and does it differ between them?"
+    value = step.after.get(variable)
+    source_value = source_step.after.get(variable)
+    if value is None or source_value is None or value.text == source_value.text:
+        return False
+    return is_asked(value) and is_asked(source_value)
+
+
+def _cases_of_runs(lm: LM, base: Execution, source: Execution, style: str) -> Iterator[SwapCase]:
+    "Every variable that its line changed, to different values in the two runs."
+    depths = state_depths(base)
+    sources = state_sources(base)
+    last_line = 0
+    for step, source_step in _steps_in_both(base, source):
+        last_line = max(last_line, step.line)
+        pair = _RunPair(base, source, step, source_step, last_line)
+        for variable in step.changed:
+            if not _is_changed_by_input(step, source_step, variable):
+                continue
+            depth = depths[step.step, variable]
+            if depth < 2 and not base.program.call:
+                continue  # the line itself differs
+            case = _swap_case(lm, pair, variable, depth, sources[step.step, variable], style)
+            if case is not None:
+                yield case
 
 # %% ../../nbs/patching/state_swaps.ipynb #d2c8f1b6
 def swap_cases(
@@ -218,42 +269,19 @@ def swap_cases(
     runs = iter(record_executions([program for programs in inputs for program in programs], limits))
     cases = []
     for execution, programs in zip(executions, inputs):
-        found: dict[tuple[int, str], SwapCase] = {}
+        case_by_variable: dict[tuple[int, str], SwapCase] = {}
         for source in [next(runs) for _ in programs]:
             for case in _cases_of_runs(lm, execution, source, style):
-                found.setdefault((case.question.step.line, case.question.variable), case)
-        deepest = sorted(found.values(), key=_shallowness)
-        cases += deepest[:per_program]
+                case_by_variable.setdefault((case.question.step.line, case.question.variable), case)
+        cases += sorted(case_by_variable.values(), key=_shallowness)[:per_program]
     return cases
 
 
 def _shallowness(case: SwapCase) -> int:
     return -case.depth
 
-# %% ../../nbs/patching/state_swaps.ipynb #16052f65
-def _cases_of_runs(lm: LM, base: Execution, source: Execution, style: str) -> Iterator[SwapCase]:
-    "Every variable that its line changed, to different values in the two runs."
-    depths = state_depths(base)
-    sources = state_sources(base)
-    last_line = 0
-    for step, source_step in _steps_in_both(base, source):
-        last_line = max(last_line, step.line)
-        for variable in step.changed:
-            value = step.after.get(variable)
-            source_value = source_step.after.get(variable)
-            if value is None or source_value is None or value.text == source_value.text:
-                continue
-            if not is_asked(value) or not is_asked(source_value):
-                continue
-            if depths[step.step, variable] < 2 and not base.program.call:
-                continue  # the line itself differs
-            pair = _RunPair(base, source, step, source_step, last_line)
-            case = _swap_case(lm, pair, variable, depths[step.step, variable], sources[step.step, variable], style)
-            if case is not None:
-                yield case
-
 # %% ../../nbs/patching/state_swaps.ipynb #e5fd7a10
-def _top_and_share(lm: LM, cases: Sequence[SwapCase]) -> tuple[np.ndarray, np.ndarray]:
+def _tops_and_differences(lm: LM, cases: Sequence[SwapCase]) -> tuple[np.ndarray, np.ndarray]:
     "Top tokens of both plain runs of each case, and the logit difference of its answers."
     logits = lm.logits([list(run) for case in cases for run in (case.base, case.source)]).double().cpu()
     ids = torch.tensor([case.answer_ids for case in cases for _ in range(2)])
@@ -294,7 +322,7 @@ def run_state_swaps(
     cases: Sequence[SwapCase],
 ) -> pd.DataFrame:  # One row a case, place and layer: `flips, effect, others_kept, known`
     "Swap the residual stream at every place and layer."
-    tops, plain = _top_and_share(lm, cases)
+    tops, plain = _tops_and_differences(lm, cases)
     grids = _swept_answers(lm, cases)
     kept = _others_kept(lm, cases)
     rows = []
@@ -349,6 +377,17 @@ def choose_swap_layers(
 SWAP_KINDS = ("other run", "random", "same answer", "another variable's place")
 
 
+@dataclass(frozen=True, eq=False)
+class _ControlledSwap:
+    "One state that is put into a run."
+
+    kind: str  # Of `SWAP_KINDS`
+    place: str  # That the state is of
+    layer: int
+    position: int  # Where it is put
+    state: Float[Tensor, "d_model"]
+
+# %% ../../nbs/patching/state_swaps.ipynb #0c798a46
 def _same_answer_state(lm: LM, cases: Sequence[SwapCase], i: int, place: str, layer: int) -> Tensor | None:
     "The state at this place of another program's run that has the base's answer."
     for case in [*cases[i + 1 :], *cases[:i]]:
@@ -360,8 +399,10 @@ def _same_answer_state(lm: LM, cases: Sequence[SwapCase], i: int, place: str, la
     return None
 
 
-def _swap_rows(lm: LM, cases: Sequence[SwapCase], i: int, layers: Mapping[str, int], seed: int):
-    "Kind, place, target and state of all swaps of one case."
+def _swaps_of_case(
+    lm: LM, cases: Sequence[SwapCase], i: int, layers: Mapping[str, int], seed: int
+) -> Iterator[_ControlledSwap]:
+    "All swaps of one case: the other run's state and its controls."
     case = cases[i]
     states = _site_states(lm, case.source, "resid_pre")
     rng = np.random.default_rng([seed, i])
@@ -371,15 +412,15 @@ def _swap_rows(lm: LM, cases: Sequence[SwapCase], i: int, layers: Mapping[str, i
         position = case.positions[place]
         state = states[layer][position, 0]
         noise = torch.from_numpy(rng.standard_normal(state.shape)).to(state)
-        yield "other run", place, (layer, 0, position), state
-        yield "random", place, (layer, 0, position), noise * state.norm() / noise.norm()
+        yield _ControlledSwap("other run", place, layer, position, state)
+        yield _ControlledSwap("random", place, layer, position, noise * state.norm() / noise.norm())
         same = _same_answer_state(lm, cases, i, place, layer)
         if same is not None:
-            yield "same answer", place, (layer, 0, position), same
+            yield _ControlledSwap("same answer", place, layer, position, same)
         if case.other_position >= 0 and place in PROGRAM_PLACES:
-            yield "another variable's place", place, (layer, 0, case.other_position), state
+            yield _ControlledSwap("another variable's place", place, layer, case.other_position, state)
 
-# %% ../../nbs/patching/state_swaps.ipynb #988b883a
+# %% ../../nbs/patching/state_swaps.ipynb #f4d0d860
 def run_swap_controls(
     lm: LM,
     cases: Sequence[SwapCase],
@@ -391,15 +432,30 @@ def run_swap_controls(
     "Swaps at the chosen layers, beside states that should not carry the answer."
     rows = []
     for i in progress(list(numbers), desc="controls of swaps"):
-        swaps = list(_swap_rows(lm, cases, i, layers, seed))
-        _, logits = patch_states(lm, cases[i].base, "resid_pre", [t for *_, t, _ in swaps], [s for *_, s in swaps])
-        tops = logits.argmax(-1).tolist()
-        for (kind, place, (layer, *_), _), top in zip(swaps, tops):
-            row = {"kind": kind, "place": place, "layer": layer, "flips": top == cases[i].answer_ids[1]}
+        swaps = list(_swaps_of_case(lm, cases, i, layers, seed))
+        targets = [(swap.layer, 0, swap.position) for swap in swaps]
+        _, logits = patch_states(lm, cases[i].base, "resid_pre", targets, [swap.state for swap in swaps])
+        for swap, top in zip(swaps, logits.argmax(-1).tolist()):
+            row = {"kind": swap.kind, "place": swap.place, "layer": swap.layer, "flips": top == cases[i].answer_ids[1]}
             rows.append(_case_facts(i, cases[i]) | row)
     return pd.DataFrame(rows, columns=None if rows else ["kind", "place", "layer", "program", "case", "flips"])
 
-# %% ../../nbs/patching/state_swaps.ipynb #a1e60eda
+# %% ../../nbs/patching/state_swaps.ipynb #988b883a
+def _gain_over_control(
+    flips: pd.DataFrame,  # A row a case, a column a kind of swap
+    control: str,  # Of `SWAP_KINDS`
+) -> dict:
+    "Rates of both kinds of swap, and their difference with interval and p, over the cases that have both."
+    both = flips[["other run", control]].dropna()
+    gain = both["other run"] - both[control]
+    programs = both.index.get_level_values("program").to_numpy()
+    low, high = bootstrap_interval(gain.to_numpy(), programs) if len(gain) else (np.nan, np.nan)
+    row = {"control": control, "n": len(gain), "programs": len(set(programs))}
+    row |= {"used": both["other run"].mean(), "flips": both[control].mean()}
+    row |= {"gain": gain.mean(), "gain_low": low, "gain_high": high}
+    return row | {"p": gain_p(gain, programs)}
+
+
 def swap_gains(
     controls: pd.DataFrame,  # From `run_swap_controls`
 ) -> pd.DataFrame:  # One row a place and control: rate of flips, and how much more the other run's state flips, with p
@@ -407,32 +463,13 @@ def swap_gains(
     rows = []
     for place, group in controls.groupby("place", sort=False):
         flips = group.pivot(index=["program", "case"], columns="kind", values="flips").astype(float)
-        for kind in SWAP_KINDS[1:]:
-            if kind not in flips:
-                continue
-            both = flips[["other run", kind]].dropna()
-            gain = both["other run"] - both[kind]
-            programs = both.index.get_level_values("program").to_numpy()
-            low, high = bootstrap_interval(gain.to_numpy(), programs) if len(gain) else (np.nan, np.nan)
-            row = {
-                "place": place,
-                "layer": int(group["layer"].iloc[0]),
-                "control": kind,
-                "n": len(gain),
-                "programs": len(set(programs)),
-            }
-            row |= {
-                "used": both["other run"].mean(),
-                "flips": both[kind].mean(),
-                "gain": gain.mean(),
-                "gain_low": low,
-                "gain_high": high,
-            }
-            rows.append(row | {"p": gain_p(gain, programs)})
+        place_and_layer = {"place": place, "layer": int(group["layer"].iloc[0])}
+        measured = [kind for kind in SWAP_KINDS[1:] if kind in flips]
+        rows += [place_and_layer | _gain_over_control(flips, kind) for kind in measured]
     columns = "place layer control n programs used flips gain gain_low gain_high p".split()
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/patching/state_swaps.ipynb #725402b4
+# %% ../../nbs/patching/state_swaps.ipynb #4d4d2107
 USED_NULLS = ("random", "same answer")  # States that do not hold the other run's value
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/phases/11_tracing.ipynb #66f187f6
 from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
 from ..core.records import read_records
@@ -52,6 +53,8 @@ from codetrace.patching.sweep import (
     strongest_heads,
 )
 from ..patching.traces import Trace, TraceOptions, trace_cases
+
+# %% ../../nbs/phases/11_tracing.ipynb #837efcb2
 from ..plots.patching import plot_head_grid, plot_metric_by_layer, plot_position_grid, plot_token_grid
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput

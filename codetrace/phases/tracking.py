@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/phases/10_tracking.ipynb #0cd025ee
 from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json
 from ..core.function_digest import function_digest
@@ -34,6 +35,8 @@ from ..plots.tracking import plot_accuracy
 from ..runs.claims import claim_row
 from ..runs.phases import Phase
 from ..runs.run import Run, open_run
+
+# %% ../../nbs/phases/10_tracking.ipynb #677b3ed1
 from codetrace.tasks.answer_accuracy import (
     accuracy_table,
     cell_accuracy,

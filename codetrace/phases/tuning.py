@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+# %% ../../nbs/phases/26_tuning.ipynb #0b240f22
 from ..core.errors import BadInput, look_up_name
 from ..core.files import digest_values, write_parquet
 from ..core.metrics import auroc
@@ -30,6 +31,8 @@ from ..planted.steering import STEERING_STUDY_NAME, SteeringStudy
 from ..runs.claims import claim_row
 from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
+
+# %% ../../nbs/phases/26_tuning.ipynb #79b53564
 from codetrace.sae.dataset import (
     LabelledActivations,
     labelled_samples,
@@ -78,7 +81,7 @@ def _latent_directions(choosing: LabelledActivations, pool: pd.DataFrame, n: int
         by_latent[layer, latent] = replace(direction, name=name)
     return list(by_latent.values())
 
-
+# %% ../../nbs/phases/26_tuning.ipynb #a867dc24
 def _probe_directions(choosing: LabelledActivations, layers: Iterable[int]) -> list[Direction]:
     "Difference of means and linear probe at some layers, fitted on the SAE split."
     searched = choosing.subset((choosing.rows["split"] == "sae").to_numpy())
@@ -394,6 +397,18 @@ def _conditions(config: TuningConfig, lm: LM) -> dict:
         "seed": config.seed,
     }
 
+
+def _tuning_tasks(tasks: Sequence[Problem], searched: Sequence[Problem]) -> dict:
+    "Which tasks the choice has seen, so that an evaluation can leave them out."
+    digests = []
+    for problem in (*tasks, *searched):
+        digests += problem_digests(problem)
+    return {
+        "tuned_on": [problem.task_id for problem in tasks],
+        "searched_on": [problem.task_id for problem in searched],
+        "seen_problems": sorted(digests),
+    }
+
 # %% ../../nbs/phases/26_tuning.ipynb #df5a4fa6
 def choose_and_freeze(
     study: SteeringStudy,
@@ -420,9 +435,7 @@ def choose_and_freeze(
         "problems": problems,
         "site": study.activations.site,
         "norms": norms.tolist(),
-        "tuned_on": [p.task_id for p in tasks],
-        "searched_on": [p.task_id for p in searched],
-        "seen_problems": sorted(digest for p in (*tasks, *searched) for digest in problem_digests(p)),
+        **_tuning_tasks(tasks, searched),
         "evaluations": len(evaluations),
     }
     digest = freeze_choice(folder, *encode_choice(best, directions, *controls, gate, **conditions))

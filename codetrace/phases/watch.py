@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_MORE_THAN_COMMONEST', 'NOT_MORE_THAN_BASELINES', 'NOT_USED', 'WATCH', 'question_style', 'answer_length',
-           'say_states', 'SaidResult', 'beyond_rules_test', 'count_said', 'said_sentence', 'said_claims',
+           'say_states', 'SaidResult', 'count_said', 'beyond_rules_test', 'said_sentence', 'said_claims',
            'watch_claims', 'watch_limitations', 'read_sentence', 'used_sentence', 'bugs_sentence', 'dreval_sentence',
            'watch_headline', 'read_claim', 'used_claims', 'with_read_and_used', 'agreement_table', 'listing_rows']
 
@@ -39,9 +39,6 @@ from ..tasks.watched_programs import DIGIT_GENERATORS
 from ..tasks.watching import watch_execution
 
 # %% ../../nbs/phases/14_watch.ipynb #d7ac5cfb
-_PROGRAMS_PER_UNIT = 5
-
-
 def question_style(style: str, source: str) -> str:
     "How variables are asked for: `auto` is `hash` for generated programs, which is how such programs ask, else `print`."
     if style != "auto":
@@ -55,6 +52,9 @@ def answer_length(answer_tokens: int, source: str, generators: Sequence[str]) ->
         return answer_tokens
     return 1 if source == "generated" and set(generators) <= set(DIGIT_GENERATORS) else 16
 
+# %% ../../nbs/phases/14_watch.ipynb #8db454af
+_PROGRAMS_PER_UNIT = 5
+
 
 def _say_part(lm: LM, executions: Sequence[Execution], style: str, max_new_tokens: int) -> pd.DataFrame:
     "One row a (program, step, variable) of a few programs."
@@ -64,7 +64,7 @@ def _say_part(lm: LM, executions: Sequence[Execution], style: str, max_new_token
         tables.append(with_line_facts(table, execution))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/phases/14_watch.ipynb #44069800
+
 def say_states(
     lm: LM,
     executions: Sequence[Execution],
@@ -76,9 +76,8 @@ def say_states(
     "Ask a model about every variable after every line of many programs."
     units = {}
     for start in range(0, len(executions), _PROGRAMS_PER_UNIT):
-        units[f"{start:06}"] = partial(
-            _say_part, lm, executions[start : start + _PROGRAMS_PER_UNIT], style, max_new_tokens
-        )
+        part = executions[start : start + _PROGRAMS_PER_UNIT]
+        units[f"{start:06}"] = partial(_say_part, lm, part, style, max_new_tokens)
     return compute_missing_units(folder, units, progress, "asking").drop(columns="unit")
 
 # %% ../../nbs/phases/14_watch.ipynb #89d9ad65
@@ -96,6 +95,24 @@ class SaidResult:
     p_beyond: float  # Of accuracy beyond rules against the commonest value there, on changed rows; NaN: no such rows
 
 
+def count_said(
+    states: pd.DataFrame,  # From `say_states`
+) -> SaidResult:
+    "Accuracy beside all rules, errors, first divergences and calibration."
+    changed = states[states["changed"].astype(bool)]
+    capped_depths = states.assign(depth=states["depth"].clip(upper=9))
+    return SaidResult(
+        states=states,
+        accuracy=state_accuracy(states),
+        by_kind=state_accuracy(states, ["kind"]),
+        by_depth=state_accuracy(capped_depths, ["depth"]),
+        errors=error_shares(changed),
+        divergences=divergence_table(states),
+        calibration=state_calibration(changed),
+        p_beyond=beyond_rules_test(states),
+    )
+
+# %% ../../nbs/phases/14_watch.ipynb #ba45d702
 def beyond_rules_test(
     table: pd.DataFrame,
     column: str = "correct",
@@ -107,28 +124,13 @@ def beyond_rules_test(
     gain = beyond[column].astype(float) - (beyond["truth"] == beyond["truth"].mode().iloc[0])
     return gain_p(gain, beyond["program"].to_numpy())
 
-# %% ../../nbs/phases/14_watch.ipynb #f872052a
-def count_said(
-    states: pd.DataFrame,  # From `say_states`
-) -> SaidResult:
-    "Accuracy beside all rules, errors, first divergences and calibration."
-    by_kind = state_accuracy(states, ["kind"])
-    by_depth = state_accuracy(states.assign(depth=states["depth"].clip(upper=9)), ["depth"])
-    return SaidResult(
-        states,
-        state_accuracy(states),
-        by_kind,
-        by_depth,
-        error_shares(states[states["changed"].astype(bool)]),
-        divergence_table(states),
-        state_calibration(states[states["changed"].astype(bool)]),
-        beyond_rules_test(states),
-    )
-
-# %% ../../nbs/phases/14_watch.ipynb #906e6343
+# %% ../../nbs/phases/14_watch.ipynb #4c4e526e
 def _changed_row(accuracy: pd.DataFrame) -> pd.Series:
     "The row of the variables that their line changed."
     return accuracy[accuracy["changed"].astype(bool)].iloc[0]
+
+
+NOT_MORE_THAN_COMMONEST = "not told apart from always saying the commonest value"
 
 
 def _said_verdict(row: pd.Series, p: float) -> str:
@@ -138,26 +140,37 @@ def _said_verdict(row: pd.Series, p: float) -> str:
     is_more = row["beyond"] > row["beyond_commonest"] and p <= SIGNIFICANCE_LEVEL
     return "more often than the commonest value" if is_more else NOT_MORE_THAN_COMMONEST
 
+# %% ../../nbs/phases/14_watch.ipynb #906e6343
+def _beyond_phrase(row: pd.Series, p: float) -> str:
+    "Accuracy beyond the rules with its verdict; empty where there are no such values."
+    if not row["n_beyond"]:
+        return ""
+    beyond = format_with_interval(*row[["beyond", "beyond_low", "beyond_high"]])
+    commonest = f"commonest value {row['beyond_commonest']:.2f}"
+    return f"; beyond rules {beyond} of {row['n_beyond']} ({commonest}), {_said_verdict(row, p)}, p = {p:.3f}"
 
-NOT_MORE_THAN_COMMONEST = "not told apart from always saying the commonest value"
+
+def _unchanged_phrase(accuracy: pd.DataFrame) -> str:
+    "Accuracy on the variables that a line left alone; empty where there are none."
+    unchanged = accuracy[~accuracy["changed"].astype(bool)]
+    if not len(unchanged):
+        return ""
+    share = format_with_interval(*unchanged.iloc[0][["accuracy", "accuracy_low", "accuracy_high"]])
+    return f"; of those it left alone {share}"
 
 
 def said_sentence(result: SaidResult) -> str:
     "What is said, beside its baselines, and where it first goes wrong."
     row = _changed_row(result.accuracy)
     accuracy = format_with_interval(*row[["accuracy", "accuracy_low", "accuracy_high"]])
-    text = f"Of the values that a line changed, {accuracy} are said right ({row['n']} in {row['programs']} programs; the best rule or constant {row['baseline']:.2f})"
-    if row["n_beyond"]:
-        beyond = format_with_interval(*row[["beyond", "beyond_low", "beyond_high"]])
-        verdict = _said_verdict(row, result.p_beyond)
-        text += f"; beyond rules {beyond} of {row['n_beyond']} (commonest value {row['beyond_commonest']:.2f}), {verdict}, p = {result.p_beyond:.3f}"
-    unchanged = result.accuracy[~result.accuracy["changed"].astype(bool)]
-    if len(unchanged):
-        left = format_with_interval(*unchanged.iloc[0][["accuracy", "accuracy_low", "accuracy_high"]])
-        text += f"; of those it left alone {left}"
     diverged = result.divergences["step"].dropna()
-    where = f", at step {diverged.median():.0f} in the median" if len(diverged) else ""
-    return f"{text}; {len(diverged)} of {len(result.divergences)} programs diverge{where}."
+    median_step = f", at step {diverged.median():.0f} in the median" if len(diverged) else ""
+    return (
+        f"Of the values that a line changed, {accuracy} are said right "
+        f"({row['n']} in {row['programs']} programs; the best rule or constant {row['baseline']:.2f})"
+        f"{_beyond_phrase(row, result.p_beyond)}{_unchanged_phrase(result.accuracy)}; "
+        f"{len(diverged)} of {len(result.divergences)} programs diverge{median_step}."
+    )
 
 # %% ../../nbs/phases/14_watch.ipynb #343288a1
 def said_claims(result: SaidResult) -> list[dict]:
@@ -183,14 +196,14 @@ def said_claims(result: SaidResult) -> list[dict]:
         )
     return claims
 
-
+# %% ../../nbs/phases/14_watch.ipynb #7cd5a132
 def watch_claims(
     manifest: Mapping,  # Of a run of this phase
 ) -> list[dict]:  # As `claim_row` gives them
     "The claims that the run wrote."
     return read_stored_claims(manifest)
 
-# %% ../../nbs/phases/14_watch.ipynb #24b5f686
+
 def watch_limitations(
     manifest: Mapping,  # Of a run of this phase
 ) -> list[str]:
@@ -204,6 +217,9 @@ def watch_limitations(
     ]
 
 # %% ../../nbs/phases/14_watch.ipynb #41c9f6f2
+NOT_MORE_THAN_BASELINES = "not measurably more than what can be read without the model's computation"
+
+
 def read_sentence(result: ReadResult) -> str:
     "What the chosen probe reads, beside its strongest baseline."
     cell = result.cell
@@ -216,8 +232,7 @@ def read_sentence(result: ReadResult) -> str:
         f"control task {cell['control_accuracy']:.2f}; {verdict} (the strongest, {closest['baseline']}, {closest['accuracy']:.2f}, gain {gain})."
     )
 
-
-NOT_MORE_THAN_BASELINES = "not measurably more than what can be read without the model's computation"
+# %% ../../nbs/phases/14_watch.ipynb #7d8641a9
 NOT_USED = "not measurably used"
 
 
@@ -239,7 +254,7 @@ def used_sentence(result: UsedResult) -> str:
     places = [_place_sentence(result, place) for place in result.gains["place"].unique()]
     return f"Used ({result.n_known} of {result.n_cases} pairs of runs known): {'; '.join(places)}."
 
-# %% ../../nbs/phases/14_watch.ipynb #775d8e03
+# %% ../../nbs/phases/14_watch.ipynb #1454eeec
 def bugs_sentence(
     summary: pd.DataFrame,  # From `bug_summary`
 ) -> str:
@@ -259,7 +274,7 @@ def dreval_sentence(
     parts = [f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in scores.dropna().itertuples()]
     return f"DREval, {scores['programs'].iloc[0]} programs, percent: {', '.join(parts)}."
 
-
+# %% ../../nbs/phases/14_watch.ipynb #341845da
 def watch_headline(
     said: SaidResult,
     read: Sequence[ReadResult] = (),
@@ -267,8 +282,10 @@ def watch_headline(
     further: Sequence[str] = (),  # Sentences about bugs and DREval
 ) -> str:
     "What is said, read and used, in one line."
-    parts = [said_sentence(said), *map(read_sentence, read)]
-    return " ".join([*parts, *([used_sentence(used)] if used else []), *further])
+    sentences = [said_sentence(said), *map(read_sentence, read)]
+    if used:
+        sentences.append(used_sentence(used))
+    return " ".join([*sentences, *further])
 
 # %% ../../nbs/phases/14_watch.ipynb #7379b09d
 def read_claim(result: ReadResult) -> dict:
@@ -286,7 +303,7 @@ def read_claim(result: ReadResult) -> dict:
         without_verdict=NOT_MORE_THAN_BASELINES,
     )
 
-
+# %% ../../nbs/phases/14_watch.ipynb #357d3d1b
 def used_claims(result: UsedResult) -> list[dict]:
     "What swaps of the state do at each place."
     claims = []
@@ -328,7 +345,7 @@ def with_read_and_used(
         states = states.merge(columns, how="left", on=key)
     return states
 
-
+# %% ../../nbs/phases/14_watch.ipynb #9d53fbd3
 def agreement_table(
     table: pd.DataFrame,  # From `with_read_and_used`
 ) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from .style import GREY, caption_below, count_in_caption, figure_style, panel_grid, range_frame
 
-# %% ../../nbs/plots/watching.ipynb #a162dc85
+# %% ../../nbs/plots/watching.ipynb #236c3d0b
 LISTING_COLUMNS = ("truth", "said", "read", "used")
 _LONGEST_CODE = 44
 _LONGEST_CELL = 12
@@ -25,7 +25,23 @@ def _cut_text(text: object, longest: int) -> str:
     text = "" if text is None or text != text else str(text)
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
+# %% ../../nbs/plots/watching.ipynb #409090c6
+def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str], places: Sequence[float]):
+    "One executed line."
+    visit = f"·{row['visit']}" if row["visit"] > 1 else ""
+    style = {"fontsize": 7, "va": "center"}
+    ax.text(0, y, f"{row['line']}{visit}", color=GREY, **style)
+    ax.text(5, y, _cut_text(row["code"], _LONGEST_CODE), family="monospace", **style)
+    ax.text(places[0], y, _cut_text(row["variable"], _LONGEST_CELL), family="monospace", **style)
+    for place, name in zip(places[1:], columns):
+        is_wrong = name in ("said", "read") and str(row[name]) != str(row["truth"])
+        emphasis = {"color": "tab:red", "weight": "bold"} if is_wrong else {"color": "k", "weight": "normal"}
+        ax.text(place, y, _cut_text(row[name], _LONGEST_CELL), family="monospace", **emphasis, **style)
+    if row["diverges"]:
+        ax.annotate("◀", (places[-1] - 3, y), fontsize=7, va="center", annotation_clip=False)
+        ax.axhspan(y - 0.5, y + 0.5, color="0.92", zorder=0)
 
+# %% ../../nbs/plots/watching.ipynb #a162dc85
 def plot_listing(
     rows: pd.DataFrame,  # One row an executed line: `line, visit, code, variable`, `LISTING_COLUMNS`, `diverges`
     caption: str = "",
@@ -35,11 +51,10 @@ def plot_listing(
 
     columns = [name for name in LISTING_COLUMNS if name in rows]
     with figure_style():
-        fig, ax = plt.subplots(
-            figsize=(2 + 0.055 * max(map(len, rows["code"])) + 0.9 * len(columns), 0.17 * len(rows) + 0.8),
-            layout="constrained",
-        )
-        width = 8 + 1.1 * min(_LONGEST_CODE, max(map(len, rows["code"])))
+        longest_line = max(map(len, rows["code"]))
+        size = (2 + 0.055 * longest_line + 0.9 * len(columns), 0.17 * len(rows) + 0.8)
+        fig, ax = plt.subplots(figsize=size, layout="constrained")
+        width = 8 + 1.1 * min(_LONGEST_CODE, longest_line)
         places = [width + 13 * k for k in range(len(columns) + 2)]
         ax.set(xlim=(0, places[-1]), ylim=(len(rows) - 0.5, -1.8))
         ax.axis("off")
@@ -51,30 +66,6 @@ def plot_listing(
         plt.close(fig)
     return fig
 
-# %% ../../nbs/plots/watching.ipynb #2ce86c0f
-def _draw_listing_row(ax: Axes, y: int, row: dict, columns: Sequence[str], places: Sequence[float]):
-    "One executed line."
-    visit = f"·{row['visit']}" if row["visit"] > 1 else ""
-    style = {"fontsize": 7, "va": "center"}
-    ax.text(0, y, f"{row['line']}{visit}", color=GREY, **style)
-    ax.text(5, y, _cut_text(row["code"], _LONGEST_CODE), family="monospace", **style)
-    ax.text(places[0], y, _cut_text(row["variable"], _LONGEST_CELL), family="monospace", **style)
-    for k, name in enumerate(columns, 1):
-        is_wrong = name in ("said", "read") and str(row[name]) != str(row["truth"])
-        text = _cut_text(row[name], _LONGEST_CELL)
-        ax.text(
-            places[k],
-            y,
-            text,
-            color="tab:red" if is_wrong else "k",
-            family="monospace",
-            weight="bold" if is_wrong else "normal",
-            **style,
-        )
-    if row["diverges"]:
-        ax.annotate("◀", (places[-1] - 3, y), fontsize=7, va="center", annotation_clip=False)
-        ax.axhspan(y - 0.5, y + 0.5, color="0.92", zorder=0)
-
 # %% ../../nbs/plots/watching.ipynb #1ecdc538
 def plot_state_accuracy(
     table: pd.DataFrame,  # One row a level: as `state_accuracy` gives it, of rows that their line changed
@@ -84,12 +75,17 @@ def plot_state_accuracy(
     "Accuracy of what is said with its interval by level: all rows, and those beyond the rules."
     levels = [str(level) for level in table[by]]
     places = np.arange(len(table))
-    text = f"{caption} Black: all, {count_in_caption(table['programs'].max())}; grey bar: the best shallow rule or the commonest value. Open: beyond rules. 95% bootstrap intervals over programs."
+    text = (
+        f"{caption} Black: all, {count_in_caption(table['programs'].max())}; "
+        "grey bar: the best shallow rule or the commonest value. Open: beyond rules. "
+        "95% bootstrap intervals over programs."
+    )
     with panel_grid(1, 1, 3.4, 0.22 * len(table) + 0.7, text) as axes:
         ax = axes[0, 0]
         ax.barh(places, table["baseline"], height=0.55, color="0.88", zorder=0)
         _draw_dots(ax, table, "accuracy", places - 0.12, "k")
-        _draw_dots(ax, table[table["n_beyond"] > 0], "beyond", places[table["n_beyond"] > 0] + 0.2, "w")
+        has_beyond = table["n_beyond"] > 0
+        _draw_dots(ax, table[has_beyond], "beyond", places[has_beyond] + 0.2, "w")
         counts = [f"{level}  ({n})" for level, n in zip(levels, table["n"])]
         ax.set_yticks(places, counts, fontsize=7)
         ax.set(xlim=(-0.02, 1.02), xticks=[0, 0.5, 1], ylim=(len(table) - 0.4, -0.6), xlabel="said is true")
@@ -138,7 +134,8 @@ def plot_read_and_used(
     panels = list(table.groupby("place", sort=False))
     last = int(table["layer"].max())
     text = (
-        f"{caption} Black: accuracy of a linear probe beyond rules; dash-dotted: the control task; dotted: the logit lens; blue, dashed: swaps of the state that bring the other run's value. "
+        f"{caption} Black: accuracy of a linear probe beyond rules; dash-dotted: the control task; "
+        "dotted: the logit lens; blue, dashed: swaps of the state that bring the other run's value. "
         "95% bootstrap intervals over programs."
     )
     with panel_grid(len(panels), 3, 1.9, 1.6, text) as axes:
