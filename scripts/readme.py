@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 HOME = Path(__file__).resolve().parents[1]
@@ -86,16 +87,42 @@ def record_link(name: str, text: str) -> str:
     return f"[{text}](../runs/reference/{name}/notebook.ipynb)"
 
 
-def tracking_finding(name: str) -> str:
-    "What SmolLM2 answers, beside the best shallow rule."
-    manifest = record(name)
-    rows = [row for row in manifest["summary"] if row["task"] == "variable_binding" and row["examples"] == 2]
-    count = sum(row["n"] for row in rows)
-    rule = sum(row["n"] * float(row["best baseline"]) for row in rows) / count
-    accuracy = re.search(r"variable_binding ([\d.]+ \[[^\]]*\])", manifest["headline"])[1]
+def beyond_rules(name: str) -> tuple[str, str, str]:
+    "What a model says of values that no rule gives: accuracy, how many values, share of the commonest."
+    match = re.search(
+        r"beyond rules ([\d.]+ \[[^\]]*\]) of (\d+) \(commonest value ([\d.]+)\)", record(name)["headline"]
+    )
+    return match[1], match[2], match[3]
+
+
+def strongest_swap(name: str, places: tuple[str, ...]) -> tuple[pd.Series, str]:
+    "The cell of some places whose swap changes most answers, and its share with the interval."
+    used = pd.read_parquet(RECORDS / name / "used.parquet")
+    used = used[used["place"].isin(places)].reset_index(drop=True)
+    cell = used.loc[used["used"].idxmax()]
+    return cell, f"{cell['used']:.2f} [{cell['used_low']:.2f}, {cell['used_high']:.2f}]"
+
+
+def read_at(name: str, place: str) -> tuple[str, int]:
+    "What a probe reads beyond rules at a place, at the layer chosen on other programs."
+    read = pd.read_parquet(RECORDS / name / "read_value.parquet").query("place == @place").reset_index(drop=True)
+    cell = read.loc[read["when_chosen"].idxmax()]
+    return f"{cell['accuracy']:.2f} [{cell['accuracy_low']:.2f}, {cell['accuracy_high']:.2f}]", int(cell["layer"])
+
+
+def watch_finding(untaught: str, taught: str) -> str:
+    "What SmolLM2 says of variables before and after it was taught, and which states the answer comes from."
+    before, n_before, commonest_before = beyond_rules(untaught)
+    after, n_after, commonest_after = beyond_rules(taught)
+    long, short = (record(name)["parameters"]["program_lines"][0] for name in (untaught, taught))
+    last, at_last = strongest_swap(taught, ("final",))
+    _, at_line = strongest_swap(taught, ("variable", "line", "line end"))
+    readable, layer = read_at(taught, "line")
     return (
-        f"**A small model guesses.** Asked for a variable after two solved examples, SmolLM2 is right in {accuracy} of {count} programs; "
-        f"the best shallow rule of each kind of program is right in {rule:.2f} ({record_link(name, 'record')})."
+        f"**A small model guesses; taught to follow variables, it looks them up when asked.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
+        f"in programs of {long} lines (always the commonest value: {commonest_before}; n = {n_before}); taught to follow references, {after} in programs of {short} ({commonest_after}; n = {n_after}). Put another run's state at the last token (layer {last['layer']:.0f}), "
+        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs; put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({readable} at layer {layer}) "
+        f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')})."
     )
 
 
@@ -145,9 +172,9 @@ def write_findings() -> None:
     image = next(output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output["data"])
     (NOTEBOOKS / "finding.png").write_bytes(base64.b64decode("".join(image)))
     findings = [
-        tracking_finding("tracking/20261122T002252652Z-2c8bf046"),
+        watch_finding("watch/20261129T035747375Z-e239d719", "watch/20261129T035417847Z-2472f037"),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
-        pregeneration_finding("pregeneration/20261128T183744719Z-c90a6dd5"),
+        pregeneration_finding("pregeneration/20261129T044208765Z-057355f1"),
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"

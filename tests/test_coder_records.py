@@ -1,10 +1,13 @@
 "What the records of the code model's study say, computed again from their tables with other libraries."
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 from statsmodels.stats.proportion import proportion_confint
 
 from codetrace.runs.manifest import reference_runs
@@ -81,3 +84,61 @@ def test_the_probe_beats_its_baselines_and_chance_by_a_count_of_our_own(foretold
     assert told["value"] == pytest.approx(np.mean(gaps), abs=0.01)
     assert told["low"] < np.quantile(gaps, 0.025) + 0.01 and np.quantile(gaps, 0.025) > 0  # simultaneous: wider
     assert f"AUROC {areas.loc[areas['name'] == 'probe', 'value'].iloc[0]:.2f}" in manifest["headline"]
+
+
+@pytest.fixture(scope="module")
+def validated(answers) -> tuple[dict, pd.DataFrame]:
+    "The judgement of latents on held-out tasks: its manifest, and the scores of each answer."
+    manifest = reference_runs("validation")[-1]
+    assert answers[0]["run_id"] in [read["run_id"] for read in manifest["inputs"]]
+    return manifest, pd.read_parquet(f"{manifest['folder']}/scores.parquet")
+
+
+def test_the_labels_that_latents_are_judged_by_are_the_verdicts(validated, foretold, answers):
+    _, scores = validated
+    passed = answers[1].set_index("task_id")["verdict"].eq("passed")
+    assert (scores.set_index("task_id")["label"] == passed.reindex(scores["task_id"])).all()
+    held_out = foretold[1][foretold[1]["set"] == "validation"]
+    assert set(scores["task_id"]) == set(held_out["task_id"]), "both were judged on the same tasks"
+
+
+def test_measures_of_latents_and_baselines_are_those_of_sklearn(validated):
+    manifest, scores = validated
+    told = pd.read_parquet(f"{manifest['folder']}/validation.parquet")
+    told = told[told["target"] == "correct"].pivot(index="name", columns="measure", values="value")
+    label = scores["label"].to_numpy()
+    choices = json.loads((Path(manifest["folder"]) / "choice.json").read_text())
+    assert len(choices) == len(told) and sum(choice["baseline"] for choice in choices) >= 9
+    for choice in choices:
+        name, score = choice["name"], scores[choice["name"]]
+        if "random latents" in name:  # the mean of twenty of them
+            continue
+        assert told.loc[name, "AUROC"] == pytest.approx(roc_auc_score(label, score), abs=1e-6), name
+        assert told.loc[name, "AUPRC"] == pytest.approx(average_precision_score(label, score), abs=1e-6), name
+        thresholds = choice["thresholds"]["correct"]
+        if len(thresholds) == 1:
+            predicted = score >= float(thresholds[0])
+            assert told.loc[name, "F1"] == pytest.approx(f1_score(label, predicted), abs=1e-6), name
+            assert told.loc[name, "MCC"] == pytest.approx(matthews_corrcoef(label, predicted), abs=1e-6), name
+
+
+def test_the_latent_is_told_from_chance_and_loses_to_the_probe(validated):
+    "A permutation of labels, and a bootstrap over groups of near-duplicates, written anew."
+    manifest, scores = validated
+    latent = next(name for name in scores if name.startswith("latent") and name.endswith("(correct)"))
+    label = scores["label"].to_numpy()
+    generator = np.random.default_rng(2)
+    shuffled = [roc_auc_score(generator.permutation(label), scores[latent]) for _ in range(300)]
+    assert max(shuffled) < roc_auc_score(label, scores[latent])
+    groups = [rows for _, rows in scores.groupby("group")]
+    gaps = []
+    for _ in range(200):
+        drawn = pd.concat([groups[i] for i in generator.integers(0, len(groups), len(groups))])
+        areas = [roc_auc_score(drawn["label"], drawn[name]) for name in (latent, "logistic probe")]
+        gaps.append(areas[0] - areas[1])
+    differences = pd.read_parquet(f"{manifest['folder']}/differences.parquet")
+    is_told = (differences["name"] == latent) & (differences["baseline"] == "logistic probe")
+    told = differences[is_told & (differences["measure"] == "AUROC") & (differences["target"] == "correct")].iloc[0]
+    assert told["value"] == pytest.approx(np.mean(gaps), abs=0.02)
+    assert told["high"] < 0 and np.quantile(gaps, 0.975) < 0
+    assert f"difference {told['value']:.2f}" in manifest["headline"]

@@ -110,7 +110,7 @@ def saved(tmp_path) -> States:
     keys = [(f"task {i}", 0.0, 0) for i in range(4)]
     parts = StateParts(tmp_path / "run" / "activations")
     states = torch.stack([torch.ones(4, 16), 2 * torch.ones(4, 16)], 1)
-    parts.append(keys, {"last_generated": states}, [("resid_mid", 1), ("resid_post", 1)])
+    parts.append(keys, {"last_generated": list(states)}, [("resid_mid", 1), ("resid_post", 1)])
     parts.finish(keys)
     pd.DataFrame({"task_id": [key[0] for key in keys]}).to_parquet(tmp_path / "run" / "samples.parquet")
     return States(tmp_path / "run")

@@ -19,6 +19,7 @@ from codetrace.patching.state_swaps import is_used, swap_cases, use_states
 from codetrace.phases.watch import beyond_rules_test, count_said, read_claim, said_claims, used_claims
 from codetrace.planted.binding import D_HEAD, load_binding_model
 from codetrace.runs.claims import adjust_claims
+from codetrace.runs.manifest import reference_runs
 from codetrace.tasks.dreval import dreval_truth, load_dreval, record_dreval
 from codetrace.tasks.execution import Execution, TracedProgram, record_executions
 from codetrace.tasks.state_accuracy import state_accuracy, with_line_facts
@@ -174,3 +175,22 @@ def test_questions_of_dreval_are_answered_by_what_is_recorded():
     assert np.mean([truth.values is not None for truth in truths]) > 0.95
     assert 0.3 < np.mean([truth.executed for truth in truths]) < 0.9
     assert all(truth.values == () for truth in truths if not truth.executed)
+
+
+@pytest.mark.parametrize("manifest", reference_runs("watch", model="binding"), ids=lambda manifest: manifest["run_id"])
+def test_what_the_record_says_of_the_taught_model_is_in_its_tables(manifest):
+    "Accuracy beyond rules, and what swaps do, counted again with pandas alone."
+    folder = Path(manifest["folder"])
+    states = pd.read_parquet(folder / "states.parquet")
+    beyond = states[states["beyond"] & states["changed"]]
+    assert len(beyond) > 200 and (beyond["said"] == beyond["truth"]).equals(beyond["correct"].astype(bool))
+    commonest = (beyond["truth"] == beyond["truth"].mode()[0]).mean()
+    told = f"of {len(beyond)} (commonest value {commonest:.2f})"
+    assert f"beyond rules {beyond['correct'].mean():.2f} [" in manifest["headline"] and told in manifest["headline"]
+    controls = pd.read_parquet(folder / "swap_controls.parquet")
+    flips = controls.groupby(["place", "kind"])["flips"].mean()
+    gains = pd.read_parquet(folder / "swap_gains.parquet")
+    assert len(gains) >= 10
+    for row in gains.itertuples():
+        assert row.used == pytest.approx(flips[row.place, "other run"])
+        assert row.flips == pytest.approx(flips[row.place, row.control])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunBusy', 'NoInputRun', 'DamagedRun', 'RunInterrupted', 'run_lock', 'stored_manifest', 'read_manifest', 'all_runs',
-           'find_run', 'changed_outputs', 'is_record_changed', 'reference_runs', 'shard_number', 'run_subject',
-           'complete_runs', 'newest_run', 'resolve_run', 'shard_runs', 'run_provenance']
+           'find_run', 'changed_outputs', 'is_record_changed', 'reference_runs', 'recorded_findings', 'shard_number',
+           'run_subject', 'complete_runs', 'newest_run', 'resolve_run', 'shard_runs', 'run_provenance']
 
 # %% ../../nbs/runs/manifest.ipynb #533f68b0
 import os
@@ -240,6 +240,20 @@ def reference_runs(
         if manifest["phase"] == phase and values == parameters:
             matches.append(manifest)
     return matches
+
+# %% ../../nbs/runs/manifest.ipynb #87722ffd
+def recorded_findings(
+    phase: str,  # Phase name
+) -> str:  # Markdown, with links as from a chapter of nbs/phases
+    "What the reference records of a phase found, an item each, the newest first."
+    items = []
+    for manifest in reversed(reference_runs(phase)):
+        model = Path((manifest.get("model") or {}).get("name", "")).name
+        problems = (manifest.get("problems") or {}).get("set", "")
+        subject = ", ".join(f"`{name}`" for name in (model, problems) if name)
+        link = f"[record](../../runs/reference/{phase}/{manifest['run_id']}/notebook.ipynb)"
+        items.append(f"* {subject}{': ' if subject else ''}{manifest['headline']} ({link})")
+    return "\n".join(items) or "No record of this phase is kept here."
 
 # %% ../../nbs/runs/manifest.ipynb #2973d10f
 def _is_complete_run_of(manifest: dict, phase: str) -> bool:
