@@ -103,11 +103,19 @@ def strongest_swap(name: str, places: tuple[str, ...]) -> tuple[pd.Series, str]:
     return cell, f"{cell['used']:.2f} [{cell['used_low']:.2f}, {cell['used_high']:.2f}]"
 
 
-def read_at(name: str, place: str) -> tuple[str, int]:
-    "What a probe reads beyond rules at a place, at the layer chosen on other programs."
+def random_swaps(name: str, place: str) -> float:
+    "How many answers a random state of the same norm turns into the other run's."
+    gains = pd.read_parquet(RECORDS / name / "swap_gains.parquet")
+    return float(gains.set_index(["place", "control"]).loc[(place, "random"), "flips"])
+
+
+def read_at(name: str, place: str) -> str:
+    "What a probe reads beyond rules at a place, at the layer chosen on other programs, beside its control task."
     read = pd.read_parquet(RECORDS / name / "read_value.parquet").query("place == @place").reset_index(drop=True)
     cell = read.loc[read["when_chosen"].idxmax()]
-    return f"{cell['accuracy']:.2f} [{cell['accuracy_low']:.2f}, {cell['accuracy_high']:.2f}]", int(cell["layer"])
+    accuracy = f"{cell['accuracy']:.2f} [{cell['accuracy_low']:.2f}, {cell['accuracy_high']:.2f}]"
+    counted = f"{cell['n_beyond']:.0f} values of {cell['programs']:.0f} programs"
+    return f"{accuracy} at layer {cell['layer']:.0f}, {counted}; control task {cell['control_accuracy']:.2f}"
 
 
 def watch_finding(untaught: str, taught: str) -> str:
@@ -117,11 +125,11 @@ def watch_finding(untaught: str, taught: str) -> str:
     long, short = (record(name)["parameters"]["program_lines"][0] for name in (untaught, taught))
     last, at_last = strongest_swap(taught, ("final",))
     _, at_line = strongest_swap(taught, ("variable", "line", "line end"))
-    readable, layer = read_at(taught, "line")
+    noise = f"{random_swaps(taught, 'final'):.2f}"
     return (
         f"**A small model guesses; taught to follow variables, it looks them up when asked.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
         f"in programs of {long} lines (always the commonest value: {commonest_before}; n = {n_before}); taught to follow references, {after} in programs of {short} ({commonest_after}; n = {n_after}). Put another run's state at the last token (layer {last['layer']:.0f}), "
-        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs; put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({readable} at layer {layer}) "
+        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({read_at(taught, 'line')}) "
         f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')})."
     )
 
