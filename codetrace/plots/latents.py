@@ -156,7 +156,7 @@ def _plot_shaded_code(ax, tokens: list[str], values: list[float], y: float, widt
         if column + len(text) > width:
             break
         shade = {"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6}
-        place = {"va": "center", "transform": ax.transAxes}
+        place = {"va": "center", "transform": ax.transAxes, "in_layout": False}
         ax.text(column / width, y, text, family="monospace", fontsize=6, bbox=shade, **place)
         column += len(text)
 
@@ -186,7 +186,8 @@ def _plot_activity_bar(ax, y: float, label: str, share: float):
 def _plot_latent_card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
-    place = {"va": "center", "transform": ax.transAxes}
+    # long lines must not make the layout narrow the card: shaded code would be drawn over itself
+    place = {"va": "center", "transform": ax.transAxes, "in_layout": False}
     title = f"latent {card['latent']}, layer {card['layer']}, {card['position'].replace('_', ' ')}"
     ax.text(0, 0.95, title, fontsize=8, weight="bold", **place)
     _plot_activity_bar(ax, 0.83, "correct", card["correct"])
@@ -195,7 +196,7 @@ def _plot_latent_card(ax, card: dict):
         ax.text(0, y, line, fontsize=7, **place)
     if card["promoted_tokens"]:
         tokens = "  ".join(repr(token)[1:-1] for token in card["promoted_tokens"][:6]).replace("$", r"\$")
-        ax.text(0, 0.38, f"promotes {tokens}", fontsize=7, style="italic", **place)
+        ax.text(0, 0.38, f"promotes {tokens}"[:64], fontsize=7, style="italic", **place)
     for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["top_examples"]):
         _plot_shaded_code(ax, tokens, values, y)
 
