@@ -19,7 +19,7 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
-TESTS = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
+TESTS = ["nice", sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
 TESTS += ["--dist", "loadfile", "--no-loadscope-reorder"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 FIRST = {

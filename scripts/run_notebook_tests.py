@@ -1,6 +1,6 @@
-"""nbdev's tests of all notebooks, two at a time, without drawing the figures that cells show.
+"""nbdev's tests of all notebooks, one after the other, without drawing the figures that cells show.
 
-Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything. Libraries are imported once, before the two processes part.
+Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything. Libraries are imported once, before the process of the notebooks begins.
 """
 
 import gc
@@ -24,4 +24,5 @@ if __name__ == "__main__":
     nbdev.test.CaptureShell = ShellWithoutPictures
     import_library()
     gc.freeze()  # garbage is not looked for among what libraries have made
-    sys.exit(nbdev.test.nbdev_test(n_workers=2, timing=True))
+    gc.set_threshold(20_000)
+    sys.exit(nbdev.test.nbdev_test(n_workers=1, timing=True))

@@ -394,7 +394,8 @@ def until(n: int):
     return progress
 
 
-@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 50, pytest.param(77, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a process that is killed, below, ends harder
+@pytest.mark.parametrize("at", [0, 50, 77])
 def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, at):
     with pytest.raises(Stop):
         written(tiny("llama"), items, tmp_path, until(at))

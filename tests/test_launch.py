@@ -58,6 +58,7 @@ def test_two_shards_are_the_whole_byte_for_byte(workspace):
     assert len(workspace.manifests()) == 5 and workspace.parts(workspace.manifests(-1)[-1]) == workspace.parts(single)
 
 
+@pytest.mark.slow  # chapter merge shows the same with a smaller phase
 def test_a_shard_that_fails_is_reported_and_only_it_runs_again(workspace, whole, tmp_path):
     obstacle = tmp_path / "obstacle"
     obstacle.touch()

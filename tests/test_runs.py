@@ -590,6 +590,7 @@ def test_a_read_only_disk(small_disk):
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
     "With the half a GB that Python takes, SmolLM2 in float32 needs more than one."
     asked = ["run", "1.0", "-q", "--problems", "basics", "--model", "smollm2", "-n", "2", "-p", "dtype=float32"]
@@ -597,9 +598,12 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     said = ("'smollm2' needs about 0.6 GB", "that the process holds, the limit is 1 GB", "--max-memory 2")
     assert all(words in done.stderr for words in said), done.stderr
-    for wrong in ("0", "0.1"):
-        done = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", wrong)
-        assert done.returncode == 2 and f"--max-memory is {wrong}: expected GB, 1 at least" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["0", "0.1"])
+def test_a_limit_that_python_alone_fills_is_refused(tmp_path, wrong):
+    done = codetrace(tmp_path, *STUDY, "-n", "2", "--max-memory", wrong)
+    assert done.returncode == 2 and f"--max-memory is {wrong}: expected GB, 1 at least" in done.stderr
 
 
 def test_cleaning_asks_and_leaves_what_is_written(ended, letters):

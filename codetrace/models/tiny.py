@@ -6,6 +6,7 @@
 __all__ = ['TINY_LAYERS', 'TINY_CONFIGS', 'freeze_weights', 'tiny_lm']
 
 # %% ../../nbs/models/tiny.ipynb #ef1f1c77
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ def freeze_weights(
     return hf.eval().requires_grad_(False)
 
 # %% ../../nbs/models/tiny.ipynb #1d25e7de
+@cache
+def _shared_tokenizer():
+    "SmolLM2's tokenizer, read once a process."
+    return load_tokenizer(smollm2_folder("tokenizer"))
+
+
 def tiny_lm(
     name: str,  # `tiny:` and a key of `TINY_CONFIGS`
     dtype: torch.dtype = torch.float32,
@@ -83,4 +90,4 @@ def tiny_lm(
     "A tiny model with SmolLM2's tokenizer."
     arch = look_up_name(name, {f"tiny:{arch}": arch for arch in TINY_CONFIGS}, "model")
     hf = freeze_weights(_build_tiny(name, arch, seed=0, attn=attn).to(device, dtype))
-    return LM(name, hf, load_tokenizer(smollm2_folder("tokenizer")), revision="seed=0", limits=limits)
+    return LM(name, hf, _shared_tokenizer(), revision="seed=0", limits=limits)

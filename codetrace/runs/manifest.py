@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -477,18 +478,22 @@ _RECORDED_PACKAGES = (
 )
 
 
+def _package_versions(names: Iterable[str]) -> dict[str, str]:
+    "Versions of the packages that are installed; the others are left out."
+    versions = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
 def run_provenance() -> dict:
     "Commit, package versions, interpreter and machine, as they are now."
     changes = _git_output("status", "--porcelain")
-    installed = {
-        package.metadata["Name"].lower(): package.version
-        for package in metadata.distributions()
-        if package.metadata["Name"]
-    }
     return {
         "commit": _git_output("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "packages": {name: installed[name] for name in _RECORDED_PACKAGES.split() if name in installed},
+        "packages": _package_versions(_RECORDED_PACKAGES.split()),
         "python": platform.python_version(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
