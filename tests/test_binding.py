@@ -79,6 +79,7 @@ def test_the_shipped_model_follows_references(taught):
     assert n == 39 and k / n >= 0.97, f"{k} of {n} right"
 
 
+@pytest.mark.slow
 def test_it_answers_plain_prompts_as_packed_ones(taught):
     asked = fresh(13, seed=2)
     plain = [b.program(row) for b in asked for row in range(len(b))]

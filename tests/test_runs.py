@@ -1388,16 +1388,15 @@ def test_facts_are_written_as_json_has_them(tmp_path):
     assert written["rows"] == [{"n": 4, "low": None, "shares": [0.5, None]}]
 
 
-def test_a_package_without_a_name_stops_no_run(monkeypatch):
+def test_a_package_without_metadata_stops_no_run(tmp_path, monkeypatch):
     "What an interrupted uninstallation leaves behind."
-    from importlib import metadata
-    from types import SimpleNamespace
-
     from codetrace.runs.manifest import run_provenance
 
-    packages = [SimpleNamespace(metadata={"Name": name}, version="1.0") for name in (None, "Torch")]
-    monkeypatch.setattr(metadata, "distributions", lambda: packages)
-    assert run_provenance()["packages"] == {"torch": "1.0"}
+    (tmp_path / "torch-1.0.dist-info").mkdir()
+    (tmp_path / "nnsight-2.0.dist-info").mkdir()
+    (tmp_path / "nnsight-2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: nnsight\nVersion: 2.0\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert run_provenance()["packages"] == {"nnsight": "2.0"}
 
 
 @pytest.mark.parametrize(

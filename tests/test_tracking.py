@@ -89,7 +89,7 @@ def test_answers_of_any_kind_from_a_function_of_ones_own(line):
 
 @pytest.mark.parametrize("task", ["boolean", pytest.param("entity", marks=pytest.mark.slow)])
 def test_the_seeds_own_pattern_scores_as_the_name_does(smollm2, task):
-    options = dict(models=["smollm2"], num_seqs=5, seq_lens=[3], num_shots=2)
+    options = dict(models=["smollm2"], num_seqs=3, seq_lens=[3], num_shots=2)
     rows = {}
     for generator in (task, GENERATORS[task]):
         config = quick_experiment("x", program_generator=generator, **options)

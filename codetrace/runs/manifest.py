@@ -484,7 +484,7 @@ def _package_versions(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return versions
+    return {name: version for name, version in versions.items() if version}  # an interrupted uninstallation leaves None
 
 
 def run_provenance() -> dict:
