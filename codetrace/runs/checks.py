@@ -358,7 +358,7 @@ def _check_training(phase: str, values: Mapping) -> None:
     if values.get("mastery") == 1:
         raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
 
-# %% ../../nbs/runs/checks.ipynb #14459118
+# %% ../../nbs/runs/checks.ipynb #84d55742
 _READ_ONLY_BY_SCRATCH = ("scratch_size", "rope_base", "full")
 _NOT_READ_BY_SCRATCH = ("model", "dtype", "rank", "rehearsal_sequences")
 _SET_BY_FULL = ("scratch_size", "steps", "batch", "lines", "max_depth")
@@ -382,7 +382,7 @@ def _check_read_values(phase: str, values: Mapping) -> None:
     if not values["full"]:
         _check_training_length(values)
 
-
+# %% ../../nbs/runs/checks.ipynb #c8fc6ca8
 def _check_training_length(values: Mapping) -> None:
     "Chains that fit the programs, and evaluations that come before the end."
     if values["max_depth"] >= values["lines"][1]:
@@ -393,7 +393,7 @@ def _check_training_length(values: Mapping) -> None:
     if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
         raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
 
-
+# %% ../../nbs/runs/checks.ipynb #95c3d968
 _NOT_MADE_UP = ("model", "problems", "on_model", "on_problems", "text", "text_tokens", "max_density")
 
 
@@ -459,16 +459,17 @@ def _check_seeds(values: Mapping) -> None:
     if not 4 <= values["head_programs"] <= values["num_programs"]:
         raise BadParameter(f"head_programs={values['head_programs']}: give 4 to num_programs={values['num_programs']}")
 
-# %% ../../nbs/runs/checks.ipynb #4388cb14
+# %% ../../nbs/runs/checks.ipynb #90590bab
+_LARGEST_COEFFICIENT = 100
+_MADE_UP_LAYERS = 3  # Of planted.steering
+
+
 def _check_coefficients(values: Mapping) -> None:
     if too_large := [coefficient for coefficient in values["coefficients"] if abs(coefficient) > _LARGEST_COEFFICIENT]:
         raise BadParameter(
             f"coefficients={too_large[0]:g}: they are fractions of the stream's median norm; give numbers from "
             f"-{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, such as 0.6"
         )
-
-
-_LARGEST_COEFFICIENT = 100
 
 
 def _check_tuning(values: Mapping) -> None:
@@ -483,8 +484,8 @@ def _check_tuning(values: Mapping) -> None:
     if not values["input"] and (outside := [layer for layer in values["layers"] if layer >= _MADE_UP_LAYERS]):
         raise BadParameter(f"layers={outside}: the made-up study has layers 0 to {_MADE_UP_LAYERS - 1}; give input=1.0")
 
-
-_MADE_UP_LAYERS = 3  # Of planted.steering
+# %% ../../nbs/runs/checks.ipynb #b27b71e1
+_FEWEST_SHUFFLES = 19
 
 
 def _check_latents(values: Mapping) -> None:
@@ -494,12 +495,12 @@ def _check_latents(values: Mapping) -> None:
         )
 
 
-_FEWEST_SHUFFLES = 19
-
-
 def _check_splits(values: Mapping) -> None:
     if not values["similarity"] > 0:
         raise BadParameter("similarity=0: give a share above 0, such as 0.75; 1 keeps only equal descriptions together")
+
+# %% ../../nbs/runs/checks.ipynb #80a839f3
+_FEWEST_WATCHED_LINES = 3
 
 
 def _check_watch(values: Mapping) -> None:
@@ -517,9 +518,6 @@ def _check_watch(values: Mapping) -> None:
         raise BadParameter(
             f"program_lines={values['program_lines']}: give {_FEWEST_WATCHED_LINES} or more, for two constants and a line that reads one"
         )
-
-
-_FEWEST_WATCHED_LINES = 3
 
 # %% ../../nbs/runs/checks.ipynb #b684f938
 def _check_steering(values: Mapping) -> None:

@@ -86,7 +86,7 @@ def value_difference(
         return sum((value_difference(a, b, f"{place}[{i}]") for i, (a, b) in pairs), Difference())
     return Difference(place=place or "it")
 
-# %% ../../nbs/runs/rerun.ipynb #ed47c841
+# %% ../../nbs/runs/rerun.ipynb #77ce3006
 def _array_difference(first, second, place: str) -> Difference:
     "How far two arrays of numbers are from each other."
     if first.shape != second.shape:
@@ -104,7 +104,7 @@ def _array_difference(first, second, place: str) -> Difference:
     relative = np.abs(first - second)[is_finite] / np.maximum(1, np.abs(first[is_finite]))
     return Difference(float(relative.max(initial=0.0)))
 
-
+# %% ../../nbs/runs/rerun.ipynb #480128f2
 def _column_difference(first: pd.Series, second: pd.Series, name: str) -> Difference:
     if all(pd.api.types.is_numeric_dtype(column) for column in (first, second)):
         return _array_difference(
