@@ -135,11 +135,11 @@ def check_pass_memory(
     lm: LM,
     rows: int,  # As in `estimate_pass_memory`
     tokens: int,
-    **options,  # `keep`, `cache`, `all_logits`
+    **shape,  # `keep`, `cache` and `all_logits`, as `estimate_pass_memory` takes them
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse a pass that takes more than the limit: `NotEnoughMemory`."
     work = f"{rows} rows of {tokens} tokens through {lm.name!r}"
-    estimate = estimate_pass_memory(lm, rows, tokens, **options)
+    estimate = estimate_pass_memory(lm, rows, tokens, **shape)
     return check_memory_estimate(lm, estimate, work, "ask fewer or shorter rows")
 
 

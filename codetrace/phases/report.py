@@ -9,7 +9,8 @@ __all__ = ['REPORT', 'study_questions', 'study_runs', 'study_claims_table', 'stu
 # %% ../../nbs/phases/29_report.ipynb #71b2fae6
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,22 @@ def study_runs(
     return {number: runs[number] for number in study_questions() if number in runs}
 
 # %% ../../nbs/phases/29_report.ipynb #a2c15219
+def phase_function(phase: Phase, name: str) -> Callable:
+    "A function that a phase's declaration names; its module is imported only then. Raises `BadInput` where it is not there."
+    module = phase.module or f"codetrace.phases.{phase.name}"
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"phase {phase.name!r} declares {name!r}, which {module} does not hold: {error}") from None
+
+
 def _run_claims(phase: Phase, manifest: Mapping) -> list[dict]:
     "The claims of one run; where its summary cannot be read, a row that says so."
     try:
-        return phase.function(phase.claims)(manifest)
+        return phase_function(phase, phase.claims)(manifest)
     except (BadInput, KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
-        reason = f"cannot be read ({type(error).__name__}): run the phase again"
+        why = str(error) if isinstance(error, BadInput) else type(error).__name__
+        reason = f"cannot be read ({why}): run the phase again"
         return [claim_row(f"run {manifest['run_id']} of phase {phase.name}", float("nan"), NO_INTERVAL, reason)]
 
 # %% ../../nbs/phases/29_report.ipynb #d977105e
@@ -94,7 +105,7 @@ def _phase_section(number: str, runs: Mapping[str, Mapping], folder: Path, faile
 def _read_limitations(phase: Phase, manifest: Mapping) -> list[str]:
     "What a phase says that a run cannot show; nothing where its summary cannot be read, which its claims say."
     try:
-        return phase.function(phase.limitations)(manifest)
+        return phase_function(phase, phase.limitations)(manifest)
     except (BadInput, KeyError, TypeError, ValueError, IndexError, AttributeError):
         return []
 

@@ -31,9 +31,11 @@ from ..tasks.question_styles import QUESTION_STYLES
 
 # %% ../../nbs/runs/checks.ipynb #2b964892
 _AT_LEAST_ONE = set(
-    "num_seqs num_programs seq_lens depths samples steps batch queries lines rank window shards context tokens test_tokens d_sae k "
-    "passes count rows_per_program program_lines chunk_tokens states_gb subspace_sizes evaluate_after checkpoint_every max_depth scratch_size shuffles resamples latents.text_tokens workers candidates components mechanism.reference_programs mechanism.ablation_programs random_draws random_latents top_heads num_cards "
-    "seeds.reference_programs seeds.ablation_programs queries_per_depth perplexity_sequences".split()
+    "num_seqs num_programs seq_lens depths max_depth samples steps count lines program_lines rows_per_program "
+    "batch queries queries_per_depth rank scratch_size evaluate_after checkpoint_every window shards workers "
+    "context tokens test_tokens latents.text_tokens chunk_tokens states_gb d_sae k passes perplexity_sequences "
+    "shuffles resamples candidates components subspace_sizes random_draws random_latents top_heads num_cards "
+    "mechanism.reference_programs mechanism.ablation_programs seeds.reference_programs seeds.ablation_programs".split()
 )
 _SHARES = {"max_density", "similarity", "curriculum", "mastery"}
 _NOT_EMPTY = set(
@@ -573,6 +575,8 @@ def check_run(
 ) -> None:
     "Refuse values that the phase cannot work with; raises `BadInput` with one line."
     declaration = find_phase(phase)
+    if values.get("shards", 1) > 1 or values.get("shard", -1) >= 0:
+        shard_range(values["shards"], values["shards"], values["shard"])
     if declaration.notebook.parent != phase_folders()[0]:
         return
     for check in _CHECKS:
@@ -580,6 +584,4 @@ def check_run(
             check(declaration.name, values)
     if declaration.name in _PHASE_CHECKS:
         _PHASE_CHECKS[declaration.name](values)
-    if values.get("shards", 1) > 1 or values.get("shard", -1) >= 0:
-        shard_range(values["shards"], values["shards"], values["shard"])
     check_inputs(declaration.name, values, root)

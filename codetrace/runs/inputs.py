@@ -86,9 +86,10 @@ def _as_read(manifest: Mapping) -> dict[str, str]:
     return {"run_id": manifest["run_id"], "sha256": _content_hash(manifest)}
 
 
-def _is_same_run(read: Mapping, other: Mapping) -> bool:
+def _is_same_run(first: Mapping, second: Mapping) -> bool:
     "Was the same run read twice, or two with the same content?"
-    return read["run_id"] == other["run_id"] or (bool(read.get("sha256")) and read.get("sha256") == other.get("sha256"))
+    has_content = bool(first.get("sha256"))
+    return first["run_id"] == second["run_id"] or (has_content and first.get("sha256") == second.get("sha256"))
 
 # %% ../../nbs/runs/inputs.ipynb #50d7495d
 def _lineage(manifest: Mapping) -> Iterator[Mapping]:
@@ -108,7 +109,7 @@ def _lineage(manifest: Mapping) -> Iterator[Mapping]:
 def _has_part(read: Mapping, declared: PhaseInput, declaration: Phase) -> bool:
     "Does a run that another one read have the part that this input has here?"
     phase = find_phase(declared.phase).name
-    inputs_of_phase = [other for other in declaration.reads if find_phase(other.phase).name == phase]
+    inputs_of_phase = [run_input for run_input in declaration.reads if find_phase(run_input.phase).name == phase]
     is_only_one = len(inputs_of_phase) == 1
     return read.get("phase") == phase and (is_only_one or read.get("parameter") == declared.parameter)
 
@@ -302,10 +303,11 @@ def input_records(
     if parameters.get("shards", 1) > 1 and parameters["shard"] < 0:
         pinned = dict(parameters) | {name: name_to_read(manifest, root) for name, manifest in manifests.items()}
         resolved += [({"shard": shard_number(m)}, m) for m in shard_runs(phase, pinned, root, made_with)]
-    return [
-        role | {key: m[key] for key in ("run_id", "phase", "folder")} | {"sha256": _content_hash(m)}
-        for role, m in resolved
-    ]
+    records = []
+    for role, m in resolved:
+        names_of_run = {key: m[key] for key in ("run_id", "phase", "folder")}
+        records.append(role | names_of_run | {"sha256": _content_hash(m)})
+    return records
 
 # %% ../../nbs/runs/inputs.ipynb #320fa626
 def pinned_records(

@@ -16,7 +16,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import codetrace
@@ -65,11 +64,8 @@ class Phase:
     limitations: str = ""  # The function of its module that says what a run cannot show; empty: nothing
     study: str = ""  # The study whose chain its numbers are part of
     made_up: Mapping[str, object] = field(default_factory=dict)  # Parameters with which it runs on made-up data
+    module: str = ""  # That holds the functions named here, such as `my_package.my_phase`; empty: codetrace's own
     notebook: Path | None = None  # Filled in by `phases`
-
-    def function(self, name: str):
-        "A function of the phase's module, by name: its module is imported only then."
-        return getattr(import_module(f"codetrace.phases.{self.name}"), name)
 
     @property
     def subtitle(self) -> str:
@@ -198,7 +194,9 @@ def _declared_in_all(notebooks: tuple[tuple[str, int], ...]) -> dict[Path, Phase
 
 def _read_notebooks() -> dict[Path, Phase | BadInput | None]:
     "What each notebook declares."
-    return _declared_in_all(tuple(found for folder in phase_folders() for found in _notebooks_of(folder)))
+    return _declared_in_all(
+        tuple(path_and_time for folder in phase_folders() for path_and_time in _notebooks_of(folder))
+    )
 
 # %% ../../nbs/runs/phases.ipynb #e782ccc2
 def phases() -> dict[str, Phase]:

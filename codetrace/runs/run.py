@@ -517,8 +517,10 @@ def _claim_scratch_folder(home: Path, phase: str) -> tuple[Path, object]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = acquire_run_lock(folder, reentrant=True)
             for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
             return folder, lock
 
 # %% ../../nbs/runs/run.ipynb #d0de0694

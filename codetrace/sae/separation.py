@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
+from scipy.stats import ttest_ind_from_stats
 
 from ..core.errors import BadInput
 from .sae import SAE
@@ -65,13 +66,13 @@ def encode_active_latents(
 # %% ../../nbs/sae/separation.ipynb #533663a5
 def _welch_statistic(n: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
     "Welch's t from sums and sums of squares of two groups, [2] and [2, d_sae]; NaN where nothing varies."
-
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums / n[:, None]
         variance = np.maximum(squares - n[:, None] * mean**2, 0) / (n[:, None] - 1)
-        squared_error = (variance / n[:, None]).sum(0)
-        constant = squared_error <= 1e-12 * (mean**2).max(0)  # but for rounding
-        return np.where(constant, np.nan, (mean[1] - mean[0]) / np.sqrt(squared_error))
+        spread = np.sqrt(variance)
+        t = ttest_ind_from_stats(mean[1], spread[1], n[1], mean[0], spread[0], n[0], equal_var=False).statistic
+        constant = (variance / n[:, None]).sum(0) <= 1e-12 * (mean**2).max(0)  # but for rounding
+    return np.where(constant, np.nan, t)
 
 # %% ../../nbs/sae/separation.ipynb #6a5e7522
 def separation_scores(
