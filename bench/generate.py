@@ -38,12 +38,12 @@ def say(**facts):
 
 def requests_of(lm, n: int) -> list[Request]:
     "Prompts of the first problems, the longest first."
-    found = []
+    requests = []
     for p in load_problems("basics", n):
         prompt = render_problem_prompt(p)
         over, marks = answer_stop_condition(prompt, p.entry_point)
-        found.append(Request(lm.ids([prompt.text])[0], p.task_id, 0.0, over, marks))
-    return sorted(found, key=lambda request: -len(request.ids))
+        requests.append(Request(lm.ids([prompt.text])[0], p.task_id, 0.0, over, marks))
+    return sorted(requests, key=lambda request: -len(request.ids))
 
 
 class Over:
@@ -60,7 +60,7 @@ class Over:
                 piece = self.lm.tokenizer.decode(new[-1:], clean_up_tokenization_spaces=False)
                 if any(mark in piece for mark in request.marks) and request.over(self.lm._text(list(request.ids), new)):
                     self.at[row] = len(new)
-        return torch.tensor([at is not None for at in self.at], device=ids.device)
+        return torch.tensor([length is not None for length in self.at], device=ids.device)
 
 
 def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
@@ -81,8 +81,8 @@ def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
             stopping_criteria=StoppingCriteriaList([over]),
             pad_token_id=lm.tokenizer.pad_token_id,
         )
-        for row, (request, at) in enumerate(zip(batch, over.at)):
-            new = written[row, width:].tolist()[:at]
+        for row, (request, length) in enumerate(zip(batch, over.at)):
+            new = written[row, width:].tolist()[:length]
             end = next((i for i, token in enumerate(new) if token in lm._ends()), len(new))
             out[request.key] = new[:end]
     return out
@@ -117,17 +117,24 @@ def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
     return {way: sum(taken) for way, taken in median.items()}, answers
 
 
-def agreement(lm, requests: list[Request], one: dict, other: dict) -> tuple[float, list]:
+def agreement(lm, requests: list[Request], tokens_by_key: dict, compared_tokens_by_key: dict) -> tuple[float, list]:
     "The share of equal answers, and for the others how far apart the two next tokens were."
     apart = []
     for request in requests:
-        a, b = one[request.key], other[request.key]
+        a, b = tokens_by_key[request.key], compared_tokens_by_key[request.key]
         if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-            logits = lm.logits([[*request.ids, *a[:at]]])[0]
-            picked = [logits[tokens[at]] if at < len(tokens) else logits[list(lm._ends())].max() for tokens in (a, b)]
+            position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            logits = lm.logits([[*request.ids, *a[:position]]])[0]
+            picked = [
+                logits[tokens[position]] if position < len(tokens) else logits[list(lm._ends())].max()
+                for tokens in (a, b)
+            ]
             apart.append(
-                {"task": request.key, "token": at, "logit_difference": round(abs(float(picked[0] - picked[1])), 6)}
+                {
+                    "task": request.key,
+                    "token": position,
+                    "logit_difference": round(abs(float(picked[0] - picked[1])), 6),
+                }
             )
     return 1 - len(apart) / len(requests), apart
 
@@ -188,8 +195,8 @@ def main():
     if lm.dtype != torch.float32:
         full = models.load(options.model, dtype="float32")
         some = requests[:: max(1, len(requests) // 32)]
-        one = hugging_face(full, some, options.tokens, 1)
-        exact, ties = agreement(full, some, one, in_slots(full, some, options.tokens, options.slots, None))
+        one_by_one = hugging_face(full, some, options.tokens, 1)
+        exact, ties = agreement(full, some, one_by_one, in_slots(full, some, options.tokens, options.slots, None))
         say(dtype="torch.float32", identical=exact, apart=ties, n=len(some))
     speed = tokens / seconds["slots"]
     say(**bounds, share_of_limit=round(speed / bounds["tokens_per_second_limit"], 3))
@@ -198,7 +205,7 @@ def main():
         vs_batched=round(seconds["batched"] / seconds["slots"], 2),
         capture_overhead=round(seconds["capture"] / seconds["slots"] - 1, 4),
         identical=round(exact, 4),
-        ties=sum(one["logit_difference"] < 1e-3 for one in ties),
+        ties=sum(tie["logit_difference"] < 1e-3 for tie in ties),
         agreement=round(share, 4),
         tokens_per_second=round(speed, 1),
         limit=bounds["tokens_per_second_limit"],

@@ -65,12 +65,12 @@ def read(folder: Path, layer: int) -> np.ndarray:
 
 def loop(folder: Path, layer: int, rows: int, label: np.ndarray, sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     "Separation and t of a layer, one file after the other."
-    found = {True: [], False: []}
+    activations_by_label = {True: [], False: []}
     for i in range(rows):
         with np.load(folder / ("correct" if label[i] else "incorrect") / f"{i}_layer_{layer}.npz") as file:
             raw = torch.from_numpy(file["arr_0"])[None] @ sae.W_enc + sae.b_enc
-        found[bool(label[i])].append((raw.relu() * (raw > sae.threshold))[0].numpy())
-    right, wrong = np.stack(found[True]), np.stack(found[False])
+        activations_by_label[bool(label[i])].append((raw.relu() * (raw > sae.threshold))[0].numpy())
+    right, wrong = np.stack(activations_by_label[True]), np.stack(activations_by_label[False])
     with np.errstate(invalid="ignore"):
         t = stats.ttest_ind(right, wrong, equal_var=False).statistic
     return (right > 0).mean(0) - (wrong > 0).mean(0), t

@@ -208,7 +208,7 @@ def main() -> None:
     for n in sizes[:2]:
         heads[n] = bench.sweeps(lm, n, "head_out", ("naive",), heads_stride)
         bench.sweeps(tiny, n, "head_out", ("naive",), 2)
-    one = bench.sweeps(tiny, 25, "resid_pre", ("naive",), 1, most=1)
+    one_pair = bench.sweeps(tiny, 25, "resid_pre", ("naive",), 1, most=1)
     share = bench.share(lm, 25)
     for n in () if options.quick else (6, 12, 24):
         by_layers[n] = bench.sweeps(cut(lm, n), 25, "resid_pre", (), 1)["staircase"]
@@ -222,7 +222,7 @@ def main() -> None:
     def over(seconds, engine):
         return round(seconds[25][engine] / seconds[25]["staircase"], 2)
 
-    report(small_one_pair_vs_naive=over({25: one}, "naive"))
+    report(small_one_pair_vs_naive=over({25: one_pair}, "naive"))
     report(
         vs_transformer_lens=over(by_tokens, "transformer_lens"),
         vs_nnsight=over(by_tokens, "nnsight"),
