@@ -62,21 +62,23 @@ def hooks(lm) -> int:
 def test_sites_obey_their_equations(lm):
     got = lm.capture(TEXTS[0], every_site(lm))
     for layer in range(lm.n_layers):
-        at = {site: got[site, layer] for site in lm.sites}
+        state_at = {site: got[site, layer] for site in lm.sites}
         if lm.parallel:
-            close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"], **TOLERANCE)
+            close(
+                state_at["resid_post"], state_at["resid_pre"] + state_at["attn_out"] + state_at["mlp_out"], **TOLERANCE
+            )
         else:
-            close(at["resid_mid"], at["resid_pre"] + at["attn_out"], **TOLERANCE)
-            close(at["resid_post"], at["resid_mid"] + at["mlp_out"], **TOLERANCE)
+            close(state_at["resid_mid"], state_at["resid_pre"] + state_at["attn_out"], **TOLERANCE)
+            close(state_at["resid_post"], state_at["resid_mid"] + state_at["mlp_out"], **TOLERANCE)
         if layer:
-            assert torch.equal(at["resid_pre"], got["resid_post", layer - 1])
+            assert torch.equal(state_at["resid_pre"], got["resid_post", layer - 1])
         block, adapter = lm.layers[layer], lm.adapter
-        added = block.get_submodule(adapter.attn_proj)(at["head_out"].flatten(-2))
+        added = block.get_submodule(adapter.attn_proj)(state_at["head_out"].flatten(-2))
         if adapter.attn_out != adapter.attn_proj:  # a norm stands between the projection and the stream
             added = block.get_submodule(adapter.attn_out)(added)
-        close(added, at["attn_out"], **TOLERANCE)
-        assert at["head_out"].shape[2:] == (lm.n_heads, lm.d_head)
-        assert at["resid_pre"].shape[2:] == (lm.d_model,)
+        close(added, state_at["attn_out"], **TOLERANCE)
+        assert state_at["head_out"].shape[2:] == (lm.n_heads, lm.d_head)
+        assert state_at["resid_pre"].shape[2:] == (lm.d_model,)
 
 
 def test_first_and_last_site_are_embedding_and_final_norm(lm):
@@ -184,15 +186,15 @@ def test_a_patch_with_its_own_value_is_no_patch(lm):
 def test_every_site_takes_effect_downstream_and_only_there(lm):
     batch = lm.tokenize(TEXTS[:1])
     base, before = lm.logits(batch), lm.capture(batch, every_site(lm))
-    at = int(batch.lengths) - 3  # near enough for a sliding window
+    position = int(batch.lengths) - 3  # near enough for a sliding window
     for site in lm.sites:
         shift = torch.randn(before[site, 1].shape[2:], generator=torch.Generator().manual_seed(0))
         with lm.intervene(Intervention(site, 1, lambda x, shift=shift: x + shift, positions=-3)):
             assert not torch.allclose(lm.logits(batch), base, atol=1e-4), site
             after = lm.capture(batch, every_site(lm))
-        close(after[site, 1][:, at], before[site, 1][:, at] + shift, **TOLERANCE)
+        close(after[site, 1][:, position], before[site, 1][:, position] + shift, **TOLERANCE)
         for key in every_site(lm):
-            assert torch.equal(after[key][:, :at], before[key][:, :at])  # causal
+            assert torch.equal(after[key][:, :position], before[key][:, :position])  # causal
             if key[1] < 1 or (key[1] == 1 and lm.sites.index(key[0]) < lm.sites.index(site)):
                 assert torch.equal(after[key], before[key])
     assert torch.equal(lm.logits(batch), base)
@@ -200,14 +202,14 @@ def test_every_site_takes_effect_downstream_and_only_there(lm):
 
 def test_replacing_the_stream_replaces_all_of_it(lm):
     "With resid_mid overwritten, resid_post is that plus what the MLP makes of that; nothing of the old stream is left."
-    other = lm.capture(TEXTS[1], [(s, 1) for s in lm.sites], positions=[0, 1, 2])
+    source = lm.capture(TEXTS[1], [(s, 1) for s in lm.sites], positions=[0, 1, 2])
     for site in set(lm.sites) & {"resid_pre", "resid_mid", "resid_post"}:
-        with lm.intervene(Intervention(site, 1, other[site, 1], positions=[0, 1, 2])):
+        with lm.intervene(Intervention(site, 1, source[site, 1], positions=[0, 1, 2])):
             got = lm.capture(TEXTS[0], [("resid_post", 1)], positions=[0, 1, 2])["resid_post", 1]
         if site == "resid_pre":  # attention and MLP see only replaced positions here
-            close(got, other["resid_post", 1], atol=1e-4, rtol=1e-4)
+            close(got, source["resid_post", 1], atol=1e-4, rtol=1e-4)
         else:
-            close(got, other["resid_post", 1], **TOLERANCE)
+            close(got, source["resid_post", 1], **TOLERANCE)
 
 
 def test_single_heads(lm):
@@ -355,8 +357,8 @@ def test_logits_are_float32_in_bfloat16(lm):
     theirs = half.hf(**half.tokenize(TEXTS[:1]).inputs).logits[:, -1].float()
     close(ours, theirs, atol=0.1, rtol=0.02)
     assert len(ours.unique()) > len(theirs.unique())  # fewer ties
-    own = half.capture(TEXTS[:1], [("head_out", 1)])["head_out", 1]
-    with half.intervene(Intervention("head_out", 1, own)):
+    states = half.capture(TEXTS[:1], [("head_out", 1)])["head_out", 1]
+    with half.intervene(Intervention("head_out", 1, states)):
         assert torch.equal(half.logits(TEXTS[:1]), ours)
 
 

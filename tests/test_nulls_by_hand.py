@@ -124,8 +124,8 @@ def test_every_arrangement_that_is_allowed_is_drawn_and_no_other(name):
     design = permutation_design(LABEL, TASK, **DESIGNS[name])
     expected = may_change_places(name)
     drawn = permute_labels(design, 150 * len(expected), seed=1).astype(int)
-    found, counts = np.unique(drawn.T, axis=0, return_counts=True)
-    assert [tuple(labels) for labels in found.tolist()] == expected
+    arrangements, counts = np.unique(drawn.T, axis=0, return_counts=True)
+    assert [tuple(labels) for labels in arrangements.tolist()] == expected
     assert sps.chisquare(counts).pvalue > 1e-3
     assert count_exchangeable(design)["arrangements"] == pytest.approx(len(expected))
     assert np.allclose(expected_label(design), np.mean(expected, 0))
@@ -153,8 +153,8 @@ def test_permutations_have_a_seed_and_a_number():
 def test_units_are_counted_and_named():
     counts = {"groups": 4, "moving_groups": 3, "strata": 4, "mixed_strata": 2}
     design = permutation_design(LABEL, TASK)
-    found = count_exchangeable(design)
-    assert {name: found[name] for name in counts} == counts and list(found) == [*counts, "arrangements"]
+    units = count_exchangeable(design)
+    assert {name: units[name] for name in counts} == counts and list(units) == [*counts, "arrangements"]
     sets = "within 2 of 4 sets of samples of one task and temperature"
     assert describe_unit(design) == f"labels of 3 of 4 tasks permuted as wholes, and {sets}"
     within = permutation_design(LABEL, TASK, between_groups=False)

@@ -110,19 +110,19 @@ def write_generation(study, tasks: np.ndarray, kind: str, **parameters) -> None:
         {"model": MODEL, "problems": "basics", "prompt": "pva", "num_problems": 0, **parameters},
         "made up",
     )
-    own = np.flatnonzero(np.isin(study.task, tasks))
-    n, rng = len(own), np.random.default_rng(0)
-    label = study.label[own]
+    rows = np.flatnonzero(np.isin(study.task, tasks))
+    n, rng = len(rows), np.random.default_rng(0)
+    label = study.label[rows]
     table = pd.DataFrame({
-        "task_id": (study.task[own] + 1).astype(str), "temperature": np.resize(parameters["temperature"], n), "sample": np.arange(n),
-        "prompt": [f"task {t}:\n" for t in study.task[own]], "completion": [f"    return x + {i}\n" for i in range(n)], "code": [f"def f(x):\n    return x + {i}\n" for i in range(n)],
+        "task_id": (study.task[rows] + 1).astype(str), "temperature": np.resize(parameters["temperature"], n), "sample": np.arange(n),
+        "prompt": [f"task {t}:\n" for t in study.task[rows]], "completion": [f"    return x + {i}\n" for i in range(n)], "code": [f"def f(x):\n    return x + {i}\n" for i in range(n)],
         "passed": label, "verdict": np.where(label, "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
         "mean_logprob": -rng.gamma(2, 0.1, n), "difficulty": rng.integers(1, 5, n),
     })  # fmt: skip
     table.to_parquet(run.folder / "samples.parquet", index=False)
     (run.folder / "activations").mkdir()
     for stored in ("last_prompt", "last_generated"):
-        states = {f"resid_post.{i}": torch.from_numpy(study.states_by_layer[i][own]).contiguous() for i in range(3)}
+        states = {f"resid_post.{i}": torch.from_numpy(study.states_by_layer[i][rows]).contiguous() for i in range(3)}
         if stored != kind:
             states = {
                 name: x[torch.randperm(n, generator=torch.Generator().manual_seed(1))].contiguous()
@@ -235,9 +235,9 @@ def test_rank_orders_a_file_and_says_what_that_is_worth(runs, tmp_path, monkeypa
     path.write_text(path.read_text() + '\n{"task_id": "nobody", "code": ""}')
     refused = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics"])
     assert isinstance(refused.exception, BadInput) and "line 7" in str(refused.exception)
-    other = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics", "--model", "smollm2"])
-    assert "no ranker is fitted for model 'smollm2' (there are some for tiny:llama)" in str(other.exception)
-    assert "\n" not in str(other.exception)
+    unranked_model = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics", "--model", "smollm2"])
+    assert "no ranker is fitted for model 'smollm2' (there are some for tiny:llama)" in str(unranked_model.exception)
+    assert "\n" not in str(unranked_model.exception)
 
 
 @pytest.mark.slow
