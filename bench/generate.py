@@ -50,7 +50,9 @@ class Over:
     "The stopping criterion of a padded batch: for each row, whether its code is complete."
 
     def __init__(self, lm, batch: list[Request], width: int):
-        self.lm, self.batch, self.width = lm, batch, width
+        self.lm = lm
+        self.batch = batch
+        self.width = width
         self.at = [None] * len(batch)  # how many tokens each has when it is over
 
     def __call__(self, ids, scores, **_):
@@ -71,7 +73,8 @@ def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
     for start in range(0, len(requests), size):
         batch = requests[start : start + size]
         padded = lm.tokenize([request.ids for request in batch])
-        width, over = padded.input_ids.shape[1], None
+        width = padded.input_ids.shape[1]
+        over = None
         over = Over(lm, batch, width)
         written = lm.hf.generate(
             input_ids=padded.input_ids,
@@ -100,7 +103,8 @@ def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
         "slots": lambda chunk: in_slots(lm, chunk, options.tokens, options.slots, ()),
         "capture": lambda chunk: in_slots(lm, chunk, options.tokens, options.slots, None),
     }
-    seconds, answers = {way: [] for way in ways}, {way: {} for way in ways}
+    seconds = {way: [] for way in ways}
+    answers = {way: {} for way in ways}
     for way in ways.values():  # warm
         way(requests[:1])
     size = 4 * options.slots
@@ -121,7 +125,8 @@ def agreement(lm, requests: list[Request], tokens_by_key: dict, compared_tokens_
     "The share of equal answers, and for the others how far apart the two next tokens were."
     apart = []
     for request in requests:
-        a, b = tokens_by_key[request.key], compared_tokens_by_key[request.key]
+        a = tokens_by_key[request.key]
+        b = compared_tokens_by_key[request.key]
         if a != b:
             position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
             logits = lm.logits([[*request.ids, *a[:position]]])[0]
@@ -144,7 +149,8 @@ def limit(lm, slots: int) -> dict:
     weights = sum(p.numel() for p in {id(p): p for p in lm.hf.parameters()}.values())
     size = torch.empty(0, dtype=lm.dtype).element_size()
     block = torch.ones(64 * 2**20)  # 256 MB: more than a cache holds
-    a, b = torch.ones(1024, 1024, dtype=lm.dtype), torch.ones(1024, 1024, dtype=lm.dtype)
+    a = torch.ones(1024, 1024, dtype=lm.dtype)
+    b = torch.ones(1024, 1024, dtype=lm.dtype)
 
     def fastest(do, n=5):
         taken = []
@@ -175,7 +181,9 @@ def main():
     ask.add_argument("--no-repeat", dest="repeat", action="store_false", help="time slots and capture once a chunk")
     options = ask.parse_args()
     if options.quick:
-        options.problems, options.tokens, options.slots = 16, 64, 8
+        options.problems = 16
+        options.tokens = 64
+        options.slots = 8
     lm = models.load(options.model, dtype=options.dtype)
     requests = requests_of(lm, options.problems)
     say(
@@ -191,7 +199,8 @@ def main():
         batched_agreement=agreement(lm, requests, answers["sequential"], answers["batched"])[0],
         apart=apart,
     )
-    exact, ties = share, apart
+    exact = share
+    ties = apart
     if lm.dtype != torch.float32:
         full = models.load(options.model, dtype="float32")
         some = requests[:: max(1, len(requests) // 32)]

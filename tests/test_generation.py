@@ -229,7 +229,8 @@ def test_an_edit_acts_where_it_says(tiny, where):
     edit = ResidualEdit(1, lambda x, of: x + push * torch.tensor([[float(r.key)] for r in of]), where)
     got = decoded(lm, [Request(row, key=i) for i, row in enumerate(rows)], 6, slots=2, layers=[2], edits=[edit])
     for i, row in enumerate(rows):
-        ids, n = list(row), len(row)
+        ids = list(row)
+        n = len(row)
         places = {
             "prompt": slice(0, n),
             "last_prompt": slice(n - 1, n),
@@ -409,7 +410,8 @@ class Stopped(Judge):
         self.asked = 0
 
     def submit(self, job) -> Future:
-        verdict, self.asked = super().submit(job), self.asked + 1
+        verdict = super().submit(job)
+        self.asked = self.asked + 1
         if self.asked in (3, 60, 77):
             verdict = Future()
             verdict.set_result(Verdict("runner_error", (None,) * len(job.tests), "the worker was lost", 0.0))
@@ -532,7 +534,8 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
 
 def test_rows_and_states_belong_together(tiny, items, whole):
     folder, _ = whole
-    saved, lm = read_states(folder), tiny("llama")
+    saved = read_states(folder)
+    lm = tiny("llama")
     assert list(saved.table["task_id"]) == sorted(item.problem.task_id for item in items)
     for row_number in (0, 57, 119):
         row = saved.table.iloc[row_number]

@@ -30,7 +30,8 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
         "num_problems": 0,
     }
     run = open_run("generation", parameters, "made up")
-    rows, rng = np.flatnonzero(keep), np.random.default_rng(0)
+    rows = np.flatnonzero(keep)
+    rng = np.random.default_rng(0)
     n = len(rows)
     table = pd.DataFrame({
         "task_id": names[study.task[rows]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": [f"    return x + {i}\n" for i in range(n)],
@@ -113,7 +114,8 @@ def search_and_validation(study):
 
 
 def test_phase_2_finds_the_planted_latent(study, search_and_validation):
-    made, two = study[0], search_and_validation[0]
+    made = study[0]
+    two = search_and_validation[0]
     cards = json.loads((runs_run.Path(two["folder"]) / "cards.json").read_text())
     first = max(cards, key=lambda card: card["score"])
     assert (first["position"], first["layer"], first["latent"], first["predicts"]) == (
@@ -131,7 +133,8 @@ def test_phase_2_finds_the_planted_latent(study, search_and_validation):
 
 
 def test_phase_3_judges_it_beside_its_baselines(study, search_and_validation):
-    made, three = study[0], search_and_validation[1]
+    made = study[0]
+    three = search_and_validation[1]
     folder = runs_run.Path(three["folder"])
     table = pd.read_parquet(folder / "validation.parquet")
     name = f"latent {made.latent} of layer {made.layer} (correct)"
@@ -167,7 +170,8 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, search_and_v
     splits = read_task_splits(runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"]))
     saes = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
     pool = pd.read_parquet(runs_run.Path(search_and_validation[0]["folder"]) / "scores.parquet")
-    saved, chosen = States(generated["folder"]), []
+    saved = States(generated["folder"])
+    chosen = []
     for turn in (False, True):
         table = saved.table.copy()
         table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")

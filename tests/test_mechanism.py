@@ -127,7 +127,8 @@ def cells_of(effects: dict[tuple[int, int], list[float]]) -> pd.DataFrame:
 
 
 def test_heads_are_judged_on_programs_they_were_not_chosen_on():
-    lucky, real = [1.0, 0.0] * 4, [0.5] * 8
+    lucky = [1.0, 0.0] * 4
+    real = [0.5] * 8
     chosen = choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
     judged = chosen.set_index(["layer", "head"])
     assert list(judged.index) == [(0, 0), (0, 1)]
@@ -190,7 +191,8 @@ def test_ablating_planted_heads_destroys_and_others_do_not(lm, reference, fresh)
 
 def test_ablation_agrees_with_a_loop(lm, reference, fresh):
     means = head_means(lm, reference)
-    head, name = (1, 3), "rhs 2"
+    head = (1, 3)
+    name = "rhs 2"
     states = torch.stack(
         [
             lm.capture([list(a.token_ids)], [("head_out", 1)], a.positions[name])["head_out", 1][0, 0, 3]
@@ -300,7 +302,9 @@ def test_random_states_are_rarely_readable():
 
 def test_a_study_of_240_null_cells_makes_a_claim_in_at_most_one_in_twenty():
     "The case of the sentence `readable`: 40 programs, 240 cells, accuracy 0.12 for value, shuffled labels and control task alike."
-    rng, studies, claims = np.random.default_rng(0), 60, 0
+    rng = np.random.default_rng(0)
+    studies = 60
+    claims = 0
     for _ in range(studies):
         right, shuffled, control = rng.random((3, 240, 40)) < 0.12
         beyond = rng.random((240, 40)) < 0.5
@@ -501,7 +505,8 @@ def redirected_cases():
 def patched_by_hand(lm, case: TraceCase, site: str, layer: int, name: str, **heads) -> float:
     "Share of the whole logit difference after one state is put in at the same token, from nothing but `capture` and `intervene`."
     program, counterfactual = (tokenize_program(lm, side) for side in case.pair)
-    base_ids, source_ids = list(program.token_ids), list(counterfactual.token_ids)
+    base_ids = list(program.token_ids)
+    source_ids = list(counterfactual.token_ids)
     position = program.positions[name]
     state = lm.capture([source_ids], [(site, layer)])[site, layer][0, position]
     state = state[heads["heads"]] if heads else state
@@ -567,7 +572,8 @@ def test_a_test_that_cannot_be_significant_is_not_printed():
 
 
 def test_needed_heads_are_judged_on_programs_they_were_not_chosen_on():
-    lucky, real = [1.0, 0.0] * 6, [0.5] * 12
+    lucky = [1.0, 0.0] * 6
+    real = [0.5] * 12
     rows = [
         {"program": p, "layer": 0, "head": head, "log_prob_drop": drop, "correct": 1.0}
         for head, drops in enumerate((lucky, real, [0.0] * 12))

@@ -72,7 +72,8 @@ def test_sites_obey_their_equations(lm):
             close(state_at["resid_post"], state_at["resid_mid"] + state_at["mlp_out"], **TOLERANCE)
         if layer:
             assert torch.equal(state_at["resid_pre"], got["resid_post", layer - 1])
-        block, adapter = lm.layers[layer], lm.adapter
+        block = lm.layers[layer]
+        adapter = lm.adapter
         added = block.get_submodule(adapter.attn_proj)(state_at["head_out"].flatten(-2))
         if adapter.attn_out != adapter.attn_proj:  # a norm stands between the projection and the stream
             added = block.get_submodule(adapter.attn_out)(added)
@@ -120,7 +121,8 @@ def test_agrees_with_eager_attention(lm):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(lm, side):
     batch = lm.tokenize(TEXTS, padding_side=side)
-    last, every = lm.logits(batch), lm.logits(batch, last=False)
+    last = lm.logits(batch)
+    every = lm.logits(batch, last=False)
     captured = lm.capture(batch, every_site(lm))
     for row, text in enumerate(TEXTS):
         n = int(batch.lengths[row])
@@ -185,7 +187,8 @@ def test_a_patch_with_its_own_value_is_no_patch(lm):
 
 def test_every_site_takes_effect_downstream_and_only_there(lm):
     batch = lm.tokenize(TEXTS[:1])
-    base, before = lm.logits(batch), lm.capture(batch, every_site(lm))
+    base = lm.logits(batch)
+    before = lm.capture(batch, every_site(lm))
     position = int(batch.lengths) - 3  # near enough for a sliding window
     for site in lm.sites:
         shift = torch.randn(before[site, 1].shape[2:], generator=torch.Generator().manual_seed(0))
@@ -242,7 +245,8 @@ def test_interventions_meet_in_order_and_nest(llama):
 
 
 def test_hooks_are_gone_after_errors(lm):
-    count, base = hooks(lm), lm.logits(TEXTS[0])
+    count = hooks(lm)
+    base = lm.logits(TEXTS[0])
 
     def fail(_):
         raise RuntimeError("in a hook")
@@ -662,7 +666,8 @@ def test_hub_models_in_the_local_cache_need_no_network(monkeypatch, tmp_path, sa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    commit, repo = "c0ffee" + "0" * 34, tmp_path / "models--owner--small"
+    commit = "c0ffee" + "0" * 34
+    repo = tmp_path / "models--owner--small"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     shutil.copytree(saved, repo / "snapshots" / commit)

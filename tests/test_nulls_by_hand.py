@@ -96,19 +96,26 @@ DESIGNS = {
 
 def may_change_places(name: str) -> list[tuple[int, ...]]:
     "All labellings that a design allows, listed by hand."
-    two, one_of_three = [(1, 0), (0, 1)], [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    none, both = [(0, 0)], [(1, 1)]
+    two = [(1, 0), (0, 1)]
+    one_of_three = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    none = [(0, 0)]
+    both = [(1, 1)]
     if name == "within tasks":
-        orders, last = [(two, none, both)], one_of_three
+        orders = [(two, none, both)]
+        last = one_of_three
     elif name == "groups":  # Of five samples in one, of four in the other: nothing to change places with
-        orders, last = [(two, none, both)], one_of_three
+        orders = [(two, none, both)]
+        last = one_of_three
     elif name == "temperatures":  # One sample of a task at a temperature: wholes alone; of task 3 there are two at 0
         whole = [(1, 0)]
-        orders, last = orders_of(whole, none, both), [(1, 0, 0), (0, 1, 0)]
+        orders = orders_of(whole, none, both)
+        last = [(1, 0, 0), (0, 1, 0)]
     elif name == "copies":  # g is right in one row and wrong in another: two solutions; nothing is a copy
-        orders, last = orders_of(two, none, both), one_of_three
+        orders = orders_of(two, none, both)
+        last = one_of_three
     else:
-        orders, last = orders_of(two, none, both), one_of_three
+        orders = orders_of(two, none, both)
+        last = one_of_three
     labellings = {sum(parts, ()) for order in orders for parts in product(*order, last)}
     return sorted(labellings)
 
@@ -133,7 +140,9 @@ def test_every_arrangement_that_is_allowed_is_drawn_and_no_other(name):
 
 def test_copies_share_a_label_and_move_with_it():
     "Rows 0 and 2 are one solution drawn twice; it changes places with nothing that was drawn once."
-    label, task, copies = [1, 0, 1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1], list("abadwxyz")
+    label = [1, 0, 1, 0, 0, 0, 1, 0]
+    task = [0, 0, 0, 0, 1, 1, 1, 1]
+    copies = list("abadwxyz")
     design = permutation_design(label, task, copies=copies, between_groups=False)
     drawn = permute_labels(design, 40, seed=2)
     assert (drawn[0] == drawn[2]).all() and drawn[0].all() and not drawn[[1, 3]].any()

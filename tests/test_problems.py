@@ -126,7 +126,9 @@ def test_the_completion_prompt():
 class Chat:
     "A tokenizer as Gemma's: the template writes the first token, and so does the tokenizer."
 
-    chat_template, bos_token, bos_token_id = "…", "<bos>", 2
+    chat_template = "…"
+    bos_token = "<bos>"
+    bos_token_id = 2
 
     def __init__(self, adds: bool):
         self.adds = adds
@@ -196,7 +198,8 @@ def asked(row: dict) -> tuple[Prompt, str]:
 @pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
 def test_what_counts_does_not_change_once_it_is_answered(row):
     put, name = asked(row)
-    whole, answered = extract_code(row["completion"], put, name), False
+    whole = extract_code(row["completion"], put, name)
+    answered = False
     for end in range(len(row["completion"]) + 1):
         now = is_answer_complete(row["completion"][:end], put, name)
         assert now or not answered, "an answer was complete, and then it was not"

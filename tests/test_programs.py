@@ -85,7 +85,9 @@ def python_answers(program: Program) -> str:
 def by_hand(program: Program) -> tuple[str, list[int]]:
     "Oracle for variable binding: follow names line by line, as text, from the query to its digit."
     lines = dict(line.split(" = ") for line in program.source.split("\n"))
-    order, name, walked = list(lines), program.query, []
+    order = list(lines)
+    name = program.query
+    walked = []
     while name in lines:
         walked.append(order.index(name))
         name = lines[name]
@@ -152,7 +154,8 @@ def test_same_seed_same_program(task, seq_len, seed):
 @given(seq_len=st.integers(0, 98), seed=seeds)
 def test_heuristics_answer_with_constants_that_stand_there(task, seq_len, seed):
     program = made(task, seq_len, seed)
-    texts, answers = program_constants(program), shallow_heuristics(program)
+    texts = program_constants(program)
+    answers = shallow_heuristics(program)
     assert set(answers) == {"first_line", "last_line", "last_number", "most_frequent"}
     assert {a for a in answers.values() if a is not None} <= set(texts)
     if (line := answer_line(program)) is not None:
@@ -420,7 +423,8 @@ def test_slips_end(body):
 
 
 def test_a_trace_function_survives():
-    seen, before = [], sys.gettrace()
+    seen = []
+    before = sys.gettrace()
     sys.settrace(watch := lambda *args: seen.append(args[1]))
     try:
         find_binding_chain("a = 1", "a")

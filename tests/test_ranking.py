@@ -29,7 +29,8 @@ GRID = (ProbeSettings(8, 0.01), ProbeSettings(32, 0.01))
 
 def choose(made):
     "Probe and latent of a made-up study, by nested folds on all of its rows."
-    label, group = made.rows["label"].to_numpy(), made.rows["group"].to_numpy()
+    label = made.rows["label"].to_numpy()
+    group = made.rows["group"].to_numpy()
     layers = [probe_candidates(made.states("last_prompt", i), i, label, group, GRID) for i in made.layers]
     latent = choose_latent(
         lambda i: encode_active_latents(made.sae(i), made.states("last_prompt", i)), made.layers, label, group
@@ -111,7 +112,8 @@ def write_generation(study, tasks: np.ndarray, kind: str, **parameters) -> None:
         "made up",
     )
     rows = np.flatnonzero(np.isin(study.task, tasks))
-    n, rng = len(rows), np.random.default_rng(0)
+    n = len(rows)
+    rng = np.random.default_rng(0)
     label = study.label[rows]
     table = pd.DataFrame({
         "task_id": (study.task[rows] + 1).astype(str), "temperature": np.resize(parameters["temperature"], n), "sample": np.arange(n),
@@ -184,7 +186,8 @@ def test_phase_3_4_finds_what_is_planted_and_its_numbers_follow_from_the_scores(
     judged = scores[scores["set"] == "validation"]
     assert set(judged["task_id"]) == {str(i) for i in range(61, 121)}
     areas = pd.read_parquet(folder / "areas.parquet").query("measure == 'AUROC'").set_index("name")
-    right, wrong = judged[judged["label"]], judged[~judged["label"]]
+    right = judged[judged["label"]]
+    wrong = judged[~judged["label"]]
     assert {"verbalised confidence", "entropy of the first token", "all baselines together"} < set(areas.index)
     for name, area in areas["value"].items():
         pairs = right[name].to_numpy()[:, None] - wrong[name].to_numpy()[None]
@@ -248,7 +251,8 @@ def test_labels_of_validation_reach_no_ranker(runs):
 
     ranking = runs[2]
     folders = {read["parameter"]: Path(read["folder"]) for read in ranking["inputs"]}
-    splits, groups = read_task_splits(folders["splits"]), read_task_groups(folders["splits"])
+    splits = read_task_splits(folders["splits"])
+    groups = read_task_groups(folders["splits"])
     saved = States(folders["input"])
     table = saved.table.assign(passed=saved.table["passed"] ^ (saved.table["task_id"].map(splits) == "validation"))
     rows = labelled_samples(table, splits, ["sae", "hyperparams"], groups)

@@ -142,7 +142,8 @@ def test_the_null_is_what_a_loop_gives():
     label, task = labels(rng, 90, 1)
     active = activities(rng, label, task, 1, 200, 0.1, None)[0]
     design = permutation_design(label, task)
-    on, shuffled = active.matrix().toarray().T, permute_labels(design, 50)
+    on = active.matrix().toarray().T
+    shuffled = permute_labels(design, 50)
     slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled.T]
     assert np.allclose(null_of_maximum(active, weighted_labels(design, shuffled), block=7), slow, atol=1e-5)
 

@@ -53,7 +53,8 @@ def test_every_problem_is_in_one_split(n, kinds, seed):
 @given(n=st.integers(10, 600), seed=st.integers(0, 2**31), grouped=st.floats(0, 0.6), largest=st.integers(2, 12))
 def test_groups_stay_together(n, seed, grouped, largest):
     rng = np.random.default_rng(seed)
-    member, start = np.arange(n), 0
+    member = np.arange(n)
+    start = 0
     while start < grouped * n:
         size = min(int(rng.integers(2, largest + 1)), n - start)
         member[start : start + size] = start

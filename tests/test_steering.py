@@ -79,7 +79,8 @@ class Told:
     "A sandbox that writes down which tasks are judged."
 
     def __init__(self, real):
-        self.real, self.judged = real, []
+        self.real = real
+        self.judged = []
 
     def submit(self, pool, job):
         self.judged.append(job.name)
@@ -89,7 +90,8 @@ class Told:
 @pytest.fixture(scope="module", autouse=True)
 def graded_once():
     "A program is graded once, however many settings write it: most of their answers are the same few."
-    real, verdicts = SandboxPool.submit, {}
+    real = SandboxPool.submit
+    verdicts = {}
 
     def submit(pool, job):
         if job not in verdicts or not verdicts[job].done() or verdicts[job].exception():
@@ -316,7 +318,8 @@ def null_study(seed: int, n_random: int, n_tasks: int) -> tuple[dict, list[float
 @pytest.mark.parametrize(("n_random", "n_tasks"), [(2, 80), (10, 30), (18, 80), (19, 30), (19, 80), (40, 80)])
 def test_hardly_any_null_study_gets_a_verdict(n_random, n_tasks):
     "Every direction drifts: p against no push alone is below 0.05 in a seventh to a third of the studies."
-    spoken, significant = [], []
+    spoken = []
+    significant = []
     for seed in range(400):
         row, null = null_study(seed, n_random, n_tasks)
         words = steering_sentence(row, "It", null)
@@ -345,7 +348,8 @@ def test_verdicts_of_null_studies_keep_their_rate(n_random):
 
 def test_verdicts_of_a_report_hold_together():
     "Of 500 reports of five null claims, hardly any speaks a verdict; each claim by itself would in every fifth."
-    alone, together = [], []
+    alone = []
+    together = []
     for report in range(500):
         rng = np.random.default_rng([4, report])
         p = rng.random(5)

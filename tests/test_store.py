@@ -26,7 +26,8 @@ from codetrace.core.files import StorageError, atomic_write, file_sha256
 from codetrace.core.records import DamagedRecords, DuplicateRow, Records, RecordsInUse, read_records
 
 KEY = ("task_id", "sample")
-N, PART = 230, 10
+N = 230
+PART = 10
 
 
 def row(i: int) -> dict:
@@ -100,7 +101,9 @@ def _kill_after(lines: int, folder: Path) -> tuple[int, bool]:
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     "Twenty writers are killed with SIGKILL; each costs at most the rows of a part, and the table ends up the same."
-    rng, kills, tables = random.Random(0), 0, [tmp_path / "0"]
+    rng = random.Random(0)
+    kills = 0
+    tables = [tmp_path / "0"]
     while kills < 20:
         folder = tables[-1]
         before = len(read_records(folder)) if any(folder.glob("part-*")) else 0
@@ -129,7 +132,8 @@ def _kill_at(step: int, folder: Path):
 
         return wrapped
 
-    core_records.os.fsync, core_records.os.replace = dying(os.fsync), dying(os.replace)
+    core_records.os.fsync = dying(os.fsync)
+    core_records.os.replace = dying(os.replace)
     core_records.Path.unlink = dying(Path.unlink)
     write(folder, 25)
 

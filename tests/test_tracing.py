@@ -113,7 +113,8 @@ def bpe(lm, regex: bool, joined=()):
 @pytest.mark.parametrize("regex", [True, False])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
-    lm, (program, _) = bpe(llama, regex), pair_of(llama, depth, 5, style)
+    lm = bpe(llama, regex)
+    program, _ = pair_of(llama, depth, 5, style)
     for prompt in (program.code, PREFIX + program.code):
         table = token_roles(lm, program, prompt).set_index("position_name")
         for link in program.chain:
@@ -130,10 +131,12 @@ def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
 def test_a_special_token_at_the_start_shifts_positions_only(llama):
     from tokenizers.processors import TemplateProcessing
 
-    lm, (program, _) = bpe(llama, True), pair_of(llama)
+    lm = bpe(llama, True)
+    program, _ = pair_of(llama)
     bos = lm.tokenizer.convert_ids_to_tokens(1)
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
-    table, plain = token_roles(lm, program), token_roles(llama, program)
+    table = token_roles(lm, program)
+    plain = token_roles(llama, program)
     assert list(table["position_name"][1:]) == list(plain["position_name"]) and list(table["line"]) == [
         -1,
         *plain["line"],
@@ -187,7 +190,8 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
     def made(code):
         return as_program((code, code.split("\n")[0][-1]))
 
-    program, shorter = made("a = 1\nb = 2\nc = a\n#c:"), made("a = 1\nb = 2\n#a:")
+    program = made("a = 1\nb = 2\nc = a\n#c:")
+    shorter = made("a = 1\nb = 2\n#a:")
     moved = as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
     long = [as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
     for bad, error, says in [
@@ -343,10 +347,8 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
     lm = models.load(f"tiny:{arch}")
     cases = [TraceCase(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
     heads = [(site, layer, 1, name) for site in ("head_out", "key") for layer in (0, 2) for name in ("rhs 2", "final")]
-    table, some = (
-        pd.DataFrame(heads, columns=["site", "layer", "head", "position_name"]),
-        ["resid_pre", "mlp_out", "head_out", "key"],
-    )
+    table = pd.DataFrame(heads, columns=["site", "layer", "head", "position_name"])
+    some = ["resid_pre", "mlp_out", "head_out", "key"]
     effects = run_controls(lm, cases, ControlOptions(sites=some, layers=[1], direction="noise", heads=table))
     silent, noise = (effects[effects["control"] == kind] for kind in ("no-op", "random"))
     assert len(silent) == len(noise) and list(dict.fromkeys(silent["site"])) == some
@@ -371,7 +373,8 @@ def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pai
 
 
 def test_random_controls_have_the_donors_norm(llama, pairs):
-    aligned, cells = [align_pair(llama, pair) for pair in pairs], [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
+    aligned = [align_pair(llama, pair) for pair in pairs]
+    cells = [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
     for site in ("resid_pre", "head_out"):
         mine = [(layer, head * (site == "head_out"), name) for layer, head, name in cells]
         random_states = {
@@ -400,7 +403,8 @@ def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_attribution_is_the_slope_of_a_small_patch(arch):
-    lm, step = models.load(f"tiny:{arch}"), 2e-3
+    lm = models.load(f"tiny:{arch}")
+    step = 2e-3
     pair = pair_of(lm)
     aligned = align_pair(lm, pair, prefix=PREFIX)
     base_answer, wanted = aligned.answer_ids
@@ -430,7 +434,9 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
         pytest.skip("soft caps need eager attention")
     lm = models.load(f"tiny:{arch}", attn=attn)
     aligned = align_pair(lm, pair_of(lm))
-    n, root, everywhere = len(aligned.base), aligned.first_difference, range(lm.n_layers)
+    n = len(aligned.base)
+    root = aligned.first_difference
+    everywhere = range(lm.n_layers)
     plain = lm.logits([list(aligned.base)])[0]
     torch.testing.assert_close(
         knockout._knockout_logits(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3
@@ -470,7 +476,8 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
     cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
     options = TraceOptions(directions=["denoise", "noise"], positions="query,final", control_layers=1)
     whole = trace_cases(llama, cases, start(tmp_path / "a"), options=options)
-    sweep, calls = run_sweep, []
+    sweep = run_sweep
+    calls = []
 
     def stops(*args, **kwargs):
         calls.append(1)
@@ -553,7 +560,8 @@ def test_the_json_holds_the_cells(llama, tmp_path):
     options = TraceOptions(sites=["resid_pre", "head_out"], positions="query,final", control_layers=0)
     trace = trace_cases(llama, cases, start(tmp_path), options=options)
     record = json.loads((tmp_path / "intervention_results.json").read_text())[1]
-    heads, vector = record["results"]["denoise/head_out"]["effect"], record["results"]["denoise/resid_pre"]["effect"]
+    heads = record["results"]["denoise/head_out"]["effect"]
+    vector = record["results"]["denoise/resid_pre"]["effect"]
     assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
     assert [record["position_names"][record["positions"].index(p)] for p in record["swept_positions"]] == [
         "query",
@@ -603,7 +611,9 @@ def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
 
 
 def test_peaks_are_not_judged_where_they_were_chosen():
-    rng, chosen, judged = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    chosen = []
+    judged = []
     cell = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "position_name": "query"} | dict.fromkeys(
         PATCH_METRICS, 0.0
     )
@@ -692,7 +702,8 @@ def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, t
 @pytest.mark.parametrize("direction", PATCH_DIRECTIONS)
 def test_smollm2_engines_decide_alike(direction):
     "Every success decision is the same, and no logit difference is further off than 1e-4 of what eager attention gives both."
-    lm, rng = models.load("smollm2", dtype="float32", attn="eager"), np.random.default_rng(0)
+    lm = models.load("smollm2", dtype="float32", attn="eager")
+    rng = np.random.default_rng(0)
     program = make_variable_binding_program(3, rng, depth=2, query_style="print")
     pair = make_counterfactual_pair(program, rng, lm.tokenizer)
 
@@ -881,7 +892,8 @@ def test_site_ablation_is_the_experiment_done_by_hand(arch):
     cases = [TraceCase(*pair_of(lm, seed=seed), PREFIX) for seed in range(4)]
     programs = [prompted_program(lm, case) for case in cases]
     ids = [list(program.token_ids) for program in programs]
-    names, layers = ("rhs 1", "query"), (1, 2)
+    names = ("rhs 1", "query")
+    layers = (1, 2)
     before = [lm.logits([row])[0].log_softmax(-1) for row in ids]
     sites = ("resid_pre", "head_out", "mlp_out")
     captured = [lm.capture([row_ids], list(itertools.product(sites, layers))) for row_ids in ids]

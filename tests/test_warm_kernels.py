@@ -53,7 +53,8 @@ def test_a_record_is_the_same_from_a_forked_kernel(server, tmp_path):
         done = workspace.call(*SMALL)
         assert done.returncode == 0, done.stderr
     assert outputs_of(cold) == outputs_of(warm)
-    (first,), (second,) = cold.manifests(), warm.manifests()
+    (first,) = cold.manifests()
+    (second,) = warm.manifests()
     assert first["digest"] == second["digest"] and cold.result(first) == warm.result(second)
 
 
