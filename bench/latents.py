@@ -34,7 +34,8 @@ from codetrace.sae.null_of_maximum import (
 from codetrace.sae.sae import SAE
 from codetrace.sae.separation import encode_active_latents, separation_scores
 
-D_MODEL, ACTIVE = 576, 64
+D_MODEL = 576
+ACTIVE = 64
 
 
 def dictionary(d_sae: int) -> SAE:
@@ -65,12 +66,13 @@ def read(folder: Path, layer: int) -> np.ndarray:
 
 def loop(folder: Path, layer: int, rows: int, label: np.ndarray, sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     "Separation and t of a layer, one file after the other."
-    found = {True: [], False: []}
+    activations_by_label = {True: [], False: []}
     for i in range(rows):
         with np.load(folder / ("correct" if label[i] else "incorrect") / f"{i}_layer_{layer}.npz") as file:
             raw = torch.from_numpy(file["arr_0"])[None] @ sae.W_enc + sae.b_enc
-        found[bool(label[i])].append((raw.relu() * (raw > sae.threshold))[0].numpy())
-    right, wrong = np.stack(found[True]), np.stack(found[False])
+        activations_by_label[bool(label[i])].append((raw.relu() * (raw > sae.threshold))[0].numpy())
+    right = np.stack(activations_by_label[True])
+    wrong = np.stack(activations_by_label[False])
     with np.errstate(invalid="ignore"):
         t = stats.ttest_ind(right, wrong, equal_var=False).statistic
     return (right > 0).mean(0) - (wrong > 0).mean(0), t
@@ -78,7 +80,8 @@ def loop(folder: Path, layer: int, rows: int, label: np.ndarray, sae: SAE) -> tu
 
 def child(folder: Path, layers: int, d_sae: int) -> None:
     "All layers and their shuffles in this process; its peak memory, in GB."
-    label, sae = np.load(folder / "label.npy"), dictionary(d_sae)
+    label = np.load(folder / "label.npy")
+    sae = dictionary(d_sae)
     design = permutation_design(label, np.arange(len(label)))
     shuffled = permute_labels(design, 1000)
     for layer in range(layers):
@@ -102,7 +105,8 @@ def main() -> None:
         return child(Path(options.child), options.layers, options.latents)
     seconds = {"loop": 0.0, "pass": 0.0, "null": 0.0}
     with tempfile.TemporaryDirectory() as name:
-        folder, sae = Path(name), dictionary(options.latents)
+        folder = Path(name)
+        sae = dictionary(options.latents)
         label = np.random.default_rng(0).random(options.rows) < 0.3
         np.save(folder / "label.npy", label)
         write(folder, options.rows, options.layers, label)

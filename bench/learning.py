@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe, each = SAETrainingConfig(), 10
+    recipe = SAETrainingConfig()
+    each = 10
     random = torch.Generator().manual_seed(0)
     basis = torch.randn(2000, 576, generator=random) / 24
     states = torch.cat([(torch.rand(512, 2000, generator=random) < 0.01).float() @ basis for _ in range(40)])

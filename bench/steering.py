@@ -61,10 +61,10 @@ class Bench:
         }
 
     def naive(self) -> dict:
-        found = {}
-        for k, one in enumerate(self.pushes):
-            found |= self.write([k], push_edits([one], lambda request: 0))
-        return found
+        answers = {}
+        for k, push in enumerate(self.pushes):
+            answers |= self.write([k], push_edits([push], lambda request: 0))
+        return answers
 
     def sweep(self) -> dict:
         return self.write(range(len(self.pushes)), push_edits(self.pushes))
@@ -98,15 +98,16 @@ def turns(ways: dict[str, Callable[[], dict]], rounds: int) -> tuple[float, dict
     "How many times as long a token takes in the first way as in the second: the median over rounds, which begin in turns; and the last answers."
     ratios = []
     for turn in range(rounds):
-        ms, found = {}, {}
+        ms = {}
+        answers_by_way = {}
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
             began = time.perf_counter()
-            found[name] = ways[name]()
-            ms[name] = 1e3 * (time.perf_counter() - began) / sum(map(len, found[name].values()))
-        one, other = (ms[name] for name in ways)
-        ratios.append(one / other)
+            answers_by_way[name] = ways[name]()
+            ms[name] = 1e3 * (time.perf_counter() - began) / sum(map(len, answers_by_way[name].values()))
+        first_ms, second_ms = (ms[name] for name in ways)
+        ratios.append(first_ms / second_ms)
         say(round=turn, ms_a_token={name: round(x, 2) for name, x in ms.items()}, ratio=round(ratios[-1], 3))
-    return statistics.median(ratios), found
+    return statistics.median(ratios), answers_by_way
 
 
 def main():
@@ -122,7 +123,10 @@ def main():
     ask.add_argument("--only", choices=("sweep", "alone"), help=argparse.SUPPRESS)
     options = ask.parse_args()
     if options.quick:
-        options.model, options.problems, options.tokens, options.slots = "tiny:llama", 8, 12, 8
+        options.model = "tiny:llama"
+        options.problems = 8
+        options.tokens = 12
+        options.slots = 8
     if options.only:
         return only(options)
     exact = Bench(argparse.Namespace(**vars(options) | {"problems": 4}), "float32")
@@ -131,17 +135,20 @@ def main():
     bench = Bench(options)
     bench.write([0], ())  # warm
     say(model=bench.lm.name, dtype=str(bench.lm.dtype), pushes=len(bench.pushes), slots=options.slots)
-    cost, found = turns({"zero": bench.zero, "plain": bench.plain}, 4 * options.rounds)
-    if found["zero"] != found["plain"]:
+    cost, answers_by_way = turns({"zero": bench.zero, "plain": bench.plain}, 4 * options.rounds)
+    if answers_by_way["zero"] != answers_by_way["plain"]:
         sys.exit("a push of coefficient 0 gave other tokens: there is no number")
-    saved, found = turns({"naive": bench.naive, "sweep": bench.sweep}, options.rounds)
+    saved, answers_by_way = turns({"naive": bench.naive, "sweep": bench.sweep}, options.rounds)
     say(
         vs_rerun=round(saved, 3),
         overhead=round(cost - 1, 4),
-        agreement=round(float(np.mean([found["naive"][key] == tokens for key, tokens in found["sweep"].items()])), 3),
+        agreement=round(
+            float(np.mean([answers_by_way["naive"][key] == tokens for key, tokens in answers_by_way["sweep"].items()])),
+            3,
+        ),
         memory=round(peak(options, "sweep") - peak(options, "alone"), 1),
         directions=round(len(bench.pushes) * bench.lm.d_model * 4 / 1e6, 3),
-        answers=len(found["sweep"]),
+        answers=len(answers_by_way["sweep"]),
     )
 
 

@@ -73,7 +73,8 @@ def lead(logits, i):
 
 class Bench:
     def __init__(self, options):
-        self.repeats, self.stride = options.repeats, options.stride
+        self.repeats = options.repeats
+        self.stride = options.stride
         self.clock = time.process_time if options.cpu_time else time.perf_counter
 
     def alternate(self, contestants: dict) -> dict[str, float]:
@@ -89,7 +90,8 @@ class Bench:
 
     def sweeps(self, lm, n_tokens: int, site: str, engines, stride: int, most: int | None = None) -> dict[str, float]:
         "Seconds of a whole sweep by each engine, of all pairs together or the first few."
-        pairs, some = pairs_of(lm, n_tokens)[:most], list(range(0, lm.n_layers, stride))
+        pairs = pairs_of(lm, n_tokens)[:most]
+        some = list(range(0, lm.n_layers, stride))
 
         def run(engine):
             return lambda: patch_all(
@@ -112,7 +114,9 @@ class Bench:
 
     def share(self, lm, n_tokens: int) -> dict[str, float]:
         "Layer-tokens a second of the sweep over those of a plain batched forward pass; and how many were computed over how many are needed."
-        pair, work, rows = pairs_of(lm, n_tokens)[0], EngineWork(), 32
+        pair = pairs_of(lm, n_tokens)[0]
+        work = EngineWork()
+        rows = 32
         ids = torch.tensor([pair.base] * rows)
         patch_all(lm, [pair], "resid_pre", lead, work=work)
         needed = sweep_layer_tokens(lm.n_layers, n_tokens, pair.first_difference)
@@ -139,7 +143,12 @@ def report(**what):
 
 def difference(lm, n_tokens: int, stride: int) -> float:
     "The largest difference of any logit between staircase and naive."
-    pair, layers, whole = pairs_of(lm, n_tokens)[0], list(range(0, lm.n_layers, stride)), lambda logits, i: logits
+    pair = pairs_of(lm, n_tokens)[0]
+    layers = list(range(0, lm.n_layers, stride))
+
+    def whole(logits, i):
+        return logits
+
     got, want = (
         patch_all(lm, [pair], "resid_pre", whole, PatchOptions(layers=layers, engine=engine))[0]
         for engine in ("staircase", "naive")
@@ -150,7 +159,8 @@ def difference(lm, n_tokens: int, stride: int) -> float:
 
 def exponent(x: list[float], y: list[float]) -> float:
     "The slope of a line through the logarithms."
-    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
+    x = [math.log(v) for v in x]
+    y = [math.log(v) for v in y]
     return round(statistics.linear_regression(x, y).slope, 2)
 
 
@@ -190,16 +200,23 @@ def main() -> None:
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.repeats, options.stride = min(options.repeats, 3), max(options.stride, 10)
+        options.repeats = min(options.repeats, 3)
+        options.stride = max(options.stride, 10)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     lm = models.load("smollm2", dtype=options.dtype, attn="eager")
     if options.peak:
         patch_all(lm, pairs_of(lm, 25) * 4, "resid_pre", lead)
         return print(high_water())
-    bench, loops, heads_stride = Bench(options), ("naive", "nnsight", "transformer_lens"), 5 * options.stride
+    bench = Bench(options)
+    loops = ("naive", "nnsight", "transformer_lens")
+    heads_stride = 5 * options.stride
     sizes = [25] if options.quick else [25, 12, 60]
-    tiny, by_tokens, by_layers, heads, little = small(), {}, {}, {}, {}
+    tiny = small()
+    by_tokens = {}
+    by_layers = {}
+    heads = {}
+    little = {}
     for n in sizes:
         by_tokens[n] = bench.sweeps(
             lm, n, "resid_pre", loops if n == 25 else ("naive",), options.stride * (1 if n < 60 else 3)
@@ -208,7 +225,7 @@ def main() -> None:
     for n in sizes[:2]:
         heads[n] = bench.sweeps(lm, n, "head_out", ("naive",), heads_stride)
         bench.sweeps(tiny, n, "head_out", ("naive",), 2)
-    one = bench.sweeps(tiny, 25, "resid_pre", ("naive",), 1, most=1)
+    one_pair = bench.sweeps(tiny, 25, "resid_pre", ("naive",), 1, most=1)
     share = bench.share(lm, 25)
     for n in () if options.quick else (6, 12, 24):
         by_layers[n] = bench.sweeps(cut(lm, n), 25, "resid_pre", (), 1)["staircase"]
@@ -222,7 +239,7 @@ def main() -> None:
     def over(seconds, engine):
         return round(seconds[25][engine] / seconds[25]["staircase"], 2)
 
-    report(small_one_pair_vs_naive=over({25: one}, "naive"))
+    report(small_one_pair_vs_naive=over({25: one_pair}, "naive"))
     report(
         vs_transformer_lens=over(by_tokens, "transformer_lens"),
         vs_nnsight=over(by_tokens, "nnsight"),

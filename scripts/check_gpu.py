@@ -133,9 +133,11 @@ class Checks:
             self.add(Result(name, None, None, None, "not run: no time left", {}, 0.0))
             return
         try:
-            found = check()
-            error = float(found.error) if math.isfinite(found.error) else None
-            result = Result(name, found.passed, error, found.tolerance, found.note, found.values, 0.0)
+            measurement = check()
+            error = float(measurement.error) if math.isfinite(measurement.error) else None
+            result = Result(
+                name, measurement.passed, error, measurement.tolerance, measurement.note, measurement.values, 0.0
+            )
         except Exception as error:
             traceback.print_exc(limit=-4)
             reason = (str(error).splitlines() or [""])[0]
@@ -306,10 +308,12 @@ def no_edit(lm: LM, key: int, n_prompt: int) -> Iterator[None]:
     yield
 
 
-def largest_gap(lm: LM, prompts: list, one: list, other: list, edit: Callable = no_edit) -> tuple[float, float]:
+def largest_gap(
+    lm: LM, prompts: list, answers: list, compared_answers: list, edit: Callable = no_edit
+) -> tuple[float, float]:
     "Share of equal answers; largest gap between the two tokens' logits where answers part, in standard deviations."
     gaps = []
-    for key, (prompt, a, b) in enumerate(zip(prompts, one, other)):
+    for key, (prompt, a, b) in enumerate(zip(prompts, answers, compared_answers)):
         if a == b:
             continue
         parting = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -368,9 +372,9 @@ def check_sweep(twins: Twins, dtype: str, site: str, pair: PatchPair, layers: li
 def worst(measurements: dict[str, Measurement]) -> Measurement:
     "The measurement that is nearest to failing, with all errors as values."
     name = max(measurements, key=lambda key: np.nan_to_num(measurements[key].error, nan=np.inf))
-    found = measurements[name]
+    measurement = measurements[name]
     errors = {key: m.error for key, m in measurements.items()}
-    return Measurement(found.error, found.tolerance, f"{found.note}; worst: {name}", errors)
+    return Measurement(measurement.error, measurement.tolerance, f"{measurement.note}; worst: {name}", errors)
 
 
 def check_tiny_sweep(twins: Twins, dtype: str, quick: bool) -> Measurement:
@@ -522,12 +526,12 @@ def check_steering(twins: Twins, dtype: str, where: str, size: tuple[int, int, i
     for key, prompt in enumerate(prompts):
         with edit_while_writing(vectors, layer, where, lm, key):
             alone.append(generate_one(lm, prompt, size[1]))
-    found = compare_answers(lm, prompts, steered, alone, in_one_pass)
-    found.values |= {
+    measurement = compare_answers(lm, prompts, steered, alone, in_one_pass)
+    measurement.values |= {
         "states": states.error,
         "changed by the edit": float(np.mean([a != b for a, b in zip(steered, plain)])),
     }
-    return found
+    return measurement
 
 
 # --- 5: ablation --------------------------------------------------------------------------------------------------
@@ -577,7 +581,8 @@ def check_sae(device: str, matmul_dtype: torch.dtype) -> Measurement:
     steps = 120
     losses = [trainer.step(batch_of(states, i, config.batch), i / steps) for i in range(steps)]
     devices = {weight.device.type for weight in trainer.weights.values()}
-    first, last = np.mean(losses[:3]), np.mean(losses[-3:])
+    first = np.mean(losses[:3])
+    last = np.mean(losses[-3:])
     if devices != {device}:
         return Measurement(math.nan, 0.0, f"weights are on {devices}, not on {device}")
     return Measurement(last / first, 0.9, "last loss, over the first", {"first": first, "last": last})

@@ -31,8 +31,8 @@ def as_website(config: dict) -> dict:
     "The configuration of the same pages as a website: parts become sections of the sidebar."
     book = config["book"]
     side = [e if isinstance(e, str) else {"section": e["part"], "contents": e["chapters"]} for e in book["chapters"]]
-    about = {"title": book["title"], "description": book["description"], "sidebar": {"contents": side}}
-    return config | {"project": config["project"] | {"type": "website"}, "website": about, "book": None}
+    website = {"title": book["title"], "description": book["description"], "sidebar": {"contents": side}}
+    return config | {"project": config["project"] | {"type": "website"}, "website": website, "book": None}
 
 
 def relinked(text: str, name: str) -> str:

@@ -54,11 +54,11 @@ def drop_remote_fonts(site: Path) -> None:
 
 def loads_from_elsewhere(site: Path) -> list[str]:
     "What pages of the site would load from another host."
-    found = []
+    loads = []
     for page in sorted(site.rglob("*.html")):
         matches = ELSEWHERE.findall(page.read_text(encoding="utf-8"))
-        found += [f"{page.relative_to(site)}: {match[-100:]}" for match in matches]
-    return found
+        loads += [f"{page.relative_to(site)}: {match[-100:]}" for match in matches]
+    return loads
 
 
 def make_offline(site: Path) -> None:
@@ -66,5 +66,5 @@ def make_offline(site: Path) -> None:
     vendor_katex(site)
     drop_remote_fonts(site)
     search_from_disk(site)
-    if found := loads_from_elsewhere(site):
-        raise SystemExit("the site loads from other hosts: " + "; ".join(found[:5]))
+    if loads := loads_from_elsewhere(site):
+        raise SystemExit("the site loads from other hosts: " + "; ".join(loads[:5]))

@@ -47,13 +47,13 @@ def require_typesetter() -> None:
 
 def book_of(config: dict) -> tuple[dict, list[tuple[str, list[str]]]]:
     "Title and description, and the parts with their files, of a book or of the website that smalldocs makes of it."
-    about = config.get("book") or config["website"]
-    entries = about["chapters"] if "chapters" in about else about["sidebar"]["contents"]
+    book = config.get("book") or config["website"]
+    entries = book["chapters"] if "chapters" in book else book["sidebar"]["contents"]
     parts = []
     for entry in entries:
         is_page = isinstance(entry, str)
         parts.append(("", [entry]) if is_page else (entry.get("part") or entry["section"], chapters_of(entry)))
-    return about, parts
+    return book, parts
 
 
 def chapters_of(part: dict) -> list[str]:
@@ -89,10 +89,10 @@ def write_pdf(project: Path, target: Path) -> list[str]:
     "Set the whole book; gives the chapters that pandoc refused, which the book names in their place."
     typst = importlib.import_module("typst")
     config = yaml.safe_load((project / "_quarto.yml").read_text(encoding="utf-8"))
-    about, parts = book_of(config)
+    settings, parts = book_of(config)
     records = sum(len(files) for title, files in parts if title == "Records")
     count = sum(len(files) for _, files in parts) - records
-    book = BOOK.replace("TITLE", about["title"]).replace("DESCRIPTION", about["description"])
+    book = BOOK.replace("TITLE", settings["title"]).replace("DESCRIPTION", settings["description"])
     pieces = [book.replace("CHAPTERS", str(count)).replace("RECORDS", str(records))]
     refused = []
     for title, files in parts:

@@ -152,7 +152,8 @@ def seeds_finding(name: str) -> str:
 
 def layers(row: dict) -> str:
     "The layers at which something is found."
-    low, high = int(row["smallest"]), int(row["largest"])
+    low = int(row["smallest"])
+    high = int(row["largest"])
     return f"{low}" if low == high else f"{low} to {high}"
 
 
@@ -165,10 +166,10 @@ def pregeneration_finding(name: str) -> str:
     "What a state before the first token foretells."
     manifest = record(name)
     area = re.search(r"AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks", manifest["headline"])
-    more = re.search(r"the strongest is (.*?), difference ([\d.]+ \[[^\]]*\])", manifest["headline"])
+    difference = re.search(r"the strongest is (.*?), difference ([\d.]+ \[[^\]]*\])", manifest["headline"])
     return (
         f"**A code model knows before it writes.** The state of Qwen2.5-Coder-0.5B at the last token of a prompt foretells whether its answer will pass the tests: "
-        f"AUROC {area[1]} on {area[2]} problems that had no part in the fit, {more[2]} above {more[1]} ({record_link(name, 'record')})."
+        f"AUROC {area[1]} on {area[2]} problems that had no part in the fit, {difference[2]} above {difference[1]} ({record_link(name, 'record')})."
     )
 
 

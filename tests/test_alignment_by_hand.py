@@ -189,11 +189,11 @@ NAMES = pd.Series(["", "lhs 1", "end other", "rhs 2", "final"])
 def test_names_of_a_pair():
     "A changed reference gives the counterfactual's own names a b, where the program has none."
     assert _pair_names(NAMES, NAMES, False).tolist() == NAMES.tolist()
-    other = pd.Series(["lhs 1", "end other", "end 1", "rhs 2", ""])
+    unaligned = pd.Series(["lhs 1", "end other", "end 1", "rhs 2", ""])
     expected = ["lhs 1b", "lhs 1", "end 1b", "rhs 2", "final"]
-    assert _pair_names(NAMES, other, True).tolist() == expected
+    assert _pair_names(NAMES, unaligned, True).tolist() == expected
     conflicting = NAMES.replace("rhs 2", "rhs 1")
-    for names, redirected in ((other, False), (conflicting, True), (conflicting, False)):
+    for names, redirected in ((unaligned, False), (conflicting, True), (conflicting, False)):
         with pytest.raises(Misaligned) as refusal:
             _pair_names(NAMES, names, redirected)
         assert str(refusal.value) == "a program and its counterfactual do not play the same roles at the same tokens"
@@ -250,10 +250,10 @@ MISFITS = {
 
 @pytest.mark.parametrize("message", MISFITS)
 def test_a_pair_that_does_not_line_up_is_refused(lm, message):
-    error, other = MISFITS[message]
+    error, counterfactual = MISFITS[message]
     with pytest.raises(error) as refusal:
-        align_pair(lm, (PROGRAM, other))
-    tokens = [len(row) for row in lm.ids([PROGRAM.code, other.code])]
+        align_pair(lm, (PROGRAM, counterfactual))
+    tokens = [len(row) for row in lm.ids([PROGRAM.code, counterfactual.code])]
     assert str(refusal.value) == message.format(PROGRAM.code, *tokens)
 
 

@@ -306,5 +306,6 @@ def test_memory_stays_where_it_was(served, people):
         page.wait_for_selector(f"#result_trace :text('d = {1000 + number}')")
         grid_of(page)
         sizes.append(psutil.Process(server.pid).memory_info().rss / 1e6)
-    late, early = sum(sizes[-10:]) / 10, sum(sizes[10:20]) / 10
+    late = sum(sizes[-10:]) / 10
+    early = sum(sizes[10:20]) / 10
     assert late - early < 60, f"{early:.0f} MB after 20 jobs, {late:.0f} MB after 40"

@@ -70,8 +70,8 @@ def fresh(n: int, seed: int, **options) -> list[BindingPrograms]:
 
 def right(lm, several) -> tuple[int, int]:
     "Answers whose top token over the entire vocabulary is right, and how many were asked."
-    found = [(predict_digits(lm, b) == b.of_queries("value")).ravel() for b in several]
-    return int(np.concatenate(found).sum()), sum(map(len, found))
+    answered_right = [(predict_digits(lm, b) == b.of_queries("value")).ravel() for b in several]
+    return int(np.concatenate(answered_right).sum()), sum(map(len, answered_right))
 
 
 def test_the_shipped_model_follows_references(taught):
@@ -83,10 +83,10 @@ def test_the_shipped_model_follows_references(taught):
 def test_it_answers_plain_prompts_as_packed_ones(taught):
     asked = fresh(13, seed=2)
     plain = [b.program(row) for b in asked for row in range(len(b))]
-    said = taught.tokenizer.batch_decode(taught.logits([p.code for p in plain]).argmax(-1)[:, None])
+    answer_texts = taught.tokenizer.batch_decode(taught.logits([p.code for p in plain]).argmax(-1)[:, None])
     packed = np.concatenate([predict_digits(taught, b).ravel() for b in asked])
-    assert [str(digit) for digit in packed] == said
-    assert said == [p.answer for p in plain]
+    assert [str(digit) for digit in packed] == answer_texts
+    assert answer_texts == [p.answer for p in plain]
 
 
 @pytest.mark.slow
@@ -179,8 +179,8 @@ def test_both_generators_draw_from_one_distribution():
     constants = np.bincount((ours.source < 0).sum(1), minlength=9)[2:]
     # the single generator first draws the depth it will ask for, which favours programs that have it: ask for 1, which all have
     theirs = [make_variable_binding_program(8, rng, depth=1) for _ in range(1000)]
-    other = np.bincount([len(program_constants(p)) for p in theirs], minlength=9)[2:]
-    both = np.array([constants, other])
+    their_constants = np.bincount([len(program_constants(p)) for p in theirs], minlength=9)[2:]
+    both = np.array([constants, their_constants])
     assert chi2_contingency(both[:, both.sum(0) > 10]).pvalue > 1e-3
 
 
@@ -331,9 +331,9 @@ def test_an_examination_of_a_model_that_repeats_the_first_line():
     headline = binding_headline(examined, steps=7)
     assert headline.startswith("accuracy after 7 steps: as in training ")
     for part in drawn:
-        said = headline.split(f"{part} ")[1].split("; ")[0]
-        assert "beyond rules 0.000 [0.000, " in said and "(n=" in said
-        assert "first line 0." in said or part == "balanced"
+        part_text = headline.split(f"{part} ")[1].split("; ")[0]
+        assert "beyond rules 0.000 [0.000, " in part_text and "(n=" in part_text
+        assert "first line 0." in part_text or part == "balanced"
     queries = pd.concat([t for t in tables if len(t) and t["part"].iloc[0] == "as in training"])
     assert 0 < queries.loc[~rule_is_right(queries).any(axis=1), "beyond_chance"].mean() <= 1
 

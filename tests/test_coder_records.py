@@ -110,7 +110,8 @@ def test_measures_of_latents_and_baselines_are_those_of_sklearn(validated):
     choices = json.loads((Path(manifest["folder"]) / "choice.json").read_text())
     assert len(choices) == len(told) and sum(choice["baseline"] for choice in choices) >= 9
     for choice in choices:
-        name, score = choice["name"], scores[choice["name"]]
+        name = choice["name"]
+        score = scores[choice["name"]]
         if "random latents" in name:  # the mean of twenty of them
             continue
         assert told.loc[name, "AUROC"] == pytest.approx(roc_auc_score(label, score), abs=1e-6), name

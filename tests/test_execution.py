@@ -373,16 +373,16 @@ def test_dreval_outputs():
     programs = []
     outputs = []
     for row in _rows("dreval_data.jsonl"):
-        for given, output in zip(row["inputs"], row["outputs"]):
-            programs.append(TracedProgram(row["code"], f"{row['entry_point']}(*{given})", row["task_id"]))
+        for call_input, output in zip(row["inputs"], row["outputs"]):
+            programs.append(TracedProgram(row["code"], f"{row['entry_point']}(*{call_input})", row["task_id"]))
             outputs.append(output)
     limits = TraceLimits(steps=400_000, size=60_000_000)
     sandbox_limits = SandboxLimits(wall=60, cpu=60, answer=64 << 20, memory=4 << 30)
     executions = record_executions(programs, limits, workers=2, sandbox_limits=sandbox_limits)
     wrong = []
     for execution, output in zip(executions, outputs):
-        found = execution.value.text if execution.value else execution.detail
+        value_text = execution.value.text if execution.value else execution.detail
         value = eval(output, {"nan": math.nan, "inf": math.inf, "__builtins__": {}})
-        if repr(value) != found:
-            wrong.append((execution.program.name, execution.program.call, found, output))
+        if repr(value) != value_text:
+            wrong.append((execution.program.name, execution.program.call, value_text, output))
     assert len(outputs) > 400 and wrong == []

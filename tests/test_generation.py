@@ -115,8 +115,8 @@ def test_a_sliding_window_is_seen(tiny, arch):
     with pytest.MonkeyPatch.context() as patch:
         plain = slot_cache._SlotBlock.of.__func__
 
-        def blind(cls, slots, at, windows, like):
-            block = plain(cls, slots, at, {None}, like)
+        def blind(cls, slots, position, windows, like):
+            block = plain(cls, slots, position, {None}, like)
             block.masks = dict.fromkeys(windows, block.masks[None])
             return block
 
@@ -130,17 +130,17 @@ def test_neighbours_slots_and_order_change_no_bit(tiny):
     lm = tiny("llama")
     ids = lm.ids(TEXTS * 3)
     asked = [Request(row, key=("seed", i), temperature=0.8 * (i % 2)) for i, row in enumerate(ids)]
-    one = decoded(lm, asked, slots=8, layers=None)
-    other = decoded(lm, random.Random(3).sample(asked, len(asked)), slots=8, layers=None)
+    together = decoded(lm, asked, slots=8, layers=None)
+    shuffled = decoded(lm, random.Random(3).sample(asked, len(asked)), slots=8, layers=None)
     part = decoded(lm, asked[4:9], slots=8, layers=None)
-    for key, c in (*other.items(), *part.items()):
+    for key, c in (*shuffled.items(), *part.items()):
         assert (c.tokens, c.finish, c.logprob, c.entropy) == (
-            one[key].tokens,
-            one[key].finish,
-            one[key].logprob,
-            one[key].entropy,
+            together[key].tokens,
+            together[key].finish,
+            together[key].logprob,
+            together[key].entropy,
         )
-        assert all(torch.equal(c.states[kind], one[key].states[kind]) for kind in STATE_KINDS)
+        assert all(torch.equal(c.states[kind], together[key].states[kind]) for kind in STATE_KINDS)
 
 
 def test_a_stream_depends_on_its_key_alone(tiny):
@@ -206,14 +206,14 @@ def test_an_end_of_text_is_no_part_of_the_answer(tiny):
     lm = tiny("llama")
     row = lm.ids(TEXTS[1])[0]
     free = decoded(lm, [Request(row, key=0)], 6)[0]
-    for at in (0, 3):
-        at = free.tokens.index(free.tokens[at])
+    for position in (0, 3):
+        position = free.tokens.index(free.tokens[position])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lm, "_ends", lambda at=at: {free.tokens[at]}, raising=False)
+            patch.setattr(lm, "_ends", lambda position=position: {free.tokens[position]}, raising=False)
             got = decoded(lm, [Request(row, key=0)], 6, layers=None)[0]
-        assert (got.finish, got.tokens) == ("eos", free.tokens[:at])
+        assert (got.finish, got.tokens) == ("eos", free.tokens[:position])
         forced = teacher_forced(lm, row, got.tokens)
-        if at == 0:
+        if position == 0:
             assert torch.equal(got.states["last_generated"], got.states["last_prompt"])
             forced["mean_generated"] = forced["last_prompt"]
         for kind in STATE_KINDS:
@@ -229,7 +229,8 @@ def test_an_edit_acts_where_it_says(tiny, where):
     edit = ResidualEdit(1, lambda x, of: x + push * torch.tensor([[float(r.key)] for r in of]), where)
     got = decoded(lm, [Request(row, key=i) for i, row in enumerate(rows)], 6, slots=2, layers=[2], edits=[edit])
     for i, row in enumerate(rows):
-        ids, n = list(row), len(row)
+        ids = list(row)
+        n = len(row)
         places = {
             "prompt": slice(0, n),
             "last_prompt": slice(n - 1, n),
@@ -337,7 +338,7 @@ def items():
     return plan_samples(load_problems("basics", 120))
 
 
-def written(lm, items, folder: Path, progress=lambda steps, **about: steps, **options) -> dict[str, str]:
+def written(lm, items, folder: Path, progress=lambda steps, **details: steps, **options) -> dict[str, str]:
     "Hashes of what a run leaves."
     options = SamplingOptions(max_new_tokens=6, slots=8, workers=1, **options)
     generate_samples(lm, items, folder, options, progress=progress)
@@ -395,10 +396,10 @@ def until(n: int):
 
 
 @pytest.mark.slow  # a process that is killed, below, ends harder
-@pytest.mark.parametrize("at", [0, 50, 77])
-def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, at):
+@pytest.mark.parametrize("step", [0, 50, 77])
+def test_an_interruption_changes_nothing(judge, tiny, items, whole, tmp_path, step):
     with pytest.raises(Stop):
-        written(tiny("llama"), items, tmp_path, until(at))
+        written(tiny("llama"), items, tmp_path, until(step))
     assert written(tiny("llama"), items, tmp_path) == whole[1]
 
 
@@ -409,7 +410,8 @@ class Stopped(Judge):
         self.asked = 0
 
     def submit(self, job) -> Future:
-        verdict, self.asked = super().submit(job), self.asked + 1
+        verdict = super().submit(job)
+        self.asked = self.asked + 1
         if self.asked in (3, 60, 77):
             verdict = Future()
             verdict.set_result(Verdict("runner_error", (None,) * len(job.tests), "the worker was lost", 0.0))
@@ -532,15 +534,16 @@ def test_a_signal_to_everybody_spoils_no_verdict(tiny, tmp_path):
 
 def test_rows_and_states_belong_together(tiny, items, whole):
     folder, _ = whole
-    saved, lm = read_states(folder), tiny("llama")
+    saved = read_states(folder)
+    lm = tiny("llama")
     assert list(saved.table["task_id"]) == sorted(item.problem.task_id for item in items)
-    for at in (0, 57, 119):
-        row = saved.table.iloc[at]
+    for row_number in (0, 57, 119):
+        row = saved.table.iloc[row_number]
         ids = lm.ids([row["prompt"]])[0]
         assert len(ids) == row["prompt_tokens"] and len(row["token_ids"]) == row["generated_tokens"]
         forced = teacher_forced(lm, ids, list(row["token_ids"]))
         for kind in STATE_KINDS:
-            np.testing.assert_allclose(saved.states(kind, 2)[at], forced[kind][2].numpy(), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(saved.states(kind, 2)[row_number], forced[kind][2].numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_parts_of_fifty_and_their_states(judge, tiny, items, tmp_path):
@@ -705,8 +708,8 @@ def start(folder: Path, victim: str) -> subprocess.Popen:
     env = os.environ | {"CODETRACE_RUNS": str(folder), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env |= {KERNELS_VARIABLE: ""}  # a child of its own, which can be found
     if victim == "shard":
-        given = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
-        call = f"execute_phase('generation', {given!r}, show_progress=False)"
+        parameters = ASKED | {"shards": 2, "shard": 0, "num_problems": 0}
+        call = f"execute_phase('generation', {parameters!r}, show_progress=False)"
         command = ["-c", f"from codetrace.runs.execute import execute_phase; {call}"]
     else:
         words = [word for name, value in ASKED.items() for word in ("-p", name, str(value))]

@@ -221,8 +221,8 @@ def test_a_file_is_converted_once_wherever_it_is(small, tmp_path, own_cache):
     moved = tmp_path / "elsewhere.gguf"
     shutil.move(path, moved)
     assert gguf_model_folder(moved) == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
-    other = write_gguf(tmp_path / "model.gguf", make_small_model("qwen3"))
-    assert gguf_model_folder(other) != folder
+    qwen_file = write_gguf(tmp_path / "model.gguf", make_small_model("qwen3"))
+    assert gguf_model_folder(qwen_file) != folder
 
 
 def _convert(path):
@@ -245,7 +245,7 @@ def test_two_conversions_are_one_and_one_that_was_killed_counts_for_nothing(smal
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    (folder,) = [found for found in own_cache.glob("gguf-*") if found.is_dir()]
+    (folder,) = [converted for converted in own_cache.glob("gguf-*") if converted.is_dir()]
     assert (folder / "manifest.json").is_file() and not list(own_cache.glob(".gguf-*"))
     torch.testing.assert_close(
         models.load(str(path), dtype="float32").logits(TEXT), small.logits(TEXT), atol=2e-5, rtol=1e-5

@@ -125,6 +125,41 @@ def test_every_name_in_a_module_is_defined():
     assert done.returncode == 0, done.stdout
 
 
+VAGUE_NAMES = {"found", "own", "about", "said", "at", "given", "more", "one", "other"}
+NAMED_FOLDERS = ("tests", "bench", "scripts")
+
+
+def local_names(source: str) -> list[tuple[int, str]]:
+    "Names that are assigned, looped over or taken as parameters, with their lines; `self + other` may keep its word."
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append((node.lineno, node.id))
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        is_operator = is_function and re.fullmatch(r"__(?!init__|call__)\w+__", node.name)
+        if (is_function or isinstance(node, ast.Lambda)) and not is_operator:
+            arguments = [child for child in ast.walk(node.args) if isinstance(child, ast.arg)]
+            names += [(argument.lineno, argument.arg) for argument in arguments]
+    return names
+
+
+@pytest.mark.parametrize("folder", NAMED_FOLDERS)
+def test_a_name_says_what_it_holds(folder):
+    vague = [
+        f"{path.relative_to(HOME)}:{line}: {name}"
+        for path in sorted((HOME / folder).rglob("*.py"))
+        for line, name in local_names(path.read_text())
+        if name in VAGUE_NAMES
+    ]
+    assert not vague, "give it a name that says what it holds: " + "; ".join(vague)
+
+
+def test_a_vague_name_is_seen():
+    source = "for at in rows:\n    found, x = at\ndef total(one, *more, said=0):\n    return [own for own in one]\n"
+    assert {name for _, name in local_names(source)} - {"x"} == {"at", "found", "one", "more", "said", "own"}
+    assert local_names("class Sum:\n    def __add__(self, other):\n        return other\n") == []
+
+
 def test_what_the_package_offers_is_there():
     assert len(codetrace.__all__) == 10
     assert all(getattr(codetrace, name).__doc__ for name in codetrace.__all__)

@@ -21,7 +21,7 @@ MODEL = "tiny:llama"  # three layers of 48 numbers
 
 def generation(study, split: str, temperature: list[float], samples: int, names, keep) -> None:
     "A run of phase generation whose states are the study's."
-    given = {
+    parameters = {
         "model": MODEL,
         "problems": "basics",
         "split": split,
@@ -29,12 +29,13 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
         "samples": samples,
         "num_problems": 0,
     }
-    run = open_run("generation", given, "made up")
-    own, rng = np.flatnonzero(keep), np.random.default_rng(0)
-    n = len(own)
+    run = open_run("generation", parameters, "made up")
+    rows = np.flatnonzero(keep)
+    rng = np.random.default_rng(0)
+    n = len(rows)
     table = pd.DataFrame({
-        "task_id": names[study.task[own]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": [f"    return x + {i}\n" for i in range(n)],
-        "passed": study.label[own], "verdict": np.where(study.label[own], "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
+        "task_id": names[study.task[rows]], "temperature": np.resize(temperature, n), "sample": np.arange(n), "prompt": "def f(x):\n", "completion": [f"    return x + {i}\n" for i in range(n)],
+        "passed": study.label[rows], "verdict": np.where(study.label[rows], "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
         "mean_logprob": -rng.gamma(2, 0.1, n), "difficulty": rng.integers(1, 5, n),
     })  # fmt: skip
     table.to_parquet(run.folder / "samples.parquet", index=False)
@@ -42,9 +43,9 @@ def generation(study, split: str, temperature: list[float], samples: int, names,
     for kind in ("last_prompt", "last_generated"):
         states = {
             f"resid_post.{layer}": torch.from_numpy(
-                study.states_by_layer[layer][own]
+                study.states_by_layer[layer][rows]
                 if kind == "last_generated"
-                else rng.permutation(study.states_by_layer[layer][own])
+                else rng.permutation(study.states_by_layer[layer][rows])
             )
             for layer in range(3)
         }
@@ -94,7 +95,7 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(study):
+def search_and_validation(study):
     "Phase 2, then phase 3."
     _, text, root = study
     with pytest.MonkeyPatch.context() as patch:
@@ -112,8 +113,9 @@ def found(study):
     return two, three
 
 
-def test_phase_2_finds_the_planted_latent(study, found):
-    made, two = study[0], found[0]
+def test_phase_2_finds_the_planted_latent(study, search_and_validation):
+    made = study[0]
+    two = search_and_validation[0]
     cards = json.loads((runs_run.Path(two["folder"]) / "cards.json").read_text())
     first = max(cards, key=lambda card: card["score"])
     assert (first["position"], first["layer"], first["latent"], first["predicts"]) == (
@@ -130,8 +132,9 @@ def test_phase_2_finds_the_planted_latent(study, found):
     ].keys()
 
 
-def test_phase_3_judges_it_beside_its_baselines(study, found):
-    made, three = study[0], found[1]
+def test_phase_3_judges_it_beside_its_baselines(study, search_and_validation):
+    made = study[0]
+    three = search_and_validation[1]
     folder = runs_run.Path(three["folder"])
     table = pd.read_parquet(folder / "validation.parquet")
     name = f"latent {made.latent} of layer {made.layer} (correct)"
@@ -140,7 +143,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
     assert table["name"].nunique() == 16 and table["measure"].nunique() == 8
     assert (
         inputs_of(three).keys() == {"input", "splits", "saes", "latents", "sampled"}
-        and inputs_of(three)["latents"] == found[0]["run_id"]
+        and inputs_of(three)["latents"] == search_and_validation[0]["run_id"]
     )
     assert {
         "choice.json",
@@ -156,7 +159,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, found):
     assert " by t-statistic" not in three["headline"] and table["name"].str.contains(" by t-statistic ").any()
 
 
-def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
+def test_what_is_chosen_does_not_depend_on_validation_labels(study, search_and_validation):
     "With the labels of the validation split turned round, the choice is the same to the last digit."
     from codetrace.models.activations import States
     from codetrace.sae.latent_search import top_latents
@@ -166,8 +169,9 @@ def test_what_is_chosen_does_not_depend_on_validation_labels(study, found):
     generated = next(m for m in all_runs(root) if m["phase"] == "generation" and m["parameters"]["split"] == "all")
     splits = read_task_splits(runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "splits")["folder"]))
     saes = runs_run.Path(next(m for m in all_runs(root) if m["phase"] == "saes")["folder"])
-    pool = pd.read_parquet(runs_run.Path(found[0]["folder"]) / "scores.parquet")
-    saved, chosen = States(generated["folder"]), []
+    pool = pd.read_parquet(runs_run.Path(search_and_validation[0]["folder"]) / "scores.parquet")
+    saved = States(generated["folder"])
+    chosen = []
     for turn in (False, True):
         table = saved.table.copy()
         table["passed"] ^= turn & (table["task_id"].map(splits) == "validation")
@@ -187,7 +191,7 @@ def test_missing_inputs_say_what_to_run(tmp_path, monkeypatch):
         execute_phase("2", {"input": "1.0"}, show_progress=False)
 
 
-def test_near_duplicate_tasks_are_one_unit(study, found):
+def test_near_duplicate_tasks_are_one_unit(study, search_and_validation):
     "Pairs that the splits name become groups of the samples; a run without them is refused."
     from codetrace.sae.dataset import read_task_groups
 
@@ -212,7 +216,7 @@ def test_near_duplicate_tasks_are_one_unit(study, found):
 
 
 @pytest.mark.slow
-def test_a_search_on_the_validation_split_serves_no_validation(study, found, monkeypatch):
+def test_a_search_on_the_validation_split_serves_no_validation(study, search_and_validation, monkeypatch):
     "It is typed between search and validation, with notebooks that run: the candidates come from the other search."
     _, text, root = study
     monkeypatch.setenv("CODETRACE_RUNS", str(root))
@@ -220,6 +224,6 @@ def test_a_search_on_the_validation_split_serves_no_validation(study, found, mon
     leaking = execute_phase("2", options | {"split": "validation"}, show_progress=False)
     judged = {"input": "1.0", "candidates": 2, "random_latents": 2, "resamples": 20}
     three = execute_phase("3", judged, show_progress=False)
-    assert inputs_of(three)["latents"] == found[0]["run_id"] != leaking["run_id"]
+    assert inputs_of(three)["latents"] == search_and_validation[0]["run_id"] != leaking["run_id"]
     with pytest.raises(BadInput, match="made with split='validation'"):
         execute_phase("3", judged | {"latents": leaking["run_id"]}, show_progress=False)

@@ -69,7 +69,8 @@ def test_a_shard_that_fails_is_reported_and_only_it_runs_again(workspace, whole,
     assert "codetrace: 1 of 2 shards failed; the same command runs only shard 1 again" in lines
     assert any("the last lines of" in line and ".jobs" in line for line in lines)
     assert "row 40 is out of reach" in lines[-1] and "\x1b" not in failed.stderr
-    (first,), (second,) = workspace.manifests(0), workspace.manifests(1)
+    (first,) = workspace.manifests(0)
+    (second,) = workspace.manifests(1)
     assert (first["status"], second["status"]) == ("complete", "failed") and not workspace.manifests(-1)
     missing = workspace.call("merge", "letters")
     assert missing.returncode == 2 and "1 of 2 shards are missing" in missing.stderr

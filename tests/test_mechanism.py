@@ -119,15 +119,16 @@ def cells_of(effects: dict[tuple[int, int], list[float]]) -> pd.DataFrame:
     "Cells of one name, by layer and head, an effect a program."
     rows = [
         {"program": p, "site": "head_out", "layer": layer, "head": head, "position_name": "query", "effect": e}
-        for (layer, head), own in effects.items()
-        for p, e in enumerate(own)
+        for (layer, head), effects_by_program in effects.items()
+        for p, e in enumerate(effects_by_program)
     ]
     table = pd.DataFrame(rows).assign(logit_diff=0.0, success=0.0, prob=0.0, kl=0.1)
     return table.astype({"head": "Int64"})
 
 
 def test_heads_are_judged_on_programs_they_were_not_chosen_on():
-    lucky, real = [1.0, 0.0] * 4, [0.5] * 8
+    lucky = [1.0, 0.0] * 4
+    real = [0.5] * 8
     chosen = choose_heads(cells_of({(0, 0): lucky, (0, 1): real, (1, 0): [0.0] * 8}))
     judged = chosen.set_index(["layer", "head"])
     assert list(judged.index) == [(0, 0), (0, 1)]
@@ -190,7 +191,8 @@ def test_ablating_planted_heads_destroys_and_others_do_not(lm, reference, fresh)
 
 def test_ablation_agrees_with_a_loop(lm, reference, fresh):
     means = head_means(lm, reference)
-    head, name = (1, 3), "rhs 2"
+    head = (1, 3)
+    name = "rhs 2"
     states = torch.stack(
         [
             lm.capture([list(a.token_ids)], [("head_out", 1)], a.positions[name])["head_out", 1][0, 0, 3]
@@ -201,16 +203,16 @@ def test_ablation_agrees_with_a_loop(lm, reference, fresh):
     got = (
         rows[(rows["where"] == "named") & (rows["position_name"] == name)].sort_values("program")["log_prob"].to_numpy()
     )
-    for one, expected in zip(fresh[:5], got):
-        with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=one.positions[name], heads=3)):
-            log_prob = lm.logits([list(one.token_ids)]).log_softmax(-1)[0, one.answer_id]
+    for program, expected in zip(fresh[:5], got):
+        with lm.intervene(Intervention("head_out", 1, states.mean(0), positions=program.positions[name], heads=3)):
+            log_prob = lm.logits([list(program.token_ids)]).log_softmax(-1)[0, program.answer_id]
         assert float(log_prob) == pytest.approx(expected, abs=1e-3)
 
 
 def test_means_must_be_of_such_programs(lm, reference):
-    other = draw_reference_programs(lm, 2, ProgramShapes((4,), (1,), "hash"))
+    shorter = draw_reference_programs(lm, 2, ProgramShapes((4,), (1,), "hash"))
     with pytest.raises(BadInput, match="reference_programs"):
-        ablate_heads(lm, other, head_means(lm, reference), CHOSEN)
+        ablate_heads(lm, shorter, head_means(lm, reference), CHOSEN)
 
 
 def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
@@ -227,22 +229,22 @@ def test_where_heads_look_and_nothing_stays_behind(lm, fresh):
 
 
 def test_probes_find_the_value_where_it_is_and_shuffled_labels_nothing(lm, reference, fresh):
-    found = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
-    cells = found.set_index(["position_name", "layer"])
+    probes = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
+    cells = probes.set_index(["position_name", "layer"])
     arrives = {"rhs 1": 0, "rhs 2": 2, "query": 4, "final": 5, "end 1": 3, "end 2": 3}
     for (name, layer), row in cells.iterrows():
         if layer >= arrives.get(name, 9):
             assert row["accuracy"] > 0.95, (name, layer)
         assert row["shuffled_low"] < 0.3, (name, layer)
     assert cells["accuracy"]["rhs 2", 0] < 0.4 and cells["accuracy"]["lhs 1", 3] < 0.4
-    assert found["shuffled_accuracy"].mean() < 0.2
-    assert len(found) == 8 * lm.n_layers
+    assert probes["shuffled_accuracy"].mean() < 0.2
+    assert len(probes) == 8 * lm.n_layers
 
 
 def test_read_is_not_used(lm, cases, reference, fresh):
     resid = run_sweep(lm, cases, PatchSweepOptions(sites=["resid_pre"], positions=STREAM_SWEEP_POSITIONS))
-    found = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
-    both = probes_with_effects(found, resid[resid["kl"].notna()]).set_index(["position_name", "layer"])
+    probes = run_probes(states_by_position(lm, reference), states_by_position(lm, fresh))
+    both = probes_with_effects(probes, resid[resid["kl"].notna()]).set_index(["position_name", "layer"])
     assert both["low"]["end 1", 4] > 0.8 and abs(both["effect"]["end 1", 4]) < 0.02
     assert both["low"]["rhs 2", 3] > 0.8 and both["effect"]["rhs 2", 3] > 0.95
     sentence = probes_sentence(both.reset_index())
@@ -258,10 +260,10 @@ def hand_made_states(x, value, distractor, control, beyond) -> LabelledStates:
 
 def digits_in_states(rng, n: int, carried: str, share_of_rule: float = 0.7):
     "States that carry the `value`, the last constant (`distractor`), the `control` digit, or nothing, in noise; the last constant is often the value."
-    value, other, control = rng.integers(0, 10, (3, n))
+    value, last_constant, control = rng.integers(0, 10, (3, n))
     beyond = rng.random(n) > share_of_rule
-    other = np.where(other == value, (other + 1) % 10, other)
-    distractor = np.where(beyond, other, value)
+    last_constant = np.where(last_constant == value, (last_constant + 1) % 10, last_constant)
+    distractor = np.where(beyond, last_constant, value)
     x = 0.3 * rng.standard_normal((n, 40))
     if carried != "nothing":
         x[:, :10] += np.eye(10)[{"value": value, "distractor": distractor, "control": control}[carried]]
@@ -300,7 +302,9 @@ def test_random_states_are_rarely_readable():
 
 def test_a_study_of_240_null_cells_makes_a_claim_in_at_most_one_in_twenty():
     "The case of the sentence `readable`: 40 programs, 240 cells, accuracy 0.12 for value, shuffled labels and control task alike."
-    rng, studies, claims = np.random.default_rng(0), 60, 0
+    rng = np.random.default_rng(0)
+    studies = 60
+    claims = 0
     for _ in range(studies):
         right, shuffled, control = rng.random((3, 240, 40)) < 0.12
         beyond = rng.random((240, 40)) < 0.5
@@ -396,8 +400,8 @@ def test_the_whole_state_is_a_cell_of_the_sweep(lm, cases):
 def traced(moved, full) -> pd.DataFrame:
     rows = [
         {"program": p, "layer": layer, "position_name": "query", "moved": m, "full": f, "success": 0.0, "correct": 1.0}
-        for p, (own, f) in enumerate(zip(moved, full))
-        for layer, m in enumerate(own)
+        for p, (moved_by_layer, f) in enumerate(zip(moved, full))
+        for layer, m in enumerate(moved_by_layer)
     ]
     return pd.DataFrame(rows)
 
@@ -471,8 +475,12 @@ def test_programs_of_several_tokens_an_answer_are_refused():
     long = as_program(("a = 12\n#a:", "12"))
     with pytest.raises(CannotTrace):
         tokenize_program(models.load("tiny:llama"), long)
-    one = tokenize_program(models.load("tiny:llama"), as_program(("a = 3\nb = a\n#b:", "3")))
-    assert isinstance(one, TokenizedProgram) and one.value == 3 and one.positions["final"] == len(one.token_ids) - 1
+    program = tokenize_program(models.load("tiny:llama"), as_program(("a = 3\nb = a\n#b:", "3")))
+    assert (
+        isinstance(program, TokenizedProgram)
+        and program.value == 3
+        and program.positions["final"] == len(program.token_ids) - 1
+    )
 
 
 def test_states_are_parted_where_they_are_about_to_be_read(lm, cases):
@@ -489,15 +497,16 @@ def redirected_cases():
     lm = models.load("tiny:llama")
     cases = draw_unfiltered_cases(lm, 2, ProgramShapes((6,), (2,), "hash"), change="reference")
     for case in cases:
-        base, own = (tokenize_program(lm, program) for program in case.pair)
-        assert base.positions["rhs 1"] != own.positions["rhs 1"]
+        base, counterfactual = (tokenize_program(lm, program) for program in case.pair)
+        assert base.positions["rhs 1"] != counterfactual.positions["rhs 1"]
     return lm, cases
 
 
 def patched_by_hand(lm, case: TraceCase, site: str, layer: int, name: str, **heads) -> float:
     "Share of the whole logit difference after one state is put in at the same token, from nothing but `capture` and `intervene`."
     program, counterfactual = (tokenize_program(lm, side) for side in case.pair)
-    base_ids, source_ids = list(program.token_ids), list(counterfactual.token_ids)
+    base_ids = list(program.token_ids)
+    source_ids = list(counterfactual.token_ids)
     position = program.positions[name]
     state = lm.capture([source_ids], [(site, layer)])[site, layer][0, position]
     state = state[heads["heads"]] if heads else state
@@ -563,7 +572,8 @@ def test_a_test_that_cannot_be_significant_is_not_printed():
 
 
 def test_needed_heads_are_judged_on_programs_they_were_not_chosen_on():
-    lucky, real = [1.0, 0.0] * 6, [0.5] * 12
+    lucky = [1.0, 0.0] * 6
+    real = [0.5] * 12
     rows = [
         {"program": p, "layer": 0, "head": head, "log_prob_drop": drop, "correct": 1.0}
         for head, drops in enumerate((lucky, real, [0.0] * 12))
@@ -593,11 +603,11 @@ def test_each_thing_held_leads_to_an_answer_of_its_own(lm, holds, monkeypatch):
     from codetrace.patching import lookbacks
 
     pairs = draw_lookback_pairs(10, seed=5)
-    said = iter([pair.answers[holds] for pair in pairs])
+    answers = iter([pair.answers[holds] for pair in pairs])
 
     def pretend(lm, tokens, site, targets, states):
         logits = torch.zeros(len(targets), lm.hf.config.vocab_size)
-        logits[:, lm.ids(next(said))[0][-1]] = 1
+        logits[:, lm.ids(next(answers))[0][-1]] = 1
         return logits, logits
 
     monkeypatch.setattr(lookbacks, "patch_states", pretend)

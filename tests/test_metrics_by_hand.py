@@ -101,7 +101,8 @@ def test_measures_of_probabilities():
 
 def test_calibration_is_of_bins_with_equally_many_rows():
     "Two bins: in the lower the probabilities miss by -0.1 + 0.8, in the upper by 0.2 + 0.1."
-    label, probability = [0, 1, 1, 1], [0.1, 0.2, 0.8, 0.9]
+    label = [0, 1, 1, 1]
+    probability = [0.1, 0.2, 0.8, 0.9]
     assert calibration_error(label, probability, bins=2) == pytest.approx((0.7 + 0.3) / 4)
     assert calibration_error(label, probability, bins=1) == pytest.approx(0.25)
     weights = [[1, 1, 1, 1], [1, 0, 1, 1]]
@@ -253,7 +254,8 @@ def test_an_interval_that_cannot_be_is_refused(message):
 
 
 def test_two_resamples_and_a_value_on_its_bound_are_enough():
-    low, high = X.mean() - 1e-9, X.mean()
+    low = X.mean() - 1e-9
+    high = X.mean()
     assert len(cluster_interval(mean_of_x, TASKS, 2, bounds=(-1.0, high))) == 3
     assert cluster_interval(mean_of_x, TASKS, 2, bounds=(X.mean(), 1.0))[0] == high > low
 
@@ -272,15 +274,18 @@ def se_by_pairs(label, score, task) -> tuple[float, float]:
     def wins(i, j):
         return (score[i] > score[j]) + (score[i] == score[j]) / 2
 
-    positives, negatives = np.flatnonzero(label), np.flatnonzero(~label)
+    positives = np.flatnonzero(label)
+    negatives = np.flatnonzero(~label)
     of_positive = {i: np.mean([wins(i, j) for j in negatives]) for i in positives}
     of_negative = {j: np.mean([wins(i, j) for i in positives]) for j in negatives}
     area = np.mean(list(of_positive.values()))
     names = np.unique(task)
     from_positives = np.array([sum(of_positive[i] - area for i in positives if task[i] == name) for name in names])
     from_negatives = np.array([sum(of_negative[j] - area for j in negatives if task[j] == name) for name in names])
-    m, n = len(positives), len(negatives)
-    tasks_m, tasks_n = len(set(task[positives])), len(set(task[negatives]))
+    m = len(positives)
+    n = len(negatives)
+    tasks_m = len(set(task[positives]))
+    tasks_n = len(set(task[negatives]))
     variance = tasks_m / (tasks_m - 1) * (from_positives**2).sum() / m**2
     variance += tasks_n / (tasks_n - 1) * (from_negatives**2).sum() / n**2
     variance += 2 * len(names) / (len(names) - 1) * (from_positives * from_negatives).sum() / (m * n)

@@ -62,21 +62,24 @@ def hooks(lm) -> int:
 def test_sites_obey_their_equations(lm):
     got = lm.capture(TEXTS[0], every_site(lm))
     for layer in range(lm.n_layers):
-        at = {site: got[site, layer] for site in lm.sites}
+        state_at = {site: got[site, layer] for site in lm.sites}
         if lm.parallel:
-            close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"], **TOLERANCE)
+            close(
+                state_at["resid_post"], state_at["resid_pre"] + state_at["attn_out"] + state_at["mlp_out"], **TOLERANCE
+            )
         else:
-            close(at["resid_mid"], at["resid_pre"] + at["attn_out"], **TOLERANCE)
-            close(at["resid_post"], at["resid_mid"] + at["mlp_out"], **TOLERANCE)
+            close(state_at["resid_mid"], state_at["resid_pre"] + state_at["attn_out"], **TOLERANCE)
+            close(state_at["resid_post"], state_at["resid_mid"] + state_at["mlp_out"], **TOLERANCE)
         if layer:
-            assert torch.equal(at["resid_pre"], got["resid_post", layer - 1])
-        block, adapter = lm.layers[layer], lm.adapter
-        added = block.get_submodule(adapter.attn_proj)(at["head_out"].flatten(-2))
+            assert torch.equal(state_at["resid_pre"], got["resid_post", layer - 1])
+        block = lm.layers[layer]
+        adapter = lm.adapter
+        added = block.get_submodule(adapter.attn_proj)(state_at["head_out"].flatten(-2))
         if adapter.attn_out != adapter.attn_proj:  # a norm stands between the projection and the stream
             added = block.get_submodule(adapter.attn_out)(added)
-        close(added, at["attn_out"], **TOLERANCE)
-        assert at["head_out"].shape[2:] == (lm.n_heads, lm.d_head)
-        assert at["resid_pre"].shape[2:] == (lm.d_model,)
+        close(added, state_at["attn_out"], **TOLERANCE)
+        assert state_at["head_out"].shape[2:] == (lm.n_heads, lm.d_head)
+        assert state_at["resid_pre"].shape[2:] == (lm.d_model,)
 
 
 def test_first_and_last_site_are_embedding_and_final_norm(lm):
@@ -118,7 +121,8 @@ def test_agrees_with_eager_attention(lm):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(lm, side):
     batch = lm.tokenize(TEXTS, padding_side=side)
-    last, every = lm.logits(batch), lm.logits(batch, last=False)
+    last = lm.logits(batch)
+    every = lm.logits(batch, last=False)
     captured = lm.capture(batch, every_site(lm))
     for row, text in enumerate(TEXTS):
         n = int(batch.lengths[row])
@@ -183,16 +187,17 @@ def test_a_patch_with_its_own_value_is_no_patch(lm):
 
 def test_every_site_takes_effect_downstream_and_only_there(lm):
     batch = lm.tokenize(TEXTS[:1])
-    base, before = lm.logits(batch), lm.capture(batch, every_site(lm))
-    at = int(batch.lengths) - 3  # near enough for a sliding window
+    base = lm.logits(batch)
+    before = lm.capture(batch, every_site(lm))
+    position = int(batch.lengths) - 3  # near enough for a sliding window
     for site in lm.sites:
         shift = torch.randn(before[site, 1].shape[2:], generator=torch.Generator().manual_seed(0))
         with lm.intervene(Intervention(site, 1, lambda x, shift=shift: x + shift, positions=-3)):
             assert not torch.allclose(lm.logits(batch), base, atol=1e-4), site
             after = lm.capture(batch, every_site(lm))
-        close(after[site, 1][:, at], before[site, 1][:, at] + shift, **TOLERANCE)
+        close(after[site, 1][:, position], before[site, 1][:, position] + shift, **TOLERANCE)
         for key in every_site(lm):
-            assert torch.equal(after[key][:, :at], before[key][:, :at])  # causal
+            assert torch.equal(after[key][:, :position], before[key][:, :position])  # causal
             if key[1] < 1 or (key[1] == 1 and lm.sites.index(key[0]) < lm.sites.index(site)):
                 assert torch.equal(after[key], before[key])
     assert torch.equal(lm.logits(batch), base)
@@ -200,14 +205,14 @@ def test_every_site_takes_effect_downstream_and_only_there(lm):
 
 def test_replacing_the_stream_replaces_all_of_it(lm):
     "With resid_mid overwritten, resid_post is that plus what the MLP makes of that; nothing of the old stream is left."
-    other = lm.capture(TEXTS[1], [(s, 1) for s in lm.sites], positions=[0, 1, 2])
+    source = lm.capture(TEXTS[1], [(s, 1) for s in lm.sites], positions=[0, 1, 2])
     for site in set(lm.sites) & {"resid_pre", "resid_mid", "resid_post"}:
-        with lm.intervene(Intervention(site, 1, other[site, 1], positions=[0, 1, 2])):
+        with lm.intervene(Intervention(site, 1, source[site, 1], positions=[0, 1, 2])):
             got = lm.capture(TEXTS[0], [("resid_post", 1)], positions=[0, 1, 2])["resid_post", 1]
         if site == "resid_pre":  # attention and MLP see only replaced positions here
-            close(got, other["resid_post", 1], atol=1e-4, rtol=1e-4)
+            close(got, source["resid_post", 1], atol=1e-4, rtol=1e-4)
         else:
-            close(got, other["resid_post", 1], **TOLERANCE)
+            close(got, source["resid_post", 1], **TOLERANCE)
 
 
 def test_single_heads(lm):
@@ -240,7 +245,8 @@ def test_interventions_meet_in_order_and_nest(llama):
 
 
 def test_hooks_are_gone_after_errors(lm):
-    count, base = hooks(lm), lm.logits(TEXTS[0])
+    count = hooks(lm)
+    base = lm.logits(TEXTS[0])
 
     def fail(_):
         raise RuntimeError("in a hook")
@@ -355,8 +361,8 @@ def test_logits_are_float32_in_bfloat16(lm):
     theirs = half.hf(**half.tokenize(TEXTS[:1]).inputs).logits[:, -1].float()
     close(ours, theirs, atol=0.1, rtol=0.02)
     assert len(ours.unique()) > len(theirs.unique())  # fewer ties
-    own = half.capture(TEXTS[:1], [("head_out", 1)])["head_out", 1]
-    with half.intervene(Intervention("head_out", 1, own)):
+    states = half.capture(TEXTS[:1], [("head_out", 1)])["head_out", 1]
+    with half.intervene(Intervention("head_out", 1, states)):
         assert torch.equal(half.logits(TEXTS[:1]), ours)
 
 
@@ -660,7 +666,8 @@ def test_hub_models_in_the_local_cache_need_no_network(monkeypatch, tmp_path, sa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    commit, repo = "c0ffee" + "0" * 34, tmp_path / "models--owner--small"
+    commit = "c0ffee" + "0" * 34
+    repo = tmp_path / "models--owner--small"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     shutil.copytree(saved, repo / "snapshots" / commit)

@@ -96,19 +96,26 @@ DESIGNS = {
 
 def may_change_places(name: str) -> list[tuple[int, ...]]:
     "All labellings that a design allows, listed by hand."
-    two, one_of_three = [(1, 0), (0, 1)], [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    none, both = [(0, 0)], [(1, 1)]
+    two = [(1, 0), (0, 1)]
+    one_of_three = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    none = [(0, 0)]
+    both = [(1, 1)]
     if name == "within tasks":
-        orders, last = [(two, none, both)], one_of_three
+        orders = [(two, none, both)]
+        last = one_of_three
     elif name == "groups":  # Of five samples in one, of four in the other: nothing to change places with
-        orders, last = [(two, none, both)], one_of_three
+        orders = [(two, none, both)]
+        last = one_of_three
     elif name == "temperatures":  # One sample of a task at a temperature: wholes alone; of task 3 there are two at 0
         whole = [(1, 0)]
-        orders, last = orders_of(whole, none, both), [(1, 0, 0), (0, 1, 0)]
+        orders = orders_of(whole, none, both)
+        last = [(1, 0, 0), (0, 1, 0)]
     elif name == "copies":  # g is right in one row and wrong in another: two solutions; nothing is a copy
-        orders, last = orders_of(two, none, both), one_of_three
+        orders = orders_of(two, none, both)
+        last = one_of_three
     else:
-        orders, last = orders_of(two, none, both), one_of_three
+        orders = orders_of(two, none, both)
+        last = one_of_three
     labellings = {sum(parts, ()) for order in orders for parts in product(*order, last)}
     return sorted(labellings)
 
@@ -124,8 +131,8 @@ def test_every_arrangement_that_is_allowed_is_drawn_and_no_other(name):
     design = permutation_design(LABEL, TASK, **DESIGNS[name])
     expected = may_change_places(name)
     drawn = permute_labels(design, 150 * len(expected), seed=1).astype(int)
-    found, counts = np.unique(drawn.T, axis=0, return_counts=True)
-    assert [tuple(labels) for labels in found.tolist()] == expected
+    arrangements, counts = np.unique(drawn.T, axis=0, return_counts=True)
+    assert [tuple(labels) for labels in arrangements.tolist()] == expected
     assert sps.chisquare(counts).pvalue > 1e-3
     assert count_exchangeable(design)["arrangements"] == pytest.approx(len(expected))
     assert np.allclose(expected_label(design), np.mean(expected, 0))
@@ -133,7 +140,9 @@ def test_every_arrangement_that_is_allowed_is_drawn_and_no_other(name):
 
 def test_copies_share_a_label_and_move_with_it():
     "Rows 0 and 2 are one solution drawn twice; it changes places with nothing that was drawn once."
-    label, task, copies = [1, 0, 1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1], list("abadwxyz")
+    label = [1, 0, 1, 0, 0, 0, 1, 0]
+    task = [0, 0, 0, 0, 1, 1, 1, 1]
+    copies = list("abadwxyz")
     design = permutation_design(label, task, copies=copies, between_groups=False)
     drawn = permute_labels(design, 40, seed=2)
     assert (drawn[0] == drawn[2]).all() and drawn[0].all() and not drawn[[1, 3]].any()
@@ -153,8 +162,8 @@ def test_permutations_have_a_seed_and_a_number():
 def test_units_are_counted_and_named():
     counts = {"groups": 4, "moving_groups": 3, "strata": 4, "mixed_strata": 2}
     design = permutation_design(LABEL, TASK)
-    found = count_exchangeable(design)
-    assert {name: found[name] for name in counts} == counts and list(found) == [*counts, "arrangements"]
+    units = count_exchangeable(design)
+    assert {name: units[name] for name in counts} == counts and list(units) == [*counts, "arrangements"]
     sets = "within 2 of 4 sets of samples of one task and temperature"
     assert describe_unit(design) == f"labels of 3 of 4 tasks permuted as wholes, and {sets}"
     within = permutation_design(LABEL, TASK, between_groups=False)

@@ -196,16 +196,18 @@ def logprob_alone(lm, prompt: list[int], answer: list[int]) -> float:
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_log_probabilities_are_those_of_each_answer_by_itself(lm, batch_size):
     "Two prompts between each other, answers of several lengths, one twice, two empty."
-    first, second = list(range(3, 12)), [9, 8, 7]
+    first = list(range(3, 12))
+    second = [9, 8, 7]
     prompts = [first, second, first, first, second, first, second, first]
     answers = [[5, 6, 7, 8], [5], [6], [9, 9], [4, 5], [6], [], [7, 7, 7]]
     expected = [logprob_alone(lm, prompt, answer) if answer else np.nan for prompt, answer in zip(prompts, answers)]
-    found = mean_answer_logprobs(lm, prompts, answers, batch_size)
-    assert np.allclose(found, expected, atol=1e-5, equal_nan=True) and found[2] == found[5]
+    means = mean_answer_logprobs(lm, prompts, answers, batch_size)
+    assert np.allclose(means, expected, atol=1e-5, equal_nan=True) and means[2] == means[5]
 
 
 def test_a_prompt_is_read_once_and_its_answers_in_batches(lm, monkeypatch):
-    passes, shown = [], []
+    passes = []
+    shown = []
     whole = type(lm)._hidden
 
     def counted(self, inputs, **options):

@@ -168,8 +168,10 @@ def test_small_parts_give_the_same(llama, monkeypatch):
 )
 def test_the_batch_halves_when_memory_runs_out(llama, monkeypatch, error):
     pairs = [pair_of(llama, base=b, source=9) for b in range(5)]
-    want, sizes = patch_all(llama, pairs, "resid_post", lead), []
-    prepare, run_rows = staircase._prepare_sweep, staircase._SiteSweep.run_rows
+    want = patch_all(llama, pairs, "resid_post", lead)
+    sizes = []
+    prepare = staircase._prepare_sweep
+    run_rows = staircase._SiteSweep.run_rows
 
     def tight_prepare(stack, request, numbers):
         if len(numbers) > 2:
@@ -198,9 +200,12 @@ def test_other_errors_are_not_swallowed(llama, monkeypatch):
 
 
 def test_work_is_what_the_arithmetic_says(llama):
-    pair, work = pair_of(llama), EngineWork()
+    pair = pair_of(llama)
+    work = EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, work=work)
-    L, T, p0 = llama.n_layers, len(pair.base), pair.first_difference
+    L = llama.n_layers
+    T = len(pair.base)
+    p0 = pair.first_difference
     assert work.layer_tokens == sweep_layer_tokens(L, T, p0)
     assert work.cells == (L - 1) * (T - p0) + 1
     every = EngineWork()
@@ -209,7 +214,8 @@ def test_work_is_what_the_arithmetic_says(llama):
 
 
 def test_naive_work(llama):
-    pair, work = pair_of(llama), EngineWork()
+    pair = pair_of(llama)
+    work = EngineWork()
     patch_all(llama, [pair], "resid_pre", lead, PatchOptions(engine="naive"), work=work)
     assert work.layer_tokens == sweep_layer_tokens(llama.n_layers, len(pair.base), pair.first_difference, naive=True)
 
@@ -302,10 +308,8 @@ def test_smollm2(smollm2, site):
     lm = smollm2
     pair = pair_of(lm, "a = {}\nb = 5\nc = a\n#c:")
     pair = PatchPair(pair.base, pair.source, positions=(3, 7, 11, len(pair.base) - 1))
-    pairs, layers = (
-        [pair, PatchPair(pair.source, pair.base, pair.positions)],
-        range(0, lm.n_layers, 3 if n_site_heads(lm, site) == 1 else 10),
-    )
+    pairs = [pair, PatchPair(pair.source, pair.base, pair.positions)]
+    layers = range(0, lm.n_layers, 3 if n_site_heads(lm, site) == 1 else 10)
     want = patch_all(lm, pairs, site, logits, PatchOptions(layers=layers, engine="naive"))
     agree(patch_all(lm, pairs, site, logits, PatchOptions(layers=layers)), want)
     for engine in ("nnsight", "transformer_lens"):

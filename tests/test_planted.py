@@ -29,8 +29,8 @@ def drawn(depth: int, seq_len: int, n: int, seed: int = 0):
 
 
 def share_right(lm, asked) -> float:
-    said = lm.logits([p.code for p in asked]).argmax(-1).tolist()
-    return float(np.mean([VOCABULARY[i] == p.answer for i, p in zip(said, asked)]))
+    answer_ids = lm.logits([p.code for p in asked]).argmax(-1).tolist()
+    return float(np.mean([VOCABULARY[i] == p.answer for i, p in zip(answer_ids, asked)]))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -50,12 +50,12 @@ def test_it_has_two_hops_and_no_more(lm):
 
 def test_noise_is_noise(lm):
     "There is something not to find: the noise depends on the value, and reaches the logits."
-    one, other = make_counterfactual_pair(drawn(2, 5, 1)[0], np.random.default_rng(0), lm.tokenizer)
-    states = lm.capture([one.code, other.code], [("head_out", layer) for layer in range(lm.n_layers)])
+    program, counterfactual = make_counterfactual_pair(drawn(2, 5, 1)[0], np.random.default_rng(0), lm.tokenizer)
+    states = lm.capture([program.code, counterfactual.code], [("head_out", layer) for layer in range(lm.n_layers)])
     differs = [(x[0] - x[1]).norm(dim=-1).amax(0) > 1e-3 for x in states.values()]
     assert torch.stack(differs).sum() > 15
     quiet = load_binding_model(noise=0)
-    assert (lm.logits(one.code) - quiet.logits(one.code)).abs().max() > 0.01
+    assert (lm.logits(program.code) - quiet.logits(program.code)).abs().max() > 0.01
 
 
 def cases_of(lm, depth: int, n: int = 10, seq_len: int = 6):
@@ -81,15 +81,15 @@ def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
     lm = load_binding_model(seed=seed)
     cells = run_sweep(lm, cases_of(lm, depth), PatchSweepOptions(sites=["head_out"], positions="all"))
     means = cells.groupby(["layer", "head", "position_name"])["effect"].mean()
-    found = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
-    assert found == circuit_value_heads(depth)
+    heads = {(int(layer), int(head), name) for (layer, head, name), effect in means.items() if abs(effect) > 0.05}
+    assert heads == circuit_value_heads(depth)
     assert means[[key for key in means.index if key not in circuit_value_heads(depth)]].abs().max() < 0.02
     assert means[list(circuit_value_heads(depth))].min() > 0.95
 
 
 def test_the_naive_engine_agrees(lm):
-    one, other = cases_of(lm, 2, 1, 5)[0].pair
-    base, source = lm.ids([one.code, other.code])
+    program, counterfactual = cases_of(lm, 2, 1, 5)[0].pair
+    base, source = lm.ids([program.code, counterfactual.code])
 
     def last(logits, i):
         return logits
@@ -107,9 +107,9 @@ def test_ablation_finds_exactly_the_heads_that_are_needed(lm, depth):
     many = draw_reference_programs(lm, 80, ProgramShapes((6,), (depth,), "hash"))
     means = head_means(lm, many[40:])
     rows = [ablate_each_head(lm, many[:40], means, layer) for layer in range(lm.n_layers)]
-    right = {at: own["correct"].mean() for t in rows for at, own in t.groupby(["layer", "head"])}
-    assert {at for at, share in right.items() if share < 0.5} == circuit_necessary_heads(depth)
-    assert all(share == 1 for at, share in right.items() if at not in circuit_necessary_heads(depth))
+    right = {head: rows_of_head["correct"].mean() for t in rows for head, rows_of_head in t.groupby(["layer", "head"])}
+    assert {head for head, share in right.items() if share < 0.5} == circuit_necessary_heads(depth)
+    assert all(share == 1 for head, share in right.items() if head not in circuit_necessary_heads(depth))
 
 
 def test_random_donors_do_not_bring_the_answer(lm):

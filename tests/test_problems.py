@@ -126,7 +126,9 @@ def test_the_completion_prompt():
 class Chat:
     "A tokenizer as Gemma's: the template writes the first token, and so does the tokenizer."
 
-    chat_template, bos_token, bos_token_id = "…", "<bos>", 2
+    chat_template = "…"
+    bos_token = "<bos>"
+    bos_token_id = 2
 
     def __init__(self, adds: bool):
         self.adds = adds
@@ -196,7 +198,8 @@ def asked(row: dict) -> tuple[Prompt, str]:
 @pytest.mark.parametrize("row", WRITTEN, ids=lambda r: f"{r['style']}-{r['task_id']}")
 def test_what_counts_does_not_change_once_it_is_answered(row):
     put, name = asked(row)
-    whole, answered = extract_code(row["completion"], put, name), False
+    whole = extract_code(row["completion"], put, name)
+    answered = False
     for end in range(len(row["completion"]) + 1):
         now = is_answer_complete(row["completion"][:end], put, name)
         assert now or not answered, "an answer was complete, and then it was not"
@@ -276,8 +279,8 @@ def test_any_text_is_read(text, fenced):
 
 
 def words(text: str) -> set[tuple[str, ...]]:
-    found = re.findall(r"\w+", text.lower())
-    return {tuple(found[i : i + 2]) for i in range(max(1, len(found) - 1))}
+    matches = re.findall(r"\w+", text.lower())
+    return {tuple(matches[i : i + 2]) for i in range(max(1, len(matches) - 1))}
 
 
 def overlap(a: set, b: set) -> float:
@@ -308,13 +311,13 @@ def test_basics_are_not_from_mbpp():
 
 @needs_mbpp
 def test_all_of_mbpp_is_read():
-    found = load_problems(str(MBPP))
-    assert [p.task_id for p in found] == [str(n) for n in range(1, 975)]
-    assert not any("\r" in field for p in found for field in (p.text, p.reference, p.setup, *p.tests))
-    names = {p.task_id: p.entry_point for p in found}
+    problems = load_problems(str(MBPP))
+    assert [p.task_id for p in problems] == [str(n) for n in range(1, 975)]
+    assert not any("\r" in field for p in problems for field in (p.text, p.reference, p.setup, *p.tests))
+    names = {p.task_id: p.entry_point for p in problems}
     assert (names["1"], names["601"], names["367"]) == ("min_cost", "max_chain_length", "is_tree_balanced")
-    assert "\t" in found[0].reference and "’" in found[121].text and {p.source for p in found} == {"mbpp"}
-    digest = hashlib.sha256("".join(render_problem_prompt(p).text for p in found).encode()).hexdigest()
+    assert "\t" in problems[0].reference and "’" in problems[121].text and {p.source for p in problems} == {"mbpp"}
+    digest = hashlib.sha256("".join(render_problem_prompt(p).text for p in problems).encode()).hexdigest()
     assert digest == "f65cd28f1c35e3a96e4f17a47494442f92be92e7b9e9beb5d2b2e5aec8e33c6e"
 
 
@@ -334,10 +337,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_with_a_row_is_said(said, tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps(WRONG[said]))
-    with pytest.raises(BadProblem, match=re.escape(said)) as caught:
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_with_a_row_is_said(message, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(WRONG[message]))
+    with pytest.raises(BadProblem, match=re.escape(message)) as caught:
         load_problems(str(tmp_path / "x.jsonl"))
     assert "x.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -436,8 +439,8 @@ def test_any_row_is_read_or_its_fault_named(name, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     with pytest.raises(BadProblem, match=message) as error:
         load_problems(str(tmp_path / "x.jsonl"))
-    said = str(error.value)
-    assert "x.jsonl" in said and "\n" not in said and said.encode() and not said.endswith(": ")
+    error_text = str(error.value)
+    assert "x.jsonl" in error_text and "\n" not in error_text and error_text.encode() and not error_text.endswith(": ")
 
 
 ODD_FILES = {
@@ -565,8 +568,8 @@ def test_mbpp_from_the_hub(monkeypatch):
     sanitized = {"source_file": "x", "task_id": 12, "prompt": "Add.", "test_imports": ["import math"]}
     splits = {"train": [sanitized | {k: ROW[k] for k in ("code", "test_list")}], "test": [ROW | {"task_id": 2}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
-    found = load_problems("mbpp-sanitized")
-    assert [(p.task_id, p.setup, p.source) for p in found] == [
+    problems = load_problems("mbpp-sanitized")
+    assert [(p.task_id, p.setup, p.source) for p in problems] == [
         ("2", "", "mbpp-sanitized"),
         ("12", "import math", "mbpp-sanitized"),
     ]

@@ -85,7 +85,9 @@ def python_answers(program: Program) -> str:
 def by_hand(program: Program) -> tuple[str, list[int]]:
     "Oracle for variable binding: follow names line by line, as text, from the query to its digit."
     lines = dict(line.split(" = ") for line in program.source.split("\n"))
-    order, name, walked = list(lines), program.query, []
+    order = list(lines)
+    name = program.query
+    walked = []
     while name in lines:
         walked.append(order.index(name))
         name = lines[name]
@@ -115,8 +117,8 @@ def test_spans_are_the_text(task, seq_len, seed, style):
         assert re.fullmatch(r"( = | \+= | -= | in |, \w+ = \w+, | = \w+, )", program.code[b:c]) or task == "entity"
         assert a < b <= c < d and "\n" not in program.code[a:d]
     for link in program.chain:
-        at = program.lhs.index(link.lhs)
-        assert program.rhs[at] == link.rhs and program.text(link.lhs) == link.variable
+        index = program.lhs.index(link.lhs)
+        assert program.rhs[index] == link.rhs and program.text(link.lhs) == link.variable
         assert program.code.count("\n", 0, link.lhs[0]) == link.line
 
 
@@ -152,7 +154,8 @@ def test_same_seed_same_program(task, seq_len, seed):
 @given(seq_len=st.integers(0, 98), seed=seeds)
 def test_heuristics_answer_with_constants_that_stand_there(task, seq_len, seed):
     program = made(task, seq_len, seed)
-    texts, answers = program_constants(program), shallow_heuristics(program)
+    texts = program_constants(program)
+    answers = shallow_heuristics(program)
     assert set(answers) == {"first_line", "last_line", "last_number", "most_frequent"}
     assert {a for a in answers.values() if a is not None} <= set(texts)
     if (line := answer_line(program)) is not None:
@@ -311,14 +314,20 @@ def test_filtered(seed, seq_len, depth):
 @given(bindings(), seeds)
 def test_counterfactual_differs_in_the_root_alone(case, seed):
     program, _ = case
-    base, other = make_counterfactual_pair(program, np.random.default_rng(seed))
+    base, counterfactual = make_counterfactual_pair(program, np.random.default_rng(seed))
     assert base is program
-    differs = [i for i, (a, b) in enumerate(zip(base.code, other.code, strict=True)) if a != b]
+    differs = [i for i, (a, b) in enumerate(zip(base.code, counterfactual.code, strict=True)) if a != b]
     assert differs == [program.chain[0].rhs[0]]
-    assert by_hand(other)[0] == python_answers(other) == other.answer == other.code[differs[0]] != base.answer
-    assert dataclasses.replace(other, code=base.code, answer=base.answer) == base
+    assert (
+        by_hand(counterfactual)[0]
+        == python_answers(counterfactual)
+        == counterfactual.answer
+        == counterfactual.code[differs[0]]
+        != base.answer
+    )
+    assert dataclasses.replace(counterfactual, code=base.code, answer=base.answer) == base
     if len(set(re.findall(r"\d", base.source))) < 10:
-        assert other.answer not in base.source  # a digit that can come from nowhere but the root
+        assert counterfactual.answer not in base.source  # a digit that can come from nowhere but the root
 
 
 @tasks
@@ -326,18 +335,20 @@ def test_counterfactual_differs_in_the_root_alone(case, seed):
 def test_counterfactual_of_every_task(task, seq_len, seed):
     program = made(task, seq_len, seed)
     try:
-        base, other = make_counterfactual_pair(program, np.random.default_rng(seed))
+        base, counterfactual = make_counterfactual_pair(program, np.random.default_rng(seed))
     except NoCounterfactual:
         decided = {"variable_binding", "balanced_binding", "exception", "entity"}
         assert task not in decided, program
         return
-    first, second = (ast.parse(part.source) for part in (base, other))
+    first, second = (ast.parse(part.source) for part in (base, counterfactual))
     nodes = [(a, b) for a, b in zip(ast.walk(first), ast.walk(second), strict=True) if isinstance(a, ast.Constant)]
-    ((own, new),) = [(a, b) for a, b in nodes if a.value != b.value]
-    assert own.lineno == new.lineno == program.chain[0].line + 1 and type(own.value) is type(new.value)
-    assert python_answers(other) == other.answer != base.answer
-    assert not base.answer.isdigit() or len(other.answer) == len(base.answer)
-    assert [(link.line, link.depth) for link in other.chain] == [(link.line, link.depth) for link in base.chain]
+    ((root, new),) = [(a, b) for a, b in nodes if a.value != b.value]
+    assert root.lineno == new.lineno == program.chain[0].line + 1 and type(root.value) is type(new.value)
+    assert python_answers(counterfactual) == counterfactual.answer != base.answer
+    assert not base.answer.isdigit() or len(counterfactual.answer) == len(base.answer)
+    assert [(link.line, link.depth) for link in counterfactual.chain] == [
+        (link.line, link.depth) for link in base.chain
+    ]
 
 
 class Pairs:
@@ -351,8 +362,8 @@ class Pairs:
 
 @given(bindings(), seeds)
 def test_counterfactual_under_another_tokenizer(case, seed):
-    base, other = make_counterfactual_pair(case[0], np.random.default_rng(seed), Pairs())
-    a, b = (Pairs()(p.code)["input_ids"] for p in (base, other))
+    base, counterfactual = make_counterfactual_pair(case[0], np.random.default_rng(seed), Pairs())
+    a, b = (Pairs()(p.code)["input_ids"] for p in (base, counterfactual))
     assert len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
 
 
@@ -378,8 +389,8 @@ def test_counterfactual_in_smollm2s_tokens(smollm2_tokenizer):
         pair = make_counterfactual_pair(program, rng, smollm2_tokenizer)
         a, b = (smollm2_tokenizer(p.code, return_offsets_mapping=True) for p in pair)
         assert a["offset_mapping"] == b["offset_mapping"]
-        (at,) = [i for i, (x, y) in enumerate(zip(a["input_ids"], b["input_ids"], strict=True)) if x != y]
-        assert tuple(a["offset_mapping"][at]) == program.chain[0].rhs
+        (token,) = [i for i, (x, y) in enumerate(zip(a["input_ids"], b["input_ids"], strict=True)) if x != y]
+        assert tuple(a["offset_mapping"][token]) == program.chain[0].rhs
 
 
 # Generators from elsewhere
@@ -412,7 +423,8 @@ def test_slips_end(body):
 
 
 def test_a_trace_function_survives():
-    seen, before = [], sys.gettrace()
+    seen = []
+    before = sys.gettrace()
     sys.settrace(watch := lambda *args: seen.append(args[1]))
     try:
         find_binding_chain("a = 1", "a")
@@ -447,11 +459,11 @@ def test_programs_solved_by_all_are_those_that_every_solver_solves(start, batch_
         return [p.depth < 3 for p in batch]
 
     seeds = range(start, start + 50)
-    found = list(
+    solved = list(
         find_programs_solved_by_all(make_variable_binding_program, 6, [even, shallow], seeds, batch_size=batch_size)
     )
     every = [(s, make_variable_binding_program(6, np.random.default_rng(s))) for s in seeds]
-    assert found == [(s, p) for s, p in every if int(p.answer) % 2 == 0 and p.depth < 3]
+    assert solved == [(s, p) for s, p in every if int(p.answer) % 2 == 0 and p.depth < 3]
     assert all(int(p.answer) % 2 == 0 for p in asked)  # nobody is asked about what an earlier one got wrong
 
 

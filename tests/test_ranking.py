@@ -29,7 +29,8 @@ GRID = (ProbeSettings(8, 0.01), ProbeSettings(32, 0.01))
 
 def choose(made):
     "Probe and latent of a made-up study, by nested folds on all of its rows."
-    label, group = made.rows["label"].to_numpy(), made.rows["group"].to_numpy()
+    label = made.rows["label"].to_numpy()
+    group = made.rows["group"].to_numpy()
     layers = [probe_candidates(made.states("last_prompt", i), i, label, group, GRID) for i in made.layers]
     latent = choose_latent(
         lambda i: encode_active_latents(made.sae(i), made.states("last_prompt", i)), made.layers, label, group
@@ -110,19 +111,20 @@ def write_generation(study, tasks: np.ndarray, kind: str, **parameters) -> None:
         {"model": MODEL, "problems": "basics", "prompt": "pva", "num_problems": 0, **parameters},
         "made up",
     )
-    own = np.flatnonzero(np.isin(study.task, tasks))
-    n, rng = len(own), np.random.default_rng(0)
-    label = study.label[own]
+    rows = np.flatnonzero(np.isin(study.task, tasks))
+    n = len(rows)
+    rng = np.random.default_rng(0)
+    label = study.label[rows]
     table = pd.DataFrame({
-        "task_id": (study.task[own] + 1).astype(str), "temperature": np.resize(parameters["temperature"], n), "sample": np.arange(n),
-        "prompt": [f"task {t}:\n" for t in study.task[own]], "completion": [f"    return x + {i}\n" for i in range(n)], "code": [f"def f(x):\n    return x + {i}\n" for i in range(n)],
+        "task_id": (study.task[rows] + 1).astype(str), "temperature": np.resize(parameters["temperature"], n), "sample": np.arange(n),
+        "prompt": [f"task {t}:\n" for t in study.task[rows]], "completion": [f"    return x + {i}\n" for i in range(n)], "code": [f"def f(x):\n    return x + {i}\n" for i in range(n)],
         "passed": label, "verdict": np.where(label, "passed", "failed_assertion"), "prompt_tokens": rng.integers(50, 90, n), "generated_tokens": rng.integers(5, 60, n),
         "mean_logprob": -rng.gamma(2, 0.1, n), "difficulty": rng.integers(1, 5, n),
     })  # fmt: skip
     table.to_parquet(run.folder / "samples.parquet", index=False)
     (run.folder / "activations").mkdir()
     for stored in ("last_prompt", "last_generated"):
-        states = {f"resid_post.{i}": torch.from_numpy(study.states_by_layer[i][own]).contiguous() for i in range(3)}
+        states = {f"resid_post.{i}": torch.from_numpy(study.states_by_layer[i][rows]).contiguous() for i in range(3)}
         if stored != kind:
             states = {
                 name: x[torch.randperm(n, generator=torch.Generator().manual_seed(1))].contiguous()
@@ -184,7 +186,8 @@ def test_phase_3_4_finds_what_is_planted_and_its_numbers_follow_from_the_scores(
     judged = scores[scores["set"] == "validation"]
     assert set(judged["task_id"]) == {str(i) for i in range(61, 121)}
     areas = pd.read_parquet(folder / "areas.parquet").query("measure == 'AUROC'").set_index("name")
-    right, wrong = judged[judged["label"]], judged[~judged["label"]]
+    right = judged[judged["label"]]
+    wrong = judged[~judged["label"]]
     assert {"verbalised confidence", "entropy of the first token", "all baselines together"} < set(areas.index)
     for name, area in areas["value"].items():
         pairs = right[name].to_numpy()[:, None] - wrong[name].to_numpy()[None]
@@ -235,9 +238,9 @@ def test_rank_orders_a_file_and_says_what_that_is_worth(runs, tmp_path, monkeypa
     path.write_text(path.read_text() + '\n{"task_id": "nobody", "code": ""}')
     refused = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics"])
     assert isinstance(refused.exception, BadInput) and "line 7" in str(refused.exception)
-    other = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics", "--model", "smollm2"])
-    assert "no ranker is fitted for model 'smollm2' (there are some for tiny:llama)" in str(other.exception)
-    assert "\n" not in str(other.exception)
+    unranked_model = CliRunner().invoke(app, ["rank", str(path), "--problems", "basics", "--model", "smollm2"])
+    assert "no ranker is fitted for model 'smollm2' (there are some for tiny:llama)" in str(unranked_model.exception)
+    assert "\n" not in str(unranked_model.exception)
 
 
 @pytest.mark.slow
@@ -248,7 +251,8 @@ def test_labels_of_validation_reach_no_ranker(runs):
 
     ranking = runs[2]
     folders = {read["parameter"]: Path(read["folder"]) for read in ranking["inputs"]}
-    splits, groups = read_task_splits(folders["splits"]), read_task_groups(folders["splits"])
+    splits = read_task_splits(folders["splits"])
+    groups = read_task_groups(folders["splits"])
     saved = States(folders["input"])
     table = saved.table.assign(passed=saved.table["passed"] ^ (saved.table["task_id"].map(splits) == "validation"))
     rows = labelled_samples(table, splits, ["sae", "hyperparams"], groups)

@@ -72,8 +72,8 @@ def test_the_report_of_a_chain_reads_its_runs_and_no_earlier_ones(answers):
     "What a chain did not get to is not taken from an older run."
     answers("sampled answers", split="validation", temperature=[0.8], samples=2)
     greedy = answers("greedy answers")
-    given = report_inputs({"1.0": {"run_id": greedy.name}})
-    assert open_run("report", REPORT | given, "code").inputs == {"input": greedy}
+    inputs = report_inputs({"1.0": {"run_id": greedy.name}})
+    assert open_run("report", REPORT | inputs, "code").inputs == {"input": greedy}
 
 
 def test_claims_of_a_phase_of_ones_own_come_from_the_module_that_it_names(tmp_path, monkeypatch):

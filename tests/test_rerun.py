@@ -39,8 +39,8 @@ def test_what_cannot_be_run_again_is_said_in_one_line(root, monkeypatch, capsys)
         damaged.manifest["run_id"]: "is damaged: results.json changed",
     }.items():
         assert exit_status(monkeypatch, "rerun", name) == 2
-        said = capsys.readouterr().err
-        assert reason in said and said.count("\n") == 1
+        message = capsys.readouterr().err
+        assert reason in message and message.count("\n") == 1
 
 
 SMALL = [manifest["run_id"] for manifest in reference_runs("tracing", model="binding")]

@@ -27,23 +27,23 @@ LONG = [*LETTERS, "-p", "n=110", "-p", "seconds=0.01"]  # three parts of a table
 SMALL = [*LETTERS, "-p", "n=3"]
 
 
-def environment(root: Path, **more: str) -> dict:
-    return os.environ | {"CODETRACE_RUNS": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
+def environment(root: Path, **variables: str) -> dict:
+    return os.environ | {"CODETRACE_RUNS": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | variables
 
 
-def codetrace(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess:
+def codetrace(root: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
     command = [BIN / "codetrace", *words]
-    return subprocess.run(command, env=environment(root, **more), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(root, **variables), capture_output=True, text=True, timeout=300)
 
 
-def begin(root: Path, *words: str, **more: str) -> subprocess.Popen:
+def begin(root: Path, *words: str, **variables: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     # what a shell starts in the background ignores Ctrl-C, and its children with it
     def heeds():
         return signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    own_kernel = environment(root, **{KERNELS_VARIABLE: ""}, **more)  # a child of its own, which can be found
+    own_kernel = environment(root, **{KERNELS_VARIABLE: ""}, **variables)  # a child of its own, which can be found
     return subprocess.Popen([BIN / "codetrace", *words], env=own_kernel, preexec_fn=heeds, **pipes)
 
 
@@ -168,8 +168,8 @@ def test_two_openings_of_one_digest_make_one_run(tmp_path):
     )
     words = [sys.executable, "-c", code]
     processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
-    assert said == ["busy", "busy", "busy", "opened"] and len(list(tmp_path.glob("toy/*/run.json"))) == 1
+    outcomes = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    assert outcomes == ["busy", "busy", "busy", "opened"] and len(list(tmp_path.glob("toy/*/run.json"))) == 1
 
 
 @pytest.mark.slow
@@ -596,8 +596,8 @@ def test_a_model_beyond_the_limit_is_refused_first(tmp_path):
     asked = ["run", "1.0", "-q", "--problems", "basics", "--model", "smollm2", "-n", "2", "-p", "dtype=float32"]
     done = codetrace(tmp_path, *asked, "--max-memory", "1")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    said = ("'smollm2' needs about 0.6 GB", "that the process holds, the limit is 1 GB", "--max-memory 2")
-    assert all(words in done.stderr for words in said), done.stderr
+    messages = ("'smollm2' needs about 0.6 GB", "that the process holds, the limit is 1 GB", "--max-memory 2")
+    assert all(words in done.stderr for words in messages), done.stderr
 
 
 @pytest.mark.parametrize("wrong", ["0", "0.1"])
@@ -915,8 +915,8 @@ def test_runs_that_are_read_together_have_read_the_same(study):
     search = study.command("2")
     chosen = study.command("3.1")
     reads = study.reads("3")
-    other = study.command("0.1", seed=1)["run_id"]
-    with pytest.raises(BadInput, match=f"codetrace run 2 --input .* -p splits={other}"):
+    splits = study.command("0.1", seed=1)["run_id"]
+    with pytest.raises(BadInput, match=f"codetrace run 2 --input .* -p splits={splits}"):
         study.reads("3")
     with pytest.raises(BadInput, match=f"-p splits={reads['splits']}"):
         study.reads("3", latents=search["run_id"])
@@ -924,8 +924,8 @@ def test_runs_that_are_read_together_have_read_the_same(study):
     for number in ("3.2", "3.3"):  # they judge on the tasks that were not tuned on
         assert study.reads(number) == {"input": chosen["run_id"], "splits": reads["splits"]}
         with pytest.raises(BadInput, match="leave 'splits' out"):
-            study.reads(number, splits=other)
-    again = study.command("2", splits=other)["run_id"]
+            study.reads(number, splits=splits)
+    again = study.command("2", splits=splits)["run_id"]
     assert study.reads("3")["latents"] == again and study.reads("3", splits=reads["splits"]) == reads
     study.command("1.5", seeds=[1])
     with pytest.raises(BadInput, match="codetrace run 2 --input"):
@@ -1038,9 +1038,9 @@ def test_a_runs_folder_can_be_moved(study):
     study.root = moved
     assert reads == {number: study.reads(number) for number in reads}
     assert study.command("3.2")["inputs"][0]["folder"].startswith(str(moved))
-    other = study.command("0.1", seed=1)["run_id"]
+    splits = study.command("0.1", seed=1)["run_id"]
     with pytest.raises(BadInput, match="leave 'splits' out"):  # what they were made from still counts
-        study.reads("3.2", splits=other)
+        study.reads("3.2", splits=splits)
 
 
 def test_runs_that_were_written_below_a_relative_folder_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -1610,9 +1610,11 @@ def test_bare_bodies_are_graded_behind_the_heads_of_their_tasks(tmp_path):
     assert "has no task 'HumanEval/999'" in str(wrong.exception)
 
 
-@pytest.mark.parametrize("more", [{}, {"entry_point": "f", "tests": ["assert f(1) == 2"]}], ids=["alone", "with tests"])
-def test_a_body_without_its_head_says_what_to_type(tmp_path, more):
-    refused = grade_lines(tmp_path, [{"task_id": "HumanEval/0", "completion": "    return x + 1\n"} | more]).exception
+@pytest.mark.parametrize(
+    "fields", [{}, {"entry_point": "f", "tests": ["assert f(1) == 2"]}], ids=["alone", "with tests"]
+)
+def test_a_body_without_its_head_says_what_to_type(tmp_path, fields):
+    refused = grade_lines(tmp_path, [{"task_id": "HumanEval/0", "completion": "    return x + 1\n"} | fields]).exception
     assert isinstance(refused, BadInput) and "--problems" in str(refused) and "line 1" in str(refused)
     row = {
         "completion": "    return x + 1\n",

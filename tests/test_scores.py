@@ -29,7 +29,9 @@ from codetrace.core.metrics import (
 @given(seed=st.integers(0, 10_000), n=st.integers(4, 60), levels=st.integers(1, 30))
 def test_measures_are_scikit_learns(seed, n, levels):
     rng = np.random.default_rng(seed)
-    y, s, w = rng.random(n) < 0.5, rng.integers(0, levels, n) / 3, rng.integers(0, 4, (3, n))
+    y = rng.random(n) < 0.5
+    s = rng.integers(0, levels, n) / 3
+    w = rng.integers(0, 4, (3, n))
     y[:2] = True, False
     w[:, :2] = 1
     assert np.allclose(auroc(y, s, w), [skm.roc_auc_score(y, s, sample_weight=v) for v in w])
@@ -46,7 +48,9 @@ def test_measures_are_scikit_learns(seed, n, levels):
 
 def test_weights_are_repetitions():
     rng = np.random.default_rng(0)
-    y, s, w = rng.random(50) < 0.4, rng.normal(size=50).round(1), rng.integers(0, 4, 50)
+    y = rng.random(50) < 0.4
+    s = rng.normal(size=50).round(1)
+    w = rng.integers(0, 4, 50)
     for measure in (auroc, auprc, brier_score, calibration_error):
         value = s if measure in (auroc, auprc) else sps.norm.cdf(s)
         if measure is not calibration_error:  # whose bins are those of the rows that were drawn from
@@ -218,7 +222,8 @@ def test_the_interval_of_an_auroc_difference_covers(tasks, samples, unequal, are
 def covered(tasks: int, samples: int, trials: int, seed: int) -> dict[str, float]:
     "How often each interval contains the truth."
     shift = np.sqrt(2) * sps.norm.ppf(0.75)
-    sensitivity, specificity = sps.norm.sf(0.5, loc=shift), sps.norm.cdf(0.5)
+    sensitivity = sps.norm.sf(0.5, loc=shift)
+    specificity = sps.norm.cdf(0.5)
     truth = {"auroc": 0.75, "se": 0.75, "balanced accuracy": (sensitivity + specificity) / 2, "difference": 0.25}
     rng = np.random.default_rng(seed)
     hits = dict.fromkeys(truth, 0)

@@ -71,17 +71,17 @@ def planted(seed: int, layers: int, d_sae: int, tasks: int = 100, samples: int =
 
 
 def test_a_planted_latent_is_found():
-    found = [planted(seed, layers=3, d_sae=256) for seed in range(6)]
-    assert all(f["first"] and f["significant"] and f["as one chosen of many"] for f in found), found
+    searches = [planted(seed, layers=3, d_sae=256) for seed in range(6)]
+    assert all(f["first"] and f["significant"] and f["as one chosen of many"] for f in searches), searches
 
 
 @pytest.mark.slow
 def test_a_planted_latent_is_found_among_many():
     "AUROC 0.75 among 30 × 4096, in at least 95 of 100 studies."
-    found = [planted(seed, layers=30, d_sae=4096) for seed in range(100)]
-    counts = {name: sum(f[name] for f in found) for name in found[0]}
+    searches = [planted(seed, layers=30, d_sae=4096) for seed in range(100)]
+    counts = {name: sum(f[name] for f in searches) for name in searches[0]}
     assert min(counts["first"], counts["significant"], counts["as one chosen of many"]) >= 95, counts
-    assert sum(f["first"] and f["as one chosen of many"] for f in found) >= 95, counts
+    assert sum(f["first"] and f["as one chosen of many"] for f in searches) >= 95, counts
     assert counts["95%"] >= sps.binom.ppf(0.001, 100, 0.95), (
         counts
     )  # the plain interval, of a latent that was not chosen by it
@@ -142,7 +142,8 @@ def test_the_null_is_what_a_loop_gives():
     label, task = labels(rng, 90, 1)
     active = activities(rng, label, task, 1, 200, 0.1, None)[0]
     design = permutation_design(label, task)
-    on, shuffled = active.matrix().toarray().T, permute_labels(design, 50)
+    on = active.matrix().toarray().T
+    shuffled = permute_labels(design, 50)
     slow = [np.abs(on[y].mean(0) - on[~y].mean(0)).max() for y in shuffled.T]
     assert np.allclose(null_of_maximum(active, weighted_labels(design, shuffled), block=7), slow, atol=1e-5)
 

@@ -116,12 +116,12 @@ def saved(tmp_path) -> States:
     return States(tmp_path / "run")
 
 
-def saes_of(folder: Path, site: str, said: str = "") -> Path:
+def saes_of(folder: Path, site: str, site_in_file: str = "") -> Path:
     "A run of phase saes with one SAE, which reads a site; `said` is what the run says of it."
     sae = random_sae(16, 32, 4)
     sae.metadata.update(hook_name=hook_name(site, 1), model_name="m")
     sae.save(folder / "layer_1")
-    write_json(folder / "saes.json", {"1": {"folder": "layer_1", "model_name": "m", "site": said or site}})
+    write_json(folder / "saes.json", {"1": {"folder": "layer_1", "model_name": "m", "site": site_in_file or site}})
     return folder
 
 
@@ -135,7 +135,9 @@ def test_saes_get_the_states_of_their_site(saved, tmp_path):
         BadInput, match="the SAEs read resid_pre, and the states that were saved are of resid_mid, resid_post"
     ):
         load_labelled_activations(saved, saes_of(tmp_path / "pre", "resid_pre"), rows)
-    mislabelled = load_labelled_activations(saved, saes_of(tmp_path / "other", "resid_post", said="resid_mid"), rows)
+    mislabelled = load_labelled_activations(
+        saved, saes_of(tmp_path / "other", "resid_post", site_in_file="resid_mid"), rows
+    )
     with pytest.raises(WrongHook, match="reads resid_post of layer 1"):
         mislabelled.sae(1)
 

@@ -118,7 +118,8 @@ def test_an_array_is_the_whole_byte_for_byte(workspace, answers):
 
 
 def test_a_shard_that_is_cancelled_is_reported_and_continued(workspace, answers):
-    workspace.phase, command = "generation", [*ANSWERS, *ARRAY]
+    workspace.phase = "generation"
+    command = [*ANSWERS, *ARRAY]
     launcher = workspace.begin(*command)
     wait_for(lambda: workspace.progress(1) >= 4, 400)
     job = workspace.jobs()[1]["job_id"]

@@ -35,47 +35,48 @@ needs_mbpp = pytest.mark.skipif(not MBPP.is_file(), reason="the shared MBPP file
 
 @given(n=st.integers(10, 5000))
 def test_sizes_add_up(n):
-    found = split_sizes(n)
-    assert sum(found.values()) == n and list(found) == list(SPLIT_SHARES)
-    assert all(abs(found[name] - n * share) < 1 and found[name] > 0 for name, share in SPLIT_SHARES.items())
+    sizes = split_sizes(n)
+    assert sum(sizes.values()) == n and list(sizes) == list(SPLIT_SHARES)
+    assert all(abs(sizes[name] - n * share) < 1 and sizes[name] > 0 for name, share in SPLIT_SHARES.items())
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(10, 5000), kinds=st.integers(1, 400), seed=st.integers(0, 2**31))
 def test_every_problem_is_in_one_split(n, kinds, seed):
     hardness = np.random.default_rng(seed).integers(0, kinds, n)
-    found = assign_splits(hardness, seed=seed)
-    assert len(found) == n and Counter(found) == split_sizes(n)
-    assert found == assign_splits(hardness, seed=seed)
+    splits = assign_splits(hardness, seed=seed)
+    assert len(splits) == n and Counter(splits) == split_sizes(n)
+    assert splits == assign_splits(hardness, seed=seed)
 
 
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(10, 600), seed=st.integers(0, 2**31), grouped=st.floats(0, 0.6), largest=st.integers(2, 12))
 def test_groups_stay_together(n, seed, grouped, largest):
     rng = np.random.default_rng(seed)
-    member, at = np.arange(n), 0
-    while at < grouped * n:
-        size = min(int(rng.integers(2, largest + 1)), n - at)
-        member[at : at + size] = at
-        at += size
+    member = np.arange(n)
+    start = 0
+    while start < grouped * n:
+        size = min(int(rng.integers(2, largest + 1)), n - start)
+        member[start : start + size] = start
+        start += size
     member = member[rng.permutation(n)]
     try:
-        found = assign_splits(rng.integers(1, 9, n), member, seed)
+        splits = assign_splits(rng.integers(1, 9, n), member, seed)
     except BadInput as error:
         assert "nothing is left for" in str(error) and Counter(member).most_common(1)[0][1] > 1 and n < 60
         return
-    assert len(found) == n and set(found) == set(SPLIT_SHARES)
-    assert all(len({found[i] for i in np.flatnonzero(member == g)}) == 1 for g in set(member))
+    assert len(splits) == n and set(splits) == set(SPLIT_SHARES)
+    assert all(len({splits[i] for i in np.flatnonzero(member == g)}) == 1 for g in set(member))
     over = max(Counter(member).values())
-    assert all(abs(Counter(found)[name] - size) <= over for name, size in split_sizes(n).items())
+    assert all(abs(Counter(splits)[name] - size) <= over for name, size in split_sizes(n).items())
 
 
 def test_ten_neighbours_in_difficulty_are_divided_as_the_whole():
     for seed in range(20):
         hardness = np.random.default_rng(seed).permutation(500)
-        found = np.array(assign_splits(hardness, seed=seed))[np.argsort(hardness)]
-        for at in range(0, 500, 10):
-            assert Counter(found[at : at + 10]) == {"sae": 5, "hyperparams": 1, "validation": 4}
+        splits = np.array(assign_splits(hardness, seed=seed))[np.argsort(hardness)]
+        for start in range(0, 500, 10):
+            assert Counter(splits[start : start + 10]) == {"sae": 5, "hyperparams": 1, "validation": 4}
 
 
 def test_chance_decides_where_a_problem_goes():
@@ -93,7 +94,7 @@ def made(number: int, text: str, code: str) -> Problem:
 
 
 def test_what_is_a_near_duplicate():
-    found = find_near_duplicates(
+    duplicates = find_near_duplicates(
         [
             made(0, "Sum the list.", "def a(x):\n    'Sum.'\n    return sum(x)  # sum"),
             made(1, "Add everything up, please.", "def b(x):\n    return sum(x)"),
@@ -103,13 +104,13 @@ def test_what_is_a_near_duplicate():
             made(5, "Write a function to sort words by length.", "def by(x):\n    return sorted(x, key=len)"),
         ]
     )
-    assert {(r.first, r.second): r.why for r in found.itertuples()} == {
+    assert {(r.first, r.second): r.why for r in duplicates.itertuples()} == {
         (0, 1): "same reference",
         (2, 3): "description",
         (2, 4): "description",
         (3, 4): "description",
     }
-    assert list(near_duplicate_groups(6, found)) == [0, 0, 1, 1, 1, 2]
+    assert list(near_duplicate_groups(6, duplicates)) == [0, 0, 1, 1, 1, 2]
 
 
 def test_a_name_that_everybody_uses_says_nothing():
@@ -122,17 +123,17 @@ def test_a_name_that_everybody_uses_says_nothing():
 @needs_mbpp
 def test_no_near_duplicate_of_mbpp_is_missed():
     "MinHash may miss a pair; counted exactly over all 474,000 pairs, it misses none."
-    found = load_problems(str(MBPP))
-    pairs = find_near_duplicates(found)
-    texts = [near_duplicates._word_pairs(p.text) for p in found]
+    problems = load_problems(str(MBPP))
+    pairs = find_near_duplicates(problems)
+    texts = [near_duplicates._word_pairs(p.text) for p in problems]
     near = {
         (a, b)
-        for a, b in combinations(range(len(found)), 2)
+        for a, b in combinations(range(len(problems)), 2)
         if near_duplicates._jaccard_overlap(texts[a], texts[b]) >= 0.75
     }
     assert len(near) > 100 and near <= set(zip(pairs["first"], pairs["second"]))
-    member = near_duplicate_groups(len(found), pairs)
-    ids = {p.task_id: i for i, p in enumerate(found)}
+    member = near_duplicate_groups(len(problems), pairs)
+    ids = {p.task_id: i for i, p in enumerate(problems)}
     assert member[ids["872"]] == member[ids["216"]] and member[ids["82"]] == member[ids["312"]]
     assert 150 < sum(Counter(member)[g] > 1 for g in member) < 250 and max(Counter(member).values()) < 15
 
@@ -201,14 +202,16 @@ def test_phases_in_batch(root):
     done = execute_phase("0", {"problems": "basics", "num_problems": 40}, show_progress=False)
     assert done["phase"] == "difficulty" and "40 of 40 references pass" in done["headline"]
     assert {"difficulty_basics.parquet", "difficulty.png", "summary.json"} <= set(done["outputs"])
-    given = {"problems": "basics", "num_problems": 40, "input": "0"}
-    done = execute_phase("0.1", given, show_progress=False)
+    parameters = {"problems": "basics", "num_problems": 40, "input": "0"}
+    done = execute_phase("0.1", parameters, show_progress=False)
     folder = Path(done["folder"])
     assert done["status"] == "complete" and done["inputs"][0]["phase"] == "difficulty"
-    said = json.loads((folder / "split_metadata.json").read_text())
-    assert said["split_sizes"] == {"sae": 20, "hyperparams": 4, "validation": 16} and said["total_problems"] == 40
+    metadata = json.loads((folder / "split_metadata.json").read_text())
+    assert (
+        metadata["split_sizes"] == {"sae": 20, "hyperparams": 4, "validation": 16} and metadata["total_problems"] == 40
+    )
     read = {part: [p.task_id for p in load_problems(str(folder / f"{part}_basics.parquet"))] for part in SPLIT_SHARES}
-    assert read == said["task_ids"] and done["problems"]["n"] == 40
+    assert read == metadata["task_ids"] and done["problems"]["n"] == 40
     with pytest.raises(NoInputRun, match="codetrace run 0 --problems humaneval"):
         execute_phase("splits", {"problems": "humaneval", "input": "difficulty"}, show_progress=False)
 
@@ -229,7 +232,9 @@ def test_phases_go_by_number_too():
 
     from codetrace.cli import app
 
-    said = {name: CliRunner().invoke(app, ["phases", name]).stdout for name in ("0", "difficulty", "0.1", "splits")}
-    assert said["0"] == said["difficulty"] != said["0.1"] == said["splits"] and "stratify_by" in said["splits"]
+    output = {name: CliRunner().invoke(app, ["phases", name]).stdout for name in ("0", "difficulty", "0.1", "splits")}
+    assert (
+        output["0"] == output["difficulty"] != output["0.1"] == output["splits"] and "stratify_by" in output["splits"]
+    )
     declared = phase_parameters("splits")
     assert shorthand_parameters(declared, problems="humaneval", n=20) == {"problems": "humaneval", "num_problems": 20}

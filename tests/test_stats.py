@@ -45,8 +45,8 @@ def test_coverage_of_the_cluster_bootstrap(clusters, size):
         sizes = np.full(clusters, 5) if size == "equal" else rng.integers(1, 10, clusters)
         member = np.repeat(np.arange(clusters), sizes)
         x = rng.normal(0, 1, (clusters, 100))[member] + rng.normal(0, 0.5, (len(member), 100))
-        for method, found in covered.items():
-            found.append(contains(bootstrap_interval(x, member, n_resamples=800, method=method), 0))
+        for method, contained in covered.items():
+            contained.append(contains(bootstrap_interval(x, member, n_resamples=800, method=method), 0))
     assert 0.93 <= np.mean(covered["expanded"]) <= 0.97
     assert clusters > 12 or np.mean(covered["BCa"]) < 0.92
 
@@ -119,7 +119,8 @@ def test_sign_flip_is_scipys_where_both_are_exact(n):
 
 def test_sign_flip_by_chance_is_near_exact():
     x = np.random.default_rng(1).normal(0.4, 1, (13, 50))
-    exact, drawn = sign_flip_p(x), sign_flip_p(x, n_resamples=5000)
+    exact = sign_flip_p(x)
+    drawn = sign_flip_p(x, n_resamples=5000)
     assert np.abs(exact - drawn).max() < 4 * np.sqrt(0.25 / 5000) and drawn.min() >= 1 / 5001
 
 

@@ -79,7 +79,8 @@ class Told:
     "A sandbox that writes down which tasks are judged."
 
     def __init__(self, real):
-        self.real, self.judged = real, []
+        self.real = real
+        self.judged = []
 
     def submit(self, pool, job):
         self.judged.append(job.name)
@@ -89,7 +90,8 @@ class Told:
 @pytest.fixture(scope="module", autouse=True)
 def graded_once():
     "A program is graded once, however many settings write it: most of their answers are the same few."
-    real, verdicts = SandboxPool.submit, {}
+    real = SandboxPool.submit
+    verdicts = {}
 
     def submit(pool, job):
         if job not in verdicts or not verdicts[job].done() or verdicts[job].exception():
@@ -130,18 +132,18 @@ def on_disk(root: Path, answers: Path, flipped: str = "") -> str:
     pd.DataFrame({"first": [], "second": []}, dtype=str).to_parquet(run.folder / "near_duplicates.parquet", index=False)
     run.finish()
     splits = run.folder.name
-    given = {
+    parameters = {
         "model": STEERING_STUDY_NAME,
         "problems": str(problems),
         "split": "all",
         "temperature": [0.0],
         "samples": 1,
     }
-    given |= {"prompt": "pva", "max_new_tokens": 8, "dtype": "auto"}
-    run = open_run("generation", given, "made up", root=root)
+    parameters |= {"prompt": "pva", "max_new_tokens": 8, "dtype": "auto"}
+    run = open_run("generation", parameters, "made up", root=root)
     table = pd.read_parquet(answers / "samples.parquet")
-    own = table["task_id"].isin(split.get(flipped, []))
-    table["passed"] ^= own
+    rows_of_split = table["task_id"].isin(split.get(flipped, []))
+    table["passed"] ^= rows_of_split
     table.to_parquet(run.folder / "samples.parquet", index=False)
     (run.folder / "activations").symlink_to(answers / "activations")
     run.finish()
@@ -185,11 +187,11 @@ def tuned(tmp_path_factory, answers):
         inputs = resolve_inputs("tuning", {"input": generated}, root)
         study, pool = study_from_runs({name: Path(manifest["folder"]) for name, manifest in inputs.items()})
         tasks = study.problems["hyperparams"]
-        given = find_run(generated, root)["parameters"]["problems"]
+        problems = find_run(generated, root)["parameters"]["problems"]
         digest = choose_and_freeze(
             study, pool, root / "choice", tasks, TuningConfig(num_latents=3, refine=1, slots=16), problems="words"
         )[2]
-        assert given.endswith("words.jsonl")
+        assert problems.endswith("words.jsonl")
         return digest, root / "choice"
 
     return choose
@@ -261,17 +263,17 @@ def test_the_sign_and_the_layer_are_found(judged):
 
 
 def test_the_push_works_and_its_controls_do_not(judged):
-    found = setting_effects_table(judged[5])
-    ours = found[(found["role"] == "chosen") & (found["goal"] != "")].set_index("goal")
+    effects = setting_effects_table(judged[5])
+    ours = effects[(effects["role"] == "chosen") & (effects["goal"] != "")].set_index("goal")
     assert (
         ours.loc["correct", "p"] < 0.05
         and ours.loc["correct", "correction"] > 0.6
         and ours.loc["correct", "corrupted"] == 0
     )
     assert ours.loc["corrupt", "p"] < 0.05 and ours.loc["corrupt", "corruption"] > 0.6
-    control = found[found["role"] == "control"]
+    control = effects[effects["role"] == "control"]
     assert len(control) and (control["net"] == 0).all()
-    null = found[(found["role"] == "null") & (found["erased"] == 0)]
+    null = effects[(effects["role"] == "null") & (effects["erased"] == 0)]
     assert (
         len(null) >= 12 and (null["p"] < 0.05).mean() <= 0.1
     )  # no more than its nominal rate, with room for 12 to 40 tests
@@ -284,13 +286,13 @@ def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_
     tasks = [p for p in draw_planted_problems(60, min_imbalance=1) if abs(letter_imbalance(p)) == 1]
     some = [plan[0], *(s for s in plan if s.role == "null" and s.push)]
     table = sweep_settings(study.lm, tasks, some, tmp_path, OPTIONS)
-    found = setting_effects_table(table.assign(goal=""))
-    by_kind = found[found["role"] == "null"].groupby("kind")["p"].min()
+    effects = setting_effects_table(table.assign(goal=""))
+    by_kind = effects[effects["role"] == "null"].groupby("kind")["p"].min()
     assert by_kind["gaussian"] < 0.05 < by_kind["random latent"], by_kind  # alone, one of them would count as a cause
-    gaussian = found[(found["kind"] == "gaussian") & (found["p"] < 0.05)]
+    gaussian = effects[(effects["kind"] == "gaussian") & (effects["p"] < 0.05)]
     spoken = []
     for _, row in gaussian.iterrows():
-        others = matched_null_rows(found, row)
+        others = matched_null_rows(effects, row)
         others = others[others["setting"] != row["setting"]]["net"].tolist()
         assert len(others) >= MIN_RANDOM_DIRECTIONS
         sentence = steering_sentence(row.to_dict(), "The push", others)
@@ -316,7 +318,8 @@ def null_study(seed: int, n_random: int, n_tasks: int) -> tuple[dict, list[float
 @pytest.mark.parametrize(("n_random", "n_tasks"), [(2, 80), (10, 30), (18, 80), (19, 30), (19, 80), (40, 80)])
 def test_hardly_any_null_study_gets_a_verdict(n_random, n_tasks):
     "Every direction drifts: p against no push alone is below 0.05 in a seventh to a third of the studies."
-    spoken, significant = [], []
+    spoken = []
+    significant = []
     for seed in range(400):
         row, null = null_study(seed, n_random, n_tasks)
         words = steering_sentence(row, "It", null)
@@ -334,18 +337,19 @@ def test_verdicts_of_null_studies_keep_their_rate(n_random):
     spoken = [steering_p(*null_study(seed, n_random, 60)) <= 0.05 for seed in range(2000)]
     assert np.mean(spoken) <= 0.06, np.mean(spoken)
     rng = np.random.default_rng(3)
-    found = []
+    significant = []
     for _ in range(200):
         base = rng.random(60) < 0.4
         effective = pd.DataFrame({"base_passed": base, "passed": base | (rng.random(60) < 0.4)})
         still = [0.03 * rng.standard_normal() for _ in range(n_random)]
-        found.append(steering_p(steering_rates(effective), still) <= 0.05)
-    assert np.mean(found) > 0.9
+        significant.append(steering_p(steering_rates(effective), still) <= 0.05)
+    assert np.mean(significant) > 0.9
 
 
 def test_verdicts_of_a_report_hold_together():
     "Of 500 reports of five null claims, hardly any speaks a verdict; each claim by itself would in every fifth."
-    alone, together = [], []
+    alone = []
+    together = []
     for report in range(500):
         rng = np.random.default_rng([4, report])
         p = rng.random(5)
@@ -403,8 +407,8 @@ def test_the_threshold_of_a_gate_is_of_the_hyperparameter_split(judged):
         return states
 
     moved = replace(study.activations, states=shifted)
-    other, _ = tuning.choose_gate(moved, directions, 0)
-    assert (gate.threshold, gate.layer) == (other.threshold, other.layer)
+    gate_of_moved, _ = tuning.choose_gate(moved, directions, 0)
+    assert (gate.threshold, gate.layer) == (gate_of_moved.threshold, gate_of_moved.layer)
 
 
 def test_the_gate_opens_where_it_should(judged, tmp_path):
@@ -417,9 +421,12 @@ def test_the_gate_opens_where_it_should(judged, tmp_path):
     plan = [BASELINE_SETTING, SteeringSetting("always", "chosen", always), SteeringSetting("gated", "selective", gated)]
     table = sweep_settings(study.lm, tasks, plan, tmp_path, OPTIONS)
     table = measure_answers(study.lm, table, plan).assign(goal="")
-    own = table[table["setting"] == 2]
-    bad = own["task_id"].map({p.task_id: letter_imbalance(p) for p in tasks}) < 0
-    assert own.loc[bad, "gate_open_rate"].mean() > 0.6 and own.loc[~bad, "gate_open_rate"].mean() < 0.2
+    rows_of_setting = table[table["setting"] == 2]
+    bad = rows_of_setting["task_id"].map({p.task_id: letter_imbalance(p) for p in tasks}) < 0
+    assert (
+        rows_of_setting.loc[bad, "gate_open_rate"].mean() > 0.6
+        and rows_of_setting.loc[~bad, "gate_open_rate"].mean() < 0.2
+    )
     rates = setting_effects_table(table).set_index("setting")
     assert rates.loc[2, "corrected"] == rates.loc[1, "corrected"] > 0.6 * rates.loc[2, "wrong"]
     assert rates.loc[2, "corrupted"] == 0
@@ -440,8 +447,8 @@ def test_a_gate_at_the_prompt_opens_where_it_should(judged):
 def test_erasing_removes_the_effect(judged):
     "Without the direction the answer no longer depends on the letter imbalance; random directions erased change nothing of that."
     table = judged[5]
-    one = table[table["role"] == "erased"].groupby("name")["passed"].mean()
-    assert (one.isin([0.0, 1.0])).any(), one  # always the same answer
+    pass_rates = table[table["role"] == "erased"].groupby("name")["passed"].mean()
+    assert (pass_rates.isin([0.0, 1.0])).any(), pass_rates  # always the same answer
     others = pair_with_baseline(table[(table["role"] == "null") & (table["erased"] > 0) | (table["setting"] == 0)])
     assert (others["passed"] == others["base_passed"]).mean() > 0.9
 
@@ -462,13 +469,13 @@ class Stop(BaseException):
     "As sudden as it gets within a process."
 
 
-@pytest.mark.parametrize("at", [0, 50, 61])
-def test_an_interruption_changes_nothing(judged, tmp_path, at):
+@pytest.mark.parametrize("step_of_stop", [0, 50, 61])
+def test_an_interruption_changes_nothing(judged, tmp_path, step_of_stop):
     study, _, _, plan, tasks, table, _ = judged
 
     def until(steps, **_):
         for i, step in enumerate(steps):
-            if i == at:
+            if i == step_of_stop:
                 raise Stop
             yield step
 
@@ -477,9 +484,11 @@ def test_an_interruption_changes_nothing(judged, tmp_path, at):
         sweep_settings(study.lm, tasks, few, tmp_path, replace(OPTIONS, progress=until))
     resumed = sweep_settings(study.lm, tasks, few, tmp_path, OPTIONS)
     for name in [s.name for s in few]:
-        one, other = (t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id") for t in (resumed, table))
-        assert one["completion"].tolist() == other["completion"].tolist()
-        assert one["verdict"].tolist() == other["verdict"].tolist()
+        resumed_rows, whole_rows = (
+            t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id") for t in (resumed, table)
+        )
+        assert resumed_rows["completion"].tolist() == whole_rows["completion"].tolist()
+        assert resumed_rows["verdict"].tolist() == whole_rows["verdict"].tolist()
 
 
 def test_shards_together_are_the_whole(judged, tmp_path):
@@ -491,11 +500,11 @@ def test_shards_together_are_the_whole(judged, tmp_path):
         done.append(sweep_settings(study.lm, tasks, few, tmp_path / str(k), replace(OPTIONS, pair_range=part)))
     whole = combine_setting_shards(done, tasks, few)
     for name in [s.name for s in few]:
-        one, other = (
+        combined_texts, whole_texts = (
             t[t["name"] == name].drop_duplicates("task_id").sort_values("task_id")["completion"].tolist()
             for t in (whole, table)
         )
-        assert one == other
+        assert combined_texts == whole_texts
 
 
 CHAIN = [Path(sys.executable).with_name("codetrace"), "run", "correctness", "--quiet"]
@@ -537,8 +546,8 @@ def test_the_whole_chain_finds_what_was_planted_also_when_killed_in_between(tmp_
     def fill(x):
         return x.format(layer="{layer}", **names) if isinstance(x, str) else x
 
-    given = {number: {key: fill(x) for key, x in values.items()} for number, values in CHAINED.items()}
-    (tmp_path / "given.yaml").write_text(json.dumps(given))  # JSON is YAML
+    parameters = {number: {key: fill(x) for key, x in values.items()} for number, values in CHAINED.items()}
+    (tmp_path / "given.yaml").write_text(json.dumps(parameters))  # JSON is YAML
     words = ["--model", names["model"], "--problems", names["problems"], "-f", str(tmp_path / "given.yaml")]
     env = os.environ | {"CODETRACE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(HOME)}
     killed = killed_while("steering", words, env, tmp_path / "runs")

@@ -26,7 +26,8 @@ from codetrace.core.files import StorageError, atomic_write, file_sha256
 from codetrace.core.records import DamagedRecords, DuplicateRow, Records, RecordsInUse, read_records
 
 KEY = ("task_id", "sample")
-N, PART = 230, 10
+N = 230
+PART = 10
 
 
 def row(i: int) -> dict:
@@ -92,22 +93,24 @@ def _kill_after(lines: int, folder: Path) -> tuple[int, bool]:
         os._exit(0)
     os.close(speaker)
     with open(listener, "rb", buffering=0) as rows:
-        said = sum(len(rows.read(1)) for _ in range(lines))
+        announced = sum(len(rows.read(1)) for _ in range(lines))
         os.kill(writer, signal.SIGKILL)
-        said += len(rows.readall())
-    return said, os.waitpid(writer, 0)[1] != 0
+        announced += len(rows.readall())
+    return announced, os.waitpid(writer, 0)[1] != 0
 
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     "Twenty writers are killed with SIGKILL; each costs at most the rows of a part, and the table ends up the same."
-    rng, kills, tables = random.Random(0), 0, [tmp_path / "0"]
+    rng = random.Random(0)
+    kills = 0
+    tables = [tmp_path / "0"]
     while kills < 20:
         folder = tables[-1]
         before = len(read_records(folder)) if any(folder.glob("part-*")) else 0
-        said, killed = _kill_after(rng.randrange(1, 22), folder)
+        announced, killed = _kill_after(rng.randrange(1, 22), folder)
         kills += killed
         after = len(read_records(folder)) if any(folder.glob("part-*")) else 0  # refuses doubled keys
-        assert before + said - PART < after <= before + said + 1
+        assert before + announced - PART < after <= before + announced + 1
         if after == N:
             assert_whole(folder, uninterrupted)
             tables.append(tmp_path / str(len(tables)))
@@ -129,7 +132,8 @@ def _kill_at(step: int, folder: Path):
 
         return wrapped
 
-    core_records.os.fsync, core_records.os.replace = dying(os.fsync), dying(os.replace)
+    core_records.os.fsync = dying(os.fsync)
+    core_records.os.replace = dying(os.replace)
     core_records.Path.unlink = dying(Path.unlink)
     write(folder, 25)
 
@@ -184,9 +188,9 @@ def _empty(path: Path):
     path.write_bytes(b"")
 
 
-def _flip(path: Path, at: float = 0.5):
+def _flip(path: Path, share: float = 0.5):
     data = bytearray(path.read_bytes())
-    data[int(at * (len(data) - 1))] ^= 1
+    data[int(share * (len(data) - 1))] ^= 1
     path.write_bytes(data)
 
 
@@ -218,8 +222,8 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         path.unlink()
     (part,) = tmp_path.glob("part-*")
     data = part.read_bytes()
-    for at in range(0, len(data), 7):
-        part.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    for position in range(0, len(data), 7):
+        part.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
         with pytest.raises(DamagedRecords):
             read_records(tmp_path)
     part.write_bytes(data)
@@ -424,8 +428,11 @@ def test_a_second_writer_is_told_who_writes(tmp_path):
     with Records(tmp_path, KEY) as records:
         records.append([row(0)])
         code = f"from codetrace.core.records import Records; Records({str(tmp_path)!r}, {KEY!r})"
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert other.returncode == 1 and f"RecordsInUse: {tmp_path}: process {os.getpid()} on " in other.stderr
+        second_writer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (
+            second_writer.returncode == 1
+            and f"RecordsInUse: {tmp_path}: process {os.getpid()} on " in second_writer.stderr
+        )
         with pytest.raises(RecordsInUse):
             Records(tmp_path, KEY)
         assert len(records) == 1

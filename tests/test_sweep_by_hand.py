@@ -128,10 +128,12 @@ def test_a_sweep_is_each_cell_patched_by_hand(lm, direction, site):
         expected = patched_by_hand(lm, case, direction, site, set(names))
         swept = table[(table["program"] == number) & table["kl"].notna()]
         heads = [None if pd.isna(head) else head for head in swept["head"]]
-        found = dict(zip(zip(swept["layer"], heads, swept["position"]), swept[list(PATCH_METRICS)].to_numpy()))
-        assert set(found) == set(expected)
+        metrics_by_cell = dict(
+            zip(zip(swept["layer"], heads, swept["position"]), swept[list(PATCH_METRICS)].to_numpy())
+        )
+        assert set(metrics_by_cell) == set(expected)
         for cell, metrics in expected.items():
-            assert np.allclose(found[cell], metrics, atol=2e-4), cell
+            assert np.allclose(metrics_by_cell[cell], metrics, atol=2e-4), cell
 
 
 def test_what_is_not_swept_is_not_a_number_and_layers_may_be_in_any_order(lm):
@@ -367,8 +369,8 @@ def test_where_there_is_no_crossover():
     assert np.isnan(crossover_layer(cells, after="query")).tolist() == [True] * 3
     assert np.isnan(crossover_layer(cells, before="query")).tolist() == [True] * 3
     assert np.isnan(crossover_layer(crossing_cells(EARLY, EARLY))).tolist() == [True] * 3  # Level is not ahead
-    one, low, high = crossover_layer(crossing_cells(EARLY[:1], LATE[:1]))
-    assert one == 1 and np.isnan([low, high]).all()
+    layer, low, high = crossover_layer(crossing_cells(EARLY[:1], LATE[:1]))
+    assert layer == 1 and np.isnan([low, high]).all()
     some = crossover_layer(crossing_cells([[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.7], [0.1, 0.2]]))
     assert np.isnan(some[0]) and some[1:] == (1, np.inf)  # At layer 1 only where the first program is drawn twice
 

@@ -148,11 +148,11 @@ def test_both_programs_of_a_pair_are_what_they_say(llama, kind, task):
 )
 def test_a_root_is_replaced_by_its_like(root, replacements):
     program = as_program((f"a = {root}\n#a:", eval(root)))
-    found = set()
+    roots = set()
     for seed in range(40):
         counterfactual = make_counterfactual_pair(program, np.random.default_rng(seed))[1]
-        found.add(counterfactual.lines[0].removeprefix("a = "))
-    assert found <= replacements and len(found) > len(replacements) / 2
+        roots.add(counterfactual.lines[0].removeprefix("a = "))
+    assert roots <= replacements and len(roots) > len(replacements) / 2
 
 
 @pytest.mark.parametrize("root", ["12", "None", "[1, 2]", "-3.5", "'two words'", "len('ab')"])

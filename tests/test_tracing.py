@@ -113,7 +113,8 @@ def bpe(lm, regex: bool, joined=()):
 @pytest.mark.parametrize("regex", [True, False])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
-    lm, (program, _) = bpe(llama, regex), pair_of(llama, depth, 5, style)
+    lm = bpe(llama, regex)
+    program, _ = pair_of(llama, depth, 5, style)
     for prompt in (program.code, PREFIX + program.code):
         table = token_roles(lm, program, prompt).set_index("position_name")
         for link in program.chain:
@@ -130,10 +131,12 @@ def test_roles_point_at_the_programs_own_text(llama, style, regex, depth):
 def test_a_special_token_at_the_start_shifts_positions_only(llama):
     from tokenizers.processors import TemplateProcessing
 
-    lm, (program, _) = bpe(llama, True), pair_of(llama)
+    lm = bpe(llama, True)
+    program, _ = pair_of(llama)
     bos = lm.tokenizer.convert_ids_to_tokens(1)
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
-    table, plain = token_roles(lm, program), token_roles(llama, program)
+    table = token_roles(lm, program)
+    plain = token_roles(llama, program)
     assert list(table["position_name"][1:]) == list(plain["position_name"]) and list(table["line"]) == [
         -1,
         *plain["line"],
@@ -187,12 +190,13 @@ def test_pairs_that_do_not_line_up_are_refused(llama, pairs):
     def made(code):
         return as_program((code, code.split("\n")[0][-1]))
 
-    program, other = made("a = 1\nb = 2\nc = a\n#c:"), made("a = 1\nb = 2\n#a:")
+    program = made("a = 1\nb = 2\nc = a\n#c:")
+    shorter = made("a = 1\nb = 2\n#a:")
     moved = as_program(("b = 2\na = 3\nc = a\n#c:", "3"))
     long = [as_program((f"x = {value}\n#x:", str(value))) for value in (12, 13)]
     for bad, error, says in [
         ((program, program), CannotTrace, "no difference"),
-        ((program, other), Misaligned, "tokens"),
+        ((program, shorter), Misaligned, "tokens"),
         ((program, moved), Misaligned, "same roles"),
         (long, CannotTrace, "is 2 tokens"),
     ]:
@@ -225,10 +229,15 @@ def by_hand(lm, pair, prefix, site, layer, position, head=None):
     with lm.intervene(Intervention(site, layer, value, positions=position, heads=head)):
         logits = lm.logits([list(aligned.base)])[0]
     plain = lm.logits([list(aligned.base)])[0].log_softmax(-1)
-    own, wanted = aligned.answer_ids
+    base_answer, wanted = aligned.answer_ids
     log_probs = logits.log_softmax(-1)
     kl = float((plain.exp() * (plain - log_probs)).sum())
-    return float(logits[wanted] - logits[own]), float(logits.argmax() == wanted), float(log_probs[wanted].exp()), kl
+    return (
+        float(logits[wanted] - logits[base_answer]),
+        float(logits.argmax() == wanted),
+        float(log_probs[wanted].exp()),
+        kl,
+    )
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -315,19 +324,19 @@ def test_engines_agree(llama, pairs):
 def test_controls_put_what_interventions_put(arch):
     lm = models.load(f"tiny:{arch}")
     aligned = align_pair(lm, pair_of(lm), prefix=PREFIX)
-    at = pair_positions(aligned)
+    positions = pair_positions(aligned)
     for site in patch_sites(lm):
         states = _site_states(lm, aligned.source, site)
         heads = states[1].shape[1]
-        places = [(layer, heads - 1, at[name]) for layer in (1, 2) for name in ("rhs 1", "query", "final")]
-        given = [states[layer][position, head] for layer, head, position in places]
-        plain, mine = patch_states(lm, aligned.base, site, places, given)
+        places = [(layer, heads - 1, positions[name]) for layer in (1, 2) for name in ("rhs 1", "query", "final")]
+        patched_states = [states[layer][position, head] for layer, head, position in places]
+        plain, mine = patch_states(lm, aligned.base, site, places, patched_states)
         torch.testing.assert_close(plain[0], lm.logits([list(aligned.base)])[0], atol=2e-4, rtol=1e-3)
         if site in ("key", "value"):
             continue  # `intervene` does not know them; the exact sweep does, below
         for row, (layer, head, position) in enumerate(places):
             only = {} if site != "head_out" else {"heads": head}
-            with lm.intervene(Intervention(site, layer, given[row], positions=position, **only)):
+            with lm.intervene(Intervention(site, layer, patched_states[row], positions=position, **only)):
                 theirs = lm.logits([list(aligned.base)])[0]
             torch.testing.assert_close(mine[row], theirs, atol=2e-4, rtol=1e-3)
 
@@ -338,12 +347,10 @@ def test_a_no_op_is_exactly_nothing(arch, monkeypatch):
     lm = models.load(f"tiny:{arch}")
     cases = [TraceCase(*pair_of(lm, seed=seed), prefix) for seed, prefix in enumerate((PREFIX, ""))]
     heads = [(site, layer, 1, name) for site in ("head_out", "key") for layer in (0, 2) for name in ("rhs 2", "final")]
-    table, some = (
-        pd.DataFrame(heads, columns=["site", "layer", "head", "position_name"]),
-        ["resid_pre", "mlp_out", "head_out", "key"],
-    )
-    found = run_controls(lm, cases, ControlOptions(sites=some, layers=[1], direction="noise", heads=table))
-    silent, noise = (found[found["control"] == kind] for kind in ("no-op", "random"))
+    table = pd.DataFrame(heads, columns=["site", "layer", "head", "position_name"])
+    some = ["resid_pre", "mlp_out", "head_out", "key"]
+    effects = run_controls(lm, cases, ControlOptions(sites=some, layers=[1], direction="noise", heads=table))
+    silent, noise = (effects[effects["control"] == kind] for kind in ("no-op", "random"))
     assert len(silent) == len(noise) and list(dict.fromkeys(silent["site"])) == some
     assert (silent["effect"] == 0).all() and (silent["kl"] == 0).all()
     assert (noise[(noise["position_name"] == "final") & (noise["layer"] < 2)]["kl"] > 0).all()
@@ -355,22 +362,25 @@ def test_controls_of_heads_put_the_wanted_answer_where_the_sweep_does(llama, pai
         llama, as_cases(pairs[1:2]), PatchSweepOptions(sites=["head_out", "key", "value"], positions=["rhs 1", "query"])
     )
     aligned = align_pair(llama, pairs[1])
-    own, wanted = aligned.answer_ids
+    base_answer, wanted = aligned.answer_ids
     for site, rows in cells[cells["kl"].notna() & (cells["layer"] == 1)].groupby("site"):
         states = _site_states(llama, aligned.source, site)[1]
         places = [(1, int(r.head), int(r.position)) for r in rows.itertuples()]
         _, logits = patch_states(llama, aligned.base, site, places, [states[p, h] for _, h, p in places])
-        assert (logits[:, wanted] - logits[:, own]).tolist() == pytest.approx(rows["logit_diff"].tolist(), abs=1e-4)
+        assert (logits[:, wanted] - logits[:, base_answer]).tolist() == pytest.approx(
+            rows["logit_diff"].tolist(), abs=1e-4
+        )
 
 
 def test_random_controls_have_the_donors_norm(llama, pairs):
-    aligned, cells = [align_pair(llama, pair) for pair in pairs], [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
+    aligned = [align_pair(llama, pair) for pair in pairs]
+    cells = [(1, 0, "query"), (2, 3, "final"), (2, 1, "end 1")]
     for site in ("resid_pre", "head_out"):
         mine = [(layer, head * (site == "head_out"), name) for layer, head, name in cells]
-        given = {
+        random_states = {
             cell: x for kind, cell, x in controls._control_states(llama, aligned, 0, site, mine, 0) if kind == "random"
         }
-        for (layer, head, name), state in given.items():
+        for (layer, head, name), state in random_states.items():
             source = _site_states(llama, aligned[0].source, site)[layer][pair_positions(aligned[0])[name], head]
             torch.testing.assert_close(state.norm(), source.norm())
             assert abs(torch.nn.functional.cosine_similarity(state, source, dim=0)) < 0.9
@@ -381,7 +391,8 @@ def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
         return as_program((f"{name} = {root}\nb = {name}\n#b:", str(root)))
 
     aligned = [
-        align_pair(llama, (make(name, root), make(name, other))) for name, root, other in [("a", 3, 7), ("c", 7, 5)]
+        align_pair(llama, (make(name, root), make(name, changed_root)))
+        for name, root, changed_root in [("a", 3, 7), ("c", 7, 5)]
     ]
     kinds = [kind for kind, *_ in controls._control_states(llama, aligned, 0, "resid_pre", [(1, 0, "query")], 0)]
     assert kinds == ["no-op", "random", "unrelated, same answer"]  # nobody else answers 3
@@ -392,12 +403,13 @@ def test_an_unrelated_donor_has_the_answer_it_is_named_for(llama):
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_attribution_is_the_slope_of_a_small_patch(arch):
-    lm, step = models.load(f"tiny:{arch}"), 2e-3
+    lm = models.load(f"tiny:{arch}")
+    step = 2e-3
     pair = pair_of(lm)
     aligned = align_pair(lm, pair, prefix=PREFIX)
-    own, wanted = aligned.answer_ids
+    base_answer, wanted = aligned.answer_ids
     plain = lm.logits(lm.tokenize([list(aligned.base), list(aligned.source)]))
-    full = float(plain[1, wanted] - plain[1, own] - plain[0, wanted] + plain[0, own])
+    full = float(plain[1, wanted] - plain[1, base_answer] - plain[0, wanted] + plain[0, base_answer])
     for site in ("resid_pre", "attn_out", "head_out"):
         table = attribution_patching(lm, as_cases([pair], PREFIX), [site])
         for cell in table[table["attribution"].abs() > 1e-3].sample(3, random_state=0).itertuples():
@@ -410,7 +422,7 @@ def test_attribution_is_the_slope_of_a_small_patch(arch):
             value = moved if head is None else moved[head]
             with lm.intervene(Intervention(site, cell.layer, value, positions=cell.position, heads=head)):
                 logits = lm.logits([list(aligned.base)])[0]
-            slope = float(logits[wanted] - logits[own] - plain[0, wanted] + plain[0, own]) / step / full
+            slope = float(logits[wanted] - logits[base_answer] - plain[0, wanted] + plain[0, base_answer]) / step / full
             assert cell.attribution == pytest.approx(slope, rel=0.1, abs=0.02)
     assert not any(parameter.requires_grad for parameter in lm.hf.parameters())
 
@@ -422,7 +434,9 @@ def test_a_cut_edge_carries_nothing(arch, attn, monkeypatch):
         pytest.skip("soft caps need eager attention")
     lm = models.load(f"tiny:{arch}", attn=attn)
     aligned = align_pair(lm, pair_of(lm))
-    n, root, everywhere = len(aligned.base), aligned.first_difference, range(lm.n_layers)
+    n = len(aligned.base)
+    root = aligned.first_difference
+    everywhere = range(lm.n_layers)
     plain = lm.logits([list(aligned.base)])[0]
     torch.testing.assert_close(
         knockout._knockout_logits(lm, aligned.base, [(n - 1, 0)], [])[0], plain, atol=1e-4, rtol=1e-3
@@ -462,7 +476,8 @@ def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monk
     cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
     options = TraceOptions(directions=["denoise", "noise"], positions="query,final", control_layers=1)
     whole = trace_cases(llama, cases, start(tmp_path / "a"), options=options)
-    sweep, calls = run_sweep, []
+    sweep = run_sweep
+    calls = []
 
     def stops(*args, **kwargs):
         calls.append(1)
@@ -506,9 +521,9 @@ def test_shards_put_together_are_the_whole_byte_for_byte(llama, ten_cases, tmp_p
     parts = [tmp_path / f"part{k}" for k in range(shards)]
     swept = []
     for k, folder in enumerate(parts):
-        found = trace_cases(llama, ten_cases, as_run(folder), options=replace(options, shard=k))
-        swept += [sorted(set(found.cells["program"]))]
-        assert not found.controls.size
+        trace = trace_cases(llama, ten_cases, as_run(folder), options=replace(options, shard=k))
+        swept += [sorted(set(trace.cells["program"]))]
+        assert not trace.controls.size
         assert not (folder / "patch_results.json").exists()
     assert [i for part in swept for i in part] == list(range(10)) and all(
         part[0] % PROGRAMS_PER_SWEEP == 0 for part in swept
@@ -543,13 +558,17 @@ def test_shards_that_do_not_fit_are_refused(llama, ten_cases, tmp_path):
 def test_the_json_holds_the_cells(llama, tmp_path):
     cases = [TraceCase(*pair_of(llama, seed=seed)) for seed in range(2)]
     options = TraceOptions(sites=["resid_pre", "head_out"], positions="query,final", control_layers=0)
-    found = trace_cases(llama, cases, start(tmp_path), options=options)
-    one = json.loads((tmp_path / "intervention_results.json").read_text())[1]
-    heads, vector = one["results"]["denoise/head_out"]["effect"], one["results"]["denoise/resid_pre"]["effect"]
+    trace = trace_cases(llama, cases, start(tmp_path), options=options)
+    record = json.loads((tmp_path / "intervention_results.json").read_text())[1]
+    heads = record["results"]["denoise/head_out"]["effect"]
+    vector = record["results"]["denoise/resid_pre"]["effect"]
     assert np.shape(heads) == (3, llama.n_heads, 2) and np.shape(vector) == (3, 2)
-    assert [one["position_names"][one["positions"].index(p)] for p in one["swept_positions"]] == ["query", "final"]
-    cells = found.cells[
-        (found.cells["program"] == 1) & (found.cells["position_name"] == "query") & (found.cells["layer"] == 2)
+    assert [record["position_names"][record["positions"].index(p)] for p in record["swept_positions"]] == [
+        "query",
+        "final",
+    ]
+    cells = trace.cells[
+        (trace.cells["program"] == 1) & (trace.cells["position_name"] == "query") & (trace.cells["layer"] == 2)
     ]
     assert vector[2][0] == pytest.approx(cells[cells["site"] == "resid_pre"]["effect"].item(), abs=1e-5)
     assert heads[2][3][0] == pytest.approx(cells[cells["head"] == 3]["effect"].item(), abs=1e-5)
@@ -592,13 +611,15 @@ def test_a_model_that_knows_nothing_is_told_apart(llama, tmp_path):
 
 
 def test_peaks_are_not_judged_where_they_were_chosen():
-    rng, chosen, judged = np.random.default_rng(0), [], []
-    about = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "position_name": "query"} | dict.fromkeys(
+    rng = np.random.default_rng(0)
+    chosen = []
+    judged = []
+    cell = {"site": "resid_pre", "head": pd.NA, "position": 0, "token": "x", "position_name": "query"} | dict.fromkeys(
         PATCH_METRICS, 0.0
     )
     for _ in range(6):
         noise = pd.DataFrame(
-            [about | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
+            [cell | {"program": p, "layer": layer, "effect": rng.normal()} for p in range(40) for layer in range(60)]
         )
         peak = peak_effects(noise).iloc[0]
         chosen.append(abs(peak["effect_when_chosen"]))
@@ -637,37 +658,37 @@ def test_the_seeds_api(llama, tmp_path, monkeypatch):
     runner = CausalExperimentRunner()
     runner.loaded["tiny:llama"] = llama
     program, counterfactual = pair_of(llama)
-    given = [
+    programs = [
         program,
         (program.code, program.answer),
         (program.code, program.answer, {"a": 1}),
         (program, counterfactual),
     ]
-    found = runner.run_intervention_experiment(
+    trace = runner.run_intervention_experiment(
         model_id="tiny:llama",
-        programs=given,
+        programs=programs,
         intervention_type="attention_heads",
         selection=ProgramSelection(options=CaseOptions(include_shallow=True)),
     )
-    assert len(found.cases) == 4 and set(found.cells["site"]) == {"head_out"}
+    assert len(trace.cases) == 4 and set(trace.cells["site"]) == {"head_out"}
     record = newest_run("tracing")
-    assert record["run_id"] == found.run.folder.name and "strongest cell" in record["headline"]
+    assert record["run_id"] == trace.run.folder.name and "strongest cell" in record["headline"]
     assert {"intervention_results.json", "patch_results.json"} <= set(record["outputs"])
-    assert token_grid_figure(found) is None and head_grid_figure(found) is not None
+    assert token_grid_figure(trace) is None and head_grid_figure(trace) is not None
 
 
 def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, ten_cases, tmp_path):
     options = TraceOptions(sites=["resid_pre", "head_out", "value"], positions="rhs 1,query,final", control_layers=1)
-    found = trace_cases(llama, ten_cases, start(tmp_path), options=options)
-    heads = found.controls[found.controls["head"].notna()]
+    trace = trace_cases(llama, ten_cases, start(tmp_path), options=options)
+    heads = trace.controls[trace.controls["head"].notna()]
     assert set(heads["site"]) == {"head_out", "value"} and set(heads["program"]) == {1, 3, 5, 7, 9}
-    assert set(found.controls[found.controls["head"].isna()]["program"]) == set(range(8))
+    assert set(trace.controls[trace.controls["head"].isna()]["program"]) == set(range(8))
     for site, rows in heads.groupby("site"):
-        chosen = strongest_heads(found.cells[found.cells["site"] == site])
+        chosen = strongest_heads(trace.cells[trace.cells["site"] == site])
         assert len(chosen) == 10 and len(rows[["layer", "head", "position_name"]].drop_duplicates()) <= 10
         assert rows["control"].nunique() >= 3 and (rows[rows["control"] == "no-op"]["effect"] == 0).all()
-    table = control_effects_table(found).set_index(["site", "control"])
-    real = found.cells.merge(
+    table = control_effects_table(trace).set_index(["site", "control"])
+    real = trace.cells.merge(
         heads[heads["site"] == "value"][["program", "site", "layer", "head", "position_name"]].drop_duplicates()
     )
     assert table.loc[("value", "the counterfactual itself"), "mean effect"] == pytest.approx(real["effect"].mean())
@@ -681,7 +702,8 @@ def test_controls_of_heads_are_run_on_programs_that_did_not_choose_them(llama, t
 @pytest.mark.parametrize("direction", PATCH_DIRECTIONS)
 def test_smollm2_engines_decide_alike(direction):
     "Every success decision is the same, and no logit difference is further off than 1e-4 of what eager attention gives both."
-    lm, rng = models.load("smollm2", dtype="float32", attn="eager"), np.random.default_rng(0)
+    lm = models.load("smollm2", dtype="float32", attn="eager")
+    rng = np.random.default_rng(0)
     program = make_variable_binding_program(3, rng, depth=2, query_style="print")
     pair = make_counterfactual_pair(program, rng, lm.tokenizer)
 
@@ -775,9 +797,9 @@ def test_the_seeds_dictionaries_are_taken(runner, form):
     assert (case.program.answer, case.counterfactual.answer) == ("4", "9")
 
 
-@pytest.mark.parametrize("given", [GIVEN, {"original": GIVEN}, (GIVEN, "4")])
-def test_a_program_alone_gets_a_counterfactual(runner, given):
-    (case,) = runner.run_intervention_experiment("tiny:llama", [given]).cases
+@pytest.mark.parametrize("program", [GIVEN, {"original": GIVEN}, (GIVEN, "4")])
+def test_a_program_alone_gets_a_counterfactual(runner, program):
+    (case,) = runner.run_intervention_experiment("tiny:llama", [program]).cases
     assert case.program.code == GIVEN and case.counterfactual.answer != "4"
 
 
@@ -870,16 +892,20 @@ def test_site_ablation_is_the_experiment_done_by_hand(arch):
     cases = [TraceCase(*pair_of(lm, seed=seed), PREFIX) for seed in range(4)]
     programs = [prompted_program(lm, case) for case in cases]
     ids = [list(program.token_ids) for program in programs]
-    names, layers = ("rhs 1", "query"), (1, 2)
-    before = [lm.logits([own])[0].log_softmax(-1) for own in ids]
+    names = ("rhs 1", "query")
+    layers = (1, 2)
+    before = [lm.logits([row])[0].log_softmax(-1) for row in ids]
     sites = ("resid_pre", "head_out", "mlp_out")
-    captured = [lm.capture([own], list(itertools.product(sites, layers))) for own in ids]
+    captured = [lm.capture([row_ids], list(itertools.product(sites, layers))) for row_ids in ids]
     for site in sites:
         options = SiteAblationOptions(sites=[site], names=names, layers=layers)
         table = ablate_sites(lm, cases, options)
         assert set(table["kind"]) == {"mean", "resample"} and set(table["position_name"]) == set(names)
         for i, layer, name in itertools.product((0, 3), layers, names):
-            states = [own[site, layer][0, program.positions[name]] for own, program in zip(captured, programs)]
+            states = [
+                states_of_program[site, layer][0, program.positions[name]]
+                for states_of_program, program in zip(captured, programs)
+            ]
             others = [state for j, state in enumerate(states) if j != i]
             candidates = {"mean": [torch.stack(others).mean(0)], "resample": others}
             for kind, replacements in candidates.items():

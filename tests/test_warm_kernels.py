@@ -53,7 +53,8 @@ def test_a_record_is_the_same_from_a_forked_kernel(server, tmp_path):
         done = workspace.call(*SMALL)
         assert done.returncode == 0, done.stderr
     assert outputs_of(cold) == outputs_of(warm)
-    (first,), (second,) = cold.manifests(), warm.manifests()
+    (first,) = cold.manifests()
+    (second,) = warm.manifests()
     assert first["digest"] == second["digest"] and cold.result(first) == warm.result(second)
 
 
@@ -200,6 +201,6 @@ def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(started, t
 
 
 def test_another_interpreter_gets_no_fork_of_this_one(tmp_path):
-    other = tmp_path / "python3"
-    other.symlink_to("/bin/true")
-    assert kernels._is_this_python(sys.executable) and not kernels._is_this_python(str(other))
+    interpreter = tmp_path / "python3"
+    interpreter.symlink_to("/bin/true")
+    assert kernels._is_this_python(sys.executable) and not kernels._is_this_python(str(interpreter))

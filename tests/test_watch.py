@@ -167,11 +167,11 @@ def test_questions_of_dreval_are_answered_by_what_is_recorded():
         pytest.skip(f"{files[0]} is not here")
     inputs, left_out = load_dreval(*files)
     assert len(inputs) + left_out == 690 and left_out <= 3
-    assert sum(len(found.questions) for found in inputs) > 3100
+    assert sum(len(program.questions) for program in inputs) > 3100
     few = inputs[::15]
     executions = record_dreval(few)
     assert sum(execution.ending == "return" for execution in executions) >= len(few) - 3
-    truths = [dreval_truth(e, found, *q) for e, found in zip(executions, few) for q in found.questions]
+    truths = [dreval_truth(e, program, *q) for e, program in zip(executions, few) for q in program.questions]
     assert np.mean([truth.values is not None for truth in truths]) > 0.95
     assert 0.3 < np.mean([truth.executed for truth in truths]) < 0.9
     assert all(truth.values == () for truth in truths if not truth.executed)

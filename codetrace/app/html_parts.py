@@ -75,11 +75,16 @@ def html_table(
         return Markup("")
     names = list(rows[0])
     head = "".join(f'<th scope="col">{escape_text(name)}</th>' for name in names)
-    body = "".join(f"<tr>{''.join(_table_cell(row.get(name)) for name in names)}</tr>" for row in rows)
+    body = "".join(_table_row(row, names) for row in rows)
     label = escape_text(caption or "table")
     title = f"<caption>{escape_text(caption)}</caption>" if caption else ""
     table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return scrolled_region(label, table)
+
+
+def _table_row(row: Mapping, names: Sequence[str]) -> str:
+    cells = "".join(_table_cell(row.get(name)) for name in names)
+    return f"<tr>{cells}</tr>"
 
 
 def _table_cell(value: object) -> str:

@@ -187,7 +187,8 @@ def _opener(gradio: ModuleType, views: Sequence[View]) -> Callable[..., list]:
         try:
             _check_choices(opened_view, values, offered_choices(named_views[opened_view], choices[opened_view]))
         except BadInput as wrong_choice:
-            values, error = VIEW_DEFAULTS[opened_view], str(wrong_choice)
+            values = VIEW_DEFAULTS[opened_view]
+            error = str(wrong_choice)
         note = page_part(html_note(error, "error")) if error else ""
         updates = [gradio.update(selected=opened_view), note]
         for view in views:

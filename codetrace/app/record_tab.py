@@ -53,7 +53,10 @@ def records_snippet(search: str, phase: str, model: str, status: str, run: str, 
 def record_choices() -> dict[str, list]:
     "What the fields of the tab can be set to."
     rows = record_rows(all_runs())
-    choices = {name: ["", *sorted({row[name] for row in rows} - {""})] for name in ("phase", "model", "status")}
+    choices = {}
+    for name in ("phase", "model", "status"):
+        values = {row[name] for row in rows} - {""}
+        choices[name] = ["", *sorted(values)]
     runs = [(f"{row['phase']} {row['model']} {row['run']}", row["run"]) for row in rows]
     return choices | {"run": [("", ""), *runs], "compare": runs}
 

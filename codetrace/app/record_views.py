@@ -157,10 +157,11 @@ def _method_and_code(manifest: Mapping) -> list[Markup]:
         cells = notebook_cells(record)
     except BadInput as error:
         return [html_note(error, "error")]
-    texts = {kind: [c["source"] for c in cells if c["cell_type"] == kind] for kind in ("markdown", "code")}
+    prose = [cell["source"] for cell in cells if cell["cell_type"] == "markdown"]
+    code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     return [
-        folded(f"Method ({len(texts['markdown'])} cells)", code_block("\n\n".join(texts["markdown"]), "method")),
-        folded(f"Code ({len(texts['code'])} cells)", code_block("\n\n".join(texts["code"]))),
+        folded(f"Method ({len(prose)} cells)", code_block("\n\n".join(prose), "method")),
+        folded(f"Code ({len(code)} cells)", code_block("\n\n".join(code))),
     ]
 
 # %% ../../nbs/app/record_views.ipynb #6f84025d

@@ -100,10 +100,10 @@ def answer_rows(
         probabilities = lm.logits(prompts).float().softmax(-1)
     rows = []
     for name, program, right_id, row in zip(("program", "counterfactual"), case.pair, right_ids, probabilities):
-        said = int(row.argmax())
-        text = lm.tokenizer.decode([said])
-        mark = "right" if said == right_id else "wrong"
-        rows.append({"of": name, "right answer": program.answer, "model says": text, "p(said)": float(row[said])})
+        top_token = int(row.argmax())
+        text = lm.tokenizer.decode([top_token])
+        mark = "right" if top_token == right_id else "wrong"
+        rows.append({"of": name, "right answer": program.answer, "model says": text, "p(said)": float(row[top_token])})
         rows[-1] |= {"p(right)": float(row[right_id]), "it is": mark}
     return rows
 
@@ -123,7 +123,7 @@ def unrelated_cases(
         program = make_variable_binding_program(seq_len, rng, depth=case.program.depth, query_style=style)
         if program.answer in missing and program.source != case.program.source:
             cases += _paired(lm, program, rng, case.prefix)
-            missing -= {other.program.answer for other in cases}
+            missing -= {accepted.program.answer for accepted in cases}
         if not missing:
             break
     return cases

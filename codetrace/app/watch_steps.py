@@ -146,8 +146,8 @@ def trace_program(
 ) -> str:  # Empty where there is none
     "The program that the view *Trace* takes for a cell."
     steps = progress.execution.steps
-    is_last_visit = not any(other.line == step.line and other.step > step.step for other in steps)
-    last_line = max(other.line for other in steps if other.step <= step.step)
+    is_last_visit = not any(visit.line == step.line and visit.step > step.step for visit in steps)
+    last_line = max(executed.line for executed in steps if executed.step <= step.step)
     is_whole_number = step.after[variable].type == "int"
     if progress.execution.program.call or step.line != last_line or not is_last_visit or not is_whole_number:
         return ""

@@ -45,9 +45,9 @@ def _said_markup(answer: Mapping) -> Markup:
     probability = f'<span class="probability">{answer["said_probability"]:.2f}</span>'
     if answer["correct"]:
         return Markup(f'<span class="right">✓ says so</span> {probability}')
-    said = escape_text(_cut(answer["said"]) or "nothing")
+    answer_text = escape_text(_cut(answer["said"]) or "nothing")
     of_truth = f'<span class="probability">truth {answer["probability"]:.2f}</span>'
-    return Markup(f'<span class="wrong">✗ says <strong>{said}</strong></span> {probability}<br>{of_truth}')
+    return Markup(f'<span class="wrong">✗ says <strong>{answer_text}</strong></span> {probability}<br>{of_truth}')
 
 # %% ../../nbs/app/watch_tab.ipynb #3165ba7e
 def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, answer: Mapping | None) -> Markup:
@@ -55,12 +55,12 @@ def _cell_markup(progress: WatchProgress, step: ExecutionStep, variable: str, an
     if variable not in step.after:
         return Markup("<td></td>")
     kinds = [] if variable in step.changed else ["unchanged"]
-    said = Markup('<span class="probability">not asked</span>')
+    answer_markup = Markup('<span class="probability">not asked</span>')
     if answer is not None:
         kinds += [] if answer["correct"] else ["mistaken"]
-        said = _said_markup(answer)
+        answer_markup = _said_markup(answer)
     truth = _truth_markup(progress, step, variable)
-    return Markup(f'<td class="{" ".join(kinds)}">{truth}<br>{said}</td>')
+    return Markup(f'<td class="{" ".join(kinds)}">{truth}<br>{answer_markup}</td>')
 
 # %% ../../nbs/app/watch_tab.ipynb #b2952b7b
 def _watched_names(progress: WatchProgress) -> list[str]:
@@ -72,7 +72,7 @@ def _watched_names(progress: WatchProgress) -> list[str]:
 def _row_markup(progress: WatchProgress, step: ExecutionStep, names: Sequence[str], answers: Mapping) -> str:
     "One executed line."
     line = progress.execution.program.code.split("\n")[step.line - 1]
-    visits = any(other.visit > 1 for other in progress.execution.steps)
+    visits = any(executed.visit > 1 for executed in progress.execution.steps)
     number = f"{step.line}, run {step.visit}" if visits else f"{step.line}"
     raised = f'<br><span class="wrong">raises {escape_text(step.raised)}</span>' if step.raised else ""
     cells = [_cell_markup(progress, step, name, answers.get((step.step, name))) for name in names]

@@ -435,7 +435,7 @@ def states(
 def _kept(self: States, place: Place, places: Sequence[Place]) -> Place:
     if place not in places:
         site, layer = place
-        layers = ", ".join(str(other) for kept, other in places if kept == site)
+        layers = ", ".join(str(kept_layer) for kept_site, kept_layer in places if kept_site == site)
         held = f"those of {layers}" if layers else f"states of {', '.join(self.sites)}"
         raise BadInput(
             f"{self.folder} holds no states of {site} of layer {layer!r}; it holds {held}: "

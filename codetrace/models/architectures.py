@@ -33,9 +33,8 @@ def residual_places(
     layers: Sequence[int],
 ) -> tuple[Place, ...]:  # Site by site
     "Every site at every layer."
-    known = [
-        look_up_name(site, {name: name for name in RESIDUAL_SITES}, "site of the residual stream") for site in sites
-    ]
+    site_names = {name: name for name in RESIDUAL_SITES}
+    known = [look_up_name(site, site_names, "site of the residual stream") for site in sites]
     return tuple((site, layer) for site in known for layer in layers)
 
 # %% ../../nbs/models/architectures.ipynb #650e9229

@@ -53,8 +53,10 @@ def _layer_comparisons(lm: LM, ids: list[int]) -> Iterator[_Comparison]:
     states = lm.capture([ids], [(site, layer) for layer in range(lm.n_layers) for site in lm.sites])
     blocks: Any = lm.layers
     for layer in range(lm.n_layers):
-        pre, post = states["resid_pre", layer], states["resid_post", layer]
-        attention, mlp = states["attn_out", layer], states["mlp_out", layer]
+        pre = states["resid_pre", layer]
+        post = states["resid_post", layer]
+        attention = states["attn_out", layer]
+        mlp = states["mlp_out", layer]
         if not lm.parallel:
             yield _Comparison(f"resid_mid of layer {layer}", states["resid_mid", layer], pre + attention, attention)
         yield _Comparison(f"resid_post of layer {layer}", post, pre + attention + mlp, attention + mlp)

@@ -384,7 +384,8 @@ def _other_meaning_predictions(
     "A probe of the chosen states for the other meaning, on the rows that judge and where it is not the true one."
     is_known = (data.rows["place"] == cell["place"]).to_numpy() & other_labels.notna().to_numpy()
     is_other = is_known & (other_labels != data.rows["label"]).to_numpy()
-    fit, judge = (np.nonzero(is_known & (part == "fit"))[0], np.nonzero(is_other & (part == "judge"))[0])
+    fit = np.nonzero(is_known & (part == "fit"))[0]
+    judge = np.nonzero(is_other & (part == "judge"))[0]
     table = data.rows.iloc[judge].assign(row=judge)
     if not len(fit) or not len(judge):
         return table.assign(correct=False)

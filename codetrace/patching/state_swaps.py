@@ -116,13 +116,13 @@ def state_sources(
     return sources
 
 # %% ../../nbs/patching/state_swaps.ipynb #1b605987
-def _steps_in_both(base: Execution, other: Execution) -> Iterator[tuple[ExecutionStep, ExecutionStep]]:
+def _steps_in_both(base: Execution, swapped: Execution) -> Iterator[tuple[ExecutionStep, ExecutionStep]]:
     "Steps of two runs as long as they execute the same lines."
-    for step, other_step in zip(base.steps, other.steps):
-        if (step.line, step.visit, step.function) != (other_step.line, other_step.visit, other_step.function):
+    for step, swapped_step in zip(base.steps, swapped.steps):
+        if (step.line, step.visit, step.function) != (swapped_step.line, swapped_step.visit, swapped_step.function):
             return
-        if step.complete and other_step.complete:
-            yield step, other_step
+        if step.complete and swapped_step.complete:
+            yield step, swapped_step
 
 
 def _one_token_apart(first: Sequence[int], second: Sequence[int]) -> tuple[list[int], tuple[int, int]] | None:
