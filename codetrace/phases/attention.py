@@ -10,31 +10,11 @@ __all__ = ['PROMPT_PARTS', 'ATTENTION', 'prompt_token_parts', 'prompt_attention_
 
 # %% ../../nbs/phases/28_attention.ipynb #01913010
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from ..core.files import write_parquet
-from ..core.progress import Progress, no_progress
-from codetrace.core.stats import (
-    SIGNIFICANCE_LEVEL,
-    benjamini_hochberg,
-    bootstrap_interval,
-    sign_flip_p,
-    smallest_sign_flip_p,
-)
-from ..models.architectures import Place
-from ..models.interventions import Intervention
 from ..models.lm import LM
-from ..runs.claims import claim_row, read_stored_claims
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
-from ..steering.ablation import post_norm_gains
-from ..steering.directions import Direction, Push
-from ..steering.outcomes import MIN_RANDOM_DIRECTIONS
 from ..tasks.problem_prompts import DEFAULT_PROMPT_STYLE, render_problem_prompt
 from ..tasks.problems import Problem
 
@@ -73,6 +53,30 @@ def prompt_token_parts(
     spans = _part_spans(prompt, problem)
     parts = [_part_of_characters(spans, start, end) for start, end in encoding["offset_mapping"]]
     return list(encoding["input_ids"]), ["first", *parts[1:]]
+
+# %% ../../nbs/phases/28_attention.ipynb #143c8c48
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.files import write_parquet
+from ..core.progress import Progress, no_progress
+from codetrace.core.stats import (
+    SIGNIFICANCE_LEVEL,
+    benjamini_hochberg,
+    bootstrap_interval,
+    sign_flip_p,
+    smallest_sign_flip_p,
+)
+from ..models.architectures import Place
+from ..models.interventions import Intervention
+from ..runs.claims import claim_row, read_stored_claims
+from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..steering.ablation import post_norm_gains
+from ..steering.directions import Direction, Push
+from ..steering.outcomes import MIN_RANDOM_DIRECTIONS
 
 # %% ../../nbs/phases/28_attention.ipynb #9e61832e
 def _last_token_attention(lm: LM, ids: Sequence[int]) -> Float[Tensor, "layer head pos"]:

@@ -18,19 +18,7 @@ import pandas as pd
 
 from ..core.files import read_json
 from ..core.records import read_records
-from ..core.stats import format_count, format_with_interval, wilson
-from ..models.lm import LM
-from ..patching.alignment import TraceCase
-from ..patching.batches import answer_logit_diff, program_means_table, tokenize_program
-from ..patching.head_ablation import heads_headline, heads_sentence
-from ..patching.heads import choose_heads
-from ..patching.probes import STREAM_SWEEP_POSITIONS, probes_sentence, probes_with_effects
-from ..patching.subspaces import directions_needed, directions_sentence
-from ..patching.sweep import PatchSweepOptions, run_sweep, split_halves
-from ..plots.patching import plot_position_grid
-from ..runs.claims import claim_row
 from ..runs.manifest import reference_runs
-from ..runs.phases import Phase
 
 # %% ../../nbs/phases/13_mechanism.ipynb #5a3c4e2c
 def mechanism_reference_runs() -> dict[str, dict]:
@@ -57,6 +45,20 @@ def _in_order_of_training(manifest: dict, compared: pd.DataFrame) -> pd.DataFram
     models = parameters.get("compared_models", parameters.get("compared"))  # as older records call it
     place = compared["model"].map(models.index)
     return compared.loc[place.sort_values(kind="stable").index]
+
+# %% ../../nbs/phases/13_mechanism.ipynb #571455d5
+from ..core.stats import format_count, format_with_interval, wilson
+from ..models.lm import LM
+from ..patching.alignment import TraceCase
+from ..patching.batches import answer_logit_diff, program_means_table, tokenize_program
+from ..patching.head_ablation import heads_headline, heads_sentence
+from ..patching.heads import choose_heads
+from ..patching.probes import STREAM_SWEEP_POSITIONS, probes_sentence, probes_with_effects
+from ..patching.subspaces import directions_needed, directions_sentence
+from ..patching.sweep import PatchSweepOptions, run_sweep, split_halves
+from ..plots.patching import plot_position_grid
+from ..runs.claims import claim_row
+from ..runs.phases import Phase
 
 # %% ../../nbs/phases/13_mechanism.ipynb #f19b0c1c
 def full_logit_differences(

@@ -7,25 +7,13 @@ __all__ = ['RANKING', 'score_answers', 'code_digest', 'read_own_verdicts', 'refu
            'ranking_sentence', 'ranking_claims', 'ranking_headline']
 
 # %% ../../nbs/phases/31_ranking.ipynb #73faddce
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput
-from ..core.progress import Progress, no_progress
-from ..core.records import compute_missing_units
-from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
-from ..models.lm import LM
-from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
-from ..sae.answer_rankers import choice_null
-from ..tasks.answer_choice import ORACLE, RANDOM_CHOICE
-from ..tasks.problems import Problem
-from ..tasks.verbalised_confidence import ask_yes_no, question_after_answer, task_statement
 
 # %% ../../nbs/phases/31_ranking.ipynb #7db75160
 def score_answers(
@@ -40,6 +28,21 @@ def score_answers(
     for ranker in rankers:
         table[ranker.name] = ranker.score(judged)
     return table
+
+# %% ../../nbs/phases/31_ranking.ipynb #b4da3e5c
+import hashlib
+from functools import partial
+
+from ..core.progress import Progress, no_progress
+from ..core.records import compute_missing_units
+from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
+from ..models.lm import LM
+from ..runs.claims import claim_row
+from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..sae.answer_rankers import choice_null
+from ..tasks.answer_choice import ORACLE, RANDOM_CHOICE
+from ..tasks.problems import Problem
+from ..tasks.verbalised_confidence import ask_yes_no, question_after_answer, task_statement
 
 # %% ../../nbs/phases/31_ranking.ipynb #c118f79b
 def code_digest(code: str) -> str:

@@ -205,7 +205,8 @@ def sae_limitations(
     "What the dictionaries leave out, and how many trainings stand behind them."
     quality = pd.DataFrame(manifest["summary"])
     trained = quality[quality["sae"] != "random"]
-    low, high = trained["explained_variance"].min(), trained["explained_variance"].max()
+    low = trained["explained_variance"].min()
+    high = trained["explained_variance"].max()
     layers = ", ".join(str(layer) for layer in sorted(trained["layer"].unique()))
     lost = f"SAEs read layers {layers} only, and leave {1 - high:.0%} to {1 - low:.0%} of the variance unexplained: what is there may be missed."
     n_trainings = trained.groupby("layer").size().min()

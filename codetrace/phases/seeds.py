@@ -16,27 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import BadInput
 from ..core.files import read_json
-from ..core.records import compute_missing_units
-from ..core.stats import SIGNIFICANCE_LEVEL, format_count
-from ..models.lm import LM
-from ..patching.alignment import CannotTrace, TraceCase
-from codetrace.patching.batches import (
-    TokenizedProgram,
-    draw_reference_programs,
-    program_means_table,
-    tokenize_program,
-)
-from ..patching.cases import CaseOptions, ProgramShapes, draw_cases
-from ..patching.head_ablation import ablate_heads, head_means
-from ..patching.heads import HEAD_COLUMNS, choose_heads, heads_from_table, patch_heads
 from ..patching.seed_stability import findings_in_seeds, head_overlap_table, seeds_phrase
-from ..patching.sweep import PatchSweepOptions, average_by_position, crossover_layer, run_sweep
-from ..plots.mechanism import plot_heads_by_seed, plot_layers_by_seed
-from ..runs.claims import NO_INTERVAL, claim_row
 from ..runs.manifest import reference_runs
-from ..runs.phases import Phase
 
 # %% ../../nbs/phases/15_seeds.ipynb #52c0f806
 _OLDER_NAMES: dict[str, str] = {  # Of tables, in the first record
@@ -50,6 +32,26 @@ def read_seed_tables(manifest: Mapping) -> dict[str, pd.DataFrame]:
     "The tables of a record: `layers`, `crossover`, `heads`, `heads_patched`, `heads_ablated`, `findings`, `overlap`."
     tables: dict[str, list] = read_json(Path(manifest["folder"]) / "seeds.json")
     return {_OLDER_NAMES.get(name, name): pd.DataFrame(rows) for name, rows in tables.items()}
+
+# %% ../../nbs/phases/15_seeds.ipynb #e4ec9d68
+from ..core.errors import BadInput
+from ..core.records import compute_missing_units
+from ..core.stats import SIGNIFICANCE_LEVEL, format_count
+from ..models.lm import LM
+from ..patching.alignment import CannotTrace, TraceCase
+from codetrace.patching.batches import (
+    TokenizedProgram,
+    draw_reference_programs,
+    program_means_table,
+    tokenize_program,
+)
+from ..patching.cases import CaseOptions, ProgramShapes, draw_cases
+from ..patching.head_ablation import ablate_heads, head_means
+from ..patching.heads import HEAD_COLUMNS, choose_heads, heads_from_table, patch_heads
+from ..patching.sweep import PatchSweepOptions, average_by_position, crossover_layer, run_sweep
+from ..plots.mechanism import plot_heads_by_seed, plot_layers_by_seed
+from ..runs.claims import NO_INTERVAL, claim_row
+from ..runs.phases import Phase
 
 # %% ../../nbs/phases/15_seeds.ipynb #60749d79
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def auroc_by_group(
 # %% ../../nbs/phases/25_validation.ipynb #18f6ace0
 def _matched_random_latents(choice: Mapping, choices: Sequence[Mapping], areas: pd.DataFrame) -> str:
     "The mean AUROC of the random latents that were matched to this choice; – where there are none."
-    matched = [other["name"] for other in choices if other.get("matched_to") == choice["name"]]
+    matched = [control["name"] for control in choices if control.get("matched_to") == choice["name"]]
     rows = areas[areas["name"].isin(matched)]
     if rows.empty:
         return "–"

@@ -276,13 +276,13 @@ def dreval_sentence(
 
 # %% ../../nbs/phases/14_watch.ipynb #341845da
 def watch_headline(
-    said: SaidResult,
+    said_result: SaidResult,
     read: Sequence[ReadResult] = (),
     used: UsedResult | None = None,
     further: Sequence[str] = (),  # Sentences about bugs and DREval
 ) -> str:
     "What is said, read and used, in one line."
-    sentences = [said_sentence(said), *map(read_sentence, read)]
+    sentences = [said_sentence(said_result), *map(read_sentence, read)]
     if used:
         sentences.append(used_sentence(used))
     return " ".join([*sentences, *further])
