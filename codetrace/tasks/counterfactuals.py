@@ -95,8 +95,12 @@ def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
 
 def _same_lines(base: Program, counterfactual: Program) -> bool:
     "Do both answers come through the same lines, at the same depths?"
-    chains = [[(link.line, link.variable, link.depth) for link in program.chain] for program in (base, counterfactual)]
-    return chains[0] == chains[1]
+    return _chain_places(base) == _chain_places(counterfactual)
+
+
+def _chain_places(program: Program) -> list[tuple]:
+    "Line, variable and depth of each link of the queried chain."
+    return [(link.line, link.variable, link.depth) for link in program.chain]
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #e6b8486d
 def _answers_cut_alike(tokenizer: Callable, base: Program, counterfactual: Program) -> bool:

@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from textwrap import indent
 
@@ -36,7 +37,7 @@ class DREvalInput:
     output_question: str  # An assertion with `??`
     questions: tuple[tuple[int, str], ...]  # Line from 1, and variable (or attribute, item, tuple of them)
 
-
+# %% ../../nbs/tasks/dreval.ipynb #505ddde1
 def _test_methods(test: str) -> dict[str, tuple[str, str]]:
     "By the text of a test method without `self.`: its class and name."
     methods = {}
@@ -48,9 +49,9 @@ def _test_methods(test: str) -> dict[str, tuple[str, str]]:
     return methods
 
 
-def _class_program(row: Mapping, given: str) -> TracedProgram | None:
+def _class_program(row: Mapping, input_text: str) -> TracedProgram | None:
     "A class, run by the method of its test that the input was taken from; None where there is none."
-    text = ast.unparse(ast.parse(given)).replace("self.", "")
+    text = ast.unparse(ast.parse(input_text)).replace("self.", "")
     method = _test_methods(row["test"]).get(text)
     if method is None:
         return None
@@ -72,7 +73,7 @@ def _read_dreval_input(row: Mapping, task: Mapping) -> DREvalInput | None:
         return None
     return DREvalInput(row["task_id"], row["code"], program, invocation, task["output_pred"], questions)
 
-
+# %% ../../nbs/tasks/dreval.ipynb #c9de3f7a
 def load_dreval(
     data: Path,  # DREval_data.jsonl: `task_id, entry_point, code, inputs, outputs, test`
     tasks: Path,  # DREval_tasks.jsonl: `task_id, tasks`
@@ -122,7 +123,7 @@ def _recorded_literal(node: ast.expr):
             return float(name)
     return ast.literal_eval(node)
 
-
+# %% ../../nbs/tasks/dreval.ipynb #85d4bfbf
 def _looked_up(node: ast.expr, variables: Mapping[str, TracedValue]):
     "The value of a name, an attribute, an item, or a tuple of them."
     match node:
@@ -145,7 +146,7 @@ class DREvalTruth:
     next_lines: tuple[int, ...]  # After each visit: the line from 1, -1 where nothing follows
     values: tuple | None  # After each visit; None where one of them cannot be written down
 
-
+# %% ../../nbs/tasks/dreval.ipynb #3afbc64a
 def dreval_truth(
     execution: Execution,
     dreval_input: DREvalInput,
@@ -168,7 +169,7 @@ def dreval_truth(
             return DREvalTruth(True, following, None)
     return DREvalTruth(bool(visits), following or (-1,), tuple(values))
 
-
+# %% ../../nbs/tasks/dreval.ipynb #f5e0d61a
 def record_dreval(
     inputs: Sequence[DREvalInput],
 ) -> list[Execution]:  # In step with the inputs
@@ -208,9 +209,6 @@ def _inside_tags(text: str) -> str:
     return text.split("[/ANSWER", 1)[0].strip()
 
 # %% ../../nbs/tasks/dreval.ipynb #dc2caf55
-_TYPE_NAMES = {"string": "str", "integer": "int", "boolean": "bool", "none": "NoneType", "nonetype": "NoneType"}
-
-
 def coverage_is_right(text: str, truth: DREvalTruth) -> bool:
     "YES or NO; what is neither, or both, counts as NO."
     start = _inside_tags(text).upper()[:3]
@@ -219,20 +217,25 @@ def coverage_is_right(text: str, truth: DREvalTruth) -> bool:
 
 def path_is_right(text: str, truth: DREvalTruth, code: str) -> bool:
     "The text of a line, or -1."
-    said = _inside_tags(text).split("\n")[0].strip()
-    if not said:
+    answer_text = _inside_tags(text).split("\n")[0].strip()
+    if not answer_text:
         return False
-    lines = [-1] if said == "-1" else [n for n, line in enumerate(code.split("\n"), 1) if line.strip() == said]
+    if answer_text == "-1":
+        return -1 in truth.next_lines
+    lines = [n for n, line in enumerate(code.split("\n"), 1) if line.strip() == answer_text]
     return any(line in truth.next_lines for line in lines)
 
+# %% ../../nbs/tasks/dreval.ipynb #f2fd5993
+_TYPE_NAMES = {"string": "str", "integer": "int", "boolean": "bool", "none": "NoneType", "nonetype": "NoneType"}
 
-def _said_state(text: str) -> tuple[object, str] | str | None:
+
+def _answered_state(text: str) -> tuple[object, str] | str | None:
     "Value and name of the type; `NIL`; or None where it is neither."
     for quote, plain in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"')):
         text = text.replace(quote, plain)
-    said = _inside_tags(text)
-    value, semicolon, kind = said.rpartition(";")
-    if said.capitalize() == NIL or value.strip().capitalize() == NIL:
+    answer_text = _inside_tags(text)
+    value, semicolon, kind = answer_text.rpartition(";")
+    if answer_text.capitalize() == NIL or value.strip().capitalize() == NIL:
         return NIL
     if not semicolon:
         return None
@@ -244,15 +247,15 @@ def _said_state(text: str) -> tuple[object, str] | str | None:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return (value.strip(), "str") if kind == "str" else None
 
-
+# %% ../../nbs/tasks/dreval.ipynb #0298c203
 def state_is_right(text: str, truth: DREvalTruth) -> bool:
     "A value and its type, after any visit of the line; Nil where there is none."
-    said = _said_state(text)
-    if said is None or truth.values is None:
+    answer = _answered_state(text)
+    if answer is None or truth.values is None:
         return False
-    if said == NIL:
+    if answer == NIL:
         return not truth.values
-    value, kind = said
+    value, kind = answer
     if type(value).__name__ != kind:
         return False
     if isinstance(value, float):
@@ -268,9 +271,9 @@ def output_code(
     question: str,  # With `??`
 ) -> str:  # Empty where it does not count
     "The code that an answer asks to be run."
-    said = _inside_tags(text)
-    missing = question.strip().split("\n")[: max(0, question.strip().count("\n") - said.count("\n"))]
-    code = "\n".join([*missing, said])
+    answer_text = _inside_tags(text)
+    missing = question.strip().split("\n")[: max(0, question.strip().count("\n") - answer_text.count("\n"))]
+    code = "\n".join([*missing, answer_text])
     if (
         any(empty in code for empty in _EMPTY_ASSERTIONS)
         or code.count("assert") < question.count("assert")
@@ -278,6 +281,9 @@ def output_code(
     ):
         return ""
     return code
+
+# %% ../../nbs/tasks/dreval.ipynb #a89a73c5
+_METHOD = re.compile(r"_case\.(\w+)\(")
 
 
 def _output_program(dreval_input: DREvalInput, code: str) -> TracedProgram:
@@ -289,10 +295,7 @@ def _output_program(dreval_input: DREvalInput, code: str) -> TracedProgram:
     case = f"class _Output(type(_case)):\n    def _output(self):\n{body}\n\n\n_case = _Output({_METHOD.findall(dreval_input.program.call)[0]!r})\n_case.setUp()\n"
     return TracedProgram(f"{dreval_input.program.code}\n\n{case}", "_case._output()", dreval_input.task)
 
-
-_METHOD = re.compile(r"_case\.(\w+)\(")
-
-
+# %% ../../nbs/tasks/dreval.ipynb #c07a2b0c
 def pass_outputs(
     inputs: Sequence[DREvalInput],
     answers: Sequence[str],
@@ -329,9 +332,9 @@ def dreval_scores(
         rows.append(
             {"score": name, "value": 100 * values.mean(), "low": float(low), "high": float(high), "n": len(values)}
         )
-    said = marks["coverage"].astype(bool) == marks["executed"].astype(bool)  # what was said is YES
-    hits = (said & marks["executed"].astype(bool)).sum()
-    f1 = 2 * hits / (said.sum() + marks["executed"].sum()) if said.sum() + marks["executed"].sum() else np.nan
+    is_yes = marks["coverage"].astype(bool) == marks["executed"].astype(bool)  # Is the answer YES?
+    hits = (is_yes & marks["executed"].astype(bool)).sum()
+    f1 = 2 * hits / (is_yes.sum() + marks["executed"].sum()) if is_yes.sum() + marks["executed"].sum() else np.nan
     rows.append({"score": "coverage F1", "value": 100 * f1, "low": np.nan, "high": np.nan, "n": len(marks)})
     return pd.DataFrame(rows).assign(programs=marks["task"].nunique())
 
@@ -373,7 +376,7 @@ def _mark_questions(
             "output": output,
         }
 
-
+# %% ../../nbs/tasks/dreval.ipynb #c92add86
 def answer_dreval(
     generate: Callable[
         [list[str]], Sequence[str]
@@ -382,14 +385,15 @@ def answer_dreval(
     executions: Sequence[Execution],  # From `record_dreval`
 ) -> pd.DataFrame:  # One row a question, with its four marks; `is_scored`: its state can be written down
     "Put every question to a model and mark its answers."
-    prompts = {
-        kind: [dreval_prompt(f, kind, *q) for f in inputs for q in f.questions]
-        for kind in ("coverage", "state", "path")
-    }
-    texts = {kind: iter(generate(of_kind)) for kind, of_kind in prompts.items()}
+    questions = [(dreval_input, question) for dreval_input in inputs for question in dreval_input.questions]
+    texts = {}
+    for kind in ("coverage", "state", "path"):
+        prompts = [dreval_prompt(dreval_input, kind, *question) for dreval_input, question in questions]
+        texts[kind] = iter(generate(prompts))
     outputs = pass_outputs(inputs, generate([dreval_prompt(dreval_input, "output") for dreval_input in inputs]))
     rows = []
     for number, (dreval_input, execution, output) in enumerate(zip(inputs, executions, outputs)):
-        of_input = {kind: [next(answers) for _ in dreval_input.questions] for kind, answers in texts.items()}
+        n_questions = len(dreval_input.questions)
+        of_input = {kind: list(islice(answers, n_questions)) for kind, answers in texts.items()}
         rows += _mark_questions(dreval_input, number, execution, of_input, output)
     return pd.DataFrame(rows)

@@ -53,7 +53,7 @@ class TracedValue:
     text: str  # As `repr` writes it
     whole: bool = True  # False where the text was cut
 
-
+# %% ../../nbs/tasks/execution.ipynb #b8519918
 @dataclass(frozen=True)
 class ExecutionStep:
     "One line that was executed, once."
@@ -208,7 +208,7 @@ def _branches_by_line(code: str) -> dict[int, _Branch]:
                 branches |= dict.fromkeys(header, _Branch(header, body, isinstance(node, ast.For)))
     return branches
 
-
+# %% ../../nbs/tasks/execution.ipynb #ea4f24e6
 def _with_branches(
     code: str,
     steps: list[ExecutionStep],
@@ -310,7 +310,7 @@ def watchable_program(
         raise BadInput(f"cannot read {program}: {' '.join(str(error).split())}") from None
     return TracedProgram(_checked_source(source, program), _checked_call(call), path.stem)
 
-
+# %% ../../nbs/tasks/execution.ipynb #1370d49f
 def _checked_source(source: str, what: str, mode: str = "exec") -> str:
     "A text that is Python; else it says where it is not."
     source = source.replace("\r\n", "\n")

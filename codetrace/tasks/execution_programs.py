@@ -92,7 +92,8 @@ def _write_branch(drawing: _Drawing) -> None:
 def _write_loop(drawing: _Drawing) -> None:
     "A few turns that add or take away the same digit."
     target = drawing.pick(drawing.readable())
-    turns, amount = int(drawing.rng.integers(2, 4)), int(drawing.rng.integers(1, 3))
+    turns = int(drawing.rng.integers(2, 4))
+    amount = int(drawing.rng.integers(1, 3))
     sign = drawing.pick("+-")
     value = drawing.values[target] + turns * (amount if sign == "+" else -amount)
     if 0 <= value <= 9 and drawing.names:

@@ -42,7 +42,7 @@ _COMPARISON_TEXTS = {
     ast.NotEq: ("!=", "=="),
 }
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #ae901922
 @dataclass(frozen=True)
 class TextEdit:
     "A replacement within one line."
@@ -65,7 +65,7 @@ def apply_edits(
         lines[edit.line - 1] = text[: edit.start] + edit.text + text[edit.end :]
     return "\n".join(lines)
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #3f8af255
 def _between(code: str, left: ast.expr, right: ast.expr, texts: tuple[str, str], kind: str) -> Iterator[TextEdit]:
     "The replacement of what stands between two expressions of one line."
     if left.end_lineno == right.lineno and left.end_col_offset is not None:
@@ -92,7 +92,7 @@ def operator_edits(
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISON_TEXTS:
             yield from _between(code, left, right, _COMPARISON_TEXTS[type(op)], "comparison")
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #82ce9287
 def _literal_edits(node: ast.AST, names: Sequence[str], rng: np.random.Generator) -> Iterator[TextEdit]:
     "Other numbers and other variables."
     if not isinstance(node, ast.Constant | ast.Name) or node.end_lineno != node.lineno:
@@ -142,7 +142,7 @@ class SeededBug:
     buggy: TracedProgram
     intended: Execution
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #fa880e7a
 def seed_bugs(
     executions: Sequence[Execution],  # Of programs that are called and return
     seed: int = 0,
@@ -215,7 +215,7 @@ def line_log_probs(
             ).append(log_prob)
     return {line: float(np.mean(values)) for line, values in by_line.items()}
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #fa6ed740
 def rank_lines(
     lm: LM,
     bug: SeededBug,
@@ -249,7 +249,7 @@ def hit_rate(
     tied = int((scores == scores[index]).sum())
     return float(np.clip((k - above) / tied, 0, 1))
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #03cbe8a1
 def bug_table(
     lm: LM,
     bugs: Sequence[SeededBug],
@@ -268,7 +268,7 @@ def bug_table(
             rows.append(row | {"ranking": name, **hits})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #5193a25e
 def bug_summary(
     table: pd.DataFrame,  # From `bug_table`
     by: Sequence[str] = ("ranking",),

@@ -20,6 +20,7 @@ from .watching import ERROR_KINDS, SHALLOW_STATE_RULES, STATE_RULES
 # %% ../../nbs/tasks/state_accuracy.ipynb #2b37b474
 LINE_KINDS = ("constant", "copy", "arithmetic", "call", "container", "branch", "loop", "return", "other")
 _COMPOUND = (ast.If, ast.While, ast.For, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
+_LITERAL = (ast.UnaryOp, ast.USub, ast.Constant)
 
 
 def _value_kind(value: ast.expr | None) -> str:
@@ -35,10 +36,7 @@ def _value_kind(value: ast.expr | None) -> str:
         return "copy"
     return "container" if nodes else "other"
 
-
-_LITERAL = (ast.UnaryOp, ast.USub, ast.Constant)
-
-
+# %% ../../nbs/tasks/state_accuracy.ipynb #81af7fd2
 def _statement_kind(node: ast.stmt) -> str:
     "The kind of one statement's header."
     match node:
@@ -139,7 +137,7 @@ def share_over_programs(
     mean = float(values.mean()) if len(values) else np.nan
     return {name: mean, f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
 
-
+# %% ../../nbs/tasks/state_accuracy.ipynb #fea09cd4
 def gain_p(
     gains: pd.Series,  # Of rows
     programs: np.ndarray,  # The program of each
@@ -150,7 +148,7 @@ def gain_p(
     by_program = gains.astype(float).groupby(programs).mean().to_numpy()
     return float(sign_flip_p(by_program)) if by_program.mean() > 0 else 1.0
 
-
+# %% ../../nbs/tasks/state_accuracy.ipynb #01a2e3f6
 def _accuracy_row(rows: pd.DataFrame, column: str) -> dict:
     "Accuracy of a column of marks, of every rule, and beyond the rules."
     row = {"n": len(rows), "programs": rows["program"].nunique()}
@@ -170,7 +168,7 @@ def _accuracy_row(rows: pd.DataFrame, column: str) -> dict:
 def _commonest_share(truths: pd.Series) -> float:
     return float(truths.value_counts(normalize=True).iloc[0]) if len(truths) else np.nan
 
-
+# %% ../../nbs/tasks/state_accuracy.ipynb #b54d0ee2
 def state_accuracy(
     table: pd.DataFrame,  # Rows of `with_line_facts`, of many programs
     by: Sequence[str] = ("changed",),  # Columns; rows that a line changed and others are never mixed

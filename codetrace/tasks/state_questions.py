@@ -93,7 +93,7 @@ def _chat_frame(lm: LM) -> tuple[str, str]:
     before, _, after = render_chat_turn(lm.tokenizer, _MARKER).partition(_MARKER)
     return before + "```python\n", after + "The value is `"
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #e5218f17
 def _bare_ids(lm: LM, text: str) -> list[int]:
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -110,7 +110,7 @@ def _answer_gap(lm: LM, style: str) -> tuple[str, str]:
     space_said = sum(len(_bare_ids(lm, text)) for text in texts) - len(texts) * len(_bare_ids(lm, "x =="))
     return (" ", "") if space_asked < space_said else ("", " ")
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #ac0827d5
 def _question_and_answer(lm: LM, text: str, truth: str, gap: tuple[str, str]) -> tuple[list[int], list[int]]:
     "Token ids of a question and of its true answer, cut where the tokenizer cuts."
     inside, outside = gap
@@ -134,7 +134,7 @@ class PackedQuestions:
         "What the model reads when a question is asked alone."
         return self.program_ids[: self.visible[index]] + self.question_ids[index]
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #d1f24e9c
 def pack_questions(
     lm: LM,
     execution: Execution,
@@ -172,12 +172,12 @@ class _Columns:
     position: Int[Tensor, "pos"]
     is_truth: Bool[Tensor, "pos"]
 
-    def joined(self, other: "_Columns") -> "_Columns":
+    def joined(self, added: "_Columns") -> "_Columns":
         "Columns and further ones behind them."
-        joined = [torch.cat([getattr(self, n), getattr(other, n)]) for n in ("owner", "position", "is_truth")]
+        joined = [torch.cat([getattr(self, n), getattr(added, n)]) for n in ("owner", "position", "is_truth")]
         return _Columns(*joined)
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #47ad5753
 def _packed_columns(packed: PackedQuestions) -> tuple[list[int], _Columns]:
     "Token ids of the pass, and their columns."
     ids = list(packed.program_ids)
@@ -190,7 +190,7 @@ def _packed_columns(packed: PackedQuestions) -> tuple[list[int], _Columns]:
     owner, position, is_truth = zip(*rows)
     return ids, _Columns(torch.tensor(owner), torch.tensor(position), torch.tensor(is_truth))
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #76a4932f
 def _visible_columns(queries: _Columns, keys: _Columns, visible: Int[Tensor, "program"]) -> Bool[Tensor, "rows pos"]:
     "Which cached tokens each new token sees."
     past = keys.position[None] <= queries.position[:, None]
@@ -258,10 +258,12 @@ def answer_packed(
     lengths = torch.tensor([0, *map(len, packed.truth_ids)]).cumsum(0).tolist()
     scores = _score_truths(packed, logits, lengths[:-1])
     first = logits[lengths[:-1]]
-    texts, said = _decode_packed(lm, packed, first, columns, visible, cache, max_new_tokens)
-    return [StateAnswer(t, *s, len(ids) == 1, p) for t, s, ids, p in zip(texts, scores, packed.truth_ids, said)]
+    texts, log_prob_sums = _decode_packed(lm, packed, first, columns, visible, cache, max_new_tokens)
+    return [
+        StateAnswer(t, *s, len(ids) == 1, p) for t, s, ids, p in zip(texts, scores, packed.truth_ids, log_prob_sums)
+    ]
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #d505c52b
 def _last_indices(question_ids: list[list[int]], truth_ids: list[list[int]]) -> list[int]:
     "Behind the program: the index of each question's last token."
     indices = []
@@ -279,17 +281,17 @@ _ANSWER_END = re.compile(
     rf"|\s*(?:{_TEXT}|[^\s`#'\"])(?:{_TEXT}|[^\n`#'\"])*[`#]"
 )
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #2fb63566
 def _top_tokens(logits: Float[Tensor, "rows vocab"]) -> tuple[list[int], list[float]]:
     "The most probable token of each row, and its log-probability."
     log_probs, tokens = logits.log_softmax(-1).max(-1)
     return tokens.tolist(), log_probs.tolist()
 
-
+# %% ../../nbs/tasks/state_questions.ipynb #813d8213
 def _decode_packed(lm: LM, packed: PackedQuestions, logits: Tensor, columns: _Columns, visible, cache, limit: int):
     "Greedy answers, each until it has said a value, or its line or the text ends; and their log-probabilities."
     written: list[list[int]] = [[] for _ in logits]
-    said = [0.0] * len(logits)
+    log_prob_sums = [0.0] * len(logits)
     running = list(range(len(logits)))
     tokens, log_probs = _top_tokens(logits)
     ends = lm._ends()
@@ -297,7 +299,7 @@ def _decode_packed(lm: LM, packed: PackedQuestions, logits: Tensor, columns: _Co
     for _ in range(limit):
         going = []
         for index, token, log_prob in zip(running, tokens, log_probs):
-            said[index] += log_prob
+            log_prob_sums[index] += log_prob
             if token not in ends:
                 written[index].append(token)
                 if not _ANSWER_END.match(lm._decode(written[index])):
@@ -310,7 +312,7 @@ def _decode_packed(lm: LM, packed: PackedQuestions, logits: Tensor, columns: _Co
         columns = columns.joined(added)
         hidden, cache = _packed_step(lm, [token for _, token in going], added, columns, visible, cache)
         tokens, log_probs = _top_tokens(lm.unembed(hidden))
-    return [lm._decode(ids).strip().split("\n")[0].strip() for ids in written], said
+    return [lm._decode(ids).strip().split("\n")[0].strip() for ids in written], log_prob_sums
 
 # %% ../../nbs/tasks/state_questions.ipynb #c757ee7a
 def ask_states(

@@ -66,7 +66,7 @@ def _folded(node: ast.expr, values: dict):
             return ast.literal_eval(node)
     raise TypeError
 
-
+# %% ../../nbs/tasks/watching.ipynb #fe463542
 def _propagated(tree: ast.AST, arguments: dict[str, str]) -> dict[int, dict[str, str]]:
     "By line that assigns: all values known after it, when each line is followed once."
     values = {name: ast.literal_eval(text) for name, text in arguments.items()}
@@ -129,23 +129,23 @@ ERROR_KINDS = ("stale", "swapped", "shallow", "off by one", "other")
 
 
 def error_kind(
-    said: str,
+    answer_value: str,  # As `read_said_value` gives it
     question: StateQuestion,
     earlier: Iterable[str],  # Values that the variable has had in this call
     rules: Iterable[str | None],  # What shallow rules answer
 ) -> str:  # One of `ERROR_KINDS`, empty where the answer is right
     "What kind of error an answer is."
     truth = question.truth.text
-    if said == truth:
+    if answer_value == truth:
         return ""
-    if said in earlier:
+    if answer_value in earlier:
         return "stale"
-    if said in [value.text for name, value in question.step.after.items() if name != question.variable]:
+    if answer_value in [value.text for name, value in question.step.after.items() if name != question.variable]:
         return "swapped"
-    if said in rules:
+    if answer_value in rules:
         return "shallow"
-    if question.truth.type == "int" and re.fullmatch(r"-?\d{1,18}", said, re.ASCII):
-        return "off by one" if abs(int(said) - int(truth)) == 1 else "other"
+    if question.truth.type == "int" and re.fullmatch(r"-?\d{1,18}", answer_value, re.ASCII):
+        return "off by one" if abs(int(answer_value) - int(truth)) == 1 else "other"
     return "other"
 
 # %% ../../nbs/tasks/watching.ipynb #d4af0dec
@@ -160,7 +160,7 @@ def watch_table(
     rows = []
     for question, answer, (_, by_rule) in zip(questions, answers, rules.iterrows()):
         step = question.step
-        said = read_said_value(answer.text)
+        answer_value = read_said_value(answer.text)
         values = earlier.setdefault((step.frame, question.variable), [])
         row = {"step": step.step, "line": step.line, "visit": step.visit, "frame": step.frame}
         row |= {
@@ -169,23 +169,27 @@ def watch_table(
             "type": question.truth.type,
             "truth": question.truth.text,
         }
-        row |= {"changed": question.variable in step.changed, "said": said, "correct": said == question.truth.text}
+        row |= {
+            "changed": question.variable in step.changed,
+            "said": answer_value,
+            "correct": answer_value == question.truth.text,
+        }
         row |= {"probability": float(np.exp(answer.log_prob)), "rank": answer.rank, "one_token": answer.one_token}
         row |= {"said_probability": float(np.exp(answer.said_log_prob))}
-        row |= {"error": error_kind(said, question, values, by_rule[list(SHALLOW_STATE_RULES)]), **by_rule}
+        row |= {"error": error_kind(answer_value, question, values, by_rule[list(SHALLOW_STATE_RULES)]), **by_rule}
         rows.append(row | _beyond_columns(by_rule == question.truth.text, question.variable in step.changed))
         values.append(question.truth.text)
     program = {"program": execution.program.name, "input": execution.program.call}
     return pd.DataFrame(rows).assign(**program) if rows else pd.DataFrame(columns=[*program, "step"])
 
-
+# %% ../../nbs/tasks/watching.ipynb #12a8d658
 def _beyond_columns(rule_is_right: pd.Series, changed: bool) -> dict[str, bool]:
     "Is no shallow rule right, and constant propagation neither?"
     shallow = SHALLOW_STATE_RULES if changed else SHALLOW_STATE_RULES[1:]
     beyond = not rule_is_right[list(shallow)].any()
     return {"beyond": beyond, "beyond_propagation": beyond and not rule_is_right["propagation"]}
 
-
+# %% ../../nbs/tasks/watching.ipynb #1370c29b
 def first_divergence(
     table: pd.DataFrame,  # From `watch_table`, of one program
 ) -> int | None:  # The step, None where everything said is true
@@ -207,7 +211,7 @@ def watch_program(
     check_execution(execution, variables)
     return execution, watch_execution(lm, execution, variables, style, progress)
 
-
+# %% ../../nbs/tasks/watching.ipynb #c6351e7e
 def watch_execution(
     lm: LM,
     execution: Execution,
