@@ -83,7 +83,8 @@ def _warm_up():
     "Run once what every candidate runs: it is faster in every fork then."
     for name in PRELOADED_MODULES:
         __import__(name)
-    judge, candidate = ObjectGraph(Connection(-1), 1), ObjectGraph(Connection(1), -1)
+    judge = ObjectGraph(Connection(-1), 1)
+    candidate = ObjectGraph(Connection(1), -1)
     written, changes = write_values(judge, [[1, "a", {2.5: (None,)}], ValueError("a")])
     apply_changes(candidate, changes)
     write_values(candidate, [_warm_up, *[value_from_json(candidate, value) for value in written]])

@@ -54,7 +54,8 @@ class CandidateMessages(Connection):
 
     def send_message(self, kind, values, names, changes):
         if kind not in ("value", "raised", "loaded", "syntax"):
-            values, kind = [[kind, *values]], "ask"
+            values = [[kind, *values]]
+            kind = "ask"
         if names:
             changes["names"] = names
         text = to_json([self.token, kind, *values, changes] if changes else [self.token, kind, *values])
@@ -140,7 +141,8 @@ def serve_requests(
     try:
         kind, value = _load_source(connection, request)
     except BaseException as error:
-        kind, value = "raised", error
+        kind = "raised"
+        value = error
     connection.turn._acquire_restore(state)
     if kind == "loaded":
         connection.send(kind, [value], {})
@@ -294,7 +296,7 @@ def _call_standard(_: CandidateConnection, module: str, name: str, /, *args, **n
     function: Any = find_qualified(sys.modules[module].__name__, name)
     return function(*args, **names)
 
-
+# %% ../../nbs/sandbox/candidate_connection.ipynb #84d0e6e4
 PROGRAM_OPERATIONS = {
     "call_standard": _call_standard,
     "global": _global,

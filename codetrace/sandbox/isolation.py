@@ -90,7 +90,7 @@ def ignored_signals() -> list[int]:
     by_others = signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}  # Python ignores these two itself
     return [number for number in by_others if signal.getsignal(number) == signal.SIG_IGN]
 
-
+# %% ../../nbs/sandbox/isolation.ipynb #63820b1c
 def restore_default_signals(
     ignored: list[int],  # From `ignored_signals`
 ):
@@ -99,7 +99,7 @@ def restore_default_signals(
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)
 
-
+# %% ../../nbs/sandbox/isolation.ipynb #19be59e2
 def set_resource_limits(
     limits: dict,  # `cpu` in seconds, `memory` and `file_size` in bytes
     processes: int,  # Of the user

@@ -118,7 +118,7 @@ def _without_loaders(module: types.ModuleType) -> types.ModuleType:
             setattr(copied, name, _refuse(f"the test would have {module.__name__}.{name} execute what it is given"))
     return copied
 
-
+# %% ../../nbs/sandbox/judge.ipynb #4d419744
 def _refuse_starters():
     "Take away from loaded modules what would start processes: a judge may not."
     for module, names in _STARTERS.items():
@@ -232,14 +232,14 @@ class _TestNotes:
         if id(error) in self.connection.raised_by_candidate or not isinstance(error, AssertionError):
             self.checks += 1
 
-
+# %% ../../nbs/sandbox/judge.ipynb #d28f3570
 def _type_of(value: Any) -> type:
     "`type(value)`; of an object or class of the program, the class that it says."
     if type(value) is RemoteClass:
         return value._remote_peer.request("get", value, "__class__")
     return value.__class__ if is_remote(value) else type(value)
 
-
+# %% ../../nbs/sandbox/judge.ipynb #87982fa8
 def _caught_types(types_: Any) -> Any:
     "Exception classes of a handler, with what stands in for a StopIteration."
     flat = types_ if isinstance(types_, tuple) else (types_,)
@@ -272,7 +272,7 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
         connection.unsupported = f"the test redefines {names[0]!r}, which the program uses"
     return ("unsupported", connection.unsupported) if connection.unsupported else outcome
 
-
+# %% ../../nbs/sandbox/judge.ipynb #e634cef3
 def _redefined_names(test: str, connection: SharingConnection) -> list[str]:
     "Globals of the program that a test defines anew: where both share one module, the program would use the test's."
     names = [name for name in assigned_names(ast.parse(test)) if name not in connection.entry_points]

@@ -33,6 +33,8 @@ _DEEPEST = 20  # Containers in one another that are written
 _MOST_BITS = 4096  # Of an integer that is written
 _BASES = {id(kind): kind for kind in (*_ATOMS, *_ENDS, int, str, bytes, bytearray)}  # a class may hash as it likes
 _CONTAINERS = frozenset(map(id, _ENDS))
+
+# %% ../../nbs/sandbox/line_tracer.ipynb #fafe29fd
 _mro_of = type.__dict__["__mro__"].__get__
 _name_of = type.__dict__["__name__"].__get__
 _dict_of = type.__dict__["__dict__"].__get__
@@ -45,7 +47,7 @@ def _plain_base(kind: type) -> type | None:
             return base
     return None
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #f2bef70b
 def _attributes(value: object) -> dict:
     "The attributes that a value holds itself, in its instance dictionary or in slots, whatever its class says of them."
     attributes = {}
@@ -119,7 +121,7 @@ def _container_text(value: Any, base: Any, room: int, depth: int) -> tuple[str, 
     is_named = base is collections.deque or any(base is view for view in _VIEWS)
     return (f"{_name_of(base)}({text})" if is_named else text), room
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #2050a4f0
 def _value_text(value: Any, room: int, depth: int = 0) -> tuple[str, int]:
     "The text of any value, and the room that is left, -1 where it was cut."
     kind = type(value)
@@ -134,7 +136,7 @@ def _value_text(value: Any, room: int, depth: int = 0) -> tuple[str, int]:
         text, room = _atom_text(value, base, room)
     return (text if kind is base else f"{_name_of(kind)}({text})"), room
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #105b2d4f
 def _object_text(value: Any, kind: type, room: int, depth: int) -> tuple[str, int]:
     "The text of a value whose type is not Python's own: the class, and arguments or attributes."
     name = _name_of(kind)
@@ -172,7 +174,8 @@ _encode = c_make_encoder(None, _refuse_value, encode_basestring_ascii, None, ":"
 def _make_emitter(key: bytes, most_bytes: int) -> Callable[[list], bool]:
     "A function that sends a message to the supervisor; is there room for more?"
     sent = [0, 0]  # messages, bytes
-    pack, write = struct.pack, os.write
+    pack = struct.pack
+    write = os.write
 
     def emit(message: list) -> bool:
         text = "".join(_encode(message, 0))
@@ -216,7 +219,7 @@ def _variables(frame: types.FrameType, longest: int) -> dict[str, list]:
         described[name] = describe_value(value, longest)
     return described
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #2f17dacc
 def _emit_after(known: dict, frame: types.FrameType, longest: int, emit: Callable) -> bool:
     "Send what the last line of a frame has changed."
     if known["step"] is None:
@@ -246,7 +249,7 @@ def _enter_frame(state: dict, frame: types.FrameType) -> dict:
         state["finish"](["end", "limit", "depth", ""])
     return known
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #382cf99e
 def _begin_line(state: dict, known: dict, line: int):
     "Send that a line begins; the program ends where it has had its steps."
     if state["step"] >= state["steps"]:
@@ -275,10 +278,11 @@ def _make_tracer(state: dict) -> Callable:
             leave(1)
         return trace
 
-    record, leave = _record_event, state["leave"]
+    record = _record_event
+    leave = state["leave"]
     return trace
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #e360b2eb
 def _record_event(state: dict, frame: types.FrameType, event: str, argument: Any):
     "Send what an event of the interpreter says."
     if event == "call":
@@ -296,7 +300,7 @@ def _record_event(state: dict, frame: types.FrameType, event: str, argument: Any
     if not has_room:
         state["finish"](["end", "limit", "size", ""])
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #1537dd13
 def _describe_exception(error: Any) -> list[str]:
     "Type and arguments of an exception, without asking it."
     if issubclass(type(error), type):
@@ -325,7 +329,7 @@ def _functions_that_ask_for_frames() -> frozenset:
     ]
     return frozenset(function.__code__ for function in functions)
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #12a9bb8f
 def _make_audit_hook(finish: Callable, askers: frozenset, get_frame: Callable) -> Callable:
     "A hook that ends the program when it reaches for the tracer."
     namespace = globals()  # copied here: the program can reach the module's own
@@ -360,7 +364,7 @@ def _create_builtin(create: Callable, finish: Callable):
             finish(["end", "tampering", f"import {spec.name}", ""])
         made = create(spec)
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #83c227ed
 def _refuse_thread(*_, **__):
     "What starts no thread: a program is one line after the other."
     sys.audit("_thread.start_new_thread")
@@ -394,7 +398,7 @@ def _private_copy() -> dict:
             namespace[name] = types.FunctionType(value.__code__, namespace, name, value.__defaults__)
     return namespace
 
-
+# %% ../../nbs/sandbox/line_tracer.ipynb #b3478633
 def _run_program(request: dict, namespace: dict) -> list:
     "Run a program, or a call of one of its functions, under the tracer; how it ends."
     limits = request["limits"]
@@ -404,7 +408,8 @@ def _run_program(request: dict, namespace: dict) -> list:
         emit(message)
         leave(0)
 
-    leave, set_trace = os._exit, sys.settrace
+    leave = os._exit
+    set_trace = sys.settrace
     state = {"emit": emit, "finish": finish, "leave": leave, "frames": {}, "open": 0, "count": 0, "step": 0}
     state |= {"ended": False, "steps": limits["steps"], "depth": limits["depth"], "longest": limits["longest"]}
     tracer = _make_tracer(state)

@@ -253,7 +253,7 @@ def _changed_parts(graph: ObjectGraph) -> dict[int, list]:
             changed[number] = parts
     return changed
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #7865205c
 def write_values(
     graph: ObjectGraph,
     values: list,
@@ -381,13 +381,15 @@ def _read_object(graph: ObjectGraph, parts: list, number: int) -> Any:
 def _read_nan(*_) -> float:
     return float("nan")
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #785a0a57
 def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
     cls, cause, context, suppressed, count, *rest = _read_parts(graph, parts)
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise ValueError("not an exception")
     args = rest[:count]
-    names, values = rest[count : (len(rest) + count) // 2], rest[(len(rest) + count) // 2 :]
+    middle = (len(rest) + count) // 2
+    names = rest[count:middle]
+    values = rest[middle:]
     try:
         error = cls.__new__(cls, *args) if type(cls) is RemoteClass else cls(*args)
     except Exception:
@@ -420,7 +422,7 @@ def _make(graph: ObjectGraph, number: int, name: str, parts: list, cls: list) ->
             raise ValueError("not a class of such values")
     return kind.make(made_class, parts if kind.fill else _read_parts(graph, parts))
 
-
+# %% ../../nbs/sandbox/object_graph.ipynb #0e3a9f9e
 def _make_objects(graph: ObjectGraph, nodes: dict[int, tuple]):
     "Make all objects, each after those that it cannot be made without."
     begun = set()

@@ -152,7 +152,7 @@ def _nearly_equal(near: _Approximately, value: Any) -> bool:
         return all(near == item for item in value.ravel().tolist())
     return _is_number(value) and near._is_near(value)
 
-
+# %% ../../nbs/sandbox/pytest_functions.ipynb #4959ccce
 def _as_list(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
@@ -228,7 +228,8 @@ def warns(
         yield shown
     kinds = [warning for warning in shown if issubclass(warning.category, expected)]
     assert kinds, f"DID NOT WARN {expected!r}"
-    assert match is None or any(re.search(match, str(one.message)) for one in kinds), f"no warning has {match!r}"
+    messages = [str(warning.message) for warning in kinds]
+    assert match is None or any(re.search(match, message) for message in messages), f"no warning has {match!r}"
 
 
 def pytest_module() -> types.ModuleType:

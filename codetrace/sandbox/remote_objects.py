@@ -42,7 +42,7 @@ _NEVER_NAMED = {
 _NEVER_NAMED |= {"license", "globals", "locals", "vars", "dir", "getattr", "setattr", "delattr", "memoryview"}
 _NEVER_NAMED |= {"attrgetter", "methodcaller", "itemgetter", "call"}
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #edcbc8f9
 def _harmless_names() -> dict[str, object]:
     "Types, constants and functions that a program may name to its judge."
     named = {}
@@ -333,7 +333,7 @@ def _protocol(name: str) -> Callable:
 
     return special
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #a3ba43c5
 def _value_operator(name: str, base: type) -> Callable:
     "An operator of a value: its own between two of the same program, else the plain one."
     plain = getattr(base, name, None)
@@ -417,7 +417,7 @@ def _opaque_methods(specials: list[str], hashing: str) -> dict:
         methods["__hash__"] = object.__hash__
     return methods
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #25b37d87
 def _value_methods(specials: list[str], base: type) -> dict:
     "Special methods of a stand-in for a value of a class of the other process."
     methods = {}
@@ -536,7 +536,7 @@ def _compatible_bases(bases: list[type], layout: type | None) -> tuple[type, ...
         plain.append(layout)
     return (*stand_ins, *([] if stand_ins else [Remote]), *plain)
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #89187e88
 def _new_class(peer: object, name: list[str], bases: tuple[type, ...], namespace: dict) -> type:
     "A stand-in class; with fewer bases where Python would not have these together."
     module, qualified = name

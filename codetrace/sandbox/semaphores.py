@@ -30,7 +30,7 @@ def counter_value(
             os.eventfd_write(handle, taken)
         return taken
 
-
+# %% ../../nbs/sandbox/semaphores.ipynb #1ae92fb7
 class _Counter:
     "A counter of the kernel that children share."
 

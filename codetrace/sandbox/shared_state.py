@@ -94,7 +94,7 @@ def _random_states() -> tuple:
     numpy = sys.modules.get("numpy")
     return random.getstate(), numpy.random.get_state() if numpy else None
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #6c44211f
 class _SharedRandomness:
     "Generators of random numbers: whoever draws, the other goes on where it stopped."
 
@@ -127,7 +127,7 @@ def changed_entries(
     changes = {key: value for key, value in new.items() if old.get(key) != value}
     return changes | {key: None for key in old if key not in new}
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #cc2e0256
 class _SharedEnvironment:
     "Environment variables."
 
@@ -157,7 +157,7 @@ def _show_warning(message: Warning, category: type, filename: str, line: int):
 
     warnings._showwarnmsg(warnings.WarningMessage(message, category, filename, line))
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #90a5bf48
 class _SharedWarnings:
     "Filters of warnings, and where they are shown."
 
@@ -184,7 +184,7 @@ def _handle_record(name: str, level: int, message: str, path: str, line: int, fu
     logger = logging.getLogger(name)
     logger.handle(logger.makeRecord(name, level, path, line, message, (), None, function))
 
-
+# %% ../../nbs/sandbox/shared_state.ipynb #8a15475c
 class _SharedLogging:
     "Levels of loggers, and their records."
 
@@ -197,7 +197,8 @@ class _SharedLogging:
         "Send levels that the test has set."
         import logging
 
-        loggers = {name: one for name, one in logging.root.manager.loggerDict.items() if hasattr(one, "level")}
+        registered = logging.root.manager.loggerDict.items()  # placeholders too, which have no level
+        loggers = {name: logger for name, logger in registered if hasattr(logger, "level")}
         levels = {name: logger.level for name, logger in loggers.items()} | {"": logging.root.level}
         changes = {name: level for name, level in levels.items() if self.sent.get(name, 0) != level}
         if changes or not self.is_set_up:

@@ -226,7 +226,7 @@ def _settled_outcomes(
         return [*outcomes[:num_tests], ("crashed", f"the judge ended with status {judge_status}")]
     return outcomes
 
-
+# %% ../../nbs/sandbox/supervisor.ipynb #ab0afea8
 def _combine_verdict(
     num_tests: int, outcomes: list, stop_reason: str | None, exit_verdict: tuple[str, str], judge_status: int
 ) -> dict:
@@ -253,7 +253,7 @@ def _may_signal(code: str) -> bool:
     "May a program send itself a signal? Then it needs an init above it, which takes a third longer."
     return bool(_SIGNALLING_NAMES.search(code))
 
-
+# %% ../../nbs/sandbox/supervisor.ipynb #8235e6f4
 def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
     "One job's verdict, and the exit status of its candidate."
     began = time.monotonic()
@@ -298,7 +298,8 @@ def supervise_trace(
         _clean_up(supervisor)
     stop, detail = _exit_verdict(status, cpu_seconds, supervisor.limits)
     if stop_reason is not None:
-        stop, detail = stop_reason, _STOP_DETAILS[stop_reason]
+        stop = stop_reason
+        detail = _STOP_DETAILS[stop_reason]
     messages = watched.report_bytes.decode("latin-1")
     return {"messages": messages, "stop": stop, "detail": detail, "seconds": time.monotonic() - began}, status
 
@@ -386,7 +387,7 @@ def _supervise(supervisor: Supervisor, job: dict) -> dict:
     result, status = do(supervisor, job)
     return do(supervisor, job)[0] if -status in _SENT_TO_EVERYTHING else result
 
-
+# %% ../../nbs/sandbox/supervisor.ipynb #94cc03ee
 def run_supervisor():
     "The worker: jobs come in as frames on standard input, verdicts go out on standard output."
     config = from_json(receive_frame(0))

@@ -83,7 +83,7 @@ def _fill_dict(value: dict, parts: list):
     dict.clear(value)
     dict.update(value, zip(parts[:half], parts[half:], strict=True))
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #2206de83
 def _take_defaultdict(value: defaultdict) -> list:
     return [value.default_factory, *dict.keys(value), *dict.values(value)]
 
@@ -162,7 +162,7 @@ def _scalar_kind(base: Any, plain: Callable) -> ValueKind:
 
     return ValueKind(base.__name__, base, take, make)
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #83e56b47
 def _plain_integer(value: int) -> int:
     return int.__add__(value, 0)
 
@@ -271,7 +271,7 @@ def _fill_attributes(value: Any, parts: list):
 def _make_namespace(cls: type, _: list) -> types.SimpleNamespace:
     return types.SimpleNamespace.__new__(cls)
 
-
+# %% ../../nbs/sandbox/value_types.ipynb #6504ed46
 def _take_pattern(value: re.Pattern) -> list:
     return [value.pattern, value.flags]
 
