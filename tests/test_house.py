@@ -126,7 +126,7 @@ def test_every_name_in_a_module_is_defined():
 
 
 VAGUE_NAMES = {"found", "own", "about", "said", "at", "given", "more", "one", "other"}
-NAMED_FOLDERS = ("tests", "bench", "scripts")
+NAMED_FOLDERS = ("codetrace", "tests", "bench", "scripts")
 
 
 def local_names(source: str) -> list[tuple[int, str]]:

@@ -289,11 +289,11 @@ del Remote.__slots__  # whoever asks is told those of the real class
 def _comparison(name: str) -> Callable:
     "A comparison: between objects of the other process it is theirs."
 
-    def special(self, other):
+    def special(self, operand):
         peer = _peer_of(self)
-        if peer.is_judge and not is_remote(other):
+        if peer.is_judge and not is_remote(operand):
             return NotImplemented
-        return peer.request("special", name, self, other)
+        return peer.request("special", name, self, operand)
 
     return special
 
