@@ -86,7 +86,7 @@ def _mean_with_interval(values: np.ndarray, group: pd.Series, bounds: tuple[floa
     "Mean over problems, low and high end."
     return cluster_interval(partial(_weighted_mean, values), group, bounds=bounds, **options)
 
-
+# %% ../../nbs/tasks/answer_choice.ipynb #114adb28
 def choice_table(
     rates: pd.DataFrame,  # From `choice_rates`
     n_resamples: int = 2000,
@@ -105,7 +105,7 @@ def choice_table(
             difference = (of_k[name] - of_k[RANDOM_CHOICE]).to_numpy()
             gain, gain_low, gain_high = _mean_with_interval(difference, of_k["group"], (-1.0, 1.0), **options)
             if not np.abs(difference).max() > 1e-12:  # the same choice: nothing varies
-                gain, gain_low, gain_high = 0.0, 0.0, 0.0
+                gain = gain_low = gain_high = 0.0
             row = {"k": int(k), "name": name, "value": value, "low": low, "high": high, "gain": gain}
             row |= {"gain_low": gain_low, "gain_high": gain_high, "problems": len(of_k)}
             rows.append(row | {"share_of_room": gain / room if room > 1e-12 else np.nan})

@@ -71,7 +71,7 @@ def _one_token_differs(tokenizer: Callable, first: str, second: str) -> bool:
     second_ids = list(tokenizer(second, add_special_tokens=False)["input_ids"])
     return len(first_ids) == len(second_ids) and sum(a != b for a, b in zip(first_ids, second_ids)) == 1
 
-
+# %% ../../nbs/tasks/counterfactuals.ipynb #5e67f859
 def _replace_span(program: Program, span: Span, text: str) -> Program:
     "The program with other characters at `span`, run again."
     start, end = span
@@ -84,7 +84,7 @@ def _fresh_constants(program: Program, rng: np.random.Generator, constants: Sequ
     shuffled = [str(constants[i]) for i in rng.permutation(len(constants)).tolist()]
     return sorted(shuffled, key=held.__contains__)
 
-
+# %% ../../nbs/tasks/counterfactuals.ipynb #bbda0e9b
 def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
     "Another answer; where it is a number, one of as many digits and without a sign."
     if counterfactual.answer == base.answer:
@@ -95,8 +95,12 @@ def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
 
 def _same_lines(base: Program, counterfactual: Program) -> bool:
     "Do both answers come through the same lines, at the same depths?"
-    chains = [[(link.line, link.variable, link.depth) for link in program.chain] for program in (base, counterfactual)]
-    return chains[0] == chains[1]
+    return _chain_places(base) == _chain_places(counterfactual)
+
+
+def _chain_places(program: Program) -> list[tuple]:
+    "Line, variable and depth of each link of the queried chain."
+    return [(link.line, link.variable, link.depth) for link in program.chain]
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #e6b8486d
 def _answers_cut_alike(tokenizer: Callable, base: Program, counterfactual: Program) -> bool:

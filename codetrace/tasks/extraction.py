@@ -33,9 +33,6 @@ def _drop_thoughts(text: str, prompt: str) -> str:
     return _ONLY_CLOSED_PATTERN.sub("", _THOUGHTS_PATTERN.sub("", text))
 
 # %% ../../nbs/tasks/extraction.ipynb #28cd1057
-_FENCE_PATTERN = re.compile(r"^(?P<before>[^\n`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)$", re.M)
-
-
 @dataclass(frozen=True, eq=False)
 class _Block:
     "What stands between two fences, or before the first one, or after the last."
@@ -51,6 +48,9 @@ class _Block:
     def tries_to_define(self, name: str) -> bool:
         "Does a line begin to define the name, whether Python can read it or not?"
         return bool(re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name} *=(?!=)", self.text, re.M))
+
+# %% ../../nbs/tasks/extraction.ipynb #1c9d72c3
+_FENCE_PATTERN = re.compile(r"^(?P<before>[^\n`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)$", re.M)
 
 
 def _first_fence(text: str) -> re.Match | None:

@@ -11,7 +11,7 @@ __all__ = ['SAMPLE_KEY', 'SAMPLES_PER_PART', 'PROBLEM_SPLIT_NAMES', 'SampleSpec'
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import pandas as pd
 
 from ..core.errors import BadInput, look_up_name
 from ..core.files import read_json, write_json, write_parquet
+from ..core.progress import Progress, no_progress
 from ..core.records import Records, read_records
 from ..core.shards import collect_shard_rows
 from ..models.activations import StateParts, merge_states
@@ -161,7 +162,7 @@ def _verdict_columns(verdict: Verdict) -> dict:
         "detail": re.sub(r"0x[0-9a-f]{6,}", "0x…", verdict.detail),
     }
 
-
+# %% ../../nbs/tasks/sampled_solutions.ipynb #f568bf57
 def _sample_row(graded: _GradedSample, seed: int) -> dict:
     "One line of the table; waits for the verdict."
     sample = graded.sample
@@ -250,11 +251,6 @@ def _check_regenerated(records: Records, regenerated: dict[tuple, dict]) -> None
                 "this is not the machine, or not the number of threads, that wrote it; start a new run"
             )
 
-# %% ../../nbs/tasks/sampled_solutions.ipynb #08c25026
-def _without_progress(steps: Iterable, **_) -> Iterable:
-    "The steps as they are."
-    return steps
-
 # %% ../../nbs/tasks/sampled_solutions.ipynb #c8f0070a
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -287,7 +283,7 @@ def generate_samples(
     folder: str | Path,  # Where to (continued where it holds some of the answers already)
     options: SamplingOptions = SamplingOptions(),
     edits: Sequence[ResidualEdit] = (),  # Changes of the residual stream
-    progress: Callable[..., Iterable] = _without_progress,  # Wraps the loop, as `run.progress` does
+    progress: Progress = no_progress,  # Wraps the loop, as `run.progress` does
 ) -> dict[str, float]:  # What was done now: answers, tokens, seconds
     "Write, grade and keep answers."
     folder = Path(folder)
