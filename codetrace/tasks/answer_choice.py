@@ -86,7 +86,7 @@ def _mean_with_interval(values: np.ndarray, group: pd.Series, bounds: tuple[floa
     "Mean over problems, low and high end."
     return cluster_interval(partial(_weighted_mean, values), group, bounds=bounds, **options)
 
-
+# %% ../../nbs/tasks/answer_choice.ipynb #114adb28
 def choice_table(
     rates: pd.DataFrame,  # From `choice_rates`
     n_resamples: int = 2000,

@@ -140,7 +140,7 @@ def python_source_tokens(
         sequences += [ids[start:end] for ids in module_ids if len(ids) >= end]
     return sequences[:n_sequences]
 
-
+# %% ../../nbs/tasks/binding_training.ipynb #2eafc920
 @torch.no_grad()
 def nats_per_token(lm: LM, sequences: Sequence[Sequence[int]]) -> Float[np.ndarray, "sequence"]:
     "Mean negative log-likelihood of each sequence's tokens after its first."

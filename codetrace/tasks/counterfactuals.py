@@ -71,7 +71,7 @@ def _one_token_differs(tokenizer: Callable, first: str, second: str) -> bool:
     second_ids = list(tokenizer(second, add_special_tokens=False)["input_ids"])
     return len(first_ids) == len(second_ids) and sum(a != b for a, b in zip(first_ids, second_ids)) == 1
 
-
+# %% ../../nbs/tasks/counterfactuals.ipynb #5e67f859
 def _replace_span(program: Program, span: Span, text: str) -> Program:
     "The program with other characters at `span`, run again."
     start, end = span
@@ -84,7 +84,7 @@ def _fresh_constants(program: Program, rng: np.random.Generator, constants: Sequ
     shuffled = [str(constants[i]) for i in rng.permutation(len(constants)).tolist()]
     return sorted(shuffled, key=held.__contains__)
 
-
+# %% ../../nbs/tasks/counterfactuals.ipynb #bbda0e9b
 def _answer_changes_alike(base: Program, counterfactual: Program) -> bool:
     "Another answer; where it is a number, one of as many digits and without a sign."
     if counterfactual.answer == base.answer:

@@ -88,7 +88,7 @@ def _write_branch(drawing: _Drawing) -> None:
     lines = [f"if {compared} > {bound}:", f"    {target} = {first}", "else:", f"    {target} = {second}"]
     drawing.write(lines, target, drawing.values[taken], [taken])
 
-
+# %% ../../nbs/tasks/execution_programs.ipynb #435095e8
 def _write_loop(drawing: _Drawing) -> None:
     "A few turns that add or take away the same digit."
     target = drawing.pick(drawing.readable())
@@ -102,7 +102,7 @@ def _write_loop(drawing: _Drawing) -> None:
         drawing.write(lines, target, value, [target])
         drawing.write([], counter, turns - 1, [])
 
-
+# %% ../../nbs/tasks/execution_programs.ipynb #5a7f2184
 EXECUTION_STEPS: dict[str, Callable[[_Drawing], None]] = {
     "constant": _write_constant,
     "copy": _write_copy,

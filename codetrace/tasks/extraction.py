@@ -49,6 +49,9 @@ class _Block:
         "Does a line begin to define the name, whether Python can read it or not?"
         return bool(re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name} *=(?!=)", self.text, re.M))
 
+# %% ../../nbs/tasks/extraction.ipynb #1c9d72c3
+_FENCE_PATTERN = re.compile(r"^(?P<before>[^\n`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)$", re.M)
+
 
 _FENCE_PATTERN = re.compile(r"^(?P<before>[^\n`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)$", re.M)
 

@@ -191,7 +191,7 @@ def _check_field(name: str, value: object, kind: type, where: str) -> str | list
         raise BadProblem(f"{where}: {name!r} must be a list of strings, not {value!r:.60}")
     return [_check_text(name, text, where) for text in value]
 
-
+# %% ../../nbs/tasks/problems.ipynb #2544c1e4
 def _read_text(row: dict, names: str, where: str, default: str | None = None) -> str:
     "The first of several fields as text."
     return str(_read_field(row, names, str, where, default))

@@ -144,7 +144,7 @@ def _token_ids(tokenizer, text: str) -> list[int]:
             raise
         raise BadInput(f"the tokenizer has no tokens for {text[-40:]!r}: {error}") from None
 
-
+# %% ../../nbs/tasks/program_prompts.ipynb #c27c43ca
 def _possible_ends(prompt: str) -> Iterator[str]:
     "The prompt whole, without the spaces at its end, and without more and more of the signs there."
     yield prompt

@@ -162,7 +162,7 @@ def _verdict_columns(verdict: Verdict) -> dict:
         "detail": re.sub(r"0x[0-9a-f]{6,}", "0x…", verdict.detail),
     }
 
-
+# %% ../../nbs/tasks/sampled_solutions.ipynb #f568bf57
 def _sample_row(graded: _GradedSample, seed: int) -> dict:
     "One line of the table; waits for the verdict."
     sample = graded.sample

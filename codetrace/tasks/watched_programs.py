@@ -38,7 +38,7 @@ class WatchedSource:
     steps: int = 60  # A program that executes more lines is left out
     seed: int = 0  # Of generated programs, and of which are taken from a data set
 
-
+# %% ../../nbs/tasks/watched_programs.ipynb #b0a7bc96
 EXECUTION_OPTIONS: dict[str, dict] = {  # Of `draw_execution_program`
     "copies": {"steps": ("copy",), "reassign": 0.0},
     "execution": {},
@@ -101,7 +101,7 @@ def read_cruxeval(
             )
     return rows
 
-
+# %% ../../nbs/tasks/watched_programs.ipynb #37a7d337
 def first_test_call(
     problem: Problem,
 ) -> str | None:  # Such as `f([1, 2])`; None where no test calls with literals alone
@@ -135,14 +135,14 @@ PROGRAM_SOURCES: dict[str, Callable[[WatchedSource], list[TracedProgram]]] = {
     "humaneval": _problem_programs,
 }
 
-
+# %% ../../nbs/tasks/watched_programs.ipynb #bdc81f05
 def _reason_to_leave_out(execution: Execution, chosen: WatchedSource) -> str:
     "Why a program is not watched; empty where it is."
     if execution.ending != "return":
         return f"more than {chosen.steps} lines" if execution.detail == "steps" else f"ended by {execution.ending}"
     return "" if state_questions(execution) else "nothing that can be asked for"
 
-
+# %% ../../nbs/tasks/watched_programs.ipynb #369de4a8
 def load_watched_executions(
     chosen: WatchedSource,
 ) -> tuple[list[Execution], dict[str, int]]:  # And how many were left out, by reason
