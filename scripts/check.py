@@ -19,6 +19,7 @@ SLOW = "--slow" in sys.argv[1:]
 NOTEBOOKS = (
     ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
 )
+# `nice`: the lane of single processes, which takes longest, has a core to itself as long as it needs one
 TESTS = ["nice", sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
 TESTS += ["--dist", "loadfile", "--no-loadscope-reorder"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
@@ -65,7 +66,7 @@ def main() -> int:
         os.environ |= {
             "TMPDIR": scratch,  # examples leave their runs there
             "CODETRACE_RUNS": f"{scratch}/runs",
-            "OMP_NUM_THREADS": "1",  # notebooks and tests run two at a time
+            "OMP_NUM_THREADS": "1",  # three processes share the cores
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer

@@ -248,6 +248,7 @@ MISTAKES = {
     "give one of them": ["--cluster", "slurm", "--devices", "cpu"],
     "--detach is for a cluster": ["--detach"],
     "give shards=60 or fewer": ["--shards", "61"],
+    "shard=2, shards=2": ["-p", "shards=2", "-p", "shard=2"],
 }
 
 

@@ -135,11 +135,12 @@ def check_pass_memory(
     lm: LM,
     rows: int,  # As in `estimate_pass_memory`
     tokens: int,
-    **shape,  # `keep`, `cache` and `all_logits`, as `estimate_pass_memory` takes them
+    keep: int = 0,
+    cache: bool = False,
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse a pass that takes more than the limit: `NotEnoughMemory`."
     work = f"{rows} rows of {tokens} tokens through {lm.name!r}"
-    estimate = estimate_pass_memory(lm, rows, tokens, **shape)
+    estimate = estimate_pass_memory(lm, rows, tokens, keep, cache)
     return check_memory_estimate(lm, estimate, work, "ask fewer or shorter rows")
 
 

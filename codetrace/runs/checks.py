@@ -575,7 +575,7 @@ def check_run(
 ) -> None:
     "Refuse values that the phase cannot work with; raises `BadInput` with one line."
     declaration = find_phase(phase)
-    if values.get("shards", 1) > 1 or values.get("shard", -1) >= 0:
+    if {"shards", "shard"} <= set(values):
         shard_range(values["shards"], values["shards"], values["shard"])
     if declaration.notebook.parent != phase_folders()[0]:
         return

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 
 from ..core.errors import BadInput, look_up_name, suggest_names
@@ -199,18 +200,20 @@ class AnswerScorer:
         states = answer_states(self.lm, prompt_ids, answer_ids, place, self.ranker.details["position"])
         return self.ranker.score_states(states, self.sae).tolist()
 
-    def _own_verdicts(self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]) -> list[float]:
-        "Log odds of Yes, answer by answer."
-        questions = []
-        for candidate, prompt in zip(candidates, prompts):
-            problem = self.problems.get(candidate.task_id)
-            statement = task_statement(problem) if problem else prompt.text
-            entry_point = problem.entry_point if problem else str(candidate.row.get("entry_point", ""))
-            code = candidate.row.get("code")
-            if not isinstance(code, str):
-                code = extract_code(candidate.completion, prompt, entry_point)
-            questions.append(question_after_answer(statement, code, self.lm.tokenizer))
-        return [self.ranker.details["sign"] * row["confidence"] for row in ask_yes_no(self.lm, questions)]
+# %% ../../nbs/runs/ranking_command.ipynb #c434a09f
+@patch
+def _own_verdicts(self: AnswerScorer, candidates: Sequence[Candidate], prompts: Sequence[Prompt]) -> list[float]:
+    "Log odds of Yes, answer by answer."
+    questions = []
+    for candidate, prompt in zip(candidates, prompts):
+        problem = self.problems.get(candidate.task_id)
+        statement = task_statement(problem) if problem else prompt.text
+        entry_point = problem.entry_point if problem else str(candidate.row.get("entry_point", ""))
+        code = candidate.row.get("code")
+        if not isinstance(code, str):
+            code = extract_code(candidate.completion, prompt, entry_point)
+        questions.append(question_after_answer(statement, code, self.lm.tokenizer))
+    return [self.ranker.details["sign"] * row["confidence"] for row in ask_yes_no(self.lm, questions)]
 
 # %% ../../nbs/runs/ranking_command.ipynb #201737c3
 def _scores_of(candidates: Sequence[Candidate], score: Callable) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,25 +73,31 @@ class LayerStates:
         "Remove the files."
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _file(self, layer: int, chunk: int) -> Path:
-        return self.folder / f"layer_{layer}_chunk_{chunk}.states"
+# %% ../../nbs/sae/layer_states.ipynb #3c0194e0
+@patch
+def _file(self: LayerStates, layer: int, chunk: int) -> Path:
+    return self.folder / f"layer_{layer}_chunk_{chunk}.states"
 
-    def _stream(self, chunk: int):
-        "States of all layers of the group, a batch at a time."
-        layers = ", ".join(map(str, self.layers))
-        progress = partial(self.progress, desc=f"layers {layers}: states of chunk {chunk + 1} of {len(self.chunks)}")
-        return stream_layer_states(self.lm, self.chunks[chunk], self.layers, self.site, progress=progress)
 
-    def _write(self, chunk: int) -> None:
-        "Write the files of a chunk, a batch at a time."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        paths = {layer: self._file(layer, chunk) for layer in self.layers}
-        unfinished = {layer: path.with_suffix(".unfinished") for layer, path in paths.items()}
-        with storage_errors(self.folder):
-            with ExitStack() as stack:
-                files = {layer: stack.enter_context(open(path, "wb")) for layer, path in unfinished.items()}
-                for states in self._stream(chunk):
-                    for layer, x in states.items():
-                        files[layer].write(x.cpu().contiguous().view(torch.uint8).numpy().data)
-            for layer, path in unfinished.items():
-                os.replace(path, paths[layer])
+@patch
+def _stream(self: LayerStates, chunk: int):
+    "States of all layers of the group, a batch at a time."
+    layers = ", ".join(map(str, self.layers))
+    progress = partial(self.progress, desc=f"layers {layers}: states of chunk {chunk + 1} of {len(self.chunks)}")
+    return stream_layer_states(self.lm, self.chunks[chunk], self.layers, self.site, progress=progress)
+
+
+@patch
+def _write(self: LayerStates, chunk: int) -> None:
+    "Write the files of a chunk, a batch at a time."
+    self.folder.mkdir(parents=True, exist_ok=True)
+    paths = {layer: self._file(layer, chunk) for layer in self.layers}
+    unfinished = {layer: path.with_suffix(".unfinished") for layer, path in paths.items()}
+    with storage_errors(self.folder):
+        with ExitStack() as stack:
+            files = {layer: stack.enter_context(open(path, "wb")) for layer, path in unfinished.items()}
+            for states in self._stream(chunk):
+                for layer, x in states.items():
+                    files[layer].write(x.cpu().contiguous().view(torch.uint8).numpy().data)
+        for layer, path in unfinished.items():
+            os.replace(path, paths[layer])
