@@ -18,7 +18,7 @@ REPORT = {"failed": ""} | {read.parameter: "" for read in find_phase("report").r
 def answers(tmp_path, monkeypatch):
     "Makes complete runs of phase 1.0 with the answers that it is given; gives their folders."
     monkeypatch.setenv("CODETRACE_RUNS", str(tmp_path))
-    monkeypatch.setattr("codetrace.runs.run.library_code", str)  # quick, and the same throughout
+    monkeypatch.setattr("codetrace.runs.run.library_digest", str)  # quick, and the same throughout
 
     def make(text: str, **parameters) -> Path:
         if parameters.get("split", "all") != "all":

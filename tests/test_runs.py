@@ -47,8 +47,20 @@ def begin(root: Path, *words: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen([BIN / "codetrace", *words], env=own_kernel, preexec_fn=heeds, **pipes)
 
 
+def in_process(root: Path, *words: str):
+    "The command line, without a process of its own; any error that is no user's mistake is raised."
+    from typer.testing import CliRunner
+
+    from codetrace.cli import app
+
+    done = CliRunner().invoke(app, list(words), env={"CODETRACE_RUNS": str(root), "COLUMNS": "200"})
+    if done.exception is not None and not isinstance(done.exception, BadInput | SystemExit):
+        raise done.exception
+    return done
+
+
 def manifests(root: Path) -> list[dict]:
-    return json.loads(codetrace(root, "runs", "--json").stdout)
+    return json.loads(in_process(root, "runs", "--json").stdout)
 
 
 def rows_of(manifest: dict) -> list[dict]:
@@ -146,7 +158,7 @@ def test_a_reference_record_leaves_out_what_it_is_told_to(ended, tmp_path):
         and parts == set(kept["left_out"])
         and files == set(manifest["outputs"]) - parts | {"run.json", "notebook.ipynb"}
     )
-    assert codetrace(tmp_path / "kept", "show", kept["run_id"]).returncode == 0  # the rest is still verified
+    assert in_process(tmp_path / "kept", "show", kept["run_id"]).exit_code == 0  # the rest is still verified
 
 
 def test_two_processes_never_write_one_run(tmp_path, letters):
@@ -218,10 +230,16 @@ BEFORE_THE_KERNEL = {
 
 
 @pytest.mark.parametrize("message", BEFORE_THE_KERNEL)
+def test_a_slip_makes_no_run(tmp_path, message):
+    done = in_process(tmp_path, *BEFORE_THE_KERNEL[message])
+    assert isinstance(done.exception, BadInput) and message in str(done.exception), done.exception
+    assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("message", list(BEFORE_THE_KERNEL)[:2])
 def test_a_slip_is_one_line_and_status_2(tmp_path, message):
     done = codetrace(tmp_path, *BEFORE_THE_KERNEL[message])
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not list(tmp_path.rglob("run.json"))
 
 
 # Mistakes of values, models, problems and inputs: what is said, and what was typed after `codetrace run`
@@ -380,29 +398,33 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(tmp_path, monkeypatch, mes
     assert "\n" not in str(done.exception).strip() and not list(tmp_path.rglob("run.json"))
 
 
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        ("no file 'nosuch.jsonl'", ["rank", "nosuch.jsonl"]),
-        ("no file 'nosuch.py'", ["watch", "nosuch.py"]),
-        ("never closed", ["watch", "a = ("]),
-        ("unknown model 'nosuch'", ["watch", "a = 1", "--model", "nosuch"]),
-        ("unknown question style 'prnt': did you mean 'print'", ["watch", "a = 1", "--style", "prnt"]),
-        ("unknown variable 'b': the lines that were executed have a", ["watch", "a = 1", "--variable", "b"]),
-    ],
-)
-def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path, message, words):
+SAID_WITHOUT_TORCH = {
+    "no file 'nosuch.jsonl'": ["rank", "nosuch.jsonl"],
+    "no file 'nosuch.py'": ["watch", "nosuch.py"],
+    "never closed": ["watch", "a = ("],
+    "unknown model 'nosuch'": ["watch", "a = 1", "--model", "nosuch"],
+    "unknown question style 'prnt': did you mean 'print'": ["watch", "a = 1", "--style", "prnt"],
+    "unknown variable 'b': the lines that were executed have a": ["watch", "a = 1", "--variable", "b"],
+}
+
+
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
     script = """
-import sys
+import json, sys
 from codetrace.cli import app
 from codetrace.core.errors import BadInput
-try:
-    app(sys.argv[1:])
-except BadInput as error:
-    print(error, "torch" in sys.modules)
+for words in json.loads(sys.argv[1]):
+    try:
+        app(words)
+    except BadInput as error:
+        print(json.dumps([str(error), "torch" in sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert message in done.stdout and done.stdout.strip().endswith("False"), (done.stdout, done.stderr)
+    words = json.dumps(list(SAID_WITHOUT_TORCH.values()))
+    done = subprocess.run([sys.executable, "-c", script, words], capture_output=True, text=True, cwd=tmp_path)
+    spoken = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(spoken) == len(SAID_WITHOUT_TORCH), done.stderr
+    for message, (sentence, torch_is_imported) in zip(SAID_WITHOUT_TORCH, spoken, strict=True):
+        assert message in sentence and not torch_is_imported, sentence
 
 
 NOT_HERE = {
@@ -614,15 +636,15 @@ def test_cleaning_asks_and_leaves_what_is_written(ended, letters):
     process = begin(ended, *LONG, **letters)
     wait_for_rows(ended)
     (kernel := kernel_of(process)).suspend()
-    held = codetrace(ended, "clean", "--force")
-    assert held.returncode == 0 and "there is nothing to remove" in held.stdout
+    held = in_process(ended, "clean", "--force")
+    assert held.exit_code == 0 and "there is nothing to remove" in held.stdout
     process.kill()
     process.wait()
-    busy = codetrace(ended, "clean", "--force")  # its kernel has not ended yet
-    assert busy.returncode == 0 and "somebody is writing there" in busy.stdout and len(manifests(ended)) == 2
+    busy = in_process(ended, "clean", "--force")  # its kernel has not ended yet
+    assert busy.exit_code == 0 and "somebody is writing there" in busy.stdout and len(manifests(ended)) == 2
     kernel.resume()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 60)
-    wait_for(lambda: "interrupted" in codetrace(ended, "clean", "--dry-run").stdout, 60)
+    wait_for(lambda: "interrupted" in in_process(ended, "clean", "--dry-run").stdout, 60)
     asked = codetrace(ended, "clean")
     assert asked.returncode == 2 and "Remove 1 folder," in asked.stdout and len(manifests(ended)) == 2
     assert codetrace(ended, "clean", "letters", "--incomplete", "--force", **letters).returncode == 0
@@ -719,18 +741,6 @@ ODD_MANIFESTS = [
         )
     ],
 ]
-
-
-def in_process(root: Path, *words: str):
-    "The command line, without a process of its own; any error that is no user's mistake is raised."
-    from typer.testing import CliRunner
-
-    from codetrace.cli import app
-
-    done = CliRunner().invoke(app, list(words), env={"CODETRACE_RUNS": str(root), "COLUMNS": "200"})
-    if done.exception is not None and not isinstance(done.exception, BadInput | SystemExit):
-        raise done.exception
-    return done
 
 
 def plant_run(root: Path, run_id: str = "20260102T000000000Z-0123abcd", **facts) -> Path:

@@ -75,7 +75,7 @@ def test_another_setting_gets_no_fork(variables, tmp_path, change):
 
 
 def test_another_library_gets_no_fork(variables, tmp_path, monkeypatch):
-    monkeypatch.setattr("codetrace.runs.warm_kernels.library_code", lambda: "print('changed since')")
+    monkeypatch.setattr("codetrace.runs.warm_kernels.library_digest", lambda: "print('changed since')")
     assert fork_kernel(["-f", str(tmp_path / "kernel.json")], variables, tmp_path) is None
 
 

@@ -158,8 +158,9 @@ def _plot_training_curve(ax, table: pd.DataFrame, panel: str):
     untrained = rows[rows["step"] == 0]
     ax.fill_between(trained["step"], trained["low"], trained["high"], color="0.6", alpha=0.5, lw=0, zorder=1)
     ax.plot(trained["step"], trained["share"], "k.-", lw=1.1, ms=3)
-    ax.vlines(untrained["step"], untrained["low"], untrained["high"], color="k", lw=0.8, clip_on=False)
-    ax.plot(untrained["step"], untrained["share"], "o", color="k", mfc="w", ms=3.5, clip_on=False, zorder=3)
+    if len(untrained):  # what is empty and not clipped has a box without end, and the layout fails
+        ax.vlines(untrained["step"], untrained["low"], untrained["high"], color="k", lw=0.8, clip_on=False)
+        ax.plot(untrained["step"], untrained["share"], "o", color="k", mfc="w", ms=3.5, clip_on=False, zorder=3)
     if rows["learnt"].notna().all():
         ax.axhline(rows["learnt"].iloc[0], color="k", lw=0.7, ls=":")
 

@@ -30,7 +30,7 @@ import numpy as np
 import codetrace
 from ..core.environment import KERNELS_VARIABLE
 from ..core.files import digest_values
-from .run import library_code
+from .run import library_digest
 
 # %% ../../nbs/runs/warm_kernels.ipynb #f1b650d1
 _READ_AT_IMPORT = (
@@ -49,7 +49,7 @@ def kernel_setting(
         for name, value in environment.items()
         if name.startswith(_READ_AT_IMPORT) and name not in _SET_BY_IMPORTS
     }
-    return digest_values(library_code(), sorted(read.items()), sys.prefix)
+    return digest_values(library_digest(), sorted(read.items()), sys.prefix)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #6e602da9
 def import_library():

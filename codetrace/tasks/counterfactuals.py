@@ -9,6 +9,7 @@ __all__ = ['program_constants', 'NoCounterfactual', 'make_counterfactual_pair', 
 import ast
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,15 +24,21 @@ def _position(node: ast.expr) -> tuple[int, int]:
     return node.lineno, node.col_offset
 
 
+@lru_cache(maxsize=1024)  # every shallow rule asks for them
+def _constants_of_kind(source: str, kind: type) -> tuple[tuple[int, str], ...]:
+    "Line and text of each constant of one type, in the order of the text."
+    nodes = ast.walk(ast.parse(source))
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and type(node.value) is kind]
+    return tuple((node.lineno - 1, str(node.value)) for node in sorted(constants, key=_position))
+
+
 def constants_by_line(program: Program) -> list[tuple[int, str]]:
     "Line and text of each constant that is of the answer's kind, in the order of the text."
     try:
         kind = type(ast.literal_eval(program.answer))
     except (ValueError, SyntaxError):
         kind = str
-    nodes = ast.walk(ast.parse(program.source))
-    constants = [node for node in nodes if isinstance(node, ast.Constant) and type(node.value) is kind]
-    return [(node.lineno - 1, str(node.value)) for node in sorted(constants, key=_position)]
+    return list(_constants_of_kind(program.source, kind))
 
 # %% ../../nbs/tasks/counterfactuals.ipynb #222bdd8b
 def program_constants(

@@ -9,7 +9,9 @@ __all__ = ['ENTITY_NAMES', 'choose_uniformly', 'choose_by_depth', 'draw_digit', 
 # %% ../../nbs/tasks/program_drawing.ipynb #35713750
 import string
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from operator import index
 
 import numpy as np
@@ -25,8 +27,8 @@ def choose_uniformly(rng: np.random.Generator, items: Sequence):
 
 def choose_by_depth(rng: np.random.Generator, depths: Mapping, power: int = 3):
     "A key, with probability proportional to its depth cubed."
-    total = np.cumsum([depth**power for depth in depths.values()])
-    return list(depths)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
+    total = list(accumulate(depth**power for depth in depths.values()))
+    return list(depths)[bisect_right(total, rng.random() * total[-1])]
 
 
 def draw_digit(rng: np.random.Generator) -> int:
