@@ -26,9 +26,10 @@ from fastcore.basics import patch
 import codetrace
 from ..core.errors import BadInput
 from ..core.files import atomic_write, digest_values, file_sha256, read_json, storage_errors, write_json
+from ..models.limits import MemoryLimits, memory_limits_from_environment
 from .checks import check_run
 from .inputs import input_records, outcome_digest, pinned_records
-from .launchers import detect_launcher, papermill_output
+from .launchers import detect_launcher, papermill_output, run_folder_of_kernel
 from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_manifest
 from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
@@ -115,11 +116,10 @@ class Run:
         return [Path(record["folder"]) for record in self.manifest["inputs"] if "shard" in record]
 
     @property
-    def memory_limits(self):
+    def memory_limits(self) -> MemoryLimits:
         "What this run may take of GPU and host: `load(model, limits=run.memory_limits)`."
-        from codetrace.models.limits import memory_limits_from_environment
-
-        return memory_limits_from_environment()
+        typed = self.manifest.get("memory_limits")
+        return MemoryLimits(**typed) if typed else memory_limits_from_environment()
 
     def _save(self, **facts):
         self.manifest |= facts
@@ -575,7 +575,7 @@ def start_run(
     if launcher in ("jupyter", "test"):
         return open_scratch_run(name, parameters, launcher)
     if launcher == "codetrace":
-        run = _attach_to_run(Path(os.environ["CODETRACE_RUN"]), parameters)
+        run = _attach_to_run(run_folder_of_kernel(), parameters)
     else:
         run = open_run(name, parameters, notebook_code(find_phase(name).notebook), launcher=launcher)
     if launcher != "python":
