@@ -7,7 +7,6 @@ __all__ = ['notebook_code', 'library_code', 'Run', 'peak_memory', 'acquire_run_l
            'phase_code_digest', 'run_digest', 'runs_with_digest', 'open_scratch_run', 'start_run']
 
 # %% ../../nbs/runs/run.ipynb #0529233f
-import ast
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from ..core.files import atomic_write, digest_values, file_sha256, read_json, st
 from ..models.limits import MemoryLimits, memory_limits_from_environment
 from .checks import check_run
 from .inputs import input_records, outcome_digest, pinned_records
-from .launchers import detect_launcher, papermill_output, run_folder_of_kernel
+from .launchers import detect_launcher, injected_parameters, papermill_output, run_folder_of_kernel
 from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_manifest
 from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
@@ -483,16 +482,6 @@ def runs_with_digest(
             manifests.append(stored_manifest(path.parent))
     return [manifest for manifest in manifests if manifest.get("digest") == key]
 
-# %% ../../nbs/runs/run.ipynb #c548cc29
-def _injected_parameters() -> set[str]:
-    "Names that papermill has set in this kernel."
-    try:
-        history = get_ipython().user_ns.get("In", [])
-    except NameError:
-        return set()
-    cell = next((source for source in history if source.startswith("# Parameters\n")), "")
-    return {name.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for name in node.targets}
-
 # %% ../../nbs/runs/run.ipynb #3a41664c
 def _record_failures(run: Run):
     "Write the first error of a cell into the manifest of `run`."
@@ -566,7 +555,7 @@ def start_run(
     declared = phase_parameters(name)
     if missing := [parameter for parameter in declared if parameter not in values]:
         raise BadInput(f"start_run of phase {name!r} is not given {missing[0]!r}: pass every parameter of the notebook")
-    unknown = dict.fromkeys(_injected_parameters() - set(declared))
+    unknown = dict.fromkeys(injected_parameters() - set(declared))
     parameters = check_parameters(values | unknown, declared, name)
     _refuse_untyped(values, parameters, name)
     launcher = detect_launcher()
