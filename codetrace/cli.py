@@ -20,6 +20,7 @@ import typer
 from .core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from .core.errors import BadInput
 from .core.files import visible_text
+from .models.limits import MemoryLimits
 from .runs.execute import RunFailed, execute_phase
 from .runs.grade_command import GRADE_EXAMPLES, grade_command
 from .runs.listing import print_run, print_table, run_row
@@ -57,6 +58,7 @@ class _Placement:
     shards: int | None = None  # Processes that share the work
     requeue: bool = False  # Continue by itself what was stopped
     detach: bool = False  # Hand jobs in and leave
+    memory_limits: MemoryLimits | None = None  # Of each process; None: as the environment says
 
     @property
     def is_here(self) -> bool:
@@ -155,10 +157,10 @@ def run_command(
     max_memory: _MaxMemory = 100,
 ):
     "Run one phase in batch, or a chain of them; repeat the command to continue after an interruption."
-    _set_memory_limits(max_gpu_memory, max_memory)
+    limits = _memory_limits(max_gpu_memory, max_memory)
     slurm_options = {"partition": partition, "gpus": gpus, "memory": memory, "cpus": cpus, "time": time}
     slurm_options |= {"parallel": parallel, "slurm": slurm or None, "detach": detach or None}
-    placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach)
+    placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach, limits)
     options = {"model": model, "problems": _absolute_path(problems), "n": n}
     options |= {"start": start, "end": end, "batch_size": batch_size, "input": input, "full": full}
     _run_phase_or_study(phase, p or [], f, options, placement, not quiet)
@@ -192,7 +194,8 @@ def _run_phase(phase: str, pairs: list[str], file: Path | None, options: dict, p
         raise BadInput(f"{twice[0]} is given twice, by -p and by an option: give one of them")
     values |= values_of_options
     if placement.is_here:
-        print_run(execute_phase(phase, values, show_progress=progress))
+        limits = placement.memory_limits
+        print_run(execute_phase(phase, values, show_progress=progress, memory_limits=limits))
     else:
         _run_sharded(phase, values, placement, progress)
 
@@ -228,7 +231,9 @@ def _run_sharded(phase: str, values: dict, placement: _Placement, show_progress:
     if not isinstance(where, SlurmOptions):
         where = parse_devices(where)
         shards = len(where) if shards is None else shards
-    sharded = ShardedRun(phase, values, 1 if shards is None else shards, where, placement.requeue)
+    shards = 1 if shards is None else shards
+    limits = placement.memory_limits
+    sharded = ShardedRun(phase, values, shards, where, placement.requeue, memory_limits=limits)
     if not placement.detach:
         print_run(sharded.run(show_progress))
         return
@@ -276,7 +281,16 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
         print(line, file=sys.stderr, flush=True)
 
     def run_step(number: str, values: dict) -> dict:
-        return run_step_once(number, values, report_line, show_progress, where, placement.shards, placement.requeue)
+        return run_step_once(
+            number,
+            values,
+            report_line,
+            show_progress,
+            where,
+            placement.shards,
+            placement.requeue,
+            placement.memory_limits,
+        )
 
     study = {"model": options["model"], "problems": options["problems"], "num_problems": options["n"]}
     with warm_kernels() if where is None else nullcontext():
@@ -287,15 +301,15 @@ def _run_study(name: str, options: dict, file: Path | None, placement: _Placemen
         raise BadInput(f"{len(failures)} phases are not there; the report says why: {', '.join(failures)}")
 
 # %% ../nbs/cli.ipynb #f075e886
-def _set_memory_limits(gpu: float, host: float):
-    "Tell the kernel what a run may take, in GB."
+def _memory_limits(gpu: float, host: float) -> MemoryLimits:
+    "What was typed, in GB."
     if not gpu > 0:
         raise BadInput(f"--max-gpu-memory is {gpu:g}: expected GB, more than 0, such as 30")
     if not host >= 1:
         raise BadInput(
             f"--max-memory is {host:g}: expected GB, 1 at least, since Python with its libraries takes half of that"
         )
-    os.environ |= {GPU_MEMORY_VARIABLE: f"{gpu:g}", HOST_MEMORY_VARIABLE: f"{host:g}"}
+    return MemoryLimits(gpu, host)
 
 # %% ../nbs/cli.ipynb #588d46e0
 @app.command(name="merge", epilog="Examples:  codetrace merge tracing  |  codetrace merge 20261121T2210")
@@ -496,12 +510,16 @@ def page_command(
     model: Annotated[str, typer.Option(metavar="M", help="The model that is asked and traced.")] = "binding",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Its port; else the first free one.")] = None,
     host: Annotated[str, typer.Option(metavar="A", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    max_gpu_memory: _MaxGpuMemory = 30,
+    max_memory: _MaxMemory = 100,
 ):
     "Serve the page: records, traces, latents and pushes in a browser."
+    limits = _memory_limits(max_gpu_memory, max_memory)
+    # huggingface_hub reads this when it is imported, and nothing else tells it
     os.environ |= {"HF_HUB_OFFLINE": "1"}
     from codetrace.app.server import start_page
 
-    start_page(model, host, port)
+    start_page(model, host, port, limits)
 
 # %% ../nbs/cli.ipynb #a8b81dce
 @app.command(

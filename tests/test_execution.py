@@ -12,7 +12,7 @@ import pytest
 
 from codetrace import models
 from codetrace.sandbox.pool import GradingJob, SandboxLimits, grade
-from codetrace.tasks.execution import TracedProgram, TraceLimits, record_executions, state_table
+from codetrace.tasks.execution import TracedProgram, TraceLimits, record_executions
 from codetrace.tasks.state_questions import pack_questions, state_questions
 from codetrace.tasks.watching import first_divergence
 
@@ -161,8 +161,8 @@ def test_branches_visits_and_unbound_variables(own_executions):
     assert by_line == {2: False, 4: True, 5: None, 8: None}
     assert [s.visit for s in own_executions[2].steps if s.line == 4] == [1]
     assert own_executions[9].steps[1].raised == "ZeroDivisionError"
-    table = state_table(own_executions[13])
-    assert not table[(table["variable"] == "x") & (table["line"] == 3)]["bound"].any()
+    steps = [step for step in own_executions[13].steps if step.complete and step.line == 3]
+    assert not any(step.after.get("x") for step in steps)
 
 
 TOLD = {

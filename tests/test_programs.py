@@ -41,7 +41,7 @@ from codetrace.tasks.heuristics import (
     shallow_heuristics,
 )
 from codetrace.tasks.program_drawing import NoSuchProgram, choose_by_depth
-from codetrace.tasks.programs import QUERY_STYLES, ContradictoryProgram, Program, as_program, find_binding_chain
+from codetrace.tasks.programs import QUERY_STYLES, ContradictoryProgram, Program, as_program
 from codetrace.tasks.programs_solved_by_all import find_programs_solved_by_all
 
 LONGEST = {"range": 99, "variable_increments": 99, "entity": 99}  # every other generator: 26, by its letters
@@ -427,7 +427,7 @@ def test_a_trace_function_survives():
     before = sys.gettrace()
     sys.settrace(watch := lambda *args: seen.append(args[1]))
     try:
-        find_binding_chain("a = 1", "a")
+        as_program(("a = 1\n#a:", 1))
         assert sys.gettrace() is watch
     finally:
         sys.settrace(before)

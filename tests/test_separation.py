@@ -12,7 +12,13 @@ from codetrace.planted.latents import draw_planted_activations
 from codetrace.planted.null_studies import NULL_DESIGNS, calibration_table, draw_near_duplicates_study, power_table
 from codetrace.sae.baseline_differences import simultaneous_differences, verdict_on_baselines
 from codetrace.sae.latent_cards import selection_adjusted_level
-from codetrace.sae.latent_search import P_COLUMNS, search_active_latents, search_all_positions, top_latents
+from codetrace.sae.latent_search import (
+    P_COLUMNS,
+    LabelledSolutions,
+    search_active_latents,
+    search_all_positions,
+    top_latents,
+)
 from codetrace.sae.null_of_maximum import (
     family_wise_p,
     null_of_maximum,
@@ -56,7 +62,8 @@ def planted(seed: int, layers: int, d_sae: int, tasks: int = 100, samples: int =
     label, task = labels(rng, tasks, samples)
     where = int(rng.integers(layers)), int(rng.integers(d_sae))
     active = activities(rng, label, task, layers, d_sae, 0.01, where)
-    result = search_active_latents(lambda layer: active[layer], range(layers), label, task, n_shuffles=200, seed=seed)
+    solutions = LabelledSolutions(label, task)
+    result = search_active_latents(lambda layer: active[layer], range(layers), solutions, n_shuffles=200, seed=seed)
     best = top_latents(result.table, 1).sort_values("score").iloc[-1]
     column = active[where[0]].column(where[1])
     _, low, high = auroc_interval(label, column, task)
@@ -93,11 +100,9 @@ def smallest_p(seed: int, layers: int, d_sae: int, n_shuffles: int) -> float:
     label, task = labels(rng, 40, 4)
     active = activities(rng, label, task, layers, d_sae, 0.05, None)
     label = permute_labels(permutation_design(label, task, between_groups=False), 1, seed + 10_000)[:, 0]
-    return (
-        search_active_latents(lambda layer: active[layer], range(layers), label, task, n_shuffles=n_shuffles, seed=seed)
-        .table["family_wise_p"]
-        .min()
-    )
+    solutions = LabelledSolutions(label, task)
+    search = search_active_latents(lambda layer: active[layer], range(layers), solutions, n_shuffles, seed)
+    return search.table["family_wise_p"].min()
 
 
 def claims_nothing(p: np.ndarray) -> None:
@@ -128,8 +133,9 @@ def test_a_latent_that_only_sees_how_hard_a_task_is_tells_nothing_within_tasks()
         )  # sees how easy the task is, not whether it was solved
         row, latent = on.nonzero()
         active = ActiveLatents(180, row, latent, np.ones(len(row)), 40)
-        by_task = search_active_latents(lambda layer, a=active: a, [0], label, task, n_shuffles=99).table
-        freely = search_active_latents(lambda layer, a=active: a, [0], label, np.arange(180), n_shuffles=99).table
+        in_tasks, alone = LabelledSolutions(label, task), LabelledSolutions(label, np.arange(180))
+        by_task = search_active_latents(lambda layer, a=active: a, [0], in_tasks, n_shuffles=99).table
+        freely = search_active_latents(lambda layer, a=active: a, [0], alone, n_shuffles=99).table
         claimed["within"] += by_task["family_wise_p"].min() <= 0.05
         claimed["within tasks alone"] += by_task["family_wise_p_within_tasks"].min() <= 0.05
         claimed["freely"] += freely["family_wise_p"].min() <= 0.05
@@ -160,7 +166,7 @@ def test_labels_are_weighed_once_for_all_layers(monkeypatch):
         return weighted_labels(design, permuted)
 
     monkeypatch.setattr("codetrace.sae.latent_search.weighted_labels", spy)
-    search_active_latents(lambda layer: active[layer], range(5), label, task, n_shuffles=19)
+    search_active_latents(lambda layer: active[layer], range(5), LabelledSolutions(label, task), n_shuffles=19)
     assert computed == [19, 19]
 
 
@@ -214,7 +220,8 @@ def test_rows_and_tasks_as_units_would_claim_too_much():
             study = NULL_DESIGNS[design](np.random.default_rng([9, seed]))
             units = {name: values for name, values in study.units.items() if name != unit}
             units.setdefault("task", np.arange(study.active.rows))
-            search = search_active_latents(lambda layer, a=study.active: a, [0], **units, n_shuffles=99, seed=seed)
+            solutions = LabelledSolutions(**units)
+            search = search_active_latents(lambda layer, a=study.active: a, [0], solutions, n_shuffles=99, seed=seed)
             claimed.append(search.table[["family_wise_p", "family_wise_p_within_tasks"]].min().min() <= 0.05)
         assert np.mean(claimed) >= 0.15, (design, np.mean(claimed))
 
@@ -224,9 +231,10 @@ def test_p_is_over_every_layer_and_every_position():
     small, large = (draw_near_duplicates_study(np.random.default_rng(seed)) for seed in (1, 2))
     weak = ActiveLatents(small.active.rows, small.active.row[:9], small.active.latent[:9], small.active.value[:9], 64)
     for layers in ([weak, large.active], [large.active, weak]):
-        search = search_active_latents(lambda layer, a=layers: a[layer], [0, 1], **large.units, n_shuffles=99)
+        solutions = LabelledSolutions(**large.units)
+        search = search_active_latents(lambda layer, a=layers: a[layer], [0, 1], solutions, n_shuffles=99)
         nulls = [
-            search_active_latents(lambda layer, a=active: a, [0], **large.units, n_shuffles=99).nulls["family_wise_p"]
+            search_active_latents(lambda layer, a=active: a, [0], solutions, n_shuffles=99).nulls["family_wise_p"]
             for active in layers
         ]
         assert np.allclose(search.nulls["family_wise_p"], np.max(nulls, 0)) and nulls[0].mean() != nulls[1].mean()

@@ -19,6 +19,7 @@ import pytest
 from codetrace.core.errors import BadInput
 from codetrace.core.shards import shard_range
 from codetrace.models.activations import States
+from codetrace.models.loading import load
 from codetrace.phases import steering, tuning
 from codetrace.phases.steering import (
     ControlConfig,
@@ -38,7 +39,6 @@ from codetrace.planted.steering import (
     load_steering_model,
     make_steering_study,
     planted_sae,
-    save_steering_study,
 )
 from codetrace.runs.claims import adjust_claims, claim_row
 from codetrace.runs.inputs import resolve_inputs
@@ -67,6 +67,8 @@ from codetrace.steering.sweep import (
     measure_answers,
     sweep_settings,
 )
+from codetrace.tasks.problem_prompts import render_problem_prompt
+from codetrace.tasks.problems import load_problems
 from codetrace.tasks.sampled_solutions import SamplingOptions, finish_samples, generate_samples, plan_samples
 
 HOME = Path(__file__).resolve().parents[1]
@@ -283,7 +285,7 @@ def test_the_push_works_and_its_controls_do_not(judged):
 def test_a_random_push_that_turns_what_is_on_edge_is_said_to_be_one(judged, tmp_path):
     "Words of hardly any imbalance: Gaussian directions have a part along the cause that turns them, and no verdict makes a finding of that."
     study, _, _, plan, *_ = judged
-    tasks = [p for p in draw_planted_problems(60, min_imbalance=1) if abs(letter_imbalance(p)) == 1]
+    tasks = [p for p in draw_planted_problems(60, min_imbalance=1) if abs(letter_imbalance(p.text)) == 1]
     some = [plan[0], *(s for s in plan if s.role == "null" and s.push)]
     table = sweep_settings(study.lm, tasks, some, tmp_path, OPTIONS)
     effects = setting_effects_table(table.assign(goal=""))
@@ -422,7 +424,7 @@ def test_the_gate_opens_where_it_should(judged, tmp_path):
     table = sweep_settings(study.lm, tasks, plan, tmp_path, OPTIONS)
     table = measure_answers(study.lm, table, plan).assign(goal="")
     rows_of_setting = table[table["setting"] == 2]
-    bad = rows_of_setting["task_id"].map({p.task_id: letter_imbalance(p) for p in tasks}) < 0
+    bad = rows_of_setting["task_id"].map({p.task_id: letter_imbalance(p.text) for p in tasks}) < 0
     assert (
         rows_of_setting.loc[bad, "gate_open_rate"].mean() > 0.6
         and rows_of_setting.loc[~bad, "gate_open_rate"].mean() < 0.2
@@ -436,7 +438,7 @@ def test_a_gate_at_the_prompt_opens_where_it_should(judged):
     study, _, _, plan, tasks, table, _ = judged
     gate = Gate(0, -causal_direction(), 0.0, 0.0)
     gate_open = gate_open_at_prompt(study.lm, gate, tasks)
-    assert gate_open == {p.task_id: letter_imbalance(p) < 0 for p in tasks}
+    assert gate_open == {p.task_id: letter_imbalance(p.text) < 0 for p in tasks}
     down = next(i for i, s in enumerate(plan) if s.extra_columns.get("goal") == "correct" and s.role == "chosen")
     mixed = pd.concat([table, gated_push_rows(table, down, gate_open, len(plan))], ignore_index=True)
     row = setting_effects_table(mixed).set_index("setting").loc[len(plan)]
@@ -528,6 +530,30 @@ CHAINED = {  # The planted study needs no more; by phase
     "3.4": {"ask_model": False, "components": [8], "shuffles": 99, "resamples": 100},  # it reads letters, not words
     "3.5": {"ask_model": False, "components": [8], "shuffles": 99, "resamples": 100},
 }
+
+
+def save_steering_study(folder: Path, n: int = 60) -> dict[str, str]:
+    "The planted model, its problems and its SAEs on disk, as phases are given them."
+    lm = load_steering_model()
+    lm.hf.save_pretrained(folder / STEERING_STUDY_NAME)
+    lm.tokenizer.save_pretrained(folder / STEERING_STUDY_NAME)
+    lines = [json.dumps(problem.row()) + "\n" for problem in draw_planted_problems(n)]
+    (folder / "words.jsonl").write_text("".join(lines))
+    names = {"model": STEERING_STUDY_NAME, "problems": "words.jsonl", "sae": "layer_{layer}"}
+    paths = {role: str(folder / name) for role, name in names.items()}
+    for layer in range(lm.n_layers):
+        sae = planted_sae(layer)
+        sae = replace(sae, metadata=sae.metadata | {"model_name": paths["model"]})
+        sae.save(paths["sae"].format(layer=layer))
+    return paths
+
+
+def test_the_planted_model_and_its_problems_come_back_from_disk(tmp_path):
+    paths = save_steering_study(tmp_path, 12)
+    problems = draw_planted_problems(12)
+    assert [p.text for p in load_problems(paths["problems"])] == [p.text for p in problems]
+    prompts = [render_problem_prompt(p).text for p in problems[:4]]
+    assert load(paths["model"], "float32").generate(prompts, 8) == load_steering_model().generate(prompts, 8)
 
 
 def in_chain(words: list[str], env: dict) -> subprocess.CompletedProcess:

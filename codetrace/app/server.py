@@ -19,7 +19,7 @@ from .trace_tab import trace_tab
 from .typed_programs import TYPED_PROGRAM_LIMITS
 from .watch_tab import watch_tab
 from ..core.errors import look_up_name
-from ..models.limits import memory_limits_from_environment
+from ..models.limits import USUAL_LIMITS, MemoryLimits
 from ..models.lm import LM
 from ..models.loading import available_models, load
 from ..planted.steering import STEERING_STUDY_NAME, load_steering_model
@@ -34,10 +34,12 @@ class PageModels:
         first: str,  # As `load` takes it
         jobs: ModelJobs,
         most: int = 2,  # Kept in memory
+        limits: MemoryLimits = USUAL_LIMITS,  # Of each model
     ):
         self.names = list(dict.fromkeys([first, *available_models()]))
         self.jobs = jobs
         self.most = most
+        self.limits = limits
         self.loaded: dict[tuple[str, str], LM] = {}  # By name and dtype
         self.lock = threading.Lock()
 
@@ -56,8 +58,8 @@ class PageModels:
             return self.loaded[name, dtype]
 
     def _load(self, name: str, dtype: str) -> LM:
-        "A model within the limits that the environment gives."
-        return load(name, dtype=dtype, limits=memory_limits_from_environment())
+        "A model within the page's limits."
+        return load(name, dtype=dtype, limits=self.limits)
 
     def _make_room(self) -> None:
         "Give back the memory of models that no job uses."
@@ -71,11 +73,12 @@ def start_page(
     model: str = "binding",  # That is asked and traced
     host: str = "127.0.0.1",
     port: int | None = None,
+    limits: MemoryLimits = USUAL_LIMITS,  # Of each model
 ) -> None:
     "Build the page with all its tabs, and serve it until it is stopped."
     gradio = import_gradio()
     jobs = ModelJobs()
-    models = PageModels(model, jobs)
+    models = PageModels(model, jobs, limits=limits)
     with SandboxPool(1, TYPED_PROGRAM_LIMITS) as pool:
         make_trace = partial(trace_tab, jobs=jobs, load=models.named, models=models.names, pool=pool)
         make_watch = partial(watch_tab, jobs=jobs, load=models.named, models=models.names)

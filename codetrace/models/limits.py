@@ -11,11 +11,13 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..core.environment import GPU_MEMORY_VARIABLE, HOST_MEMORY_VARIABLE
 from ..core.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/models/limits.ipynb #f763010e
 class NotEnoughMemory(BadInput):
@@ -31,16 +33,20 @@ class MemoryLimits:
 
     def allowance(
         self,
-        device: torch.device,
+        device: "torch.device",
         spread: bool = False,  # On all devices and the host together
     ) -> float:  # Bytes
         "What a run may take of a device."
+        import torch
+
         if spread and torch.cuda.device_count():
             return (self.gpu * torch.cuda.device_count() + self.host) * 1e9
         return (self.gpu if device.type == "cuda" else self.host) * 1e9
 
-    def option(self, device: torch.device, spread: bool = False) -> str:
+    def option(self, device: "torch.device", spread: bool = False) -> str:
         "The option of the command line that sets it."
+        import torch
+
         if spread and torch.cuda.device_count():
             return "--max-gpu-memory or --max-memory"
         return "--max-gpu-memory" if device.type == "cuda" else "--max-memory"
@@ -50,7 +56,7 @@ USUAL_LIMITS = MemoryLimits()
 
 # %% ../../nbs/models/limits.ipynb #b0d7b96c
 def memory_limits_from_environment() -> MemoryLimits:
-    "The limits that the launcher gave to this process, the usual ones where it gave none."
+    "The limits that the user has set in the environment, the usual ones where there are none."
     gpu = _read_gigabytes(GPU_MEMORY_VARIABLE, USUAL_LIMITS.gpu)
     return MemoryLimits(gpu, _read_gigabytes(HOST_MEMORY_VARIABLE, USUAL_LIMITS.host))
 
@@ -67,11 +73,12 @@ def _read_gigabytes(variable: str, usual: float) -> float:
 
 # %% ../../nbs/models/limits.ipynb #aad6338d
 def free_memory(
-    device: torch.device,
+    device: "torch.device",
     spread: bool = False,  # On all devices and the host together
 ) -> int:  # Bytes
     "What is free on a device."
     import psutil
+    import torch
 
     if device.type == "cuda" and not spread:
         return torch.cuda.mem_get_info(device)[0]
@@ -92,7 +99,7 @@ def _free_in_control_group() -> int:
 
 # %% ../../nbs/models/limits.ipynb #274ed29f
 def process_memory(
-    device: torch.device,
+    device: "torch.device",
 ) -> int:  # Bytes, 0 for a GPU
     "What this process holds of the host's memory: Python and its libraries alone take half a GB."
     import psutil
@@ -105,4 +112,6 @@ _OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough
 
 def is_out_of_memory(error: BaseException) -> bool:
     "Did memory run out, on an accelerator or on the CPU?"
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)

@@ -9,7 +9,7 @@ __all__ = ['PROGRAMS_PER_SWEEP', 'TRACE_CELL_KEY', 'RunWriter', 'TraceOptions', 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -37,6 +37,7 @@ from .cases import check_any_case, exclusion_counts
 from .controls import ControlOptions, run_controls
 from codetrace.patching.sweep import (
     PatchSweepOptions,
+    SweptCells,
     average_by_position,
     peak_effects,
     run_sweep,
@@ -65,15 +66,12 @@ def _check_names(names: Sequence[str], known: Iterable[str], label: str):
         look_up_name(name, known, label)
 
 # %% ../../nbs/patching/traces.ipynb #acd4d30d
-@dataclass(frozen=True)
-class TraceOptions:
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(SweptCells):
     "What a trace sweeps and controls, and which share of the programs this process sweeps."
 
-    sites: Sequence[str] = ("resid_pre",)
-    directions: Sequence[str] = ("denoise",)
-    positions: str | Sequence[str] = "named"  # `named`, `all`, or names
-    engine: str = "staircase"
-    window: int = 1  # Layers patched at once
+    positions: str | Sequence[str] = "named"  # As in `SweptCells`
+    directions: Sequence[str] = ("denoise",)  # Of `PATCH_DIRECTIONS`
     control_layers: int = 4  # Layers at which controls are run, spread evenly, or 0 for no controls
     control_programs: int = 8  # Programs for which controls are run, at most
     attribution_patching: bool = False  # Also by attribution patching, for its error
@@ -82,15 +80,13 @@ class TraceOptions:
     shard: int = -1  # Sweep this part only, or -1 for all, collected from the run's shards where there are several
 
     def __post_init__(self):
+        super().__post_init__()
         _check_names(self.directions, PATCH_DIRECTIONS, "direction")
-        for direction in self.directions:
-            self.sweep_options(direction, self.sites)
 
     def sweep_options(self, direction: str, sites: str | Sequence[str]) -> PatchSweepOptions:
         "The sweep of some sites in one direction."
-        return PatchSweepOptions(
-            sites=sites, positions=self.positions, direction=direction, engine=self.engine, window=self.window
-        )
+        cells = {option.name: getattr(self, option.name) for option in fields(SweptCells)}
+        return PatchSweepOptions(**cells | {"sites": sites, "direction": direction})
 
     def layers_to_control(self, n_layers: int) -> list[int]:
         "Layers at which controls are run in a model of `n_layers`, none in a shard."

@@ -407,10 +407,16 @@ def run_causal_tracing_experiment(
     model_id: str = "smollm2",
     programs: Sequence | None = None,  # As for `run_intervention_experiment`
     intervention_type: str = "residual_stream",  # Or `attention_heads`
-    **options,  # `selection`, `trace_options` and `run`, as `run_intervention_experiment` takes them
+    *,
+    selection: ProgramSelection = ProgramSelection(),
+    trace_options: TraceOptions = TraceOptions(),
+    run: Run | None = None,  # Where to write, by default a new run of phase `tracing`
 ) -> Trace:
     "Trace programs, in one call."
-    return CausalExperimentRunner().run_intervention_experiment(model_id, programs, intervention_type, **options)
+    runner = CausalExperimentRunner()
+    return runner.run_intervention_experiment(
+        model_id, programs, intervention_type, selection=selection, trace_options=trace_options, run=run
+    )
 
 # %% ../../nbs/phases/11_tracing.ipynb #32cf23fd
 TRACING = Phase(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import models
 from ..core.errors import look_up_name
+from ..models.limits import USUAL_LIMITS, MemoryLimits
 from ..models.lm import LM
 from ..models.word_tokenizers import pattern_tokenizer
 
@@ -288,10 +289,11 @@ PLANTED_MODELS: dict[str, Callable[[], LM]] = {  # Models whose weights are writ
 
 def load_model_or_planted(
     name: str,  # A name of `PLANTED_MODELS`, or one that `models.load` knows
-    **options,  # Of `models.load`
+    dtype: str = "auto",  # As `models.load` takes it; a planted model is float32
+    limits: MemoryLimits = USUAL_LIMITS,  # What a loaded model may take
 ) -> LM:
     "A model by name; what begins with `planted:` is built by hand."
     if name.startswith("planted:"):
         look_up_name(name, PLANTED_MODELS, "planted model")
         return PLANTED_MODELS[name]()
-    return models.load(name, **options)
+    return models.load(name, dtype, limits=limits)

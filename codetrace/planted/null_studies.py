@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from scipy.special import expit
 
 from ..core.stats import wilson
-from ..sae.latent_search import P_COLUMNS, search_active_latents
+from ..sae.latent_search import P_COLUMNS, LabelledSolutions, search_active_latents
 from ..sae.null_of_maximum import NOMINAL_LEVEL
 from ..sae.separation import ActiveLatents
 
@@ -166,7 +166,7 @@ def _search_study(study: SimulatedStudy, n_shuffles: int, seed: int) -> pd.DataF
     def active_latents(layer: int) -> ActiveLatents:
         return study.active
 
-    table = search_active_latents(active_latents, [0], **study.units, n_shuffles=n_shuffles, seed=seed).table
+    table = search_active_latents(active_latents, [0], LabelledSolutions(**study.units), n_shuffles, seed).table
     return table.set_index("latent")[list(P_COLUMNS)]
 
 

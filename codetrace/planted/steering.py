@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['STEERING_STUDY_NAME', 'WORD_LENGTH', 'MIN_IMBALANCE', 'PLANTED_CAUSE', 'letter_imbalance', 'draw_planted_problems',
-           'load_steering_model', 'causal_direction', 'planted_sae', 'SteeringStudy', 'make_steering_study',
-           'save_steering_study']
+           'load_steering_model', 'causal_direction', 'planted_sae', 'SteeringStudy', 'make_steering_study']
 
 # %% ../../nbs/planted/steering.ipynb #b3a1a74d
-import json
 import string
 import tempfile
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -35,9 +32,11 @@ WORD_LENGTH = 11  # Of a problem's word. Odd, so that no imbalance is 0
 MIN_IMBALANCE = 5  # The imbalance of a word is at least so strong
 
 
-def letter_imbalance(problem: Problem) -> int:
-    "How many more `p` than `m` are in a problem: what the model's answer depends on."
-    return problem.text.count("p") - problem.text.count("m")
+def letter_imbalance(
+    word: str,  # The text of a problem
+) -> int:
+    "How many more `p` than `m` are in a word: what the model's answer depends on."
+    return word.count("p") - word.count("m")
 
 # %% ../../nbs/planted/steering.ipynb #2d11888a
 def _reference_solution(text: str) -> str:
@@ -70,7 +69,7 @@ def draw_planted_problems(
     while len(words) < n:
         share = rng.uniform(0.2, 0.8)
         word = "".join(rng.choice(["p", "m"], WORD_LENGTH, p=(share, 1 - share)))
-        if abs(word.count("p") - word.count("m")) >= min_imbalance and word not in words:
+        if abs(letter_imbalance(word)) >= min_imbalance and word not in words:
             words.append(word)
     return [_problem_of_word(number, word) for number, word in enumerate(words)]
 
@@ -245,23 +244,3 @@ def make_steering_study(
     }
     activations = _answer_and_label(lm, problems_by_split, progress)
     return SteeringStudy(lm, problems_by_split, activations, style="pva", max_new_tokens=8)
-
-# %% ../../nbs/planted/steering.ipynb #8be4a6c3
-def save_steering_study(
-    folder: str | Path,
-    n: int = 60,  # Problems
-) -> dict[str, str]:  # What phases are given: `model`, `problems`, and `sae` for phase 1.5
-    "The model, its problems and its SAEs on disk."
-    folder = Path(folder)
-    lm = load_steering_model()
-    lm.hf.save_pretrained(folder / STEERING_STUDY_NAME)
-    lm.tokenizer.save_pretrained(folder / STEERING_STUDY_NAME)
-    lines = [json.dumps(problem.row()) + "\n" for problem in draw_planted_problems(n)]
-    (folder / "words.jsonl").write_text("".join(lines))
-    names = {"model": STEERING_STUDY_NAME, "problems": "words.jsonl", "sae": "layer_{layer}"}
-    paths = {role: str(folder / name) for role, name in names.items()}
-    for layer in range(_N_LAYERS):
-        sae = planted_sae(layer)
-        sae = replace(sae, metadata=sae.metadata | {"model_name": paths["model"]})
-        sae.save(paths["sae"].format(layer=layer))
-    return paths

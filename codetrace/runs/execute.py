@@ -16,11 +16,14 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import StorageError, file_sha256, read_json
+from ..models.limits import MemoryLimits, memory_limits_from_environment
 from .checks import check_run
+from .launchers import kernel_variables
 from .manifest import RunInterrupted
 from .parameters import phase_values
 from .phases import find_phase
@@ -131,7 +134,7 @@ def _run_papermill(notebook: Path, folder: Path, parameters: dict):
             parameters=parameters,
             progress_bar=False,
             kernel_name="python3",
-            kernel_manager_class=warm_kernel_manager({"CODETRACE_RUN": str(folder.resolve())}),
+            kernel_manager_class=warm_kernel_manager(kernel_variables(folder)),
             start_timeout=300,
             extra_arguments=["--log-level=CRITICAL"],
             # what an interrupted kernel may take to write its records
@@ -192,13 +195,16 @@ def execute_phase(
     *,
     root: Path | None = None,  # Default: `runs_root()`
     show_progress: bool = True,  # A bar on the terminal
+    memory_limits: MemoryLimits | None = None,  # Default: `memory_limits_from_environment()`
 ) -> dict:  # The manifest of the complete run
     "Run a phase in batch. Raises `BadInput` for the user's mistakes and `RunFailed` for ours."
     declaration = find_phase(phase)
     values = phase_values(phase, parameters or {})
     check_run(declaration.name, values, root)
+    limits = memory_limits or memory_limits_from_environment()
     run = open_run(declaration.name, values, notebook_code(declaration.notebook), root=root, launcher="codetrace")
     try:
+        run.describe(memory_limits=asdict(limits))
         with interrupt_on_stop_signals(), _progress_bar(run.folder, declaration.name, show_progress):
             _run_papermill(declaration.notebook, run.folder, run.parameters)
         run.manifest |= read_json(run.folder / "run.json")

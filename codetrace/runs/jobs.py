@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import read_json
+from ..models.limits import MemoryLimits
 from .execute import RunFailed, execute_phase
 from .manifest import RunBusy, RunInterrupted, changed_outputs
 from .run import run_digest, runs_with_digest
@@ -106,6 +107,7 @@ class PhaseTask:
     root: str  # Folder of all runs
     environment: dict[str, str]  # Variables that the process sets before it begins
     requeue: bool = False  # Back into Slurm's queue when the run is interrupted
+    memory_limits: MemoryLimits | None = None  # Of each run; None: as the environment says
 
     def __call__(self) -> str:  # The run's id
         os.environ.update(self.environment)
@@ -125,10 +127,14 @@ class PhaseTask:
             if manifest := find_complete_run(self.phase, digest, root):
                 return manifest["run_id"]
             try:
-                return execute_phase(self.phase, self.parameters, root=root, show_progress=False)["run_id"]
+                return self._execute(root)["run_id"]
             except RunBusy as busy:
                 print(busy, flush=True)
                 time.sleep(5)
+
+    def _execute(self, root: Path) -> dict:
+        limits = self.memory_limits
+        return execute_phase(self.phase, self.parameters, root=root, show_progress=False, memory_limits=limits)
 
 # %% ../../nbs/runs/jobs.ipynb #cb288655
 def _print_error(error: BaseException):

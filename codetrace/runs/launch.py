@@ -26,6 +26,7 @@ from ..core.environment import KERNELS_VARIABLE
 from ..core.errors import BadInput
 from ..core.files import digest_values, read_json, storage_errors, write_json
 from ..core.shards import shard_range
+from ..models.limits import MemoryLimits
 from .checks import check_run
 from .execute import RunFailed
 from .inputs import pin_inputs
@@ -218,10 +219,12 @@ class ShardedRun:
         where: Sequence[str] | SlurmOptions = ("cpu",),  # Devices of this machine, or resources of Slurm jobs
         requeue: bool = False,  # Start what was stopped again, without being asked
         root: Path | None = None,  # Default: `runs_root()`
+        memory_limits: MemoryLimits | None = None,  # Of each process; None: as the environment says
     ):
         self.phase = find_phase(phase).name
         self.where = where
         self.requeue = requeue
+        self.memory_limits = memory_limits
         self.root = Path(root or runs_root()).resolve()
         declared = phase_parameters(self.phase)
         _check_shard_count(self.phase, declared, shards)
@@ -335,12 +338,13 @@ def _remember(self: ShardedRun, jobs: Sequence[SubmittedJob]):
 
 @patch
 def _task(self: ShardedRun, shard: int, device: str | None = None) -> PhaseTask:
-    "What the process of a shard does; it finds runs, phases and its device through the environment."
+    "What the process of a shard does; it has the user's settings of this process, and its device, in its environment."
     environment = {name: value for name, value in os.environ.items() if name.startswith("CODETRACE_")}
     environment.pop(KERNELS_VARIABLE, None)  # a socket of this machine
     if device is not None:
         environment |= device_environment(device, len(self.where))
-    return PhaseTask(self.phase, self.shard_parameters(shard), str(self.root), environment, self.requeue)
+    parameters = self.shard_parameters(shard)
+    return PhaseTask(self.phase, parameters, str(self.root), environment, self.requeue, self.memory_limits)
 
 # %% ../../nbs/runs/launch.ipynb #93b2bc51
 @patch

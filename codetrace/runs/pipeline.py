@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from ..core.errors import BadInput
+from ..models.limits import MemoryLimits
 from .checks import check_run
 from .execute import execute_phase
 from .inputs import LEFT_OUT
@@ -73,6 +74,7 @@ def run_step_once(
     where: Sequence[str] | SlurmOptions | None = None,  # Devices, or resources of Slurm jobs; None: this process
     shards: int | None = None,  # Processes that share a phase which can be shared; None: one a device
     requeue: bool = False,  # Continue by itself what was stopped
+    memory_limits: MemoryLimits | None = None,  # Of each process; None: as the environment says
 ) -> dict:  # The manifest
     "Run a phase, unless it is complete already."
     phase = find_phase(number).name
@@ -82,7 +84,8 @@ def run_step_once(
     else:
         processes = shards or (1 if isinstance(where, SlurmOptions) else len(where))
         can_be_shared = "shards" in phase_parameters(number)
-        sharded = ShardedRun(number, values, processes if can_be_shared else 1, where, requeue)
+        shards = processes if can_be_shared else 1
+        sharded = ShardedRun(number, values, shards, where, requeue, memory_limits=memory_limits)
         parameters = sharded.shard_parameters(-1)
     complete = None
     with suppress(BadInput):  # of a whole whose shards are not there yet nothing is known
@@ -90,7 +93,9 @@ def run_step_once(
     report_line(f"{number} {phase}: " + (f"complete, {complete['run_id']}" if complete else "running"))
     if complete:
         return complete
-    return sharded.run(show_progress) if sharded else execute_phase(number, values, show_progress=show_progress)
+    if sharded:
+        return sharded.run(show_progress)
+    return execute_phase(number, values, show_progress=show_progress, memory_limits=memory_limits)
 
 # %% ../../nbs/runs/pipeline.ipynb #8578ed46
 def report_inputs(

@@ -7,7 +7,6 @@ __all__ = ['notebook_code', 'library_digest', 'Run', 'peak_memory', 'acquire_run
            'phase_code_digest', 'run_digest', 'runs_with_digest', 'open_scratch_run', 'start_run']
 
 # %% ../../nbs/runs/run.ipynb #0529233f
-import ast
 import json
 import math
 import os
@@ -25,10 +24,19 @@ from fastcore.basics import patch
 
 import codetrace
 from ..core.errors import BadInput
-from ..core.files import atomic_write, cached_file_sha256, digest_values, file_sha256, read_json, storage_errors, write_json
+from codetrace.core.files import (
+    atomic_write,
+    cached_file_sha256,
+    digest_values,
+    file_sha256,
+    read_json,
+    storage_errors,
+    write_json,
+)
+from ..models.limits import MemoryLimits, memory_limits_from_environment
 from .checks import check_run
 from .inputs import input_records, outcome_digest, pinned_records
-from .launchers import detect_launcher, papermill_output
+from .launchers import detect_launcher, injected_parameters, papermill_output, run_folder_of_kernel
 from .manifest import RunBusy, resolve_run, run_lock, run_provenance, stored_manifest
 from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
@@ -115,11 +123,10 @@ class Run:
         return [Path(record["folder"]) for record in self.manifest["inputs"] if "shard" in record]
 
     @property
-    def memory_limits(self):
+    def memory_limits(self) -> MemoryLimits:
         "What this run may take of GPU and host: `load(model, limits=run.memory_limits)`."
-        from codetrace.models.limits import memory_limits_from_environment
-
-        return memory_limits_from_environment()
+        typed = self.manifest.get("memory_limits")
+        return MemoryLimits(**typed) if typed else memory_limits_from_environment()
 
     def _save(self, **facts):
         self.manifest |= facts
@@ -483,16 +490,6 @@ def runs_with_digest(
             manifests.append(stored_manifest(path.parent))
     return [manifest for manifest in manifests if manifest.get("digest") == key]
 
-# %% ../../nbs/runs/run.ipynb #c548cc29
-def _injected_parameters() -> set[str]:
-    "Names that papermill has set in this kernel."
-    try:
-        history = get_ipython().user_ns.get("In", [])
-    except NameError:
-        return set()
-    cell = next((source for source in history if source.startswith("# Parameters\n")), "")
-    return {name.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for name in node.targets}
-
 # %% ../../nbs/runs/run.ipynb #3a41664c
 def _record_failures(run: Run):
     "Write the first error of a cell into the manifest of `run`."
@@ -566,7 +563,7 @@ def start_run(
     declared = phase_parameters(name)
     if missing := [parameter for parameter in declared if parameter not in values]:
         raise BadInput(f"start_run of phase {name!r} is not given {missing[0]!r}: pass every parameter of the notebook")
-    unknown = dict.fromkeys(_injected_parameters() - set(declared))
+    unknown = dict.fromkeys(injected_parameters() - set(declared))
     parameters = check_parameters(values | unknown, declared, name)
     _refuse_untyped(values, parameters, name)
     launcher = detect_launcher()
@@ -575,7 +572,7 @@ def start_run(
     if launcher in ("jupyter", "test"):
         return open_scratch_run(name, parameters, launcher)
     if launcher == "codetrace":
-        run = _attach_to_run(Path(os.environ["CODETRACE_RUN"]), parameters)
+        run = _attach_to_run(run_folder_of_kernel(), parameters)
     else:
         run = open_run(name, parameters, notebook_code(find_phase(name).notebook), launcher=launcher)
     if launcher != "python":

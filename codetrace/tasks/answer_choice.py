@@ -82,9 +82,12 @@ def _weighted_mean(values: Num[np.ndarray, "rows"], weights: Num[np.ndarray, "*r
     return (weights * values).sum(-1) / weights.sum(-1)
 
 
-def _mean_with_interval(values: np.ndarray, group: pd.Series, bounds: tuple[float, float], **options) -> tuple:
+def _mean_with_interval(
+    values: np.ndarray, group: pd.Series, bounds: tuple[float, float], n_resamples: int, seed: int
+) -> tuple[float, float, float]:
     "Mean over problems, low and high end."
-    return cluster_interval(partial(_weighted_mean, values), group, bounds=bounds, **options)
+    mean = partial(_weighted_mean, values)
+    return cluster_interval(mean, group, n_resamples, seed=seed, bounds=bounds)
 
 # %% ../../nbs/tasks/answer_choice.ipynb #114adb28
 def choice_table(
@@ -95,15 +98,14 @@ def choice_table(
     pd.DataFrame
 ):  # One row a k and name: `k, name, value, low, high`, `gain, gain_low, gain_high`, `problems, share_of_room`
     "pass@1 of each choice, and what it gains over random choice, with intervals over groups of near-duplicates."
-    options = {"n_resamples": n_resamples, "seed": seed}
     names = [name for name in rates if name not in ("task_id", "group", "k")]
     rows = []
     for k, of_k in rates.groupby("k"):
         room = (of_k[ORACLE] - of_k[RANDOM_CHOICE]).mean()
         for name in names:
-            value, low, high = _mean_with_interval(of_k[name].to_numpy(), of_k["group"], (0.0, 1.0), **options)
+            value, low, high = _mean_with_interval(of_k[name].to_numpy(), of_k["group"], (0.0, 1.0), n_resamples, seed)
             difference = (of_k[name] - of_k[RANDOM_CHOICE]).to_numpy()
-            gain, gain_low, gain_high = _mean_with_interval(difference, of_k["group"], (-1.0, 1.0), **options)
+            gain, gain_low, gain_high = _mean_with_interval(difference, of_k["group"], (-1.0, 1.0), n_resamples, seed)
             if not np.abs(difference).max() > 1e-12:  # the same choice: nothing varies
                 gain = gain_low = gain_high = 0.0
             row = {"k": int(k), "name": name, "value": value, "low": low, "high": high, "gain": gain}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'TraceLimits', 'TracedProgram', 'TracedValue', 'ExecutionStep', 'Execution', 'record_executions',
-           'state_table', 'watchable_program', 'check_execution']
+           'watchable_program', 'check_execution']
 
 # %% ../../nbs/tasks/execution.ipynb #b8496609
 import ast
@@ -15,10 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from operator import attrgetter
 from pathlib import Path
-
-import pandas as pd
 
 from ..core.errors import BadInput
 from ..sandbox.line_tracer import message_hash
@@ -273,24 +270,6 @@ def record_executions(
     with SandboxPool(workers, sandbox_limits) as pool:
         jobs: list[Future] = [pool.threads.submit(_record_with_worker, pool, program, limits) for program in programs]
         return [job.result() for job in jobs]
-
-# %% ../../nbs/tasks/execution.ipynb #138267c7
-def state_table(
-    execution: Execution,
-) -> pd.DataFrame:  # Columns as a record of variables has them
-    "The variables of an execution, one row a (step, variable)."
-    rows = []
-    for step in filter(attrgetter("complete"), execution.steps):
-        changed = step.changed
-        for name in dict.fromkeys([*step.before, *step.after]):
-            value = step.after.get(name)
-            row = {"step": step.step, "line": step.line, "visit": step.visit, "frame": step.frame}
-            row |= {"function": step.function, "variable": name, "bound": value is not None}
-            row |= {"type": value.type if value else "", "truth": value.text if value else ""}
-            row |= {"whole": value.whole if value else True, "changed": name in changed}
-            rows.append(row | {"branch": step.branch, "raised": step.raised})
-    columns = "step line visit frame function variable bound type truth whole changed branch raised".split()
-    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/tasks/execution.ipynb #c0315700
 def watchable_program(

@@ -318,7 +318,7 @@ def draw_program(
     where: Callable[[Program], bool] = any_program,  # Filter
     *,
     tries: int = 1000,
-    **options,  # For the generator
+    **options,  # For the generator, whose arguments only the caller knows: it may be the user's own
 ) -> Program:  # The first that passes
     "A checked program from `generator` for which `where` holds."
     name = getattr(getattr(generator, "func", generator), "__name__", "generator")  # a partial knows its function
@@ -338,7 +338,7 @@ def draw_solved_examples(
     seq_len: int,  # Of the program
     rng: np.random.Generator,
     n: int,
-    **options,  # For the generator
+    **options,  # For the generator, as `draw_program` takes them
 ) -> list[Program]:  # With their answers
     "Other programs of the same kind, to stand solved before a program."
 

@@ -34,7 +34,7 @@ def find_programs_solved_by_all(
     seeds: Iterable[int] = range(1000),  # Tried in this order
     *,
     batch_size: int = 32,  # Programs given to a solver at once
-    **options,  # For the generator
+    **options,  # For the generator, as `draw_program` takes them
 ) -> Iterator[tuple[int, Program]]:  # Seed and program, so that `next` gives the first
     "Search for the RNG seeds whose program every solver answers correctly."
     solvers = list(solvers)
