@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import codetrace
-from codetrace.phases.report import phase_function
+from codetrace.runs import input_checks, value_checks
 from codetrace.runs.parameters import notebook_parameters
-from codetrace.runs.phases import phases
+from codetrace.runs.phases import phase_function, phases
 
 HOME = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((HOME / "nbs").rglob("*.ipynb"))
@@ -203,6 +203,8 @@ def test_a_phase_declares_what_there_is(name):
     assert {read.through for read in phase.reads} - {""} <= {read.parameter for read in phase.reads}
     assert callable(phase_function(phase, phase.headline))
     assert not phase.claims or callable(phase_function(phase, phase.claims))
+    assert set(phase.rules) | set(phase.made_up_reads) <= set(declared)
+    assert set(phase.checks) <= set(value_checks.__all__) and set(phase.input_checks) <= set(input_checks.__all__)
     source = phase.notebook.read_text()
     assert [figure for figure in phase.figures if figure.removesuffix(".png") not in source] == []
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from codetrace.core.errors import BadInput
-from codetrace.phases.report import phase_function, study_runs
-from codetrace.runs.phases import Phase, find_phase
+from codetrace.phases.report import study_runs
+from codetrace.runs.phases import Phase, find_phase, phase_function
 from codetrace.runs.pipeline import report_inputs
 from codetrace.runs.run import open_run, run_digest
 

@@ -370,4 +370,5 @@ PREGENERATION = Phase(
     claims="pregeneration_claims",
     study="correctness",
     made_up={"input": ""},
+    checks=("check_shuffles",),
 )

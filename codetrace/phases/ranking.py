@@ -186,4 +186,5 @@ RANKING = Phase(
     claims="ranking_claims",
     study="correctness",
     made_up={"input": ""},
+    checks=("check_shuffles",),
 )

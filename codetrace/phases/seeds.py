@@ -51,7 +51,7 @@ from ..patching.heads import HEAD_COLUMNS, choose_heads, heads_from_table, patch
 from ..patching.sweep import PatchSweepOptions, average_by_position, crossover_layer, run_sweep
 from ..plots.mechanism import plot_heads_by_seed, plot_layers_by_seed
 from ..runs.claims import NO_INTERVAL, claim_row
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 
 # %% ../../nbs/phases/15_seeds.ipynb #60749d79
 @dataclass(frozen=True)
@@ -358,4 +358,10 @@ SEEDS = Phase(
     figures=("heads.png", "layers.png"),
     claims="seeds_claims",
     made_up={"models": ["planted:binding", "planted:binding@1"]},
+    rules={
+        "reference_programs": ParameterRule(at_least=1),
+        "ablation_programs": ParameterRule(at_least=1),
+    },
+    checks=("check_references", "check_head_programs"),
+    planted_models=True,
 )

@@ -30,7 +30,7 @@ from codetrace.core.metrics import (
 from ..core.progress import Progress, no_progress
 from ..core.stats import format_with_interval
 from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sae.baseline_differences import simultaneous_differences, verdict_on_baselines
 from ..sae.dataset import LabelledActivations
 from ..sae.f1_warning import trivial_f1_warning
@@ -309,4 +309,9 @@ VALIDATION = Phase(
     limitations="validation_limitations",
     study="correctness",
     made_up={"input": ""},
+    rules={
+        "candidates": ParameterRule(at_least=1),
+        "random_latents": ParameterRule(at_least=1),
+        "threshold_for": ParameterRule(choices=("mcc", "f1", "balanced_accuracy")),
+    },
 )
