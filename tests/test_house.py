@@ -201,8 +201,9 @@ def test_a_phase_declares_what_there_is(name):
         assert set(number.inputs) <= {read.parameter for read in phase.reads}
     assert {read.parameter for read in phase.reads} <= set(declared)
     assert {read.through for read in phase.reads} - {""} <= {read.parameter for read in phase.reads}
-    assert callable(phase_function(phase, phase.headline))
     assert not phase.claims or callable(phase_function(phase, phase.claims))
+    assert not phase.limitations or callable(phase_function(phase, phase.limitations))
+    assert any(re.search(r"\brun\.finish\(\s*\w", cell) for cell in code_cells(phase.notebook)), "no headline"
     assert set(phase.rules) | set(phase.made_up_reads) <= set(declared)
     assert set(phase.checks) <= set(value_checks.__all__) and set(phase.input_checks) <= set(input_checks.__all__)
     source = phase.notebook.read_text()

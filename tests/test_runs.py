@@ -1543,7 +1543,7 @@ def own_notebook(declaration: str, parameters: str = "n: int = 3") -> str:
     return json.dumps({"cells": [{"cell_type": kind, "source": text, "metadata": tags} for kind, text, tags in cells]})
 
 
-ODD_DECLARATION = 'ODD = Phase(name="odd", headline="")'
+ODD_DECLARATION = 'ODD = Phase(name="odd")'
 ODD_NOTEBOOKS = {
     "half saved": '{"cells": [{"cell_type": "co',
     "a list": "[]",
@@ -1552,15 +1552,14 @@ ODD_NOTEBOOKS = {
     "a cell without source": '{"cells": [{"cell_type": "code"}]}',
     "deep": "[" * 100_000,
     "no Python": own_notebook(f"{ODD_DECLARATION}\nthis is no Python"),
-    "a name that is none": own_notebook("ODD = Phase(name=3, headline='')"),
-    "computed": own_notebook('ODD = Phase(name="o" + "dd", headline="")'),
-    "unknown word": own_notebook('ODD = Phase(name="odd", headline="", titel="x")'),
+    "a name that is none": own_notebook("ODD = Phase(name=3)"),
+    "computed": own_notebook('ODD = Phase(name="o" + "dd")'),
+    "unknown word": own_notebook('ODD = Phase(name="odd", titel="x")'),
 }
 
 
 CHECKED_DECLARATION = """ODD = Phase(
     name="odd",
-    headline="",
     module="odd_checks",
     rules={"n": ParameterRule(at_least=2), "depths": ParameterRule(filled=True)},
     checks=("check_odd", "check_references"),

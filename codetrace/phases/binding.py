@@ -290,7 +290,6 @@ def seeds_accuracy_table(
 # %% ../../nbs/phases/12_binding.ipynb #21acde7a
 BINDING = Phase(
     name="binding",
-    headline="binding_headline",
     figures=("loss.png", "learning.png"),
     claims="binding_claims",
     rules={

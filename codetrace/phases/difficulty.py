@@ -68,7 +68,6 @@ def difficulty_headline(
 # %% ../../nbs/phases/20_difficulty.ipynb #b055d296
 DIFFICULTY = Phase(
     name="difficulty",
-    headline="difficulty_headline",
     numbers={"0": PhaseNumber(question="How hard are the problems?", essential=True)},
     figures=("difficulty.png",),
     study="correctness",

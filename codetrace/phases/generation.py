@@ -172,7 +172,6 @@ def generation_limitations(
 # %% ../../nbs/phases/22_generation.ipynb #841ba84d
 GENERATION = Phase(
     name="generation",
-    headline="generation_headline",
     numbers={
         "1.0": PhaseNumber(
             question="How many greedy answers are right?",

@@ -128,7 +128,6 @@ def latent_limitations(
 # %% ../../nbs/phases/24_latents.ipynb #1c4f64bc
 LATENTS = Phase(
     name="latents",
-    headline="latent_search_sentence",
     numbers={
         "2": PhaseNumber(
             question="Which latents know?",

@@ -314,7 +314,6 @@ def recorded_sentences(manifest: dict) -> dict[str, str]:
 # %% ../../nbs/phases/13_mechanism.ipynb #18384107
 MECHANISM = Phase(
     name="mechanism",
-    headline="heads_headline",
     figures=("heads.png", "swapped.png", "ablated.png", "probes.png", "directions.png", "learning_peaks.png"),
     claims="mechanism_claims",
     made_up={"model": "planted"},

@@ -153,7 +153,6 @@ def report_headline(
 # %% ../../nbs/phases/29_report.ipynb #51c63aa0
 REPORT = Phase(
     name="report",
-    headline="report_headline",
     reads=(
         PhaseInput(parameter="attention", phase="3.3", default="newest"),
         PhaseInput(parameter="steering", phase="3.2", role={"on_model": "", "on_problems": ""}, default="newest"),

@@ -220,7 +220,6 @@ def sae_limitations(
 # %% ../../nbs/phases/23_saes.ipynb #038c4172
 SAES = Phase(
     name="saes",
-    headline="saes_headline",
     numbers={
         "1.5": PhaseNumber(
             question="What reads the states?",

@@ -354,7 +354,6 @@ def seeds_claims(
 # %% ../../nbs/phases/15_seeds.ipynb #4686b798
 SEEDS = Phase(
     name="seeds",
-    headline="seeds_headline",
     figures=("heads.png", "layers.png"),
     claims="seeds_claims",
     made_up={"models": ["planted:binding", "planted:binding@1"]},

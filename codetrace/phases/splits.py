@@ -23,7 +23,6 @@ def splits_headline(
 # %% ../../nbs/phases/21_splits.ipynb #31ce0e7c
 SPLITS = Phase(
     name="splits",
-    headline="splits_headline",
     numbers={
         "0.1": PhaseNumber(question="Which problems find, tune and judge?", inputs={"input": "0"}, essential=True),
     },

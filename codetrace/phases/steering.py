@@ -469,7 +469,6 @@ def steering_limitations(
 # %% ../../nbs/phases/27_steering.ipynb #33ef67d9
 STEERING = Phase(
     name="steering",
-    headline="steering_headline",
     numbers={
         "3.2": PhaseNumber(
             question="Does the push help?",

@@ -415,7 +415,6 @@ def run_causal_tracing_experiment(
 # %% ../../nbs/phases/11_tracing.ipynb #32cf23fd
 TRACING = Phase(
     name="tracing",
-    headline="tracing_headline",
     reads=(PhaseInput(parameter="input", phase="tracking", same=("model",)),),
     figures=("name_layer.png", "layer_lines.png"),
     claims="tracing_claims",

@@ -570,7 +570,6 @@ def plot(
 # %% ../../nbs/phases/10_tracking.ipynb #c5ff635d
 TRACKING = Phase(
     name="tracking",
-    headline="tracking_headline",
     figures=("accuracy_plot.png",),
     claims="tracking_claims",
     rules={

@@ -517,7 +517,6 @@ def tuning_headline(
 # %% ../../nbs/phases/26_tuning.ipynb #be57ad42
 TUNING = Phase(
     name="tuning",
-    headline="tuning_headline",
     numbers={
         "3.1": PhaseNumber(
             question="Which push was chosen?",

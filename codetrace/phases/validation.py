@@ -289,7 +289,6 @@ def validation_limitations(
 # %% ../../nbs/phases/25_validation.ipynb #00f68f19
 VALIDATION = Phase(
     name="validation",
-    headline="validation_headline",
     numbers={
         "3": PhaseNumber(
             question="Do they know on tasks they have not seen?",

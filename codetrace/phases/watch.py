@@ -381,7 +381,6 @@ def listing_rows(
 # %% ../../nbs/phases/14_watch.ipynb #e2fc068f
 WATCH = Phase(
     name="watch",
-    headline="watch_headline",
     figures=("listing.png", "kinds.png", "layers.png", "calibration.png"),
     claims="watch_claims",
     limitations="watch_limitations",
