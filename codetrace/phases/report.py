@@ -23,9 +23,17 @@ from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, find_phase, phase_function, study_numbers
 
 # %% ../../nbs/phases/29_report.ipynb #770d495d
+def _reported_study() -> str:
+    "The study that the phases which the report reads declare themselves part of."
+    studies = {find_phase(read.phase).study for read in find_phase("report").reads}
+    if len(studies) != 1:
+        raise BadInput(f"the report reads phases of {len(studies)} studies: {', '.join(sorted(studies))}; it is of one")
+    return studies.pop()
+
+
 def study_questions() -> dict[str, str]:
     "The numbers of the study and what each asks, in order."
-    return {text: number.question for text, number in study_numbers("correctness").items()}
+    return {text: number.question for text, number in study_numbers(_reported_study()).items()}
 
 # %% ../../nbs/phases/29_report.ipynb #7d231a8e
 def study_runs(
