@@ -301,11 +301,11 @@ def seeds_layers_figure(tables: Mapping[str, pd.DataFrame]):
 def seeds_headline(tables: Mapping[str, pd.DataFrame]) -> str:
     "One line for the list of runs."
     counts = findings_in_seeds(tables["findings"])
-    of = int(counts["of"].max())
-    parts = [f"{of} trainings" if of > 1 else "one training"]
+    n_seeds = int(counts["seeds"].max())
+    parts = [f"{n_seeds} trainings" if n_seeds > 1 else "one training"]
     for row in tables["crossover"].groupby("finding", sort=False)["layer"].agg(["min", "max"]).itertuples():
         parts.append(f"{row.Index} at layer {row.min:.0f} to {row.max:.0f}")
-    in_all = (counts["in_seeds"] == counts["of"]).sum()
+    in_all = (counts["in_seeds"] == counts["seeds"]).sum()
     parts.append(f"{in_all} of {len(counts)} findings hold in all")
     overlap = tables["overlap"]
     if len(overlap):
@@ -334,8 +334,8 @@ def seeds_claims(
     tables = read_seed_tables(manifest)
     claims = []
     for row in findings_in_seeds(tables["findings"]).to_dict("records"):
-        share = row["in_seeds"] / row["of"]
-        phrase = seeds_phrase(row["in_seeds"], row["of"])
+        share = row["in_seeds"] / row["seeds"]
+        phrase = seeds_phrase(row["in_seeds"], row["seeds"])
         claims.append(claim_row(row["finding"], share, (row["low"], row["high"]), phrase))
     for row in tables["overlap"].to_dict("records"):
         pair_range = f"single pairs {row['least alike']:.2f} to {row['most alike']:.2f}"
