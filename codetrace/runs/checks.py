@@ -157,6 +157,7 @@ def check_run(
 ) -> None:
     "Refuse values that the phase cannot work with; raises `BadInput` with one line."
     declaration = find_phase(phase)
+    assert declaration.notebook is not None
     shares_names = declaration.notebook.parent == phase_folders()[0]
     if {"shards", "shard"} <= set(values):
         shard_range(values["shards"], values["shards"], values["shard"])

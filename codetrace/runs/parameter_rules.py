@@ -78,7 +78,7 @@ def _check_item(phase: Phase, name: str, item: object, rule: ParameterRule) -> N
     "Refuse one value that is no list, or one item of a list."
     if isinstance(item, int | float) and not isinstance(item, bool):
         _check_number(phase, name, item, rule)
-    if rule.choices and not (rule.optional and item == ""):
+    if isinstance(item, str) and rule.choices and (item or not rule.optional):
         look_up_name(item, rule.choices, rule.label or name)
 
 # %% ../../nbs/runs/parameter_rules.ipynb #120ebbdb
