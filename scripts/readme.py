@@ -136,7 +136,8 @@ def watch_finding(untaught: str, taught: str) -> str:
 
 def seeds_finding(name: str) -> str:
     "What holds in every training of the model that follows references, and what does not."
-    rows = {row["finding"]: row for row in record(name)["summary"]}
+    summary = [{"seeds": row.get("of")} | row for row in record(name)["summary"]]  # `of` in a record of before
+    rows = {row["finding"]: row for row in summary}
     value = rows["a changed value passes from rhs 1 to the final token (layer)"]
     reference = rows["a changed reference passes from rhs 2 to the final token (layer)"]
     enough = rows["heads chosen at final for a changed value bring more than random heads (effect)"]
@@ -144,7 +145,7 @@ def seeds_finding(name: str) -> str:
         "without the heads chosen at final for a changed value accuracy is lower than without random heads (accuracy)"
     ]
     return (
-        f"**Where it is learnt, it is learnt in the same place.** SmolLM2 was taught to follow references {value['of']} times. A changed value passes from its constant to the "
+        f"**Where it is learnt, it is learnt in the same place.** SmolLM2 was taught to follow references {value['seeds']} times. A changed value passes from its constant to the "
         f"last token at layer {layers(value)} (of layers 0 to 29) in {share(value)}, a changed reference at layer {layers(reference)} in {share(reference)}; the heads found there bring more "
         f"than random heads in {share(enough)}, but are needed more than random heads in only {share(needed)} ({record_link(name, 'record')})."
     )
@@ -159,7 +160,7 @@ def layers(row: dict) -> str:
 
 def share(row: dict) -> str:
     "In how many trainings something is found, with the interval."
-    return f"{row['in_seeds']} of {row['of']} [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['in_seeds']} of {row['seeds']} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def pregeneration_finding(name: str) -> str:

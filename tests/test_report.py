@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from codetrace.core.errors import BadInput
-from codetrace.phases.report import phase_function, study_runs
-from codetrace.runs.phases import Phase, find_phase
+from codetrace.phases.report import study_runs
+from codetrace.runs.phases import Phase, find_phase, phase_function
 from codetrace.runs.pipeline import report_inputs
 from codetrace.runs.run import open_run, run_digest
 
@@ -79,9 +79,9 @@ def test_the_report_of_a_chain_reads_its_runs_and_no_earlier_ones(answers):
 def test_claims_of_a_phase_of_ones_own_come_from_the_module_that_it_names(tmp_path, monkeypatch):
     (tmp_path / "my_phase.py").write_text("def my_claims(manifest):\n    return [manifest['headline']]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    own_phase = Phase(name="mine", headline="my_headline", claims="my_claims", module="my_phase")
+    own_phase = Phase(name="mine", claims="my_claims", limitations="my_limitations", module="my_phase")
     assert phase_function(own_phase, own_phase.claims)({"headline": "seven"}) == ["seven"]
-    with pytest.raises(BadInput, match="'mine' declares 'my_headline', which my_phase does not hold"):
-        phase_function(own_phase, own_phase.headline)
+    with pytest.raises(BadInput, match="'mine' declares 'my_limitations', which my_phase does not hold"):
+        phase_function(own_phase, own_phase.limitations)
     with pytest.raises(BadInput, match=r"codetrace\.phases\.mine does not hold"):
-        phase_function(Phase(name="mine", headline="my_headline"), "my_headline")
+        phase_function(Phase(name="mine", claims="my_claims"), "my_claims")

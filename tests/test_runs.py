@@ -1,9 +1,11 @@
 "Runs from outside: killed, interrupted, doubled, misspelt, started by others."
 
+import ast
 import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -499,34 +501,73 @@ def test_what_the_checks_know_is_what_the_phases_take():
     from codetrace.patching.sweep import _EXAMPLE_POSITIONS, _POSITION_NAME
     from codetrace.planted import steering as planted_steering
     from codetrace.planted.binding import PLANTED_MODELS
-    from codetrace.runs import checks
+    from codetrace.runs import checks, value_checks
+    from codetrace.runs.parameter_rules import SHARED_RULES
     from codetrace.runs.phases import phases
     from codetrace.sae.linear_probes import THRESHOLD_MEASURES
     from codetrace.sae.loading import SAE_RELEASES
     from codetrace.tasks.difficulty import DIFFICULTY_MEASURES
+    from codetrace.tasks.generators import GENERATORS
+    from codetrace.tasks.problem_prompts import PROMPT_STYLES
     from codetrace.tasks.problem_splits import SPLIT_SHARES
     from codetrace.tasks.program_prompts import PROMPT_TEMPLATES
     from codetrace.tasks.programs import QUERY_STYLES
+    from codetrace.tasks.question_styles import QUESTION_STYLES
 
     known = {
-        "where": EDIT_PLACES,
-        "kinds": STATE_KINDS,
+        "tuning.where": EDIT_PLACES,
         "latents.positions": STATE_KINDS,
-        "directions": PATCH_DIRECTIONS,
-        "change": COUNTERFACTUAL_CHANGES,
-        "engine": ENGINES,
-        "threshold_for": THRESHOLD_MEASURES,
-        "stratify_by": DIFFICULTY_MEASURES,
+        "tracing.directions": PATCH_DIRECTIONS,
+        "tracing.change": COUNTERFACTUAL_CHANGES,
+        "tracing.engine": ENGINES,
+        "validation.threshold_for": THRESHOLD_MEASURES,
+        "splits.stratify_by": DIFFICULTY_MEASURES,
         "latents.split": SPLIT_SHARES,
-        "query_style": ["auto", *QUERY_STYLES],
+        "generation.split": ["all", *SPLIT_SHARES],
+        "steering.split": ["all", *SPLIT_SHARES],
+        "tracking.query_style": ["auto", *QUERY_STYLES],
+        "tracking.generators": GENERATORS,
+        "watch.generators": ["copies", "execution", *GENERATORS],
+        "watch.style": ["auto", *QUESTION_STYLES],
+        "generation.prompt": PROMPT_STYLES,
+        "steering.prompts": PROMPT_STYLES,
     }
-    assert {name: set(checks._CHOICES[name]) for name in known} == {name: set(words) for name, words in known.items()}
-    assert set(checks._PROMPT_TEMPLATES) == set(PROMPT_TEMPLATES)
-    assert set(checks._PLANTED_MODELS) == set(PLANTED_MODELS) and checks._HAVE_RELEASED_SAES == set(SAE_RELEASES)
-    assert (checks._POSITION_NAME, [*checks._EXAMPLE_POSITIONS]) == (_POSITION_NAME, _EXAMPLE_POSITIONS)
-    assert checks._MADE_UP_LAYERS == planted_steering._N_LAYERS
-    loading = [name for name, phase in phases().items() if "load_model_or_planted" in phase.notebook.read_text()]
-    assert loading == [*checks._TAKES_PLANTED_MODELS]
+    declared = phases()
+    choices = {}
+    for key in known:
+        phase, name = key.split(".")
+        choices[key] = set((SHARED_RULES | declared[phase].rules)[name].choices)
+    assert choices == {name: set(words) for name, words in known.items()}
+    assert set(value_checks._PROMPT_TEMPLATES) == set(PROMPT_TEMPLATES)
+    assert set(checks._PLANTED_MODELS) == set(PLANTED_MODELS)
+    assert value_checks._HAVE_RELEASED_SAES == set(SAE_RELEASES)
+    positions = (value_checks._POSITION_NAME, [*value_checks._EXAMPLE_POSITIONS])
+    assert positions == (_POSITION_NAME, _EXAMPLE_POSITIONS)
+    assert value_checks._MADE_UP_LAYERS == planted_steering._N_LAYERS
+    loading = [name for name, phase in declared.items() if "load_model_or_planted" in phase.notebook.read_text()]
+    assert loading == [name for name, phase in declared.items() if phase.planted_models]
+
+
+def test_a_rule_that_phases_share_is_one_of_several_phases():
+    "What a single phase needs stands in its declaration, beside its code."
+    from codetrace.runs.parameter_rules import SHARED_RULES
+    from codetrace.runs.parameters import phase_parameters
+    from codetrace.runs.phases import phases
+
+    users = {name: [phase for phase in phases() if name in phase_parameters(phase)] for name in SHARED_RULES}
+    assert {name: names for name, names in users.items() if len(names) < 2} == {}
+
+
+def test_the_checks_know_no_phase_by_name():
+    from codetrace.runs import checks, input_checks, parameter_rules, value_checks
+    from codetrace.runs.phases import phases
+
+    for module in (checks, input_checks, parameter_rules, value_checks):
+        nodes = [*ast.walk(ast.parse(Path(module.__file__).read_text()))]
+        compared = {ast.unparse(node) for node in nodes if isinstance(node, ast.Compare)}
+        assert not [text for text in compared if re.search(r"\bphase(\.name)?\b (==|!=|in|not in)", text)]
+        keys = {ast.unparse(key) for node in nodes if isinstance(node, ast.Dict) for key in node.keys if key}
+        assert not {key.strip("'") for key in keys} & phases().keys()
 
 
 READ_BY_TYPE = {
@@ -1512,7 +1553,7 @@ def own_notebook(declaration: str, parameters: str = "n: int = 3") -> str:
     return json.dumps({"cells": [{"cell_type": kind, "source": text, "metadata": tags} for kind, text, tags in cells]})
 
 
-ODD_DECLARATION = 'ODD = Phase(name="odd", headline="")'
+ODD_DECLARATION = 'ODD = Phase(name="odd")'
 ODD_NOTEBOOKS = {
     "half saved": '{"cells": [{"cell_type": "co',
     "a list": "[]",
@@ -1521,10 +1562,46 @@ ODD_NOTEBOOKS = {
     "a cell without source": '{"cells": [{"cell_type": "code"}]}',
     "deep": "[" * 100_000,
     "no Python": own_notebook(f"{ODD_DECLARATION}\nthis is no Python"),
-    "a name that is none": own_notebook("ODD = Phase(name=3, headline='')"),
-    "computed": own_notebook('ODD = Phase(name="o" + "dd", headline="")'),
-    "unknown word": own_notebook('ODD = Phase(name="odd", headline="", titel="x")'),
+    "a name that is none": own_notebook("ODD = Phase(name=3)"),
+    "computed": own_notebook('ODD = Phase(name="o" + "dd")'),
+    "unknown word": own_notebook('ODD = Phase(name="odd", titel="x")'),
 }
+
+
+CHECKED_DECLARATION = """ODD = Phase(
+    name="odd",
+    module="odd_checks",
+    rules={"n": ParameterRule(at_least=2), "depths": ParameterRule(filled=True)},
+    checks=("check_odd", "check_references"),
+    input_checks=("check_odd_inputs",),
+)"""
+
+
+def test_a_phase_of_ones_own_declares_what_is_checked(tmp_path, monkeypatch):
+    "Rules, codetrace's checks, and functions of its module; what it declares no rule for may be anything."
+    from codetrace.runs.checks import check_run
+
+    parameters = "n: int = 3\ndepths: list[int] = [2]\nseq_lens: list[int] = [-1]"
+    (tmp_path / "10_odd.ipynb").write_text(own_notebook(CHECKED_DECLARATION, parameters))
+    (tmp_path / "odd_checks.py").write_text(
+        "from codetrace.core.errors import BadInput\n\n\n"
+        "def check_odd(phase, values):\n    if values['n'] % 2 == 0:\n        raise BadInput(f'{phase}: n is even')\n\n\n"
+        "def check_odd_inputs(phase, values, find_inputs):\n    if values['n'] == 7:\n        raise BadInput(f'{[*find_inputs()]}')\n"
+    )
+    monkeypatch.setenv("CODETRACE_NOTEBOOKS", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    right = {"n": 3, "depths": [2], "seq_lens": [-1]}
+    check_run("odd", right)
+    wrong = {
+        "n must be a whole number of at least 2, not 1": {"n": 1},
+        "odd: n is even": {"n": 4},
+        "depths is empty": {"depths": []},
+        "a program of depth 1 has no reference to change": {"depths": [1]},
+        "[]": {"n": 7},
+    }
+    for message, values in wrong.items():
+        with pytest.raises(BadInput, match=re.escape(message)):
+            check_run("odd", right | values)
 
 
 @pytest.mark.parametrize("case", [*ODD_NOTEBOOKS, "not text", "a folder", "a link to nowhere"])

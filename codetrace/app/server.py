@@ -6,7 +6,6 @@
 __all__ = ['PageModels', 'start_page']
 
 # %% ../../nbs/app/server.ipynb #9b161c39
-import gc
 import threading
 from functools import partial
 
@@ -21,7 +20,8 @@ from .watch_tab import watch_tab
 from ..core.errors import look_up_name
 from ..models.limits import USUAL_LIMITS, MemoryLimits
 from ..models.lm import LM
-from ..models.loading import available_models, load
+from ..models.loading import available_models
+from ..models.model_cache import ModelCache
 from ..planted.steering import STEERING_STUDY_NAME, load_steering_model
 from ..sandbox.pool import SandboxPool
 
@@ -40,7 +40,7 @@ class PageModels:
         self.jobs = jobs
         self.most = most
         self.limits = limits
-        self.loaded: dict[tuple[str, str], LM] = {}  # By name and dtype
+        self.caches: dict[str, ModelCache] = {}  # By dtype
         self.lock = threading.Lock()
 
     def named(self, name: str) -> LM:
@@ -49,24 +49,27 @@ class PageModels:
         return self.load(name, "float32")
 
     def load(self, name: str, dtype: str) -> LM:
-        "The model of a run of this machine."
+        "The model of a run of this machine, within the page's limits; one is loaded at a time."
         with self.lock:
-            if (name, dtype) not in self.loaded:
+            if dtype not in self.caches:
+                self.caches[dtype] = ModelCache(dtype=dtype, limits=self.limits)
+            cache = self.caches[dtype]
+            if name not in cache.loaded:
                 self._make_room()
-                is_planted = name == STEERING_STUDY_NAME
-                self.loaded[name, dtype] = load_steering_model() if is_planted else self._load(name, dtype)
-            return self.loaded[name, dtype]
+                if name == STEERING_STUDY_NAME:
+                    cache.loaded[name] = load_steering_model()
+            return cache.model(name)
 
-    def _load(self, name: str, dtype: str) -> LM:
-        "A model within the page's limits."
-        return load(name, dtype=dtype, limits=self.limits)
+    def loaded(self) -> list[tuple[str, str]]:  # Name and dtype
+        "The models in memory."
+        return [(name, dtype) for dtype, cache in self.caches.items() for name in cache.loaded]
 
     def _make_room(self) -> None:
         "Give back the memory of models that no job uses."
-        idle = [key for key in self.loaded if not self.jobs.count(key[0])]
-        for key in idle[: max(len(self.loaded) - self.most + 1, 0)]:
-            del self.loaded[key]
-        gc.collect()
+        models = self.loaded()
+        idle = [(name, dtype) for name, dtype in models if not self.jobs.count(name)]
+        for name, dtype in idle[: max(len(models) - self.most + 1, 0)]:
+            self.caches[dtype].unload_model(name)
 
 # %% ../../nbs/app/server.ipynb #f683b456
 def start_page(

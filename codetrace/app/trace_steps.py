@@ -88,7 +88,7 @@ def typed_case(
 def answer_rows(
     lm: LM,
     case: TraceCase,
-) -> list[dict]:  # `of, right answer, model says, p(right), p(said)`
+) -> list[dict]:  # `program, right answer, model says, p(right), p(said)`
     "What the model answers to both programs."
     prompts = []
     right_ids = []
@@ -103,7 +103,9 @@ def answer_rows(
         top_token = int(row.argmax())
         text = lm.tokenizer.decode([top_token])
         mark = "right" if top_token == right_id else "wrong"
-        rows.append({"of": name, "right answer": program.answer, "model says": text, "p(said)": float(row[top_token])})
+        rows.append(
+            {"program": name, "right answer": program.answer, "model says": text, "p(said)": float(row[top_token])}
+        )
         rows[-1] |= {"p(right)": float(row[right_id]), "it is": mark}
     return rows
 

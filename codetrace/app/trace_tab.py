@@ -152,7 +152,7 @@ def _warnings(progress: TraceProgress) -> list[Markup]:
         if row["it is"] == "wrong":
             notes.append(
                 html_note(
-                    f"{progress.model} is wrong on the {row['of']}: it says {row['model says']!r}. Effects are then shares of "
+                    f"{progress.model} is wrong on the {row['program']}: it says {row['model says']!r}. Effects are then shares of "
                     "the difference between two answers of which it does not give both.",
                     "error",
                 )

@@ -182,7 +182,7 @@ def _checkpoint_digest(body: dict[str, Any]) -> str:
     "Digest of a list of parts without its `digest`; format 1 had its keys in the order in which they were written."
     content = {name: value for name, value in body.items() if name != "digest"}
     if content["format"] == 1:
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # as the reference records of format 1 have it
     return digest_values(content)
 
 

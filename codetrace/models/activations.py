@@ -269,6 +269,7 @@ def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, metad
 # %% ../../nbs/models/activations.ipynb #183ce632
 def _write_kinds(folder: Path, sources: Mapping[str, Sequence[_RowSource]], order: Sequence[tuple]) -> list[Path]:
     "The files of all kinds, from the sources of each."
+    # not `digest_values`, which would change these files: manifests of earlier runs have their hashes
     digest = hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()
     metadata = {"rows": str(len(order)), "keys_sha256": digest, "format": "1"}
     paths = []

@@ -452,7 +452,8 @@ def _tidy(self: Decoder) -> None:
         slot = places.index(answer)
         if slot // SLOTS_PER_BLOCK != target // SLOTS_PER_BLOCK:
             self._exchange(slot, target)
-            places[slot], places[target] = places[target], places[slot]
+            places[slot] = places[target]
+            places[target] = answer
 
 
 def _attended_columns(lengths: Int[np.ndarray, "slot"]) -> int:
@@ -465,7 +466,9 @@ def _attended_columns(lengths: Int[np.ndarray, "slot"]) -> int:
 def _exchange(self: Decoder, a: int, b: int) -> None:
     "Two answers change places."
     self.cache.swap(a, b)
-    self.answers[a], self.answers[b] = self.answers[b], self.answers[a]
+    answer_of_a = self.answers[a]
+    self.answers[a] = self.answers[b]
+    self.answers[b] = answer_of_a
     self.sums[:, [a, b]] = self.sums[:, [b, a]]
 
 # %% ../../nbs/models/decoding.ipynb #20ee4999

@@ -19,7 +19,7 @@ from ..core.stats import SIGNIFICANCE_LEVEL, wilson
 def heads_in_seeds(
     heads: pd.DataFrame,  # One row a seed and chosen head: `seed, position_name, layer, head, effect`
     n_seeds: int,  # Trainings that were measured, those without a chosen head included
-) -> pd.DataFrame:  # One row a position and head, the commonest first: `in_seeds, of`, mean and range of the effect
+) -> pd.DataFrame:  # One row a position and head, the commonest first: `in_seeds, seeds`, mean and range of the effect
     "In how many of the seeds each head was chosen."
     key = ["position_name", "layer", "head"]
     groups = heads.groupby(key, sort=False)
@@ -28,7 +28,7 @@ def heads_in_seeds(
         raise BadInput(
             f"a head was chosen in {table['in_seeds'].max()} of {n_seeds} seeds: give each seed's heads once"
         )
-    table.insert(len(key) + 1, "of", n_seeds)
+    table.insert(len(key) + 1, "seeds", n_seeds)
     position_order = {name: order for order, name in enumerate(dict.fromkeys(heads["position_name"]))}
     table = table.assign(order=table["position_name"].map(position_order))
     table = table.sort_values(["order", "in_seeds", "layer", "head"], ascending=[True, False, True, True])
@@ -102,16 +102,16 @@ def head_overlap_table(
 # %% ../../nbs/patching/seed_stability.ipynb #3a03f714
 def findings_in_seeds(
     findings: pd.DataFrame,  # One row a seed and finding: `seed, finding, holds, value`
-) -> pd.DataFrame:  # One row a finding: `in_seeds, of`, share with Wilson's interval, range of the value
+) -> pd.DataFrame:  # One row a finding: `in_seeds, seeds`, share with Wilson's interval, range of the value
     "In how many seeds each finding holds."
     groups = findings.groupby("finding", sort=False)
-    table = groups["holds"].agg(in_seeds="sum", of="size").astype(int)
-    table["low"], table["high"] = wilson(table["in_seeds"], table["of"])
+    table = groups["holds"].agg(in_seeds="sum", seeds="size").astype(int)
+    table["low"], table["high"] = wilson(table["in_seeds"], table["seeds"])
     table["smallest"] = groups["value"].min()
     table["largest"] = groups["value"].max()
     return table.reset_index()
 
 
-def seeds_phrase(in_seeds: int, of: int) -> str:
+def seeds_phrase(in_seeds: int, seeds: int) -> str:
     "For a sentence: in how many of the seeds."
-    return f"in {in_seeds} of {of} training seeds"
+    return f"in {in_seeds} of {seeds} training seeds"

@@ -377,7 +377,6 @@ def attention_headline(
 # %% ../../nbs/phases/28_attention.ipynb #ff9a17d5
 ATTENTION = Phase(
     name="attention",
-    headline="attention_headline",
     numbers={
         "3.3": PhaseNumber(
             question="Where does the model look?",

@@ -24,7 +24,7 @@ from ..plots.mechanism import plot_shares_by_step
 from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
 from ..runs.manifest import reference_runs
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 from codetrace.tasks.binding_programs import (
     BindingProgramOptions,
     BindingPrograms,
@@ -290,7 +290,26 @@ def seeds_accuracy_table(
 # %% ../../nbs/phases/12_binding.ipynb #21acde7a
 BINDING = Phase(
     name="binding",
-    headline="binding_headline",
     figures=("loss.png", "learning.png"),
     claims="binding_claims",
+    rules={
+        "init": ParameterRule(choices=("adapter", "scratch")),
+        "rank": ParameterRule(at_least=1),
+        "scratch_size": ParameterRule(at_least=1, filled=True),
+        "queries": ParameterRule(at_least=1),
+        "lines": ParameterRule(at_least=1, filled=True),
+        "curriculum": ParameterRule(kind="share"),
+        "mastery": ParameterRule(kind="share"),
+        "evaluate_after": ParameterRule(at_least=1),
+        "queries_per_depth": ParameterRule(at_least=1),
+        "perplexity_sequences": ParameterRule(at_least=1),
+        "checkpoint_every": ParameterRule(at_least=1),
+    },
+    checks=(
+        "check_binding_programs",
+        "check_scratch_model",
+        "check_adapter",
+        "check_training_is_read",
+        "check_training_length",
+    ),
 )

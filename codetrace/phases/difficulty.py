@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.progress import Progress, no_progress
-from ..runs.phases import Phase, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseNumber
 from ..sandbox.pool import GradingJob, SandboxPool
 from ..tasks.difficulty import DIFFICULTY_MEASURES
 from ..tasks.problems import Problem
@@ -68,8 +68,10 @@ def difficulty_headline(
 # %% ../../nbs/phases/20_difficulty.ipynb #b055d296
 DIFFICULTY = Phase(
     name="difficulty",
-    headline="difficulty_headline",
     numbers={"0": PhaseNumber(question="How hard are the problems?", essential=True)},
     figures=("difficulty.png",),
     study="correctness",
+    rules={
+        "workers": ParameterRule(at_least=1),
+    },
 )

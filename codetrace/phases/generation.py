@@ -16,7 +16,7 @@ import pandas as pd
 from ..core.errors import BadInput
 from ..core.stats import format_with_interval
 from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sandbox.pool import NOT_JUDGED, VERDICTS, GradingJob, grade
 from ..tasks.pass_at_k import pass_at_k_interval
 from ..tasks.problem_splits import difficulty_levels
@@ -172,7 +172,6 @@ def generation_limitations(
 # %% ../../nbs/phases/22_generation.ipynb #841ba84d
 GENERATION = Phase(
     name="generation",
-    headline="generation_headline",
     numbers={
         "1.0": PhaseNumber(
             question="How many greedy answers are right?",
@@ -204,4 +203,16 @@ GENERATION = Phase(
     claims="generation_claims",
     limitations="generation_limitations",
     study="correctness",
+    rules={
+        "split": ParameterRule(choices=("all", "sae", "hyperparams", "validation")),
+        "prompt": ParameterRule(
+            choices=("auto", "pva", "three_shot", "completion", "chat", "chat_code"), label="prompt style"
+        ),
+        "temperature": ParameterRule(filled=True, distinct=True, label="temperature"),
+        "sites": ParameterRule(
+            choices=("resid_pre", "resid_mid", "resid_post"), label="site", filled=True, distinct=True
+        ),
+        "per_token_layers": ParameterRule(distinct=True),
+    },
+    checks=("check_temperatures", "check_answer_length"),
 )

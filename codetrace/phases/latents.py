@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.files import read_json
 from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sae.null_of_maximum import NOMINAL_LEVEL
 
 # %% ../../nbs/phases/24_latents.ipynb #ca5de0b4
@@ -128,7 +128,6 @@ def latent_limitations(
 # %% ../../nbs/phases/24_latents.ipynb #1c4f64bc
 LATENTS = Phase(
     name="latents",
-    headline="latent_search_sentence",
     numbers={
         "2": PhaseNumber(
             question="Which latents know?",
@@ -146,4 +145,12 @@ LATENTS = Phase(
     limitations="latent_limitations",
     study="correctness",
     made_up={"input": ""},
+    rules={
+        "split": ParameterRule(choices=("sae", "hyperparams", "validation")),
+        "positions": ParameterRule(choices=("last_prompt", "last_generated", "mean_generated")),
+        "text_tokens": ParameterRule(at_least=1),
+        "max_density": ParameterRule(kind="share"),
+        "num_cards": ParameterRule(at_least=1),
+    },
+    checks=("check_density_text", "check_shuffles"),
 )

@@ -58,7 +58,7 @@ from ..patching.subspaces import directions_needed, directions_sentence
 from ..patching.sweep import PatchSweepOptions, run_sweep, split_halves
 from ..plots.patching import plot_position_grid
 from ..runs.claims import claim_row
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 
 # %% ../../nbs/phases/13_mechanism.ipynb #f19b0c1c
 def full_logit_differences(
@@ -314,8 +314,15 @@ def recorded_sentences(manifest: dict) -> dict[str, str]:
 # %% ../../nbs/phases/13_mechanism.ipynb #18384107
 MECHANISM = Phase(
     name="mechanism",
-    headline="heads_headline",
     figures=("heads.png", "swapped.png", "ablated.png", "probes.png", "directions.png", "learning_peaks.png"),
     claims="mechanism_claims",
     made_up={"model": "planted"},
+    rules={
+        "reference_programs": ParameterRule(at_least=1),
+        "ablation_programs": ParameterRule(at_least=1),
+        "subspace_sizes": ParameterRule(at_least=1, filled=True, distinct=True),
+        "compared_models": ParameterRule(distinct=True),
+    },
+    checks=("check_references", "check_program_halves"),
+    planted_models=True,
 )

@@ -352,7 +352,6 @@ def pregeneration_headline(
 # %% ../../nbs/phases/30_pregeneration.ipynb #191c2491
 PREGENERATION = Phase(
     name="pregeneration",
-    headline="pregeneration_headline",
     numbers={
         "3.4": PhaseNumber(
             question="Does it know before a token is written?",
@@ -370,4 +369,5 @@ PREGENERATION = Phase(
     claims="pregeneration_claims",
     study="correctness",
     made_up={"input": ""},
+    checks=("check_shuffles",),
 )

@@ -162,7 +162,6 @@ def ranking_headline(
 # %% ../../nbs/phases/31_ranking.ipynb #f32a1c3b
 RANKING = Phase(
     name="ranking",
-    headline="ranking_headline",
     numbers={
         "3.5": PhaseNumber(
             question="What is it worth to choose among answers?",
@@ -186,4 +185,5 @@ RANKING = Phase(
     claims="ranking_claims",
     study="correctness",
     made_up={"input": ""},
+    checks=("check_shuffles",),
 )

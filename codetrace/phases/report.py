@@ -9,8 +9,7 @@ __all__ = ['REPORT', 'study_questions', 'study_runs', 'study_claims_table', 'stu
 # %% ../../nbs/phases/29_report.ipynb #71b2fae6
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,20 @@ from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
 from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
 from ..runs.manifest import read_manifest
-from ..runs.phases import Phase, PhaseInput, find_phase, study_numbers
+from ..runs.phases import Phase, PhaseInput, find_phase, phase_function, study_numbers
 
 # %% ../../nbs/phases/29_report.ipynb #770d495d
+def _reported_study() -> str:
+    "The study that the phases which the report reads declare themselves part of."
+    studies = {find_phase(read.phase).study for read in find_phase("report").reads}
+    if len(studies) != 1:
+        raise BadInput(f"the report reads phases of {len(studies)} studies: {', '.join(sorted(studies))}; it is of one")
+    return studies.pop()
+
+
 def study_questions() -> dict[str, str]:
     "The numbers of the study and what each asks, in order."
-    return {text: number.question for text, number in study_numbers("correctness").items()}
+    return {text: number.question for text, number in study_numbers(_reported_study()).items()}
 
 # %% ../../nbs/phases/29_report.ipynb #7d231a8e
 def study_runs(
@@ -38,15 +45,6 @@ def study_runs(
     return {number: runs[number] for number in study_questions() if number in runs}
 
 # %% ../../nbs/phases/29_report.ipynb #a2c15219
-def phase_function(phase: Phase, name: str) -> Callable:
-    "A function that a phase's declaration names; its module is imported only then. Raises `BadInput` where it is not there."
-    module = phase.module or f"codetrace.phases.{phase.name}"
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"phase {phase.name!r} declares {name!r}, which {module} does not hold: {error}") from None
-
-
 def _run_claims(phase: Phase, manifest: Mapping) -> list[dict]:
     "The claims of one run; where its summary cannot be read, a row that says so."
     try:
@@ -163,7 +161,6 @@ def report_headline(
 # %% ../../nbs/phases/29_report.ipynb #51c63aa0
 REPORT = Phase(
     name="report",
-    headline="report_headline",
     reads=(
         PhaseInput(parameter="attention", phase="3.3", default="newest"),
         PhaseInput(parameter="steering", phase="3.2", role={"on_model": "", "on_problems": ""}, default="newest"),
@@ -190,4 +187,5 @@ REPORT = Phase(
         PhaseInput(parameter="splits", phase="0.1", same=("problems",), default="newest"),
         PhaseInput(parameter="difficulty", phase="0", same=("problems",), default="newest"),
     ),
+    checks=("check_failure_reasons",),
 )

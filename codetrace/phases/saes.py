@@ -23,7 +23,7 @@ from ..models.architectures import Place
 from ..models.interventions import Intervention
 from ..models.lm import LM
 from ..runs.claims import NO_INTERVAL, claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sae.corpus import stream_states, typical_norm_mask
 from ..sae.layer_states import LayerStates
 from ..sae.loading import load_sae_folder
@@ -220,7 +220,6 @@ def sae_limitations(
 # %% ../../nbs/phases/23_saes.ipynb #038c4172
 SAES = Phase(
     name="saes",
-    headline="saes_headline",
     numbers={
         "1.5": PhaseNumber(
             question="What reads the states?",
@@ -240,4 +239,16 @@ SAES = Phase(
     claims="sae_claims",
     limitations="sae_limitations",
     study="correctness",
+    rules={
+        "tokens": ParameterRule(at_least=1),
+        "test_tokens": ParameterRule(at_least=1),
+        "context": ParameterRule(at_least=1),
+        "chunk_tokens": ParameterRule(at_least=1),
+        "states_gb": ParameterRule(at_least=1),
+        "d_sae": ParameterRule(at_least=1),
+        "k": ParameterRule(at_least=1),
+        "passes": ParameterRule(at_least=1),
+        "seeds": ParameterRule(kind="seed", filled=True, distinct=True),
+    },
+    checks=("check_training_text", "check_sae_name", "check_sae_training"),
 )

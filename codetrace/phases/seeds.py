@@ -51,7 +51,7 @@ from ..patching.heads import HEAD_COLUMNS, choose_heads, heads_from_table, patch
 from ..patching.sweep import PatchSweepOptions, average_by_position, crossover_layer, run_sweep
 from ..plots.mechanism import plot_heads_by_seed, plot_layers_by_seed
 from ..runs.claims import NO_INTERVAL, claim_row
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 
 # %% ../../nbs/phases/15_seeds.ipynb #60749d79
 @dataclass(frozen=True)
@@ -301,11 +301,11 @@ def seeds_layers_figure(tables: Mapping[str, pd.DataFrame]):
 def seeds_headline(tables: Mapping[str, pd.DataFrame]) -> str:
     "One line for the list of runs."
     counts = findings_in_seeds(tables["findings"])
-    of = int(counts["of"].max())
-    parts = [f"{of} trainings" if of > 1 else "one training"]
+    n_seeds = int(counts["seeds"].max())
+    parts = [f"{n_seeds} trainings" if n_seeds > 1 else "one training"]
     for row in tables["crossover"].groupby("finding", sort=False)["layer"].agg(["min", "max"]).itertuples():
         parts.append(f"{row.Index} at layer {row.min:.0f} to {row.max:.0f}")
-    in_all = (counts["in_seeds"] == counts["of"]).sum()
+    in_all = (counts["in_seeds"] == counts["seeds"]).sum()
     parts.append(f"{in_all} of {len(counts)} findings hold in all")
     overlap = tables["overlap"]
     if len(overlap):
@@ -334,8 +334,8 @@ def seeds_claims(
     tables = read_seed_tables(manifest)
     claims = []
     for row in findings_in_seeds(tables["findings"]).to_dict("records"):
-        share = row["in_seeds"] / row["of"]
-        phrase = seeds_phrase(row["in_seeds"], row["of"])
+        share = row["in_seeds"] / row["seeds"]
+        phrase = seeds_phrase(row["in_seeds"], row["seeds"])
         claims.append(claim_row(row["finding"], share, (row["low"], row["high"]), phrase))
     for row in tables["overlap"].to_dict("records"):
         pair_range = f"single pairs {row['least alike']:.2f} to {row['most alike']:.2f}"
@@ -354,8 +354,13 @@ def seeds_claims(
 # %% ../../nbs/phases/15_seeds.ipynb #4686b798
 SEEDS = Phase(
     name="seeds",
-    headline="seeds_headline",
     figures=("heads.png", "layers.png"),
     claims="seeds_claims",
     made_up={"models": ["planted:binding", "planted:binding@1"]},
+    rules={
+        "reference_programs": ParameterRule(at_least=1),
+        "ablation_programs": ParameterRule(at_least=1),
+    },
+    checks=("check_references", "check_head_programs"),
+    planted_models=True,
 )

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'splits_headline']
 # %% ../../nbs/phases/21_splits.ipynb #54df44b1
 from collections.abc import Mapping
 
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 
 # %% ../../nbs/phases/21_splits.ipynb #e4f4e3d5
 def splits_headline(
@@ -23,11 +23,15 @@ def splits_headline(
 # %% ../../nbs/phases/21_splits.ipynb #31ce0e7c
 SPLITS = Phase(
     name="splits",
-    headline="splits_headline",
     numbers={
         "0.1": PhaseNumber(question="Which problems find, tune and judge?", inputs={"input": "0"}, essential=True),
     },
     reads=(PhaseInput(parameter="input", phase="0", same=("problems",)),),
     figures=("splits.png",),
     study="correctness",
+    rules={
+        "similarity": ParameterRule(kind="share"),
+        "stratify_by": ParameterRule(choices=("cyclomatic_complexity", "lines", "nesting", "asserts", "tokens")),
+    },
+    checks=("check_problems_to_divide",),
 )

@@ -29,7 +29,7 @@ from codetrace.core.stats import (
 from .tuning import problem_digests
 from ..planted.steering import STEERING_STUDY_NAME, draw_planted_problems
 from ..runs.claims import CLAIM_COLUMNS, adjust_claims, claim_row, read_stored_claims
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..steering.directions import Direction, Gate, Push, make_push
 from ..steering.freeze import read_frozen_choice
 from codetrace.steering.outcomes import (
@@ -469,7 +469,6 @@ def steering_limitations(
 # %% ../../nbs/phases/27_steering.ipynb #33ef67d9
 STEERING = Phase(
     name="steering",
-    headline="steering_headline",
     numbers={
         "3.2": PhaseNumber(
             question="Does the push help?",
@@ -501,4 +500,16 @@ STEERING = Phase(
     limitations="steering_limitations",
     study="correctness",
     made_up={"input": ""},
+    rules={
+        "split": ParameterRule(choices=("all", "sae", "hyperparams", "validation")),
+        "prompts": ParameterRule(
+            choices=("auto", "pva", "three_shot", "completion", "chat", "chat_code"),
+            label="prompt style",
+            distinct=True,
+        ),
+        "temperatures": ParameterRule(distinct=True, label="temperature"),
+    },
+    checks=("check_temperatures", "check_coefficients"),
+    input_checks=("check_judging_split",),
+    made_up_reads=("text_tokens",),
 )

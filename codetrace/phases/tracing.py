@@ -57,7 +57,7 @@ from ..patching.traces import Trace, TraceOptions, trace_cases
 # %% ../../nbs/phases/11_tracing.ipynb #837efcb2
 from ..plots.patching import plot_head_grid, plot_metric_by_layer, plot_position_grid, plot_token_grid
 from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput
+from ..runs.phases import ParameterRule, Phase, PhaseInput
 from ..runs.run import Run, open_run
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import GENERATORS
@@ -421,8 +421,19 @@ def run_causal_tracing_experiment(
 # %% ../../nbs/phases/11_tracing.ipynb #32cf23fd
 TRACING = Phase(
     name="tracing",
-    headline="tracing_headline",
     reads=(PhaseInput(parameter="input", phase="tracking", same=("model",)),),
     figures=("name_layer.png", "layer_lines.png"),
     claims="tracing_claims",
+    rules={
+        "window": ParameterRule(at_least=1),
+        "sites": ParameterRule(
+            choices=("resid_pre", "head_out", "attn_out", "resid_mid", "mlp_out", "resid_post", "key", "value"),
+            label="site",
+            filled=True,
+            distinct=True,
+        ),
+        "directions": ParameterRule(choices=("denoise", "noise"), filled=True, distinct=True),
+        "engine": ParameterRule(choices=("staircase", "naive", "nnsight", "transformer_lens")),
+    },
+    checks=("check_references", "check_position_names", "check_patching_engine"),
 )

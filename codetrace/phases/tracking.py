@@ -33,7 +33,7 @@ from ..patching.cases import QUERY_STYLE_ORDER, choose_query_style
 from ..plots.style import save_figure
 from ..plots.tracking import plot_accuracy
 from ..runs.claims import claim_row
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 from ..runs.run import Run, open_run
 
 # %% ../../nbs/phases/10_tracking.ipynb #677b3ed1
@@ -570,7 +570,26 @@ def plot(
 # %% ../../nbs/phases/10_tracking.ipynb #c5ff635d
 TRACKING = Phase(
     name="tracking",
-    headline="tracking_headline",
     figures=("accuracy_plot.png",),
     claims="tracking_claims",
+    rules={
+        "num_seqs": ParameterRule(at_least=1),
+        "generators": ParameterRule(
+            choices=(
+                "variable_binding",
+                "balanced_binding",
+                "range",
+                "variable_increments",
+                "integer",
+                "boolean",
+                "exception",
+                "entity",
+            ),
+            label="generator",
+            filled=True,
+            distinct=True,
+        ),
+        "scoring": ParameterRule(choices=("auto", "token", "decode")),
+    },
+    checks=("check_prompt_template",),
 )

@@ -30,7 +30,7 @@ from ..models.loading import load as load_model
 from ..planted.steering import STEERING_STUDY_NAME, SteeringStudy
 from ..runs.claims import claim_row
 from ..runs.manifest import read_manifest
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 
 # %% ../../nbs/phases/26_tuning.ipynb #79b53564
 from codetrace.sae.dataset import (
@@ -517,7 +517,6 @@ def tuning_headline(
 # %% ../../nbs/phases/26_tuning.ipynb #be57ad42
 TUNING = Phase(
     name="tuning",
-    headline="tuning_headline",
     numbers={
         "3.1": PhaseNumber(
             question="Which push was chosen?",
@@ -543,4 +542,9 @@ TUNING = Phase(
     claims="tuning_claims",
     study="correctness",
     made_up={"input": ""},
+    rules={
+        "where": ParameterRule(choices=("prompt", "last_prompt", "generated", "all")),
+    },
+    checks=("check_coefficients", "check_pushes"),
+    input_checks=("check_searched_layers",),
 )

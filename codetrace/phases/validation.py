@@ -30,7 +30,7 @@ from codetrace.core.metrics import (
 from ..core.progress import Progress, no_progress
 from ..core.stats import format_with_interval
 from ..runs.claims import claim_row
-from ..runs.phases import Phase, PhaseInput, PhaseNumber
+from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sae.baseline_differences import simultaneous_differences, verdict_on_baselines
 from ..sae.dataset import LabelledActivations
 from ..sae.f1_warning import trivial_f1_warning
@@ -289,7 +289,6 @@ def validation_limitations(
 # %% ../../nbs/phases/25_validation.ipynb #00f68f19
 VALIDATION = Phase(
     name="validation",
-    headline="validation_headline",
     numbers={
         "3": PhaseNumber(
             question="Do they know on tasks they have not seen?",
@@ -309,4 +308,9 @@ VALIDATION = Phase(
     limitations="validation_limitations",
     study="correctness",
     made_up={"input": ""},
+    rules={
+        "candidates": ParameterRule(at_least=1),
+        "random_latents": ParameterRule(at_least=1),
+        "threshold_for": ParameterRule(choices=("mcc", "f1", "balanced_accuracy")),
+    },
 )

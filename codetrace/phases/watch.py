@@ -24,7 +24,7 @@ from ..models.lm import LM
 from ..patching.state_probes import ReadResult, is_read
 from ..patching.state_swaps import USED_NULLS, UsedResult, best_program_place, is_used
 from ..runs.claims import claim_row, read_stored_claims
-from ..runs.phases import Phase
+from ..runs.phases import ParameterRule, Phase
 from ..tasks.execution import Execution
 from codetrace.tasks.state_accuracy import (
     divergence_table,
@@ -381,8 +381,35 @@ def listing_rows(
 # %% ../../nbs/phases/14_watch.ipynb #e2fc068f
 WATCH = Phase(
     name="watch",
-    headline="watch_headline",
     figures=("listing.png", "kinds.png", "layers.png", "calibration.png"),
     claims="watch_claims",
     limitations="watch_limitations",
+    rules={
+        "source": ParameterRule(choices=("generated", "cruxeval", "basics", "humaneval")),
+        "count": ParameterRule(at_least=1),
+        "generators": ParameterRule(
+            choices=(
+                "copies",
+                "execution",
+                "variable_binding",
+                "balanced_binding",
+                "range",
+                "variable_increments",
+                "integer",
+                "boolean",
+                "exception",
+                "entity",
+            ),
+            label="generator",
+            filled=True,
+            distinct=True,
+        ),
+        "program_lines": ParameterRule(at_least=1, filled=True),
+        "style": ParameterRule(choices=("auto", "assertion", "comment", "print", "hash", "chat")),
+        "targets": ParameterRule(choices=("value", "type", "bound", "executed", "branch", "iterations"), distinct=True),
+        "hold_out": ParameterRule(choices=("programs", "names", "lengths")),
+        "rows_per_program": ParameterRule(at_least=1),
+    },
+    checks=("check_watched_programs",),
+    planted_models=True,
 )

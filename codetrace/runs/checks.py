@@ -6,175 +6,45 @@
 __all__ = ['check_run']
 
 # %% ../../nbs/runs/checks.ipynb #2749544e
-import importlib.util
 import inspect
-import json
-import math
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
+from ..core.errors import look_up_name
 from ..core.shards import shard_range
 from ..models.folders import check_model_name
-from .hub_names import check_hub_dataset, check_released_sae, check_tokenizer_name, existing_path
-from .input_checks import check_inputs
+from . import input_checks, value_checks
+from .hub_names import check_problem_set, check_tokenizer_name
+from .parameter_rules import check_rules
 from .parameters import BadParameter, phase_parameters
-from .phases import find_phase, phase_folders
+from .phases import Phase, find_phase, phase_folders, phase_function, phases
 from ..tasks.generators import GENERATORS, draw_program
-from ..tasks.problem_prompts import PROMPT_STYLES
-from ..tasks.problems import PROBLEM_SETS, Problem, load_problems
-from ..tasks.question_styles import QUESTION_STYLES
-
-# %% ../../nbs/runs/checks.ipynb #2b964892
-_AT_LEAST_ONE = set(
-    "num_seqs num_programs seq_lens depths max_depth samples steps count lines program_lines rows_per_program "
-    "batch queries queries_per_depth rank scratch_size evaluate_after checkpoint_every window shards workers "
-    "context tokens test_tokens latents.text_tokens chunk_tokens states_gb d_sae k passes perplexity_sequences "
-    "shuffles resamples candidates components subspace_sizes random_draws random_latents top_heads num_cards "
-    "mechanism.reference_programs mechanism.ablation_programs seeds.reference_programs seeds.ablation_programs".split()
-)
-_SHARES = {"max_density", "similarity", "curriculum", "mastery"}
-_NOT_EMPTY = set(
-    "models generators program_lines seq_lens num_shots sites directions seeds temperature lines scratch_size subspace_sizes components".split()
-)
-_ANY_NUMBER = {"shard", "coefficients", "min_effect"}  # Negative ones mean something
-
-
-_LARGEST_SEED = 2**63 - 1  # Of torch
-
-
-def _lowest(phase: str, name: str) -> float:
-    "The smallest value that a parameter can have."
-    if name in _ANY_NUMBER:
-        return -math.inf
-    if name == "resamples":
-        return 2
-    return 1 if name in _AT_LEAST_ONE or f"{phase}.{name}" in _AT_LEAST_ONE else 0
-
-
-def _check_number(phase: str, name: str, value: float) -> None:
-    "Refuse a number that is too small or too large for its parameter."
-    lowest = _lowest(phase, name)
-    if value < lowest:
-        raise BadParameter(f"{name} must be a whole number of at least {lowest}, not {value!r} (phase {phase!r})")
-    if name in ("seed", "seeds") and value > _LARGEST_SEED:
-        raise BadParameter(f"{name} must be less than 2**63, not {value} (phase {phase!r})")
-    if name in _SHARES and value > 1:
-        raise BadParameter(f"{name} is a share: expected a number from 0 to 1, not {value!r} (phase {phase!r})")
-    if name == "learning_rate" and value <= 0:
-        raise BadParameter(f"{name} must be more than 0, such as 0.002, not {value!r} (phase {phase!r})")
-
-# %% ../../nbs/runs/checks.ipynb #760244db
-_DISTINCT = set(
-    "models compared_models generators seq_lens depths num_shots sites directions seeds temperature temperatures prompts layers targets "
-    "per_token_layers coefficients subspace_sizes components".split()
-)
-
-
-def _check_lists(phase: str, values: Mapping) -> None:
-    "Refuse lists that give a value twice, for it would count twice."
-    for name, value in values.items():
-        if name in _DISTINCT and isinstance(value, list) and len(set(value)) < len(value):
-            raise BadParameter(f"{name}={value}: give each {_LIST_ITEMS.get(name, 'of them')} once (phase {phase!r})")
-
-
-_LIST_ITEMS = {"temperature": "temperature", "temperatures": "temperature", "models": "model", "layers": "layer"}
-
-
-def _check_numbers(phase: str, values: Mapping) -> None:
-    for name, value in values.items():
-        items = value if isinstance(value, list) else [value]
-        if value == [] and name in _NOT_EMPTY:
-            raise BadParameter(f"{name} is empty: give phase {phase!r} one value at least")
-        for item in items:
-            if isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(phase, name, item)
-
-# %% ../../nbs/runs/checks.ipynb #166d45b2
-_SPLITS = ("sae", "hyperparams", "validation")
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "generator": tuple(GENERATORS),
-    "generators": tuple(GENERATORS),
-    "query_style": ("auto", "hash", "print"),
-    "scoring": ("auto", "token", "decode"),
-    "change": ("value", "reference"),
-    "engine": ("staircase", "naive", "nnsight", "transformer_lens"),
-    "directions": ("denoise", "noise"),
-    "where": ("prompt", "last_prompt", "generated", "all"),
-    "init": ("adapter", "scratch"),
-    "stratify_by": ("cyclomatic_complexity", "lines", "nesting", "asserts", "tokens"),
-    "threshold_for": ("mcc", "f1", "balanced_accuracy"),
-    "kinds": ("last_prompt", "last_generated", "mean_generated"),
-    "prompts": tuple(PROMPT_STYLES),
-    "generation.prompt": tuple(PROMPT_STYLES),
-    "generation.split": ("all", *_SPLITS),
-    "latents.split": _SPLITS,
-    "steering.split": ("all", *_SPLITS),
-    "watch.source": ("generated", "cruxeval", "basics", "humaneval"),
-    "watch.generators": ("copies", "execution", *GENERATORS),
-    "targets": ("value", "type", "bound", "executed", "branch", "iterations"),
-    "hold_out": ("programs", "names", "lengths"),
-    "watch.style": ("auto", *QUESTION_STYLES),
-    "latents.positions": ("last_prompt", "last_generated", "mean_generated"),
-}
-_LABELS = {
-    "generators": "generator",
-    "prompts": "prompt style",
-    "generation.prompt": "prompt style",
-    "query_style": "query style",
-}
-
-# %% ../../nbs/runs/checks.ipynb #4af7f1a1
-def _check_choices(phase: str, values: Mapping) -> None:
-    "Refuse a word that is none of those that its parameter takes."
-    for name, value in values.items():
-        key = f"{phase}.{name}" if f"{phase}.{name}" in _CHOICES else name
-        for item in (value if isinstance(value, list) else [value]) if key in _CHOICES else []:
-            look_up_name(item, _CHOICES[key], _LABELS.get(key, name))
+from ..tasks.problems import Problem
 
 # %% ../../nbs/runs/checks.ipynb #3ba8fe10
-_PROMPT_TEMPLATES = (
-    "bare minimal range boolean exception entity step_by_step chain_of_thought".split()
-)  # Of tasks.program_prompts
-
-
-def _check_template(template: str) -> None:
-    "Refuse the name of no prompt template, or a text without a place for the program."
-    if not any(mark in template for mark in ("{", "\n", " ")):
-        look_up_name(template, _PROMPT_TEMPLATES, "prompt template")
-    elif "{code}" not in template:
-        raise BadInput(f"the prompt template {template!r} has no place for the program: put {{code}} where it goes")
-
-
-def _check_programs(phase: str, values: Mapping) -> None:
+def _check_programs(phase: Phase, values: Mapping) -> None:
     "Draw one program of each kind."
-    if "prompt" in values and phase == "tracking":
-        _check_template(values["prompt"])
-    generators = values.get("generators") or [values.get("generator", "variable_binding")]
-    for name in generators if "seq_lens" in values else ():
+    takes_several_generators = "generators" in values  # and then some of them take a depth, and others none
+    for name in values.get("generators") or [values.get("generator", "variable_binding")]:
         generator = GENERATORS[name]
         takes_depth = "depth" in inspect.signature(generator).parameters
-        if values.get("depths") and not takes_depth and phase != "tracking":
-            raise BadParameter(f"generator {name!r} takes no depth: give depths=[] (phase {phase!r})")
-        depths = (values.get("depths") or [None]) if takes_depth else [None]
-        for seq_len in values["seq_lens"]:
-            for depth in depths:
+        if values.get("depths") and not takes_depth and not takes_several_generators:
+            raise BadParameter(f"generator {name!r} takes no depth: give depths=[] (phase {phase.name!r})")
+        for depth in (values.get("depths") or [None]) if takes_depth else [None]:
+            for seq_len in values["seq_lens"]:
                 options = {} if depth is None else {"depth": depth}
                 draw_program(generator, seq_len, np.random.default_rng(0), **options)
 
 # %% ../../nbs/runs/checks.ipynb #6f40eb2e
 _PLANTED_MODELS = ("planted:binding", "planted:binding@1", "planted:binding@2")  # Of planted.binding
-_TAKES_PLANTED_MODELS = ("mechanism", "watch", "seeds")
 _MODEL_PARAMETERS = ("model", "models", "on_model", "compared_models")
 _LAYER_PARAMETERS = ("layers", "per_token_layers", "layer")
 
 
-def _check_models(phase: str, values: Mapping) -> None:
+def _check_models(phase: Phase, values: Mapping) -> None:
     "Refuse names that stand for no model, and layers that the model does not have."
     for name in _MODEL_PARAMETERS:
         value = values.get(name) or []
@@ -189,39 +59,29 @@ def _check_models(phase: str, values: Mapping) -> None:
         check_tokenizer_name(values["tokenizer"])
 
 
-def _check_planted_model(phase: str, model: str) -> None:
-    if phase not in _TAKES_PLANTED_MODELS:
-        phases = " and ".join([", ".join(_TAKES_PLANTED_MODELS[:-1]), _TAKES_PLANTED_MODELS[-1]])
+def _check_planted_model(phase: Phase, model: str) -> None:
+    if not phase.planted_models:
+        *first_names, last_name = [name for name, known in phases().items() if known.planted_models]
+        names = f"{', '.join(first_names)} and {last_name}"
         raise BadParameter(
-            f"model {model!r} has its weights written by hand: phases {phases} take it, {phase!r} does not"
+            f"model {model!r} has its weights written by hand: phases {names} take it, {phase.name!r} does not"
         )
     look_up_name(model, _PLANTED_MODELS, "planted model")
 
 # %% ../../nbs/runs/checks.ipynb #85f1029c
-def _check_layers(phase: str, values: Mapping, model: str, n_layers: int) -> None:
+def _check_layers(phase: Phase, values: Mapping, model: str, n_layers: int) -> None:
     for name in _LAYER_PARAMETERS:
         value = values.get(name)
         for layer in value if isinstance(value, list) else [] if value is None else [value]:
             if layer >= n_layers:
-                raise BadParameter(f"{name}={layer}: {model!r} has layers 0 to {n_layers - 1} (phase {phase!r})")
-
-# %% ../../nbs/runs/checks.ipynb #0b2a91bf
-def _read_problem_set(name: str) -> list[Problem] | None:  # None where they must be downloaded
-    "Refuse a problem set that is not there, or cannot be read."
-    if name in ("mbpp", "mbpp-sanitized"):
-        check_hub_dataset("google-research-datasets/mbpp", "give a local copy, --problems path/to/mbpp.jsonl")
-        return None
-    if name not in PROBLEM_SETS and not Path(name).suffix:
-        known = suggest_names(name, PROBLEM_SETS)
-        raise BadInput(f"unknown problem set {name!r}: {known}; or give a JSON, JSONL or Parquet file")
-    return load_problems(name)
+                raise BadParameter(f"{name}={layer}: {model!r} has layers 0 to {n_layers - 1} (phase {phase.name!r})")
 
 # %% ../../nbs/runs/checks.ipynb #6bd71e63
-def _check_problems(phase: str, values: Mapping) -> None:
+def _check_problems(phase: Phase, values: Mapping) -> None:
     for name in ("problems", "on_problems"):
         if not values.get(name):
             continue
-        problems = _read_problem_set(values[name])
+        problems = check_problem_set(values[name])
         start = values.get("start", 0)
         end = values.get("end", 0)
         if end and end <= start:
@@ -232,341 +92,63 @@ def _check_problems(phase: str, values: Mapping) -> None:
             continue
         if start >= len(problems):
             raise BadParameter(
-                f"start={start}: {values[name]!r} has {len(problems)} problems, numbered from 0 (phase {phase!r})"
+                f"start={start}: {values[name]!r} has {len(problems)} problems, numbered from 0 (phase {phase.name!r})"
             )
-        _check_fit_of_problems(phase, values, problems)
+        _check_fit_of_problems(values, problems)
 
 # %% ../../nbs/runs/checks.ipynb #3b2a2d7d
-def _check_fit_of_problems(phase: str, values: Mapping, problems: Sequence[Problem]) -> None:
-    "Enough problems to divide, and problems that a prompt can be made of."
-    count = min(len(problems), values.get("num_problems") or len(problems))
-    if phase == "splits" and count < _FEWEST_TO_DIVIDE:
-        raise BadParameter(f"{count} problems cannot be divided 50:10:40: at least {_FEWEST_TO_DIVIDE} are needed")
+def _check_fit_of_problems(values: Mapping, problems: Sequence[Problem]) -> None:
+    "Problems that a prompt can be made of."
     headless = [problem for problem in problems if not problem.reference.startswith(problem.text)]
     if headless and "completion" in (values.get("prompt"), *values.get("prompts", [])):
         raise BadParameter(
             f"the prompt 'completion' continues a function's head, and task {headless[0].task_id} has none: use pva or three_shot"
         )
 
-
-_FEWEST_TO_DIVIDE = 10
-
-# %% ../../nbs/runs/checks.ipynb #513b951c
-def _check_temperatures(name: str, values: Mapping) -> None:
-    "Temperatures that can be sampled at, so many samples of each."
-    temperatures = values[name]
-    if too_high := [temperature for temperature in temperatures if temperature > 10]:
-        raise BadParameter(f"{name}={too_high[0]}: 0 is greedy, 1 the model's own distribution, at most 10")
-    if values["samples"] > 1 and 0.0 in temperatures:
-        raise BadParameter(
-            f"samples={values['samples']} at temperature 0 would all be the same: give samples=1, or leave temperature 0 out"
-        )
-
-
-def _check_generation(values: Mapping) -> None:
-    "Temperatures and samples that go together, and slices that exist."
-    _check_temperatures("temperature", values)
-    if values["max_new_tokens"] < 1:
-        raise BadParameter(f"max_new_tokens={values['max_new_tokens']}: an answer has at least 1 token")
-
-# %% ../../nbs/runs/checks.ipynb #4bde0907
-_HAVE_RELEASED_SAES = set(  # Models, of sae.loading
-    "gemma-2-2b gemma-2-9b gemma-2-9b-it llama-3.1-8b qwen3-1.7b-base qwen3-8b-base qwen2.5-7b-instruct".split()
-)
-for _size in ("270m", "1b", "4b", "12b", "27b"):
-    _HAVE_RELEASED_SAES |= {f"gemma-3-{_size}", f"gemma-3-{_size}-pt", f"gemma-3-{_size}-it"}
-
-
-def _check_saes(values: Mapping) -> None:
-    "Sizes of an SAE and of its text that go together, and an SAE that can be there."
-    if values["text"] == "completions" and not values["input"]:
-        raise BadInput("text=completions needs the run that they are in: give input=1.0, or run phase 1.0 first")
-    name = values["sae"]
-    place = os.path.dirname(name.split("{")[0]) if "{" in name else name  # what stands before {layer} is part of a name
-    if name not in ("train", "released") and ":" not in name and not existing_path(place):
-        raise BadInput(f"no SAE {name!r}: give train, released, release:id as sae-lens names them, or a folder")
-    if name == "released" and Path(values["model"].lower()).name not in _HAVE_RELEASED_SAES:
-        known = ", ".join(sorted(_HAVE_RELEASED_SAES))
-        raise BadInput(
-            f"no released SAE is known for {values['model']!r} (known: {known}); give train, or name a folder"
-        )
-    if ":" in name and not existing_path(place):
-        check_released_sae(*name.split(":", 1))
-    if name != "train":
-        return
-    if values["context"] > values["tokens"]:
-        raise BadParameter(
-            f"context={values['context']}: a piece is longer than all tokens={values['tokens']}; give fewer"
-        )
-    if values["k"] >= values["d_sae"]:
-        raise BadParameter(f"k={values['k']}, d_sae={values['d_sae']}: fewer latents are active than there are")
-    pieces = max(1, values["tokens"] // values["context"])
-    states = min(pieces * (values["context"] - 1), values["chunk_tokens"])
-    if values["context"] < 2 or states < values["batch"]:
-        raise BadParameter(
-            f"tokens={values['tokens']} in pieces of {values['context']} are about {states} states, less than one batch of "
-            f"{values['batch']}: give more tokens, or a smaller batch"
-        )
-
-# %% ../../nbs/runs/checks.ipynb #1e53e447
-def _check_text(phase: str, values: Mapping) -> None:
-    "A corpus is stdlib, a folder, or a hub dataset."
-    text = values.get("text")
-    known_texts = ("stdlib", "completions") if phase == "saes" else ("stdlib",)
-    if text is None or text in known_texts:
-        return
-    if folder := existing_path(text):
-        if not any(folder.rglob("*.py")):
-            raise BadInput(f"the folder {text} holds no *.py file: give a folder of Python files, or stdlib")
-        return
-    if text.count("/") == 1 and not text.startswith((".", "/")):
-        if phase != "latents" or values["input"]:  # a made-up study has no text
-            check_hub_dataset(text, f"give {known_texts[0]}, or a folder of Python files")
-        return
-    raise BadInput(
-        f"no text {text!r}: give {' or '.join(known_texts)}, a folder of Python files, or a hub dataset owner/name"
-    )
-
-
-def _check_sites(phase: str, values: Mapping) -> None:
-    "Sites of a sweep, or of the states that are kept; the one site that SAEs read and pushes change."
-    known = ("resid_pre", "head_out", "attn_out", "resid_mid", "mlp_out", "resid_post", "key", "value")
-    residual = ("resid_pre", "resid_mid", "resid_post")
-    for site in values.get("sites", []):
-        look_up_name(site, residual if phase == "generation" else known, "site")
-    if values.get("site"):
-        look_up_name(values["site"], residual, "site of the residual stream")
-
-# %% ../../nbs/runs/checks.ipynb #066e08af
-_WITHOUT_ADAPTERS = ("tiny:gpt2", "tiny:gpt_neox")  # Their projections have other names
-
-
-def _check_training(phase: str, values: Mapping) -> None:
-    "Shapes of the programs and of the model that phase binding trains."
-    if "lines" in values and (len(values["lines"]) != 2 or values["lines"][0] > values["lines"][1]):
-        raise BadParameter(f"lines={values['lines']}: give the fewest and the most assignments, such as 4,6")
-    if "lines" in values and not 2 <= values["lines"][0] <= values["lines"][1] <= 26:
-        raise BadParameter(f"lines={values['lines']}: programs have 2 to 26 assignments, one a letter")
-    if "scratch_size" in values and len(values["scratch_size"]) != 3:
-        raise BadParameter(f"scratch_size={values['scratch_size']}: give layers, heads and width, such as 4,4,128")
-    if "scratch_size" in values and values["scratch_size"][2] % (2 * values["scratch_size"][1]):
-        _, n_heads, width = values["scratch_size"]
-        raise BadParameter(
-            f"scratch_size={values['scratch_size']}: a width of {width} does not divide into {n_heads} heads of even width: "
-            f"give a multiple of {2 * n_heads}"
-        )
-    if values.get("init") == "adapter" and values["model"] in _WITHOUT_ADAPTERS:
-        raise BadParameter(f"model={values['model']}: adapters are made for Llama, Qwen and Gemma models")
-    if values.get("mastery") == 1:
-        raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
-
-# %% ../../nbs/runs/checks.ipynb #84d55742
-_READ_ONLY_BY_SCRATCH = ("scratch_size", "rope_base", "full")
-_NOT_READ_BY_SCRATCH = ("model", "dtype", "rank", "rehearsal_sequences")
-_SET_BY_FULL = ("scratch_size", "steps", "batch", "lines", "max_depth")
-
-
-def _check_read_values(phase: str, values: Mapping) -> None:
-    "Refuse what phase binding is given and does not read."
-    if phase != "binding":
-        return
-    is_scratch = values["init"] == "scratch" or values["full"]
-    unread = dict.fromkeys(_NOT_READ_BY_SCRATCH if is_scratch else _READ_ONLY_BY_SCRATCH, f"init={values['init']}")
-    unread |= dict.fromkeys(_SET_BY_FULL if values["full"] else (), "full=true")
-    declared = phase_parameters(phase)
-    for name, reason in unread.items():
-        if values[name] != declared[name].default:
-            raise BadParameter(f"{name}={values[name]}: it would not be read with {reason}; leave one of them out")
-    if values["curriculum"] and values["mastery"]:
-        raise BadParameter(
-            f"curriculum={values['curriculum']}: with mastery programs grow by right answers; leave one out"
-        )
-    if not values["full"]:
-        _check_training_length(values)
-
-# %% ../../nbs/runs/checks.ipynb #c8fc6ca8
-def _check_training_length(values: Mapping) -> None:
-    "Chains that fit the programs, and evaluations that come before the end."
-    if values["max_depth"] >= values["lines"][1]:
-        raise BadParameter(
-            f"max_depth={values['max_depth']}: programs of {values['lines'][1]} assignments have chains of at most "
-            f"{values['lines'][1] - 1}; give a smaller depth, or longer programs with lines="
-        )
-    if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
-        raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
-
 # %% ../../nbs/runs/checks.ipynb #95c3d968
 _NOT_MADE_UP = ("model", "problems", "on_model", "on_problems", "text", "text_tokens", "max_density")
 
 
-def _check_made_up(phase: str, values: Mapping) -> None:
+def _check_made_up(phase: Phase, values: Mapping) -> None:
     "Refuse runs, a model, problems and a corpus for a study that is made up."
-    declaration = find_phase(phase)
-    if not declaration.made_up or any(values[name] != value for name, value in declaration.made_up.items()):
+    if not phase.made_up or any(values[name] != value for name, value in phase.made_up.items()):
         return
-    declared = phase_parameters(phase)
-    unread = {read.parameter for read in declaration.reads} | set(_NOT_MADE_UP)
-    if phase == "steering":  # which measures made-up pushes on made-up text
-        unread -= {"text_tokens"}
-    for name in declared.keys() & (unread - declaration.made_up.keys()):
+    declared = phase_parameters(phase.name)
+    unread = {read.parameter for read in phase.reads} | set(_NOT_MADE_UP)
+    unread -= {*phase.made_up, *phase.made_up_reads}
+    for name in declared.keys() & unread:
         if values[name] != declared[name].default:
             raise BadParameter(
-                f"{name}={values[name]}: without an input phase {phase!r} makes up a study and would not read it; "
-                f"type codetrace run {next(iter(declaration.numbers), phase)}, or give input="
+                f"{name}={values[name]}: without an input phase {phase.name!r} makes up a study and would not read it; "
+                f"type codetrace run {next(iter(phase.numbers), phase.name)}, or give input="
             )
 
-# %% ../../nbs/runs/checks.ipynb #c0a9e772
-_POSITION_NAME = r"query|final|end other|(lhs|rhs|end) [1-9]\d*[b-z]?"  # Of patching.sweep
-_EXAMPLE_POSITIONS = ("all", "named", "query", "final", "end other", "lhs 1", "rhs 1", "end 1")
-
-
-def _check_position_names(text: str) -> None:
-    "Refuse names that no token of a program has."
-    for name in [] if text in ("all", "named") else [item.strip() for item in text.split(",")]:
-        if not re.fullmatch(_POSITION_NAME, name):
-            raise UnknownName(f"unknown position {name!r}: {suggest_names(name, _EXAMPLE_POSITIONS)}")
-
-
-def _check_references(values: Mapping) -> None:
-    "A changed reference needs a chain with one."
-    if values["change"] == "reference" and min(values["depths"], default=2) < 2:
-        raise BadParameter(
-            f"depths={values['depths']}: a program of depth 1 has no reference to change; give depths of 2 or more"
-        )
-
-# %% ../../nbs/runs/checks.ipynb #18cb3cdf
-def _check_tracing(values: Mapping) -> None:
-    _check_references(values)
-    _check_position_names(values["positions"])
-    if values["engine"] == "transformer_lens" and values["window"] > 1:
-        raise BadParameter(
-            f"window={values['window']}: TransformerLens's generic patching takes one layer at a time; use another engine"
-        )
-    if values["engine"] == "transformer_lens" and importlib.util.find_spec("transformer_lens") is None:
-        raise BadParameter(
-            "engine=transformer_lens needs TransformerLens, which is not installed: pip install -c constraints.txt 'codetrace[lens]'"
-        )
-
-
-def _check_mechanism(values: Mapping) -> None:
-    _check_references(values)
-    for name in ("num_programs", "compared_programs"):
-        if values[name] < 4:
-            raise BadParameter(f"{name}={values[name]}: give at least 4, since one half chooses and the other judges")
-
-
-def _check_seeds(values: Mapping) -> None:
-    "Programs for both changes, and enough of them to choose heads on one half and judge them on the other."
-    _check_references(dict(values) | {"change": "reference"})
-    if not 4 <= values["head_programs"] <= values["num_programs"]:
-        raise BadParameter(f"head_programs={values['head_programs']}: give 4 to num_programs={values['num_programs']}")
-
-# %% ../../nbs/runs/checks.ipynb #90590bab
-_LARGEST_COEFFICIENT = 100
-_MADE_UP_LAYERS = 3  # Of planted.steering
-
-
-def _check_coefficients(values: Mapping) -> None:
-    if too_large := [coefficient for coefficient in values["coefficients"] if abs(coefficient) > _LARGEST_COEFFICIENT]:
-        raise BadParameter(
-            f"coefficients={too_large[0]:g}: they are fractions of the stream's median norm; give numbers from "
-            f"-{_LARGEST_COEFFICIENT} to {_LARGEST_COEFFICIENT}, such as 0.6"
-        )
-
-
-def _check_tuning(values: Mapping) -> None:
-    "Something to push, on a grid of pushes without the baseline."
-    _check_coefficients(values)
-    if not values["num_latents"] and not (values["linear_directions"] and values["input"]):
-        raise BadParameter("num_latents=0: nothing to push; give at least 1, or linear_directions=true with an input")
-    if not values["coefficients"] or 0 in values["coefficients"]:
-        raise BadParameter(
-            f"coefficients={values['coefficients']}: give at least one, and not 0, which is the baseline itself"
-        )
-    if not values["input"] and (outside := [layer for layer in values["layers"] if layer >= _MADE_UP_LAYERS]):
-        raise BadParameter(f"layers={outside}: the made-up study has layers 0 to {_MADE_UP_LAYERS - 1}; give input=1.0")
-
-# %% ../../nbs/runs/checks.ipynb #b27b71e1
-_FEWEST_SHUFFLES = 19
-
-
-def _check_latents(values: Mapping) -> None:
-    if values["shuffles"] < _FEWEST_SHUFFLES:
-        raise BadParameter(
-            f"shuffles={values['shuffles']}: so few cannot give a p of 0.05; give at least {_FEWEST_SHUFFLES}"
-        )
-
-
-def _check_splits(values: Mapping) -> None:
-    if not values["similarity"] > 0:
-        raise BadParameter("similarity=0: give a share above 0, such as 0.75; 1 keeps only equal descriptions together")
-
-# %% ../../nbs/runs/checks.ipynb #80a839f3
-_FEWEST_WATCHED_LINES = 3
-
-
-def _check_watch(values: Mapping) -> None:
-    "CRUXEval comes by the path of its file; programs of each generator and length can be drawn."
-    if values["source"] == "cruxeval" and not Path(values["path"]).is_file():
-        raise BadParameter(
-            f"path={values['path']!r}: source=cruxeval needs its file; give path=cruxeval.jsonl, of facebookresearch/cruxeval"
-        )
-    files = values["dreval"]
-    if files and (len(files) != 2 or not all(Path(name).is_file() for name in files)):
-        raise BadParameter(f"dreval={files}: give its two files, such as dreval_data.jsonl,dreval_tasks.jsonl")
-    if values["bug_programs"] and values["source"] == "generated":
-        raise BadParameter("bug_programs: bugs are seeded in functions; take source=cruxeval, basics or humaneval")
-    if min(values["program_lines"]) < _FEWEST_WATCHED_LINES:
-        raise BadParameter(
-            f"program_lines={values['program_lines']}: give {_FEWEST_WATCHED_LINES} or more, for two constants and a line that reads one"
-        )
-
-# %% ../../nbs/runs/checks.ipynb #b684f938
-def _check_steering(values: Mapping) -> None:
-    _check_temperatures("temperatures", values)
-    _check_coefficients(values)
-
-
-def _check_report(values: Mapping) -> None:
-    "Reasons by phase number, as JSON."
-    try:
-        reasons = json.loads(values["failed"] or "{}")
-    except (ValueError, RecursionError):
-        reasons = None
-    if not isinstance(reasons, dict):
-        raise BadParameter(f"failed={values['failed']!r:.60}: give JSON from phase numbers to reasons, or leave it out")
-
 # %% ../../nbs/runs/checks.ipynb #d56a2e4d
-_CHECKS = (
-    _check_numbers,
-    _check_lists,
-    _check_choices,
-    _check_sites,
-    _check_training,
-    _check_text,
-    _check_programs,
-    _check_problems,
-    _check_models,
-    _check_read_values,
-    _check_made_up,
-)
-_PHASE_CHECKS = {
-    "generation": _check_generation,
-    "latents": _check_latents,
-    "mechanism": _check_mechanism,
-    "pregeneration": _check_latents,
-    "ranking": _check_latents,
-    "report": _check_report,
-    "saes": _check_saes,
-    "seeds": _check_seeds,
-    "splits": _check_splits,
-    "steering": _check_steering,
-    "tracing": _check_tracing,
-    "tuning": _check_tuning,
-    "watch": _check_watch,
-}
+def _declared_check(phase: Phase, name: str, library: ModuleType) -> Callable:
+    "A check that a phase declares."
+    return getattr(library, name) if name in library.__all__ else phase_function(phase, name)
+
+
+def _check_inputs(phase: Phase, values: Mapping, root: Path | None) -> None:
+    "Refuse values that do not fit the runs that are read; whether there are such runs is said when a run is opened."
+
+    def find_inputs() -> Mapping[str, Mapping]:
+        return input_checks.inputs_at_hand(phase.name, values, root)
+
+    for name in phase.input_checks:
+        _declared_check(phase, name, input_checks)(phase.name, values, find_inputs)
 
 # %% ../../nbs/runs/checks.ipynb #65e27979
+def _check_shared_values(phase: Phase, values: Mapping, reads_later: bool) -> None:
+    "Refuse programs, models and problems that cannot be had, under the names that codetrace's own phases share."
+    if "seq_lens" in values:
+        _check_programs(phase, values)
+    _check_problems(phase, values)
+    _check_models(phase, values)
+    if not reads_later:
+        _check_made_up(phase, values)
+
+
 def check_run(
     phase: str,  # A phase's name or number
     values: Mapping,  # A value for every parameter, of its type
@@ -575,13 +157,13 @@ def check_run(
 ) -> None:
     "Refuse values that the phase cannot work with; raises `BadInput` with one line."
     declaration = find_phase(phase)
+    assert declaration.notebook is not None
+    shares_names = declaration.notebook.parent == phase_folders()[0]
     if {"shards", "shard"} <= set(values):
         shard_range(values["shards"], values["shards"], values["shard"])
-    if declaration.notebook.parent != phase_folders()[0]:
-        return
-    for check in _CHECKS:
-        if not (reads_later and check is _check_made_up):
-            check(declaration.name, values)
-    if declaration.name in _PHASE_CHECKS:
-        _PHASE_CHECKS[declaration.name](values)
-    check_inputs(declaration.name, values, root)
+    check_rules(declaration, values, shares_names)
+    if shares_names:
+        _check_shared_values(declaration, values, reads_later)
+    for name in declaration.checks:
+        _declared_check(declaration, name, value_checks)(declaration.name, values)
+    _check_inputs(declaration, values, root)

@@ -52,7 +52,11 @@ def read_stored_claims(
 ) -> list[dict]:  # As `claim_row` gives them; None where a column is missing
     "The claims that a run wrote."
     rows = read_json(Path(manifest["folder"]) / "claims.json")
-    return [{column: row.get(column) for column in CLAIM_COLUMNS[1:]} for row in rows]
+    columns = CLAIM_COLUMNS[1:]
+    claims = []
+    for row in rows:
+        claims.append({column: row.get(column) for column in columns})
+    return claims
 
 # %% ../../nbs/runs/claims.ipynb #9eba03f7
 def adjust_claims(

@@ -278,7 +278,7 @@ def resolve_inputs(
 ) -> dict[str, dict]:  # Manifests by the parameter that names them
     "The runs that a phase reads; raises `BadInput` where one is missing, damaged, or not what the phase needs."
     resolved = {}
-    declaration = find_phase(phase) if is_phase(phase) else Phase(phase, headline="")
+    declaration = find_phase(phase) if is_phase(phase) else Phase(phase)
     for declared in _search_order(declaration, parameters):
         if not _is_read(declared, parameters, resolved):
             continue

@@ -89,7 +89,7 @@ def write_phase_notebook(
     "Write a phase notebook: its declaration, its parameters and its cells."
     import nbformat
 
-    declaration = f'from codetrace.runs.phases import Phase\n\n{name.upper()} = Phase(name="{name}", headline="")'
+    declaration = f'from codetrace.runs.phases import Phase\n\n{name.upper()} = Phase(name="{name}")'
     cells = [
         nbformat.v4.new_markdown_cell(f"# {name}\n\n> A phase of its own."),
         nbformat.v4.new_code_cell(declaration),

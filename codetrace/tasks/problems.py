@@ -538,6 +538,7 @@ def problem_provenance(
     problems: Sequence[Problem],
 ) -> dict:  # For a manifest
     "Which problems exactly: how many, from where, and a hash of all that is in them."
+    # not `digest_values`, which gives another hash: manifests of earlier runs have this one
     rows = json.dumps([p.row() for p in problems], sort_keys=True).encode()
     return {
         "n": len(problems),

@@ -182,6 +182,7 @@ def _sample_row(graded: _GradedSample, seed: int) -> dict:
         "mean_logprob": continuation.logprob,
         "mean_entropy": continuation.entropy,
         "prompt": sample.prompt.text,
+        # not `digest_values`, which gives another hash: tables of earlier runs have this one
         "prompt_sha256": hashlib.sha256(str(list(sample.ids)).encode()).hexdigest(),
         "seed": seed,
         **dict(zip(TIMING_COLUMNS, seconds)),

@@ -189,7 +189,7 @@ def error_shares(
     rows = []
     for kind in ERROR_KINDS:
         share = share_over_programs(wrong["error"] == kind, wrong["program"], "share")
-        rows.append({"error": kind, "n": int((wrong["error"] == kind).sum()), "of": len(wrong), **share})
+        rows.append({"error": kind, "n": int((wrong["error"] == kind).sum()), "wrong_answers": len(wrong), **share})
     return pd.DataFrame(rows)
 
 
