@@ -1,13 +1,13 @@
 "The repository under nbdev 3, in a venv of its own: it exports without drift, and its notebooks pass."
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from working_tree import copy_working_tree
 
 HOME = Path(__file__).resolve().parents[1]
 QUICK = ["nbs/core/errors.ipynb", "nbs/core/stats.ipynb", "nbs/tasks/programs.ipynb", "nbs/sae/separation.ipynb"]
@@ -32,16 +32,7 @@ def nbdev3(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     "The working tree, in a folder of its own."
-    folder = tmp_path_factory.mktemp("house") / "clone"
-    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=HOME).stdout.split("\n")
-    for name in filter(None, names):
-        if (HOME / name).is_file() and not name.startswith(("runs/", "adapters/")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(HOME / name, folder / name, follow_symlinks=False)
-    author = ("-c", "user.name=t", "-c", "user.email=t@t")
-    for words in [("init", "-q"), ("add", "-A"), (*author, "commit", "-qm", "t")]:
-        assert run("git", *words, cwd=folder).returncode == 0
-    return folder
+    return copy_working_tree(tmp_path_factory.mktemp("house") / "clone")
 
 
 @pytest.mark.slow
