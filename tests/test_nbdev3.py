@@ -13,7 +13,7 @@ from working_tree import copy_working_tree
 from codetrace.core.environment import KERNELS_VARIABLE
 
 HOME = Path(__file__).resolve().parents[1]
-LIMIT = 3600  # Seconds for a command; all notebooks take about ten minutes on two quiet cores
+LIMIT = 3600  # Seconds for a command; all notebooks take about twelve minutes of processor time, in two processes
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from working_tree import copy_working_tree
 
 HOME = Path(__file__).resolve().parents[1]
 ONLY_EXTRAS = {"gradio", "pypandoc-binary", "typst"}  # pinned, and installed by --extra app and --extra pdf alone
-LIMIT = 1800  # Seconds for a command; downloads are about 700 MB where uv's cache is empty
+LIMIT = 1800  # Seconds for a command; downloads are about 600 MB where uv's cache is empty
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> str:
