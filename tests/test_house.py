@@ -5,12 +5,12 @@ import importlib
 import json
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from working_tree import copy_working_tree
 
 import codetrace
 from codetrace.runs import input_checks, value_checks
@@ -39,15 +39,7 @@ def run(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     "The working tree as git would see it if everything were added, in a folder of its own."
-    folder = tmp_path_factory.mktemp("house") / "clone"
-    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.split("\n")
-    for name in filter(None, names):
-        if (HOME / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(HOME / name, folder / name, follow_symlinks=False)
-    for words in [("init", "-q"), ("add", "-A"), ("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t")]:
-        assert run("git", *words, cwd=folder).returncode == 0
-    return folder
+    return copy_working_tree(tmp_path_factory.mktemp("house") / "clone")
 
 
 @pytest.fixture
