@@ -32,6 +32,9 @@ def _message_of(error: BaseException) -> str:
     return f"{str(type(error).__name__)[:80]}: {text}"
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #986e7bd2
+_NO_CODE = compile("", "<solution>", "exec")
+
+
 class CandidateMessages(Connection):
     "Messages to a judge, each with the number of the one that it answers."
 
@@ -45,7 +48,7 @@ class CandidateMessages(Connection):
         self.fd = fd
         self.longest = longest
         self.namespace = namespace
-        self.code = compile("", "<solution>", "exec")  # Of the program
+        self.code = _NO_CODE  # Of the program
         self.names: set[str] = set()  # That the program mentions
         self.token = ""  # Of the last message received
         self.turn = _thread.RLock()  # Held by the thread that waits for the judge
@@ -71,10 +74,8 @@ class CandidateMessages(Connection):
         self.token = message["id"]
         return {"names": {}, "changes": {}} | message
 
-    def decode(self, message):
-        values = super().decode(message)
-        self.graph.forget(message["changes"].get("free", ()))
-        return values
+    def take_freed(self, numbers):
+        self.graph.forget(numbers)
 
     def send_error(self, error):
         message = {"message": _message_of(error)}

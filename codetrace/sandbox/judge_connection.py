@@ -86,13 +86,13 @@ class CheckedMessages(Connection):
             self.finish("gone", "")
 
     def send(self, kind, values, names):
-        known = self.graph.count
-        written, changes = write_values(self.graph, [*values, *names.values()])
-        if freed := self.graph.give_up_unused(known):
+        graph = self.graph
+        known = graph.count
+        written, changes = write_values(graph, [*values, *names.values()] if names else values)
+        if len(graph.objects) > len(graph.lasting) and (freed := graph.give_up_unused(known)):
             changes["free"] = freed
-        count = len(values)
-        named = dict(zip(names, written[count:])) if names else {}
-        self.send_message(kind, written[:count] if names else written, named, changes)
+        named = dict(zip(names, written[len(values) :])) if names else {}
+        self.send_message(kind, written[: len(values)] if names else written, named, changes)
 
     def receive(self) -> dict:
         try:
