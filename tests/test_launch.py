@@ -9,7 +9,9 @@ import time
 import psutil
 import pytest
 from shards import Workspace, wait_for
+from typer.testing import CliRunner
 
+from codetrace.cli import app
 from codetrace.core.errors import BadInput
 from codetrace.core.records import read_records
 from codetrace.runs.jobs import SubmittedJob, python_with_stop_signals_blocked
@@ -252,10 +254,21 @@ MISTAKES = {
 }
 
 
+def words_of(message: str) -> list[str]:
+    return ["run", "binding" if "binding" in message else "letters", "-q", *MISTAKES[message]]
+
+
 @pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_begins_nothing(workspace, message, monkeypatch):
+    for name in ("CODETRACE_RUNS", "CODETRACE_NOTEBOOKS"):
+        monkeypatch.setenv(name, workspace.environment[name])
+    done = CliRunner().invoke(app, words_of(message))
+    assert isinstance(done.exception, BadInput) and message in str(done.exception), done.exception
+    assert not workspace.runs.exists(), "something was begun"
+
+
+@pytest.mark.parametrize("message", list(MISTAKES)[:2])
 def test_a_mistake_is_one_line_and_status_2(workspace, message):
-    phase = "binding" if "binding" in message else "letters"
-    done = workspace.call("run", phase, "-q", *MISTAKES[message])
+    done = workspace.call(*words_of(message))
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not workspace.runs.exists(), "something was begun"

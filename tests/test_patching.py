@@ -19,7 +19,8 @@ TOLERANCE = 1e-4
 
 
 # Qwen 2 is Llama with biases, Qwen 3 is it with normed queries and keys, Gemma 3 is Gemma 2 without soft caps
-LIKE_OTHERS = {"qwen2", "qwen3", "gemma3"}
+# GPT-2 packs queries, keys and values as GPT-NeoX does, and adds attention before the MLP as Llama does
+LIKE_OTHERS = {"qwen2", "qwen3", "gemma3", "gpt2"}
 
 
 @pytest.fixture(

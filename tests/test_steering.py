@@ -317,7 +317,11 @@ def null_study(seed: int, n_random: int, n_tasks: int) -> tuple[dict, list[float
     return row, [drifting_push(rng, base).mean() - base.mean() for _ in range(n_random)]
 
 
-@pytest.mark.parametrize(("n_random", "n_tasks"), [(2, 80), (10, 30), (18, 80), (19, 30), (19, 80), (40, 80)])
+FEW_AND_MANY = [(2, 80), (19, 30), (40, 80)]
+BETWEEN = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(10, 30), (18, 80), (19, 80)]]
+
+
+@pytest.mark.parametrize(("n_random", "n_tasks"), [*FEW_AND_MANY, *BETWEEN])
 def test_hardly_any_null_study_gets_a_verdict(n_random, n_tasks):
     "Every direction drifts: p against no push alone is below 0.05 in a seventh to a third of the studies."
     spoken = []

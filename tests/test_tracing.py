@@ -62,7 +62,8 @@ from codetrace.tasks.programs import QUERY_STYLES, analyse_program, as_program
 
 PREFIX = "k = 5\nprint(k)  # prints 5\n\n"
 # Qwen 2 is Llama with biases, Qwen 3 is it with normed queries and keys, Gemma 3 is Gemma 2 without soft caps
-LIKE_OTHERS = {"qwen2", "qwen3", "gemma3"}
+# GPT-2 packs queries, keys and values as GPT-NeoX does, and adds attention before the MLP as Llama does
+LIKE_OTHERS = {"qwen2", "qwen3", "gemma3", "gpt2"}
 FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in TINY_CONFIGS]
 
 
