@@ -168,9 +168,16 @@ def pregeneration_finding(name: str) -> str:
     manifest = record(name)
     area = re.search(r"AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks", manifest["headline"])
     difference = re.search(r"the strongest is (.*?), difference ([\d.]+ \[[^\]]*\])", manifest["headline"])
+    probe = (
+        r"the probe [^.]* on transfer: AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks, p = [\d.]+, ([\d.]+ \[[^\]]*\]) beyond"
+    )
+    elsewhere = re.search(probe, manifest["headline"])
+    low, high = map(float, re.findall(r"[\d.]+", elsewhere[3])[1:])
+    is_chance = ", which cannot be told from chance," if low <= 0.5 <= high else ""
     return (
-        f"**A code model knows before it writes.** The state of Qwen2.5-Coder-0.5B at the last token of a prompt foretells whether its answer will pass the tests: "
-        f"AUROC {area[1]} on {area[2]} problems that had no part in the fit, {difference[2]} above {difference[1]} ({record_link(name, 'record')})."
+        f"**A code model knows before it writes, on problems like those that a probe was fitted to.** The state of Qwen2.5-Coder-0.5B at the last token of a prompt foretells whether its answer will pass the tests: "
+        f"AUROC {area[1]} on {area[2]} MBPP problems that had no part in the fit, {difference[2]} above {difference[1]}. The same probe has {elsewhere[1]} on the {elsewhere[2]} problems of HumanEval, "
+        f"and {elsewhere[3]}{is_chance} beyond prompt length and difficulty ({record_link(name, 'record')})."
     )
 
 
@@ -184,7 +191,7 @@ def write_findings() -> None:
     findings = [
         watch_finding("watch/20261129T035747375Z-e239d719", "watch/20261129T035417847Z-2472f037"),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
-        pregeneration_finding("pregeneration/20261129T044208765Z-057355f1"),
+        pregeneration_finding("pregeneration/20261129T071236797Z-af66d7a9"),
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
