@@ -560,6 +560,7 @@ def test_parts_of_fifty_and_their_states(judge, tiny, items, tmp_path):
     assert held.done() == set(map(tuple, pd.concat(map(pd.read_parquet, parts))[list(SAMPLE_KEY)].to_numpy().tolist()))
 
 
+@pytest.mark.slow  # test_store has the same of any table
 def test_damaged_states_are_written_again_and_only_they(judge, tiny, items, whole, tmp_path, caplog):
     with pytest.raises(Stop):
         written(tiny("llama"), items, tmp_path, until(115))

@@ -87,6 +87,7 @@ def test_the_sweep_finds_exactly_the_heads_that_carry_the_value(depth, seed):
     assert means[list(circuit_value_heads(depth))].min() > 0.95
 
 
+@pytest.mark.slow  # test_patching compares the engines on every family
 def test_the_naive_engine_agrees(lm):
     program, counterfactual = cases_of(lm, 2, 1, 5)[0].pair
     base, source = lm.ids([program.code, counterfactual.code])

@@ -99,6 +99,7 @@ def _kill_after(lines: int, folder: Path) -> tuple[int, bool]:
     return announced, os.waitpid(writer, 0)[1] != 0
 
 
+@pytest.mark.slow  # the quick test kills before every call that changes the disk
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     "Twenty writers are killed with SIGKILL; each costs at most the rows of a part, and the table ends up the same."
     rng = random.Random(0)

@@ -473,6 +473,7 @@ def start(folder):
     )
 
 
+@pytest.mark.slow  # test_store has the same of any table
 def test_an_interrupted_trace_ends_as_an_uninterrupted_one(llama, tmp_path, monkeypatch):
     cases = [TraceCase(*pair_of(llama, seed=seed), PREFIX) for seed in range(6)]
     options = TraceOptions(directions=["denoise", "noise"], positions="query,final", control_layers=1)
