@@ -40,18 +40,20 @@ def test_pass_at_1_is_the_share_of_answers_that_pass(answers):
 
 
 def test_the_labels_that_are_foretold_are_the_verdicts(foretold, answers):
-    _, scores, _ = foretold
+    scores = foretold[1]
+    of_mbpp = scores[scores["set"] != "transfer"]
     passed = answers[1].set_index("task_id")["verdict"].eq("passed")
-    assert (scores.set_index("task_id")["label"] == passed.reindex(scores["task_id"])).all()
+    assert (of_mbpp.set_index("task_id")["label"] == passed.reindex(of_mbpp["task_id"])).all()
     groups = scores.groupby("group")["set"].nunique()
     assert groups.max() == 1, "near-duplicates on both sides of the split"
-    assert scores["set"].value_counts().to_dict() == {"fitting": 584, "validation": 390}
+    assert scores["set"].value_counts().to_dict() == {"fitting": 584, "validation": 390, "transfer": 164}
 
 
-def test_areas_are_those_of_sklearn(foretold):
+@pytest.mark.parametrize("judged_on", ["validation", "transfer"])
+def test_areas_are_those_of_sklearn(foretold, judged_on):
     _, scores, areas = foretold
-    judged = scores[scores["set"] == "validation"]
-    shown = areas[areas["measure"] == "AUROC"].set_index("name")
+    judged = scores[scores["set"] == judged_on]
+    shown = areas[(areas["measure"] == "AUROC") & (areas["set"] == judged_on)].set_index("name")
     assert {"probe", "prompt length", "difficulty of the reference", "all baselines together"} <= set(shown.index)
     for name, row in shown.iterrows():
         assert row["value"] == pytest.approx(roc_auc_score(judged["label"], judged[name]), abs=1e-9), name
@@ -78,9 +80,9 @@ def test_the_probe_beats_its_baselines_and_chance_by_a_count_of_our_own(foretold
         probe, baselines = (roc_auc_score(rows["label"], rows[name]) for name in ("probe", "all baselines together"))
         gaps.append(probe - baselines)
     differences = pd.read_parquet(f"{manifest['folder']}/differences.parquet").set_index(
-        ["name", "measure", "baseline"]
+        ["set", "name", "measure", "baseline"]
     )
-    told = differences.loc[("probe", "AUROC", "all baselines together")]
+    told = differences.loc[("validation", "probe", "AUROC", "all baselines together")]
     assert told["value"] == pytest.approx(np.mean(gaps), abs=0.01)
     assert told["low"] < np.quantile(gaps, 0.025) + 0.01 and np.quantile(gaps, 0.025) > 0  # simultaneous: wider
     assert f"AUROC {areas.loc[areas['name'] == 'probe', 'value'].iloc[0]:.2f}" in manifest["headline"]
