@@ -574,21 +574,6 @@ TRACKING = Phase(
     claims="tracking_claims",
     rules={
         "num_seqs": ParameterRule(at_least=1),
-        "generators": ParameterRule(
-            choices=(
-                "variable_binding",
-                "balanced_binding",
-                "range",
-                "variable_increments",
-                "integer",
-                "boolean",
-                "exception",
-                "entity",
-            ),
-            label="generator",
-            filled=True,
-            distinct=True,
-        ),
         "scoring": ParameterRule(choices=("auto", "token", "decode")),
     },
     checks=("check_prompt_template",),

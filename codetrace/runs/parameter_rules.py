@@ -24,6 +24,7 @@ SHARED_RULES = {  # By parameter; the words that need torch to be imported are h
     "depths": ParameterRule(at_least=1, distinct=True),
     "dtype": ParameterRule(choices=("auto", "float32", "bfloat16", "float16")),
     "generator": ParameterRule(choices=tuple(GENERATORS)),
+    "generators": ParameterRule(choices=tuple(GENERATORS), label="generator", filled=True, distinct=True),
     "layers": ParameterRule(distinct=True, label="layer"),
     "learning_rate": ParameterRule(above=0),
     "max_depth": ParameterRule(at_least=1),
