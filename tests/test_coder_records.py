@@ -133,11 +133,12 @@ def test_the_latent_is_told_from_chance_and_loses_to_the_probe(validated):
     generator = np.random.default_rng(2)
     shuffled = [roc_auc_score(generator.permutation(label), scores[latent]) for _ in range(300)]
     assert max(shuffled) < roc_auc_score(label, scores[latent])
-    groups = [rows for _, rows in scores.groupby("group")]
+    groups = list(scores.groupby("group").indices.values())
+    latent_scores, probe_scores = (scores[name].to_numpy() for name in (latent, "logistic probe"))
     gaps = []
     for _ in range(200):
-        drawn = pd.concat([groups[i] for i in generator.integers(0, len(groups), len(groups))])
-        areas = [roc_auc_score(drawn["label"], drawn[name]) for name in (latent, "logistic probe")]
+        drawn = np.concatenate([groups[i] for i in generator.integers(0, len(groups), len(groups))])
+        areas = [roc_auc_score(label[drawn], compared[drawn]) for compared in (latent_scores, probe_scores)]
         gaps.append(areas[0] - areas[1])
     differences = pd.read_parquet(f"{manifest['folder']}/differences.parquet")
     is_told = (differences["name"] == latent) & (differences["baseline"] == "logistic probe")

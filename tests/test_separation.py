@@ -177,7 +177,7 @@ def at_most(share: float, n: int) -> float:
 
 def test_null_latents_are_called_in_one_study_of_twenty_whatever_the_design():
     "Each design by itself, give or take chance, and all of them together."
-    table = calibration_table(40)
+    table = calibration_table(24)
     tested = table[table["n"] >= 10]
     limits = [at_most(0.07, n) for n in tested["n"]]
     assert (tested["observed"] <= limits).all(), tested[tested["observed"] > limits]
