@@ -118,7 +118,7 @@ def trace_grid(
         rows.append((labels[role["position"]], role["position_name"], cells))
     return _grid_table(rows, range(progress.n_layers), _grid_caption(progress))
 
-
+# %% ../../nbs/app/trace_tab.ipynb #e136216a
 def _grid_caption(progress: TraceProgress) -> str:
     "What the grid shows."
     source = "the counterfactual" if progress.request.direction == "denoise" else "the program"
@@ -279,7 +279,7 @@ def trace_tab(
         is_job=True,
     )
 
-
+# %% ../../nbs/app/trace_tab.ipynb #fe2a42d6
 def _fill_example(chosen: str, typed: str) -> tuple[str, str]:
     "The chosen program, and no counterfactual."
     return chosen or typed, ""

@@ -80,12 +80,12 @@ def program_places(
         places.pop("line end", None)
     return places
 
-
+# %% ../../nbs/patching/state_sites.ipynb #a7205079
 def _offsets_of(lm: LM, text: str, style: str) -> list[tuple[int, int]]:
     encoded = lm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=style != "chat")
     return [tuple(span) for span in encoded["offset_mapping"]]
 
-
+# %% ../../nbs/patching/state_sites.ipynb #2794a278
 def query_token(
     lm: LM,
     question_ids: Sequence[int],

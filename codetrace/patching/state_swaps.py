@@ -149,7 +149,7 @@ class _RunPrompts:
     source_answer: list[int]
     question_ids: list[int]  # With which the base's prompt ends
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #78d0c95e
 @dataclass(frozen=True)
 class _RunPair:
     "Two runs at one step."
@@ -289,7 +289,7 @@ def _tops_and_differences(lm: LM, cases: Sequence[SwapCase]) -> tuple[np.ndarray
     difference = (values[:, 1] - values[:, 0]).reshape(-1, 2).numpy()
     return logits.argmax(-1).reshape(-1, 2).numpy(), difference
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #fdfbaa96
 def _swept_answers(lm: LM, cases: Sequence[SwapCase]) -> list[Float[Tensor, "layer head position metric"]]:
     "By case: the token on top and the logit difference of each cell."
 
@@ -300,7 +300,7 @@ def _swept_answers(lm: LM, cases: Sequence[SwapCase]) -> list[Float[Tensor, "lay
 
     return patch_all(lm, [case.pair for case in cases], "resid_pre", measure)
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #e186eca0
 def _others_kept(lm: LM, cases: Sequence[SwapCase]) -> dict[int, Float[Tensor, "layer position"]]:
     "By number of the case: is the other variable's answer on top what it was?"
     numbers = [i for i, case in enumerate(cases) if case.other_base]
@@ -398,7 +398,7 @@ def _same_answer_state(lm: LM, cases: Sequence[SwapCase], i: int, place: str, la
                 return _site_states(lm, run, "resid_pre")[layer][case.positions[place], 0]
     return None
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #6d2081e3
 def _swaps_of_case(
     lm: LM, cases: Sequence[SwapCase], i: int, layers: Mapping[str, int], seed: int
 ) -> Iterator[_ControlledSwap]:
@@ -493,7 +493,7 @@ class UsedResult:
     controls: pd.DataFrame  # From `run_swap_controls`
     gains: pd.DataFrame  # From `swap_gains`
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #da1a06e8
 def use_states(
     lm: LM,
     cases: Sequence[SwapCase],
@@ -508,7 +508,7 @@ def use_states(
     controls = run_swap_controls(lm, cases, layers, numbers, seed, progress)
     return UsedResult(len(cases), len(known), swaps, swap_table(swaps), layers, controls, swap_gains(controls))
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #9cc26260
 def best_program_place(
     result: UsedResult,
 ) -> str | None:  # None where no place of the program has a known case

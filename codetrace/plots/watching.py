@@ -92,7 +92,7 @@ def plot_state_accuracy(
         range_frame(ax, (0, 1), (0, len(table) - 1))
     return axes[0, 0].figure
 
-
+# %% ../../nbs/plots/watching.ipynb #6d603e0e
 def _draw_dots(ax: Axes, table: pd.DataFrame, name: str, places: np.ndarray, face: str):
     "Dots with their intervals; one without interval is hollow and small."
     low = table[f"{name}_low"].to_numpy(float)
@@ -148,7 +148,7 @@ def plot_read_and_used(
         axes[-1, 0].set_xlabel("layer")
     return axes[0, 0].figure
 
-
+# %% ../../nbs/plots/watching.ipynb #f5829e67
 def _draw_layer_line(ax: Axes, rows: pd.DataFrame, value: str, color: str, style: str):
     "A line over layers with its band; nothing where it was not measured."
     measured = rows.dropna(subset=[value]) if value in rows else rows.head(0)

@@ -55,7 +55,7 @@ def _draw_progress(path: Path, phase: str, over):
         bar.update(state["done"] - bar.n)
     bar.close()
 
-
+# %% ../../nbs/runs/execute.ipynb #417f0642
 @contextmanager
 def _progress_bar(folder: Path, phase: str, shown: bool):
     "Draw the kernel's progress until the block ends."

@@ -191,7 +191,7 @@ class NestedChoice:
     by_fold: list[dict]  # The same, for each outer fold
     by_layer: pd.DataFrame  # `layer, auroc` and the best candidate of each layer
 
-
+# %% ../../nbs/sae/nested_probes.ipynb #495f487b
 def choose_probe(
     layers: Iterable[LayerCandidates],  # As `probe_candidates` makes them, one layer at a time
     label: ArrayLike,  # [rows]
