@@ -31,7 +31,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged and pushed
 	@python scripts/demo.py
 
-test: $(READY)  ## all checks, in about eight minutes
+test: $(READY)  ## all checks, in about seven minutes
 	@python scripts/check.py
 
 test-slow: $(READY)  ## what takes longer
