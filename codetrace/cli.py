@@ -36,6 +36,7 @@ from codetrace.runs.phases import (
     runs_root,
     studies,
 )
+from .runs.serve_command import SERVE_EXAMPLES, serve_command
 from .runs.watch_command import WATCH_EXAMPLES, watch_command
 
 # %% ../nbs/cli.ipynb #5c7d4f83
@@ -83,6 +84,10 @@ _Count = Annotated[int | None, typer.Option("-n", metavar="N", help="How many pr
 _Start = Annotated[int | None, typer.Option(metavar="I", help="The first problem of a slice, from 0.")]
 _End = Annotated[int | None, typer.Option(metavar="I", help="The first problem after the slice.")]
 _BatchSize = Annotated[int | None, typer.Option(metavar="N", help="How many answers, or states, at a time.")]
+_Engine = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="An OpenAI-compatible server that writes the answers; or how to patch."),
+]
 _Input = Annotated[str | None, typer.Option(metavar="RUN", help="The run to read, instead of the newest that fits.")]
 _Full = Annotated[bool, typer.Option("--full", help="The settings of the publication, where a phase has them.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -138,6 +143,7 @@ def run_command(
     start: _Start = None,
     end: _End = None,
     batch_size: _BatchSize = None,
+    engine: _Engine = None,
     input: _Input = None,
     full: _Full = False,
     quiet: _Quiet = False,
@@ -163,10 +169,11 @@ def run_command(
     placement = _Placement(_devices_or_slurm(devices, cluster, slurm_options), shards, requeue, detach, limits)
     options = {"model": model, "problems": _absolute_path(problems), "n": n}
     options |= {"start": start, "end": end, "batch_size": batch_size, "input": input, "full": full}
+    options |= {"engine": engine}
     _run_phase_or_study(phase, p or [], f, options, placement, not quiet)
 
 # %% ../nbs/cli.ipynb #a33f18af
-_OPTIONS_OF_ONE_PHASE = ("start", "end", "batch_size", "input", "full")
+_OPTIONS_OF_ONE_PHASE = ("start", "end", "batch_size", "engine", "input", "full")
 
 
 def _run_phase_or_study(
@@ -503,6 +510,7 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="The fin
 
 # %% ../nbs/cli.ipynb #11a56f09
 app.command(name="watch", epilog="Examples:  " + "  |  ".join(WATCH_EXAMPLES))(watch_command)
+app.command(name="serve", epilog="Examples:  " + "  |  ".join(SERVE_EXAMPLES))(serve_command)
 
 # %% ../nbs/cli.ipynb #e7578b37
 @app.command(name="app", epilog="Examples:  codetrace app  |  codetrace app --model smollm2 --port 8000")

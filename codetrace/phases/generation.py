@@ -214,5 +214,5 @@ GENERATION = Phase(
         ),
         "per_token_layers": ParameterRule(distinct=True),
     },
-    checks=("check_temperatures", "check_answer_length"),
+    checks=("check_temperatures", "check_answer_length", "check_model_server"),
 )

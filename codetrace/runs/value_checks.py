@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['check_prompt_template', 'check_position_names', 'check_references', 'check_patching_engine', 'check_program_halves',
            'check_head_programs', 'check_binding_programs', 'check_scratch_model', 'check_adapter',
-           'check_training_is_read', 'check_training_length', 'check_temperatures', 'check_answer_length',
-           'check_sae_name', 'check_sae_training', 'check_density_text', 'check_training_text', 'check_shuffles',
-           'check_problems_to_divide', 'check_coefficients', 'check_pushes', 'check_watched_programs',
+           'check_training_is_read', 'check_training_length', 'check_temperatures', 'check_model_server',
+           'check_answer_length', 'check_sae_name', 'check_sae_training', 'check_density_text', 'check_training_text',
+           'check_shuffles', 'check_problems_to_divide', 'check_coefficients', 'check_pushes', 'check_watched_programs',
            'check_failure_reasons']
 
 # %% ../../nbs/runs/value_checks.ipynb #da2590a8
@@ -156,6 +156,14 @@ def check_temperatures(phase: str, values: Mapping) -> None:
         raise BadParameter(
             f"samples={values['samples']} at temperature 0 would all be the same: give samples=1, or leave temperature 0 out"
         )
+
+
+def check_model_server(phase: str, values: Mapping) -> None:
+    "A server that answers and has the model, where one is asked for."
+    if values["engine"]:
+        from codetrace.models.model_server import open_model_server
+
+        open_model_server(values["engine"], values["engine_model"])
 
 
 def check_answer_length(phase: str, values: Mapping) -> None:

