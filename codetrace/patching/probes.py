@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ..core.progress import Progress, no_progress
 from ..core.stats import SIGNIFICANCE_LEVEL, format_count, format_with_interval, holm, share_with_interval
@@ -123,7 +123,7 @@ def _join_states(parts: Sequence[tuple[np.ndarray, pd.DataFrame]]) -> LabelledSt
     )
 
 # %% ../../nbs/patching/probes.ipynb #2dd66589
-def fit_linear_probe(x: Float[np.ndarray, "rows d_model"], values: Int[np.ndarray, "rows"]):
+def fit_linear_probe(x: Float[np.ndarray, "rows d_model"], values: Shaped[np.ndarray, "rows"]):
     "A linear probe for the value."
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline

@@ -29,6 +29,9 @@ from .run import phase_code_digest
 _TIMES = re.compile(r"(^|_)(seconds|time|started|finished|resumed)$")
 _RUN_ID = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{8}")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(?:[eE][-+]?\d+)?")
+_P_VALUES = re.compile(r"(^|\.)(p|q)$")
+_NOTHING_FOUND = 0.1  # Above it p and q are compared by the next line
+_P_APART = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def _number_difference(first: float, second: float, place: str) -> Difference:
         return Difference(place="" if math.isnan(first) and math.isnan(second) else place)
     if math.isinf(first) or math.isinf(second):
         return Difference(place="" if first == second else place)
+    if _P_VALUES.search(place) and min(first, second) > _NOTHING_FOUND and abs(first - second) <= _P_APART:
+        return Difference()
     return Difference(abs(first - second) / max(1.0, abs(first)))
 
 
@@ -101,7 +106,10 @@ def _array_difference(first, second, place: str) -> Difference:
         or not np.isfinite(second[is_finite]).all()
     ):
         return Difference(place=place)
-    relative = np.abs(first - second)[is_finite] / np.maximum(1, np.abs(first[is_finite]))
+    apart = np.abs(first - second)
+    if _P_VALUES.search(place):
+        apart[(np.minimum(first, second) > _NOTHING_FOUND) & (apart <= _P_APART)] = 0
+    relative = apart[is_finite] / np.maximum(1, np.abs(first[is_finite]))
     return Difference(float(relative.max(initial=0.0)))
 
 # %% ../../nbs/runs/rerun.ipynb #480128f2
