@@ -326,6 +326,20 @@ class Judge(sampled_solutions.SandboxPool):
         return verdict
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_bits_do_not_depend_on_how_long_the_neighbours_are(tiny, arch):
+    "In float32 a product over more than 384 columns is summed in parts, so one long answer used to change all others."
+    lm = tiny(arch)
+    short, long = lm.ids(["def f(x):\n    return x\n" * 30, "a = 1\n" * 90])
+    assert len(short) + 20 < 384 < len(long)
+    (alone,) = Decoder(lm, [Request(short, key="short")], 20, 8, layers=None)
+    together = Decoder(lm, [Request(long, key="long"), Request(short, key="short")], 20, 8, layers=None)
+    beside = next(answer for answer in together if answer.request.key == "short")
+    assert beside.tokens == alone.tokens
+    for kind in STATE_KINDS:
+        assert torch.equal(beside.states[kind], alone.states[kind]), kind
+
+
 @pytest.fixture
 def judge(monkeypatch):
     monkeypatch.setattr(sampled_solutions, "SandboxPool", Judge)

@@ -7,11 +7,12 @@ __all__ = ['SLOTS_PER_BLOCK', 'round_columns', 'SlotCache', 'slot_step', 'slidin
 
 # %% ../../nbs/models/slot_cache.ipynb #5e8b90e0
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .lm import LM
@@ -93,6 +94,9 @@ def swap(self: SlotCache, a: int, b: int) -> None:
     self.lengths[[a, b]] = self.lengths[[b, a]]
 
 # %% ../../nbs/models/slot_cache.ipynb #ca29e0f2
+_SUMMED_AT_ONCE = 384  # Columns. Products over more are summed in parts by float32 kernels of processors
+
+
 @dataclass
 class _SlotBlock:
     "Slots that attend together in one step."
@@ -101,6 +105,9 @@ class _SlotBlock:
     width: int  # Columns
     columns: Int[Tensor, "slot"]  # The column that each writes
     masks: dict[int | None, Float[Tensor, "slot 1 1 width"]]  # By sliding window: 0 where a slot may look, else -inf
+    short: Bool[Tensor, "slot"] | None = (
+        None  # Slots that see `_SUMMED_AT_ONCE` columns at most, beside others that see more
+    )
 
     @classmethod
     def of(cls, slots: slice, columns: Int[Tensor, "slot"], windows: set[int | None], like: Tensor) -> "_SlotBlock":
@@ -113,7 +120,8 @@ class _SlotBlock:
             if window is not None:
                 visible = visible & (column > end - window)
             masks[window] = like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None, None]
-        return cls(slots, width, columns, masks)
+        short = columns < _SUMMED_AT_ONCE
+        return cls(slots, width, columns, masks, short if short.any() and not short.all() else None)
 
 # %% ../../nbs/models/slot_cache.ipynb #edca62bd
 @patch
@@ -139,24 +147,36 @@ def update(self: SlotCache, keys: Tensor, values: Tensor, layer_idx: int, *_, **
     return all_keys, all_values
 
 # %% ../../nbs/models/slot_cache.ipynb #7e221171
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, soft_cap: float) -> Tensor:
+    "Attention with capped logits; values are summed in parts of the same columns, however many there are."
+    weight = soft_cap * torch.tanh(q @ k.mT * scale / soft_cap) + mask
+    weight = weight.float().softmax(-1).to(v.dtype)
+    out = weight[..., :_SUMMED_AT_ONCE] @ v[:, :, :_SUMMED_AT_ONCE]
+    for i in range(_SUMMED_AT_ONCE, v.shape[2], _SUMMED_AT_ONCE):
+        out = out + weight[..., i : i + _SUMMED_AT_ONCE] @ v[:, :, i : i + _SUMMED_AT_ONCE]
+    return out
+
+
 def _slot_attention(module, query, key, value, attention_mask, *, slot_cache: SlotCache, **options):
     "Attention of one new token a slot, block by block. Called by every attention layer of transformers."
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     soft_cap = options.get("softcap")
+    attend = partial(_soft_capped_attention, soft_cap=soft_cap) if soft_cap else _sdpa
     heads = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [slot, key head, its query heads, d_head]
     out = torch.empty_like(heads)
     for block in slot_cache.blocks:
-        q = heads[block.slots]
-        k = key[block.slots, :, : block.width]
-        v = value[block.slots, :, : block.width]
-        mask = block.masks[options.get("sliding_window")].to(q.device)
-        if soft_cap:
-            weight = soft_cap * torch.tanh(q @ k.mT * scale / soft_cap) + mask
-            out[block.slots] = weight.float().softmax(-1).to(v.dtype) @ v
-        else:
-            attention = torch.nn.functional.scaled_dot_product_attention
-            out[block.slots] = attention(q, k, v, attn_mask=mask, scale=scale)
+        mask = block.masks[options.get("sliding_window")].to(query.device)
+        q, k, v = (x[block.slots] for x in (heads, key, value))
+        out[block.slots] = attend(q, k[:, :, : block.width], v[:, :, : block.width], mask, scale)
+        if block.short is not None and query.dtype == torch.float32 and query.device.type == "cpu":
+            narrow = slice(_SUMMED_AT_ONCE)
+            alone = attend(q, k[:, :, narrow], v[:, :, narrow], mask[..., narrow], scale)
+            out[block.slots][block.short] = alone[block.short]
     return out.view(len(query), 1, -1, query.shape[-1]), None
 
 # %% ../../nbs/models/slot_cache.ipynb #a124eeb0
