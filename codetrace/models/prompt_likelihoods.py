@@ -23,7 +23,7 @@ def token_logprobs(
     lm: LM,
     hidden: Float[Tensor, "pos d_model"],  # After the final norm; what is behind the last target is not read
     targets: Sequence[int],  # The token that follows each position
-) -> Float[Tensor, "target"]:  # Of each target, in nats
+) -> Float[Tensor, "tokens"]:  # Of each target, in nats
     "The log-probability of each token that follows, with the logits of few positions in memory at a time."
     following = torch.tensor(list(targets), device=hidden.device)
     parts = []
