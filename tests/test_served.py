@@ -28,7 +28,7 @@ from codetrace.models.activations import read_states
 from codetrace.models.built_folders import cache_dir
 from codetrace.models.decoding import STATE_KINDS, Decoder, Request
 from codetrace.models.model_server import ModelServer, ServerFailed, open_model_server
-from codetrace.models.served_decoder import WrongServedModel, read_written_tokens, token_choices
+from codetrace.models.served_decoder import ServedDecoder, WrongServedModel, read_written_tokens, token_choices
 from codetrace.runs.execute import execute_phase
 from codetrace.runs.serve_command import vllm_arguments
 from codetrace.sandbox.pool import Verdict
@@ -234,6 +234,44 @@ def test_a_slow_server_is_waited_for_and_one_that_is_silent_is_not(lm, items, tm
         silent = ModelServer(engine.url, "tiny", attempts=2, timeout=0.02)
         with pytest.raises(ServerFailed, match="ReadTimeout"):
             served(lm, items[:4], tmp_path / "silent", silent)
+
+
+def test_an_answer_is_cut_where_the_slots_cut_it(lm):
+    "The server would go on; the reader stops at what the request calls complete."
+    ids = lm.ids(["a = 1\n", "def f(x):", "print("])
+
+    def requests(mark: str) -> list[Request]:
+        return [Request(row, (0, i), over=lambda text: mark in text, marks=mark) for i, row in enumerate(ids)]
+
+    whole = [answer.text for answer in Decoder(lm, requests("\0"), 12, 8)]
+    mark = max("".join(whole), key="".join(whole).count)
+    expected = {answer.request.key: answer for answer in Decoder(lm, requests(mark), 12, 8)}
+    with engine_of() as engine:
+        answers = list(ServedDecoder(lm, requests(mark), 12, open_model_server(engine.url)))
+    assert len(answers) == 3 and "answered" in {answer.finish for answer in answers}
+    for answer in answers:
+        same = expected[answer.request.key]
+        assert (answer.tokens, answer.text, answer.finish) == (same.tokens, same.text, same.finish)
+
+
+def test_who_stops_does_not_wait_for_the_next_attempt(lm, monkeypatch):
+    monkeypatch.setattr(model_server, "_WAIT", lambda state: 60.0)
+    with engine_of(failures=["", "429", "429"]) as engine:
+        ids = lm.ids(["a = 1\n", "def f(x):", "print("])
+        requests = [Request(row, (0, i)) for i, row in enumerate(ids)]
+        decoder = ServedDecoder(lm, requests, 40, open_model_server(engine.url))
+        answers = iter(decoder)
+        next(answers)
+        answers.close()
+        deadline = time.monotonic() + 5
+        while pool_threads() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not pool_threads() and decoder.server.closing.is_set()
+
+
+def pool_threads() -> list[threading.Thread]:
+    "Threads that ask a server."
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 def test_another_model_is_refused_and_nothing_of_it_kept(lm, items, tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['ServerFailed', 'ServedToken', 'ModelServer', 'served_model', 'open_m
 import email.utils
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,10 @@ def _seconds_to_wait(state: tenacity.RetryCallState) -> float:
     return max(_WAIT(state), getattr(error, "seconds", 0.0))
 
 
+def _new_client() -> httpx.Client:
+    return httpx.Client(trust_env=False, limits=httpx.Limits(max_connections=None))
+
+
 @dataclass(frozen=True)
 class ModelServer:
     "An OpenAI-compatible server, and what it calls the model."
@@ -58,13 +63,19 @@ class ModelServer:
     model: str = ""  # Empty: the only one that it serves
     attempts: int = 8  # With pauses that grow from half a second to thirty
     timeout: float = 300.0  # Seconds without a byte
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False), compare=False, repr=False)
+    client: httpx.Client = field(default_factory=_new_client, compare=False, repr=False)
+    closing: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+
+    def reopened(self) -> "ModelServer":
+        "The same server with connections of its own, which can be closed without closing others."
+        return replace(self, client=_new_client(), closing=threading.Event())
 
     def address(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{path}"
 
     def close(self) -> None:
-        "End all connections; a server stops what nobody reads."
+        "End all connections, and all waiting for another attempt; a server stops what nobody reads."
+        self.closing.set()
         self.client.close()
 
 # %% ../../nbs/models/model_server.ipynb #3ba95f65
@@ -203,13 +214,17 @@ def _read_once(server: ModelServer, body: dict, is_complete: Callable[[list[int]
     began = time.perf_counter()
     first = 0.0
     tokens = []
+    ids = []
     ended = False
     try:
         for token in _stream_answer(server, body):
             first = first or time.perf_counter() - began
-            ended = token is None
-            tokens += [] if ended else [token]
-            if not ended and is_complete([token.id for token in tokens]):
+            if token is None:
+                ended = True
+                break
+            tokens.append(token)
+            ids.append(token.id)
+            if server.closing.is_set() or is_complete(ids):
                 break
     except httpx.TransportError as error:
         raise _TryAgain(f"{type(error).__name__} {error}".strip()) from None
@@ -227,7 +242,8 @@ def read_answer(
     "Read one answer, from its beginning again where the server fails; raises `ServerFailed` after the last attempt."
     body = _request_body(server.model, ids, max_tokens, temperature, seed)
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(server.attempts),
+        sleep=tenacity.sleep_using_event(server.closing),
+        stop=tenacity.stop_after_attempt(server.attempts) | tenacity.stop_when_event_set(server.closing),
         wait=_seconds_to_wait,
         retry=tenacity.retry_if_exception_type(_TryAgain),
         reraise=True,

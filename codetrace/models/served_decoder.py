@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from .architectures import Place, residual_places
-from .decoding import STATE_KINDS, Continuation, Request, answer_room
+from .decoding import STATE_KINDS, Continuation, Request, answer_room, is_request_complete
 from .interventions import register_hook
 from .lm import LM
 from .model_server import ModelServer, ServedAnswer, ServerFailed, read_answer, sample_seed
@@ -136,6 +136,7 @@ class ServedDecoder:
         self.places = residual_places(self.sites, layers)
         self.token_places = residual_places(self.sites, self.per_token)
         self.end_tokens = self.lm._ends()
+        self.server = self.server.reopened()  # closed when all is written, or nobody wants more
         self.token_count = 0  # written so far
 
 # %% ../../nbs/models/served_decoder.ipynb #1cb58c56
@@ -145,9 +146,7 @@ def _is_complete(self: ServedDecoder, request: Request, tokens: list[int]) -> bo
     if tokens[-1] in self.end_tokens:
         return True
     piece = self.lm.tokenizer.decode(tokens[-1:], clean_up_tokenization_spaces=False)
-    if request.over is None or not any(mark in piece for mark in request.marks):
-        return False
-    return request.over(self.lm._text(list(request.ids), tokens))
+    return is_request_complete(self.lm, request, tokens, piece)
 
 
 @patch
@@ -239,4 +238,4 @@ def __iter__(self: ServedDecoder) -> Iterator[Continuation]:
         raise
     finally:
         self.server.close()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)

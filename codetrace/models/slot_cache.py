@@ -147,6 +147,11 @@ def update(self: SlotCache, keys: Tensor, values: Tensor, layer_idx: int, *_, **
     return all_keys, all_values
 
 # %% ../../nbs/models/slot_cache.ipynb #7e221171
+def _is_summed_in_parts(x: Tensor) -> bool:
+    "Does the width of a product change the last bits?"
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -155,6 +160,8 @@ def _soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale:
     "Attention with capped logits; values are summed in parts of the same columns, however many there are."
     weight = soft_cap * torch.tanh(q @ k.mT * scale / soft_cap) + mask
     weight = weight.float().softmax(-1).to(v.dtype)
+    if not _is_summed_in_parts(v):
+        return weight @ v
     out = weight[..., :_SUMMED_AT_ONCE] @ v[:, :, :_SUMMED_AT_ONCE]
     for i in range(_SUMMED_AT_ONCE, v.shape[2], _SUMMED_AT_ONCE):
         out = out + weight[..., i : i + _SUMMED_AT_ONCE] @ v[:, :, i : i + _SUMMED_AT_ONCE]
@@ -173,7 +180,7 @@ def _slot_attention(module, query, key, value, attention_mask, *, slot_cache: Sl
         mask = block.masks[options.get("sliding_window")].to(query.device)
         q, k, v = (x[block.slots] for x in (heads, key, value))
         out[block.slots] = attend(q, k[:, :, : block.width], v[:, :, : block.width], mask, scale)
-        if block.short is not None and query.dtype == torch.float32 and query.device.type == "cpu":
+        if block.short is not None and _is_summed_in_parts(query):
             narrow = slice(_SUMMED_AT_ONCE)
             alone = attend(q, k[:, :, narrow], v[:, :, narrow], mask[..., narrow], scale)
             out[block.slots][block.short] = alone[block.short]
