@@ -91,6 +91,7 @@ class Engine:
         self.failures = deque(failures)
         self.pause = pause  # Seconds between two tokens
         self.lock = threading.Lock()
+        self.silence = threading.Event()  # Ends it
         self.bodies = []
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -106,7 +107,7 @@ class Engine:
     def tokens(self, body: dict) -> list[tuple[int, float]]:
         "The tokens of an answer and their log-probabilities, computed once."
         with self.lock:
-            key = (*body["prompt"], body["temperature"], body["temperature"] and body["seed"])
+            key = (*body["prompt"], body["max_tokens"], body["temperature"], body["temperature"] and body["seed"])
             if key not in self.known:
                 request = Request(body["prompt"], body["seed"], body["temperature"])
                 (answer,) = Decoder(self.lm, [request], body["max_tokens"], 1)
@@ -125,7 +126,9 @@ class Engine:
                 with engine.lock:
                     engine.bodies.append(body)
                     failure = engine.failures.popleft() if engine.failures else ""
-                if failure in ("429", "500"):
+                if failure == "silent":
+                    engine.silence.wait(60)
+                elif failure in ("429", "500"):
                     self.send_response(int(failure))
                     self.send_header("retry-after", "0.01")
                     self.end_headers()
@@ -267,6 +270,20 @@ def test_who_stops_does_not_wait_for_the_next_attempt(lm, monkeypatch):
         while pool_threads() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not pool_threads() and decoder.server.closing.is_set()
+
+
+def test_who_stops_does_not_wait_for_a_server_that_is_silent(lm):
+    "A connection that is closed while somebody reads from it would be read on until its time is up."
+    with engine_of(failures=["", "silent", "silent"]) as engine:
+        requests = [Request(row, (0, i)) for i, row in enumerate(lm.ids(["a = 1\n", "def f(x):", "print("]))]
+        answers = iter(ServedDecoder(lm, requests, 40, open_model_server(engine.url)))
+        next(answers)
+        answers.close()
+        deadline = time.monotonic() + 5
+        while pool_threads() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        engine.silence.set()
+        assert not pool_threads()
 
 
 def pool_threads() -> list[threading.Thread]:

@@ -10,11 +10,15 @@ __all__ = ['ServerFailed', 'ServedToken', 'ModelServer', 'served_model', 'open_m
 import email.utils
 import hashlib
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
+from weakref import WeakSet
 
 import httpx
 import tenacity
@@ -65,10 +69,11 @@ class ModelServer:
     timeout: float = 300.0  # Seconds without a byte
     client: httpx.Client = field(default_factory=_new_client, compare=False, repr=False)
     closing: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+    sockets: WeakSet[socket.socket] = field(default_factory=WeakSet, compare=False, repr=False)  # Of `client`
 
     def reopened(self) -> "ModelServer":
         "The same server with connections of its own, which can be closed without closing others."
-        return replace(self, client=_new_client(), closing=threading.Event())
+        return replace(self, client=_new_client(), closing=threading.Event(), sockets=WeakSet())
 
     def address(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{path}"
@@ -76,7 +81,23 @@ class ModelServer:
     def close(self) -> None:
         "End all connections, and all waiting for another attempt; a server stops what nobody reads."
         self.closing.set()
+        for connection in list(self.sockets):
+            _hang_up(connection)
         self.client.close()
+
+    def note_connection(self, event: str, info: Mapping[str, Any]) -> None:
+        "Called by httpx at each step of a request; keeps what a connection goes through."
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = info["return_value"].get_extra_info("socket")
+            self.sockets.add(connection)
+            if self.closing.is_set():
+                _hang_up(connection)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    "Wake whoever waits for bytes, which closing a socket does not."
+    with suppress(OSError):  # It is closed already
+        connection.shutdown(socket.SHUT_RDWR)
 
 # %% ../../nbs/models/model_server.ipynb #3ba95f65
 def served_model(
@@ -199,7 +220,10 @@ class ServedAnswer:
 def _stream_answer(server: ModelServer, body: dict) -> Iterator[ServedToken | None]:
     "The tokens as they come; None last, where the model ended the text by itself."
     timeout = httpx.Timeout(server.timeout, connect=10.0)
-    with server.client.stream("POST", server.address("completions"), json=body, timeout=timeout) as response:
+    noting = {"trace": server.note_connection}
+    with server.client.stream(
+        "POST", server.address("completions"), json=body, timeout=timeout, extensions=noting
+    ) as response:
         _raise_for_status(response)
         finish = None
         for message in _messages(response):
