@@ -4,6 +4,7 @@
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,11 +17,13 @@ from codetrace.runs.warm_kernels import warm_kernels
 
 HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
+FORKED = [sys.executable, "scripts/forked_python.py"]  # by the process that has the library imported
 NOTEBOOKS = (
-    ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [sys.executable, "scripts/run_notebook_tests.py"]
+    ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [*FORKED, "scripts/run_notebook_tests.py"]
 )
 # `nice`: the lane of single processes, which takes longest, has a core to itself as long as it needs one
-TESTS = ["nice", sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations=12"]
+TESTS = ["nice", sys.executable, "-m", "pytest", "-q", "--durations=12"]
+TESTS += ["-n", "2"] if SLOW else ["--tx", f"2*popen//python={shlex.join(FORKED)}"]  # the slow ones check types
 TESTS += ["--dist", "loadfile", "--no-loadscope-reorder"]  # a file and what its tests share stay with one worker
 TESTS += ["-m", "slow or not slow"] if SLOW else []
 FIRST = {

@@ -1,6 +1,6 @@
 """nbdev's tests of all notebooks, one after the other, without drawing the figures that cells show.
 
-Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything. Libraries are imported once, before the process of the notebooks begins.
+Drawing takes a quarter of the time, and nobody sees the pictures; figures that phases save are drawn all the same, and `make test-slow` draws everything.
 """
 
 import gc

@@ -4,7 +4,10 @@ import gc
 import os
 
 import jaxtyping
+import matplotlib
 import pytest
+
+matplotlib.use("agg")  # also where a notebook's way of drawing was chosen before
 
 # not programs, sandbox and runs: their many small calls would take three times as long, and hold no arrays
 CHECKED = [f"codetrace.{name}" for name in ("core.metrics", "core.stats", "models", "patching", "sae", "steering")]

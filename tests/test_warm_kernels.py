@@ -16,7 +16,7 @@ from shards import Workspace, wait_for
 
 from codetrace.core.environment import KERNELS_VARIABLE
 from codetrace.runs import warm_kernels as kernels
-from codetrace.runs.warm_kernels import ForkedKernel, fork_kernel, warm_kernels
+from codetrace.runs.warm_kernels import ForkedProcess, fork_kernel, fork_process, warm_kernels
 
 SMALL = ["run", "letters", "-q", "-p", "n=3"]
 
@@ -64,7 +64,20 @@ def test_a_fork_has_the_callers_surroundings(variables, tmp_path):
     wait_for((tmp_path / "kernel.json").exists, 60)
     assert kernel.poll() is None and Path(process.cwd()) == tmp_path and os.getpgid(kernel.pid) == kernel.pid
     kernel.kill()
-    assert kernel.wait() == 0
+    assert kernel.wait() == -9
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("print(sys.stdin.read(), *sys.argv)", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1), ("1/0", 1)],
+)
+def test_a_fork_runs_any_code_and_says_how_it_ended(variables, tmp_path, code, status):
+    (tmp_path / "in").write_text("read,")
+    with open(tmp_path / "in") as read, open(tmp_path / "out", "w") as out, open(os.devnull, "w") as nothing:
+        files = (read.fileno(), out.fileno(), nothing.fileno())
+        process = fork_process(f"import sys; {code}", ["a", "b"], variables, tmp_path, files)
+    assert process.wait() == process.poll() == status
+    assert (tmp_path / "out").read_text() == ("read, -c a b\n" if status == 0 else "")
 
 
 @pytest.mark.parametrize(
@@ -156,10 +169,10 @@ def test_a_process_with_many_open_files_can_wait_for_a_kernel():
     ends = socket.socketpair()
     child = subprocess.Popen(["sleep", "60"])
     try:
-        kernel = ForkedKernel(child.pid, ends[0])
+        kernel = ForkedProcess(child.pid, ends[0])
         assert kernel.poll() is None
         kernel.kill()
-        assert (kernel.wait(), kernel.poll(), kernel.wait()) == (0, 0, 0)
+        assert (kernel.wait(), kernel.poll(), kernel.wait()) == (-9, -9, -9)
     finally:
         child.kill()
         child.wait()
