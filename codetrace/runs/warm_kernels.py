@@ -53,14 +53,25 @@ def kernel_setting(
     return digest_values(library_digest(), sorted(read.items()), sys.prefix)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #6e602da9
+_IMPORTED_LATE = """
+    IPython.core.completerlib IPython.extensions.storemagic ipykernel.debugger ipykernel.kernelapp ipywidgets
+    matplotlib.backends.backend_agg matplotlib.backends.backend_svg matplotlib.pyplot seaborn
+    pandas.io.formats.html pyarrow.dataset pydantic radon.complexity scipy.cluster.hierarchy scipy.stats sqlite3
+    sklearn.decomposition sklearn.linear_model statsmodels.stats.multitest statsmodels.stats.proportion
+    transformers.models.auto.tokenization_auto transformers.models.llama.modeling_llama
+"""  # By the library's functions, and by every kernel
+
+
 def import_library():
     "Import every module of codetrace but the command line, and what these import late."
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # Else a kernel's debugger warns at its import
     for module in pkgutil.walk_packages(codetrace.__path__, "codetrace."):
         if module.name.split(".")[1] not in ("cli", "_modidx", "phases"):
             importlib.import_module(module.name)
-    for name in ("ipykernel.kernelapp", "matplotlib.pyplot", "scipy.stats", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(name)
+    for name in _IMPORTED_LATE.split():
+        with suppress(ImportError):  # Some are wanted by few
+            importlib.import_module(name)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #dbab117b
 def _end_with(connection: socket.socket):
