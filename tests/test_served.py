@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from shards import wait_for
 
 from codetrace import models
 from codetrace.core.records import read_records
@@ -101,6 +102,7 @@ class Engine:
         return f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def close(self):
+        self.silence.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -266,10 +268,8 @@ def test_who_stops_does_not_wait_for_the_next_attempt(lm, monkeypatch):
         answers = iter(decoder)
         next(answers)
         answers.close()
-        deadline = time.monotonic() + 5
-        while pool_threads() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not pool_threads() and decoder.server.closing.is_set()
+        wait_for(lambda: not pool_threads(), 5)
+        assert decoder.server.closing.is_set()
 
 
 def test_who_stops_does_not_wait_for_a_server_that_is_silent(lm):
@@ -279,11 +279,7 @@ def test_who_stops_does_not_wait_for_a_server_that_is_silent(lm):
         answers = iter(ServedDecoder(lm, requests, 40, open_model_server(engine.url)))
         next(answers)
         answers.close()
-        deadline = time.monotonic() + 5
-        while pool_threads() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        engine.silence.set()
-        assert not pool_threads()
+        wait_for(lambda: not pool_threads(), 5)
 
 
 def pool_threads() -> list[threading.Thread]:

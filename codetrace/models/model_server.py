@@ -59,6 +59,12 @@ def _new_client() -> httpx.Client:
     return httpx.Client(trust_env=False, limits=httpx.Limits(max_connections=None))
 
 
+def _hang_up(connection: socket.socket) -> None:
+    "Wake whoever waits for bytes, which closing a socket does not."
+    with suppress(OSError):  # It is closed already
+        connection.shutdown(socket.SHUT_RDWR)
+
+# %% ../../nbs/models/model_server.ipynb #ba64f548
 @dataclass(frozen=True)
 class ModelServer:
     "An OpenAI-compatible server, and what it calls the model."
@@ -92,12 +98,6 @@ class ModelServer:
             self.sockets.add(connection)
             if self.closing.is_set():
                 _hang_up(connection)
-
-
-def _hang_up(connection: socket.socket) -> None:
-    "Wake whoever waits for bytes, which closing a socket does not."
-    with suppress(OSError):  # It is closed already
-        connection.shutdown(socket.SHUT_RDWR)
 
 # %% ../../nbs/models/model_server.ipynb #3ba95f65
 def served_model(

@@ -17,6 +17,23 @@ import typer
 from ..core.errors import BadInput
 
 # %% ../../nbs/runs/serve_command.ipynb #de8ca283
+def _folders(model: str) -> tuple[str, str]:
+    "What vLLM reads the weights from, and the tokenizer where it lies elsewhere."
+    from codetrace.models.gguf_header import is_gguf_name
+
+    if model == "smollm2":
+        from codetrace.models.smollm2 import smollm2_folder
+
+        return str(smollm2_folder("float32")), str(smollm2_folder("tokenizer"))
+    if is_gguf_name(model):
+        import torch
+
+        from codetrace.models.gguf_models import gguf_model_folder
+
+        return str(gguf_model_folder(Path(model).expanduser(), torch.bfloat16)), ""
+    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, ""
+
+# %% ../../nbs/runs/serve_command.ipynb #42942ded
 SERVE_EXAMPLES = (
     "codetrace serve --model Qwen/Qwen2.5-Coder-0.5B-Instruct",
     "codetrace serve --model smollm2 --port 8123 --vllm ~/vllm/bin/vllm -- --max-model-len 2048",
@@ -41,23 +58,6 @@ def vllm_arguments(
     arguments = ["serve", folder, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", dtype, "--generation-config", "vllm"]
     return [*arguments, "--tokenizer", tokenizer] if tokenizer else arguments
-
-
-def _folders(model: str) -> tuple[str, str]:
-    "What vLLM reads the weights from, and the tokenizer where it lies elsewhere."
-    from codetrace.models.gguf_header import is_gguf_name
-
-    if model == "smollm2":
-        from codetrace.models.smollm2 import smollm2_folder
-
-        return str(smollm2_folder("float32")), str(smollm2_folder("tokenizer"))
-    if is_gguf_name(model):
-        import torch
-
-        from codetrace.models.gguf_models import gguf_model_folder
-
-        return str(gguf_model_folder(Path(model).expanduser(), torch.bfloat16)), ""
-    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, ""
 
 # %% ../../nbs/runs/serve_command.ipynb #7b083174
 def serve_command(

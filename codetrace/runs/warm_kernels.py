@@ -108,20 +108,28 @@ def _take_over(request: dict, files: Sequence[int]):
         os.close(file)
     sys.argv = ["-c", *request["arguments"]]
 
+# %% ../../nbs/runs/warm_kernels.ipynb #866f715c
+def _run_code(code: str) -> int:
+    "Run code as Python does; its exit status."
+    try:
+        exec(code, {"__name__": "__main__"})
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
 
 def _become_process(request: dict, connection: socket.socket, files: Sequence[int]):
     "What a forked process does: run its caller's code, and say how that ended."
     _take_over(request, files)
     connection.sendall(f"{os.getpid()}\n".encode())  # by the fork itself: whoever dies, the caller notices
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    status = 0
-    try:
-        exec(request["code"], {"__name__": "__main__"})
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # as Python ends of itself
-        traceback.print_exc()
-        status = 1
+    status = _run_code(request["code"])
     connection.sendall(f"{status}\n".encode())
     _end_in_silence(status)
 
@@ -263,6 +271,14 @@ def _connect(path: str) -> socket.socket | None:
         return None
     return connection
 
+
+def _read_line(connection: socket.socket) -> bytes:
+    "A line, and nothing of the next."
+    line = b""
+    while not line.endswith(b"\n") and (received := connection.recv(1)):
+        line += received
+    return line
+
 # %% ../../nbs/runs/warm_kernels.ipynb #0f196140
 def fork_process(
     code: str,  # As `python -c` takes it
@@ -294,15 +310,7 @@ def fork_process(
     except (OSError, ValueError):
         return None
 
-
-def _read_line(connection: socket.socket) -> bytes:
-    "A line, and nothing of the next."
-    line = b""
-    while not line.endswith(b"\n") and (received := connection.recv(1)):
-        line += received
-    return line
-
-
+# %% ../../nbs/runs/warm_kernels.ipynb #bf850c1f
 def fork_kernel(
     arguments: Sequence[str],  # Of `python -m ipykernel_launcher`
     environment: Mapping[str, str],
