@@ -70,6 +70,7 @@ def main() -> int:
             "TMPDIR": scratch,  # examples leave their runs there
             "CODETRACE_RUNS": f"{scratch}/runs",
             "OMP_NUM_THREADS": "1",  # three processes share the cores
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "CODETRACE_CHECK_TYPES": "1" if SLOW else "0",  # at run time, which takes a third longer

@@ -5,6 +5,7 @@ python scripts/forked_python.py FILE
 """
 
 import os
+import signal
 import sys
 
 from codetrace.runs.warm_kernels import fork_process
@@ -17,4 +18,6 @@ if __name__ == "__main__":
     process = fork_process(code, arguments, os.environ, os.getcwd())
     if process is None:
         os.execv(sys.executable, [sys.executable, *words])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.killpg(process.pid, number))
     sys.exit(process.wait())

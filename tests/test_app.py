@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='own
 
 def test_without_gradio_one_line_says_what_to_install():
     with patch("importlib.util.find_spec", return_value=None):
-        done = CliRunner().invoke(app, ["app"])
+        done = CliRunner().invoke(app, ["app"], env={"HF_HUB_OFFLINE": None})  # which the command sets
     assert isinstance(done.exception, NoGradio) and "pip install 'codetrace[app]'" in str(done.exception)
 
 

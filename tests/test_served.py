@@ -284,7 +284,7 @@ def test_who_stops_does_not_wait_for_a_server_that_is_silent(lm):
 
 def pool_threads() -> list[threading.Thread]:
     "Threads that ask a server."
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("codetrace-server")]
 
 
 def test_another_model_is_refused_and_nothing_of_it_kept(lm, items, tmp_path):

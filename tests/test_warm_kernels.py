@@ -24,7 +24,7 @@ SMALL = ["run", "letters", "-q", "-p", "n=3"]
 @pytest.fixture(scope="module")
 def server():
     "The process that waits: the one that all tests share, or one of this file's own."
-    if KERNELS_VARIABLE in os.environ:
+    if os.environ.get(KERNELS_VARIABLE):
         yield os.environ[KERNELS_VARIABLE]
     else:
         with warm_kernels() as path:
@@ -217,3 +217,32 @@ def test_another_interpreter_gets_no_fork_of_this_one(tmp_path):
     interpreter = tmp_path / "python3"
     interpreter.symlink_to("/bin/true")
     assert kernels._is_this_python(sys.executable) and not kernels._is_this_python(str(interpreter))
+
+
+def test_who_had_no_server_has_none_afterwards(started, monkeypatch):
+    monkeypatch.delenv(KERNELS_VARIABLE)
+    with warm_kernels() as path:
+        assert os.environ[KERNELS_VARIABLE] == path
+    assert KERNELS_VARIABLE not in os.environ
+
+
+def test_a_short_process_runs_once(variables, tmp_path):
+    "However fast it is, its caller has a handle to it first."
+    log = tmp_path / "log"
+    code = f"import os; f = open({str(log)!r}, 'a'); f.write('x'); f.close(); os._exit(5)"
+    for _ in range(20):
+        process = fork_process(code, [], variables, tmp_path)
+        assert process is not None and process.wait() == -9  # It told no status
+    assert log.read_text() == "x" * 20
+
+
+def test_a_fork_whose_caller_left_does_nothing(variables, tmp_path):
+    log = tmp_path / "log"
+    request = {"setting": kernels.kernel_setting(variables), "code": f"open({str(log)!r}, 'w').write('x')"}
+    request |= {"arguments": [], "nice": 0, "environment": dict(variables), "folder": str(tmp_path)}
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(variables[KERNELS_VARIABLE])
+        socket.send_fds(caller, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
+        pid = int(caller.makefile("rb", buffering=0).readline())
+    wait_for(lambda: not psutil.pid_exists(pid), 20)
+    assert not log.exists()

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
-from weakref import WeakSet
 
 import httpx
 import tenacity
@@ -75,11 +74,13 @@ class ModelServer:
     timeout: float = 300.0  # Seconds without a byte
     client: httpx.Client = field(default_factory=_new_client, compare=False, repr=False)
     closing: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
-    sockets: WeakSet[socket.socket] = field(default_factory=WeakSet, compare=False, repr=False)  # Of `client`
+    sockets: list[socket.socket] = field(
+        default_factory=list, compare=False, repr=False
+    )  # Of `client`, also closed ones
 
     def reopened(self) -> "ModelServer":
         "The same server with connections of its own, which can be closed without closing others."
-        return replace(self, client=_new_client(), closing=threading.Event(), sockets=WeakSet())
+        return replace(self, client=_new_client(), closing=threading.Event(), sockets=[])
 
     def address(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{path}"
@@ -95,7 +96,7 @@ class ModelServer:
         "Called by httpx at each step of a request; keeps what a connection goes through."
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             connection = info["return_value"].get_extra_info("socket")
-            self.sockets.add(connection)
+            self.sockets.append(connection)
             if self.closing.is_set():
                 _hang_up(connection)
 
@@ -131,7 +132,10 @@ def open_model_server(
     if not url.startswith(("http://", "https://")):
         raise ServerFailed(f"engine {url!r} is no address of a server: give one such as http://127.0.0.1:8000/v1")
     server = ModelServer(url, model)
-    return replace(server, model=served_model(server))
+    try:
+        return replace(server, model=served_model(server)).reopened()
+    finally:
+        server.close()
 
 # %% ../../nbs/models/model_server.ipynb #fabe95a9
 def sample_seed(

@@ -136,7 +136,6 @@ class ServedDecoder:
         self.places = residual_places(self.sites, layers)
         self.token_places = residual_places(self.sites, self.per_token)
         self.end_tokens = self.lm._ends()
-        self.server = self.server.reopened()  # closed when all is written, or nobody wants more
         self.token_count = 0  # written so far
 
 # %% ../../nbs/models/served_decoder.ipynb #1cb58c56
@@ -218,9 +217,10 @@ def _states_by_kind(
 # %% ../../nbs/models/served_decoder.ipynb #6767137f
 @patch
 def __iter__(self: ServedDecoder) -> Iterator[Continuation]:
+    self.server = self.server.reopened()  # closed when all is written, or nobody wants more
     waiting = iter(self.requests)
     unjudged: list[Continuation] = []
-    pool = ThreadPoolExecutor(self.concurrency)
+    pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="codetrace-server")
     try:
         asked: set[Future] = {pool.submit(self._ask, request) for request in islice(waiting, self.concurrency)}
         while asked:

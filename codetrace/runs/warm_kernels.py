@@ -39,6 +39,7 @@ _READ_AT_IMPORT = (
 )
 
 _SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")  # Of sklearn and torch
+_DRAWING_OF_KERNELS = ("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # Every kernel has it
 
 
 def kernel_setting(
@@ -48,7 +49,7 @@ def kernel_setting(
     read = {
         name: value
         for name, value in environment.items()
-        if name.startswith(_READ_AT_IMPORT) and name not in _SET_BY_IMPORTS
+        if name.startswith(_READ_AT_IMPORT) and name not in _SET_BY_IMPORTS and (name, value) != _DRAWING_OF_KERNELS
     }
     return digest_values(library_digest(), sorted(read.items()), sys.prefix)
 
@@ -64,7 +65,7 @@ _IMPORTED_LATE = """
 
 def import_library():
     "Import every module of codetrace but the command line, and what these import late."
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    os.environ.setdefault(*_DRAWING_OF_KERNELS)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # Else a kernel's debugger warns at its import
     for module in pkgutil.walk_packages(codetrace.__path__, "codetrace."):
         if module.name.split(".")[1] not in ("cli", "_modidx", "phases"):
@@ -76,16 +77,14 @@ def import_library():
 # %% ../../nbs/runs/warm_kernels.ipynb #dbab117b
 def _end_with(connection: socket.socket):
     "End this process when the one at the other end of the connection does."
-    connection.setblocking(True)
-    while connection.recv(1):
-        pass
+    with suppress(OSError):  # It went away before it read all
+        while connection.recv(1):
+            pass
     os._exit(1)
 
 
 def _end_in_silence(status: int):
     "Do what is to be done at exit, and no more: threads of a kernel may read sockets that its end closes, and abort loudly."
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     atexit._run_exitfuncs()
@@ -127,38 +126,47 @@ def _run_code(code: str) -> int:
 def _become_process(request: dict, connection: socket.socket, files: Sequence[int]):
     "What a forked process does: run its caller's code, and say how that ended."
     _take_over(request, files)
+    connection.setblocking(True)
     connection.sendall(f"{os.getpid()}\n".encode())  # by the fork itself: whoever dies, the caller notices
+    if not connection.recv(1):  # it has a handle to this process before anything is done
+        return
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    status = _run_code(request["code"])
+    status = _run_code(request["code"]) & 0xFF
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     connection.sendall(f"{status}\n".encode())
     _end_in_silence(status)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #e92620b1
-def _read_request(connection: socket.socket) -> tuple[dict, list[int]]:
-    "A caller's line, and its standard input, output and error."
+def _read_request(connection: socket.socket, files: list[int]) -> dict:
+    "A caller's line; its standard input, output and error are added to `files`."
     connection.settimeout(5)  # one caller must not keep the others waiting
-    line, files, *_ = socket.recv_fds(connection, 2**20, 3)
+    line, received_files, *_ = socket.recv_fds(connection, 2**20, 3)
+    files += received_files
     while not line.endswith(b"\n"):
         received = connection.recv(2**20)
         if not received:
             raise EOFError("the caller went away")
         line += received
-    return json.loads(line), files
+    return json.loads(line)
 
 
 def _answer(connection: socket.socket, listener: socket.socket, setting: str):
     "Fork a process where the setting is the caller's; the fork never returns."
-    request, files = _read_request(connection)
-    if request["setting"] != setting:
-        connection.sendall(b"0\n")
-    elif os.fork() == 0:
-        listener.close()
-        try:
-            _become_process(request, connection, files)
-        except Exception:  # it must not go on as if it were the process that waits
-            os._exit(1)
-    for file in files:
-        os.close(file)
+    files = []
+    try:
+        request = _read_request(connection, files)
+        if request["setting"] != setting:
+            connection.sendall(b"0\n")
+        elif os.fork() == 0:
+            try:
+                listener.close()
+                _become_process(request, connection, files)
+            finally:  # it must not go on as if it were the process that waits
+                os._exit(1)
+    finally:
+        for file in files:
+            os.close(file)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #86384bc6
 _FAULTS_OF_ONE_CALLER = (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError)
@@ -199,9 +207,9 @@ def _start_server(path: str) -> subprocess.Popen:
 @contextmanager
 def warm_kernels() -> Iterator[str]:
     "Let runs that start in this block, here or in other processes, fork their kernels from one process."
-    before = os.environ.get(KERNELS_VARIABLE, "")
-    connection = _connect(before)
-    if connection is not None:  # one waits already
+    before = os.environ.get(KERNELS_VARIABLE)
+    connection = _connect(before) if before else None
+    if before and connection:  # one waits already
         connection.close()
         yield before
         return
@@ -214,7 +222,8 @@ def warm_kernels() -> Iterator[str]:
         try:
             yield path
         finally:
-            os.environ[KERNELS_VARIABLE] = before
+            os.environ.pop(KERNELS_VARIABLE, None)
+            os.environ |= {} if before is None else {KERNELS_VARIABLE: before}
             process.kill()  # it keeps nothing
             process.communicate()
 
@@ -271,14 +280,6 @@ def _connect(path: str) -> socket.socket | None:
         return None
     return connection
 
-
-def _read_line(connection: socket.socket) -> bytes:
-    "A line, and nothing of the next."
-    line = b""
-    while not line.endswith(b"\n") and (received := connection.recv(1)):
-        line += received
-    return line
-
 # %% ../../nbs/runs/warm_kernels.ipynb #0f196140
 def fork_process(
     code: str,  # As `python -c` takes it
@@ -304,9 +305,13 @@ def fork_process(
         sent = socket.send_fds(connection, [line], files)
         connection.sendall(line[sent:])
         connection.settimeout(120)  # the imports may take a minute
-        pid = int(_read_line(connection))
+        pid = int(connection.makefile("rb", buffering=0).readline())
         connection.settimeout(None)
-        return ForkedProcess(pid, connection) if pid else None
+        if pid == 0:
+            return None
+        process = ForkedProcess(pid, connection)
+        connection.sendall(b"\n")  # it may begin
+        return process
     except (OSError, ValueError):
         return None
 
