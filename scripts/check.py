@@ -18,26 +18,23 @@ from codetrace.runs.warm_kernels import warm_kernels
 HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
 FORKED = [sys.executable, "scripts/forked_python.py"]  # by the process that has the library imported
-NOTEBOOKS = (
-    ["nbdev_test", "--n_workers", "2", "--flags", "slow"] if SLOW else [*FORKED, "scripts/run_notebook_tests.py"]
-)
-# `nice`: the lane of single processes, which takes longest, has a core to itself as long as it needs one
-TESTS = ["nice", sys.executable, "-m", "pytest", "-q", "--durations=12"]
-TESTS += ["-n", "2"] if SLOW else ["--tx", f"2*popen//python={shlex.join(FORKED)}"]  # the slow ones check types
-TESTS += ["--dist", "loadfile", "--no-loadscope-reorder"]  # a file and what its tests share stay with one worker
-TESTS += ["-m", "slow or not slow"] if SLOW else []
+TESTS = [sys.executable, "-m", "pytest", "-q", "--durations=12", "--dist", "loadgroup", "--no-loadscope-reorder"]
+if SLOW:  # also checks types, which forks of an imported library cannot
+    TESTS += ["-n", "2", "-m", "slow or not slow"]
+else:
+    TESTS += ["--tx", f"2*popen//python={shlex.join(FORKED)}", "tests", "scripts/test_notebooks.py"]
 FIRST = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "imports": ["lint-imports"],
 }
-LANES = [  # side by side; the checks of a lane one after the other
-    # tests/types-baseline.json holds what is known, and only shrinks
-    {"notebooks": NOTEBOOKS, "types": ["basedpyright", "--level", "error"]},
-    {"tests": TESTS},
-]
+TYPES = ["basedpyright", "--level", "error"]  # tests/types-baseline.json holds what is known, and only shrinks
+LANES = [{"types": TYPES}, {"tests": TESTS}]  # side by side; the checks of a lane one after the other
 if SLOW:
-    LANES[0]["docs"] = [sys.executable, "scripts/docs.py", "--check"]
+    LANES[0] |= {
+        "notebooks": ["nbdev_test", "--n_workers", "2", "--flags", "slow"],
+        "docs": [sys.executable, "scripts/docs.py", "--check"],
+    }
 
 
 def run_check(name: str, command: list[str], quiet: bool) -> bool:

@@ -16,13 +16,16 @@ if os.environ.get("CODETRACE_CHECK_TYPES", "1") != "0":  # `make test` does with
 
 
 # files whose tests take longest, by what was measured
-LONG = ["runs", "sandbox", "steering", "generation", "binding", "tracing", "launch", "warm_kernels", "latents", "store"]
+LONG = ["runs", "sandbox", "steering", "generation", "binding", "tracing", "launch", "latents", "store", "notebooks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     "Long files first, in their own order: no worker is left with one when the others have nothing to do."
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -item.path.stat().st_size))
+    for item in items:  # a file and what its tests share stay with one worker
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish():

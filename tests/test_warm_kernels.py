@@ -28,7 +28,6 @@ def server():
         yield os.environ[KERNELS_VARIABLE]
     else:
         with warm_kernels() as path:
-            wait_for(lambda: Path(path).exists(), 60)
             yield path
 
 
@@ -209,8 +208,8 @@ def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(started, t
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with warm_kernels() as path, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+    with warm_kernels() as path:
+        assert Path(path).is_socket()
 
 
 def test_another_interpreter_gets_no_fork_of_this_one(tmp_path):

@@ -173,16 +173,14 @@ _FAULTS_OF_ONE_CALLER = (OSError, EOFError, ValueError, LookupError, TypeError, 
 
 
 def serve_kernels(
-    path: str,  # Of the socket
+    descriptor: int,  # Of a socket that listens
 ) -> None:
     "Fork kernels for whoever asks, until standard input is closed."
     import gc
 
     setting = kernel_setting(os.environ)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(64)  # who calls before the imports are over waits for them
-        import_library()
+    with socket.socket(fileno=descriptor) as listener:
+        import_library()  # who calls before they are over waits
         gc.freeze()  # what is shared with the forks stays shared
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a kernel that ended leaves no trace
@@ -193,15 +191,15 @@ def serve_kernels(
                     _answer(connection, listener, setting)
 
 # %% ../../nbs/runs/warm_kernels.ipynb #454a37a1
-def _start_server(path: str) -> subprocess.Popen:
+def _start_server(listener: socket.socket) -> subprocess.Popen:
     "Start the process that waits, with the variables that runs have."
+    descriptor = listener.fileno()
     modules = [folder for folder in sys.path if folder]  # not those of the working directory
-    code = f"import sys; sys.path[:] = {modules!r}; from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({path!r})"
+    code = f"import sys; sys.path[:] = {modules!r}; from codetrace.runs.warm_kernels import serve_kernels; serve_kernels({descriptor})"
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     environment.pop("JPY_PARENT_PID", None)  # a fork ends with its caller, not with who started this
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment, start_new_session=True
-    )
+    options = {"stdin": subprocess.PIPE, "env": environment, "start_new_session": True, "pass_fds": [descriptor]}
+    return subprocess.Popen([sys.executable, "-c", code], **options)
 
 
 @contextmanager
@@ -217,7 +215,10 @@ def warm_kernels() -> Iterator[str]:
     short = "/tmp" if len(tempfile.gettempdir()) > 60 else None
     with tempfile.TemporaryDirectory(prefix="codetrace-kernels-", dir=short) as folder:
         path = f"{folder}/socket"
-        process = _start_server(path)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(64)
+            process = _start_server(listener)
         os.environ[KERNELS_VARIABLE] = path
         try:
             yield path
