@@ -18,8 +18,9 @@ import time
 from codetrace.sandbox import candidate_connection
 from codetrace.sandbox.candidate_connection import CandidateConnection, serve_requests
 from codetrace.sandbox.connection import Connection
-from codetrace.sandbox.remote_objects import is_remote, with_temporaries
+from codetrace.sandbox.remote_objects import is_remote
 from codetrace.sandbox.shared_state import SharingConnection
+from codetrace.sandbox.stand_in_classes import with_temporaries
 
 CODE = """
 def f(x):

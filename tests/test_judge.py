@@ -74,10 +74,13 @@ def test_names_are_unique():
 HEAVY = ("numpy", "asyncio", "unittest", "time.sleep", "while True", "flood")  # slow to import, or to end
 
 
+BELIEVED = ("comparison called", "evil", "decorator", "exit stack", "annotations", "abstract", "what", "suppress")
+
+
 def test_some_programs_are_judged_as_python_does():
     light = [program for program in PROGRAMS if not any(word in str(program[0]) for word in HEAVY)]
     with SandboxPool(1, QUICK) as pool:
-        sample = light[::9]
+        sample = light[::9] + [program for program in light[::3] if program[0].name.startswith(BELIEVED)]
         assert misjudged(sample, list(pool.grade(job for job, _ in sample))) == []
 
 

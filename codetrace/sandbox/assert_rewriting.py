@@ -9,6 +9,7 @@ __all__ = ['NOTE_HELD', 'NOTE_CAUGHT', 'NOTE_FAILED', 'CAUGHT_TYPES', 'TYPE_OF',
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #1e4da1c4
 import ast
 import builtins
+from typing import Any
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #785159e5
 NOTE_HELD = "__held__"
@@ -26,7 +27,7 @@ def _note(name: str, node: ast.AST) -> ast.Expr:
     return ast.copy_location(call, node)
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #5170b601
-def _called_name(node: ast.AST) -> str:
+def _called_name(node: ast.AST | None) -> str:
     "The last name of what a call calls."
     function = node.func if isinstance(node, ast.Call) else None
     return getattr(function, "attr", None) or getattr(function, "id", "")
@@ -35,6 +36,17 @@ def _called_name(node: ast.AST) -> str:
 def _is_check(node: ast.AST) -> bool:
     "Whether a call is an assertion of `unittest`, numpy and the like."
     return _called_name(node).startswith(("assert", "fail")) or _called_name(node) == "raises"
+
+
+def _with_noted_raises(statements: list[ast.stmt]) -> list[ast.stmt]:
+    "Statements that run on a condition: where one raises an AssertionError, it is an assert in other words."
+    noted = []
+    for statement in statements:
+        raised = getattr(statement, "exc", None)
+        if _called_name(raised) == "AssertionError" or getattr(raised, "id", "") == "AssertionError":
+            noted.append(_note(NOTE_FAILED, statement))
+        noted.append(statement)
+    return noted
 
 
 def _may_fail(statements: list[ast.stmt]) -> bool:
@@ -64,6 +76,14 @@ class _TestRewriter(ast.NodeTransformer):
             node.test = ast.copy_location(ast.BoolOp(ast.Or(), [node.test, failed]), node.test)
         return [node, _note(NOTE_HELD, node)]
 
+    def visit_If(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body = _with_noted_raises(node.body)
+        node.orelse = _with_noted_raises(node.orelse)
+        return node
+
+    visit_For = visit_AsyncFor = visit_While = visit_If  # their `else`
+
     def visit_Expr(self, node):
         return [self.generic_visit(node), _note(NOTE_HELD, node)] if _is_check(node.value) else self.generic_visit(node)
 
@@ -74,6 +94,7 @@ class _TestRewriter(ast.NodeTransformer):
     def visit_Try(self, node):
         expects = _may_fail(node.body + node.orelse)
         self.generic_visit(node)
+        node.orelse = _with_noted_raises(node.orelse)
         for handler in node.handlers if expects else ():
             handler.body.insert(0, _note(NOTE_CAUGHT, handler))
         return node

@@ -14,6 +14,7 @@ from typing import Any
 from .awaiting import AWAITING_OPERATIONS
 from .object_graph import JSON_TYPES, ObjectGraph, apply_changes, value_from_json, write_values
 from .remote_objects import find_special, is_remote
+from .value_types import base_kind
 
 # %% ../../nbs/sandbox/connection.ipynb #e9f641ab
 def _get(target: Any, name: str) -> Any:
@@ -85,17 +86,27 @@ class ArithmeticResults:
     def is_arithmetic_result(self, value: Any) -> bool:
         "Whether an object of the other process came of arithmetic with a plain value."
         known = self.arithmetic_results
-        return bool(known) and is_remote(value) and self.graph.numbers[id(value)] in known
+        return bool(known) and is_remote(value) and self.graph.numbers.get(id(value)) in known
 
-    def mark_arithmetic_result(self, name: str, value: Any):
-        "Note what came of an object and a plain value: it must be an object itself."
+    def note_arithmetic_result(self, name: str, value: Any):
+        "Note what came of an object and a plain value: an object itself is known again, other values are not believed."
         if type(value) is tuple and all(map(is_remote, value)):  # `divmod`
             for item in value:
-                self.mark_arithmetic_result(name, item)
-            return
-        if not is_remote(value):
-            raise TypeError(f"{name} of an object of the program and a plain value gives a {type(value).__name__}")
-        self.arithmetic_results.add(self.graph.numbers[id(value)])
+                self.note_arithmetic_result(name, item)
+        elif is_remote(value) and (base_kind(type(value)) is None or isinstance(value, tuple)):
+            self.arithmetic_results.add(self.graph.numbers[id(value)])
+        elif value is not NotImplemented:
+            self.doubt_operator(name)
+
+    def note_named_operator(self, name: str, value: Any):
+        "Note the result of an operator that was called by its name, with a plain value."
+        self.doubt_operator(name)
+
+    def doubt_operator(self, name: str):
+        "Note that a result is the word of the object that is tested; only a judge doubts."
+
+    def note_taken_error(self, error: BaseException | None):
+        "Note that a context manager of the other process took an error."
 
 # %% ../../nbs/sandbox/connection.ipynb #f1a5329c
 class Messages(ArithmeticResults):

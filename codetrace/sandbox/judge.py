@@ -27,12 +27,14 @@ from codetrace.sandbox.assert_rewriting import (
     rewrite_test,
 )
 from .connection import Connection
-from .judge_connection import TEST_MODULE, JudgeConnection, StoppedCall
+from .judge_connection import TEST_FILES, TEST_MODULE, JudgeConnection, StoppedCall
 from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import to_json
-from .pytest_functions import pytest_module
-from .remote_objects import RemoteClass, Unsupported, is_remote, with_temporaries
+from .pytest_functions import Failed, pytest_module
+from .remote_objects import RemoteClass, is_remote, peer_of
 from .shared_state import SharingConnection
+from .stand_in_classes import with_temporaries
+from .value_types import Unsupported
 
 # %% ../../nbs/sandbox/judge.ipynb #7d89fdd7
 class TestNamespace(dict):
@@ -138,6 +140,7 @@ def _import_for_test(name, *args, **names):
     finally:
         _refuse_starters()
         _start_threads_for_processes()
+        _look_where_objects_live()
 
 # %% ../../nbs/sandbox/judge.ipynb #76a1c25c
 def _start_threads_for_processes():
@@ -159,6 +162,33 @@ def _process_pool(max_workers: int | None = None, mp_context: Any = None, *optio
     from concurrent import futures
 
     return futures.ThreadPoolExecutor(max_workers, "", *options)
+
+# %% ../../nbs/sandbox/judge.ipynb #b5e46058
+_LOOKING = ("getattr_static", "getmembers", "getmembers_static", "classify_class_attrs", "signature")
+_looking_here: dict[str, Callable] = {}  # As they are
+
+
+def _look_where_objects_live():
+    "Have functions of `inspect` look at objects and classes of the program where they live."
+    inspect = sys.modules.get("inspect")
+    if inspect is None or _looking_here:
+        return
+    for name in _LOOKING:
+        _looking_here[name] = getattr(inspect, name)
+        setattr(inspect, name, _looking(name))
+
+
+def _looking(name: str) -> Callable:
+    "A function of `inspect` that for what is remote runs in the other process."
+
+    def look(value, *args, **names):
+        is_function = name == "signature" and type(value) is not RemoteClass  # which says itself what it takes
+        if not is_remote(value) or is_function:
+            return _looking_here[name](value, *args, **names)
+        peer = peer_of(value)
+        return peer.request("call", peer.request("get", sys.modules["inspect"], name), value, *args, **names)
+
+    return look
 
 # %% ../../nbs/sandbox/judge.ipynb #945360b8
 MODULE_NAMES = (TEST_MODULE, "solution")
@@ -198,7 +228,7 @@ class _RemoteSuper:
 
     def __getattribute__(self, name):
         cls, target = object.__getattribute__(self, "_remote_parts")
-        return cls._remote_peer.request("get_inherited", cls, target, name)
+        return peer_of(cls).request("get_inherited", cls, target, name)
 
 
 def _super(*args) -> Any:
@@ -229,14 +259,14 @@ class _TestNotes:
     def caught(self):
         "A handler took an error that the test was to see: one of the program, or none of an assert."
         error = sys.exception()
-        if id(error) in self.connection.raised_by_candidate or not isinstance(error, AssertionError):
+        if id(error) in self.connection.raised_by_candidate or not isinstance(error, AssertionError | Failed):
             self.checks += 1
 
 # %% ../../nbs/sandbox/judge.ipynb #d28f3570
 def _type_of(value: Any) -> type:
     "`type(value)`; of an object or class of the program, the class that it says."
     if type(value) is RemoteClass:
-        return value._remote_peer.request("get", value, "__class__")
+        return peer_of(value).request("get", value, "__class__")
     return value.__class__ if is_remote(value) else type(value)
 
 # %% ../../nbs/sandbox/judge.ipynb #87982fa8
@@ -250,13 +280,13 @@ def _caught_types(types_: Any) -> Any:
 def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace) -> tuple[str, str]:
     "Run one test; its outcome and a detail."
     try:
-        code = compile(rewrite_test(test), "<test>", "exec", dont_inherit=True)
+        code = compile(rewrite_test(test), TEST_FILES[0], "exec", dont_inherit=True)
         connection.watch(test, namespace)
     except BaseException as error:
         return "exception", f"the test cannot be read: {type(error).__name__}: {error}"
     notes = _TestNotes(connection)
     namespace |= {NOTE_HELD: notes.held, NOTE_CAUGHT: notes.caught, NOTE_FAILED: notes.failed}
-    connection.start_test()
+    connection.start_test(test)
     try:
         exec(code, namespace)
     except Unsupported as error:
@@ -283,7 +313,10 @@ def _outcome_at_end(notes: _TestNotes) -> tuple[str, str]:
     "The outcome of a test that ran to its end."
     if notes.connection.swallowed is not None:
         return "failed_assertion", "a context manager of the program took the error of an assert"
-    return ("passed", "") if notes.checks else ("failed_assertion", "the test asserts nothing")
+    if not notes.checks:
+        return "failed_assertion", "the test asserts nothing"
+    doubt = notes.connection.why_doubtful()
+    return ("unsupported", doubt) if doubt else ("passed", "")
 
 
 def _error_outcome(connection: JudgeConnection, error: BaseException, test: str) -> tuple[str, str]:
@@ -292,7 +325,7 @@ def _error_outcome(connection: JudgeConnection, error: BaseException, test: str)
         return ("memory" if isinstance(error, MemoryError) else "exception"), connection.raised_by_candidate[id(error)][
             1
         ]
-    if isinstance(error, AssertionError):
+    if isinstance(error, AssertionError | Failed):
         return "failed_assertion", (_text_of(error) or test.strip())[:300]
     return "exception", f"in the test: {type(error).__name__}: {_text_of(error)}"[:300]
 
@@ -329,7 +362,7 @@ def _run_setup(setup: str, connection: JudgeConnection, namespace: TestNamespace
     "Run a setup where the tests run, and give the program what it mentions of it."
     try:
         tree = rewrite_test(setup)
-        exec(compile(tree, "<setup>", "exec", dont_inherit=True), namespace)
+        exec(compile(tree, TEST_FILES[1], "exec", dont_inherit=True), namespace)
         mentioned = connection.request("mentioned", *bound_names(tree))
         if mentioned:
             connection.request("define", **{name: namespace[name] for name in mentioned})

@@ -17,14 +17,12 @@ from typing import Any
 from .awaiting import stand_in_coroutine
 from codetrace.sandbox.remote_objects import (
     RemoteClass,
-    Unsupported,
-    describe_class,
     harmless_name,
-    make_stand_in,
     qualified_name,
     resolve_name,
 )
-from .value_types import ValueKind, base_kind, exact_kind, named_kind
+from .stand_in_classes import describe_class, make_stand_in
+from .value_types import Unsupported, ValueKind, base_kind, described_kind, exact_kind, named_kind
 
 # %% ../../nbs/sandbox/object_graph.ipynb #58e6d032
 _PLAIN_TYPES = frozenset({type(None), bool, str})
@@ -85,6 +83,10 @@ class ObjectGraph:
     def _keep(self, number: int, value: Any):
         self.objects[number] = value
         self.numbers[id(value)] = number
+
+    def is_known(self, value: Any) -> bool:
+        "Whether both processes have an object."
+        return id(value) in self.numbers
 
     def forget(self, numbers: list[int]):
         "The other process has given up these objects."
@@ -240,6 +242,7 @@ def _describe(graph: ObjectGraph, number: int) -> list:
     kind = base_kind(cls)
     if kind is None or graph.peer.is_unsent(value):
         return _describe_object(graph, number, value)
+    kind = described_kind(kind, value, graph.is_known)
     parts = kind.take(value)
     described = [number, kind.name, _write_parts(graph, parts)]
     if kind.fill is not None:
@@ -400,10 +403,11 @@ def _read_exception(graph: ObjectGraph, parts: list, _: int) -> BaseException:
     middle = (len(rest) + count) // 2
     names = rest[count:middle]
     values = rest[middle:]
+    make = type.__getattribute__(cls, "__new__")
     try:
-        error = cls.__new__(cls, *args) if type(cls) is RemoteClass else cls(*args)
+        error = make(cls, *args) if type(cls) is RemoteClass else cls(*args)
     except Exception:
-        error = cls.__new__(cls)
+        error = make(cls)
     if not isinstance(error, BaseExceptionGroup | OSError):
         BaseException.args.__set__(error, tuple(args))
     if type(cls) is not RemoteClass:

@@ -48,6 +48,7 @@ from codetrace.sandbox import (
     seccomp,
     semaphores,
     shared_state,
+    stand_in_classes,
     supervisor,
     system_calls,
     value_types,
@@ -188,7 +189,7 @@ def find_readable_paths() -> ReadablePaths:
 
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
 _ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, semaphores, candidate, supervisor)
-_VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, object_graph, connection)
+_VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, stand_in_classes, object_graph, connection)
 _JUDGING_MODULES = (
     candidate_connection,
     judge_connection,

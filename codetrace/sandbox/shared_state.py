@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from .assert_rewriting import replaceable_names
 from .judge_connection import JudgeConnection
-from .remote_objects import Unsupported, is_standard_module
-from .value_types import load_kinds
+from .remote_objects import is_standard_module
+from .value_types import Unsupported, load_kinds
 
 # %% ../../nbs/sandbox/shared_state.ipynb #56513558
 _SURROUNDINGS = ("stdin", "stdout", "stderr", "input", "print", "recursion_limit")
