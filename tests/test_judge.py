@@ -39,8 +39,9 @@ def read_programs(path: Path) -> list[tuple[GradingJob, list[str]]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     programs = []
     for row in rows:
-        job = GradingJob(row["code"], row["entry_point"], tuple(row["tests"]), row.get("setup") or "", row["name"])
-        programs.append((job, row["expected"]))
+        entry_point = row.get("entry_point", "f")
+        job = GradingJob(row["code"], entry_point, tuple(row["tests"]), row.get("setup") or "", row["name"])
+        programs.append((job, row.get("expected", ["passed"])))
     return programs
 
 

@@ -18,6 +18,7 @@ from codetrace.core.environment import KERNELS_VARIABLE
 from codetrace.runs import warm_kernels as kernels
 from codetrace.runs.warm_kernels import ForkedProcess, fork_kernel, fork_process, warm_kernels
 
+HOME = Path(__file__).resolve().parents[1]
 SMALL = ["run", "letters", "-q", "-p", "n=3"]
 
 
@@ -233,6 +234,20 @@ def test_a_short_process_runs_once(variables, tmp_path):
         process = fork_process(code, [], variables, tmp_path)
         assert process is not None and process.wait() == -9  # It told no status
     assert log.read_text() == "x" * 20
+
+
+SAYING = "import sys; print(sys.argv[1:], 'torch' in sys.modules, sys.stdin.read()); sys.exit(3)"
+
+
+@pytest.mark.parametrize("kind", ["code", "file"])
+def test_python_is_forked_where_a_process_waits(variables, tmp_path, kind):
+    (tmp_path / "saying.py").write_text(SAYING)
+    words = ["-u", "-c", SAYING] if kind == "code" else [str(tmp_path / "saying.py")]
+    command = [sys.executable, str(HOME / "scripts/forked_python.py"), *words, "a", "b"]
+    for path, has_torch in ((variables[KERNELS_VARIABLE], True), ("", False)):
+        environment = variables | {KERNELS_VARIABLE: path}
+        done = subprocess.run(command, input="read", text=True, capture_output=True, env=environment, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (3, f"['a', 'b'] {has_torch} read\n"), done.stderr
 
 
 def test_a_fork_whose_caller_left_does_nothing(variables, tmp_path):

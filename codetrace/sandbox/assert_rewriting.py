@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTE_HELD', 'NOTE_CAUGHT', 'NOTE_FAILED', 'CAUGHT_TYPES', 'TYPE_OF', 'CALLED', 'rewrite_test', 'assigned_names',
-           'bound_names', 'literal_texts', 'replaceable_names']
+           'class_body_names', 'bound_names', 'literal_texts', 'replaceable_names']
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #1e4da1c4
 import ast
@@ -18,6 +18,7 @@ NOTE_FAILED = "__failed__"
 CAUGHT_TYPES = "__caught_types__"
 TYPE_OF = "__type__"
 CALLED = "__called__"
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 _PLAIN_ARGUMENTS = (ast.Name, ast.Constant, ast.Starred)
 
 
@@ -26,8 +27,20 @@ def _note(name: str, node: ast.AST) -> ast.Expr:
     call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [], []))
     return ast.copy_location(call, node)
 
+
+_BLOCKS = (
+    "raises",
+    "warns",
+    "assertRaises",
+    "assertRaisesRegex",
+    "assertWarns",
+    "assertLogs",
+    "assertNoLogs",
+    "assert_raises",
+)
+
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #5170b601
-def _called_name(node: ast.AST | None) -> str:
+def _called_name(node: ast.AST) -> str:
     "The last name of what a call calls."
     function = node.func if isinstance(node, ast.Call) else None
     return getattr(function, "attr", None) or getattr(function, "id", "")
@@ -38,15 +51,15 @@ def _is_check(node: ast.AST) -> bool:
     return _called_name(node).startswith(("assert", "fail")) or _called_name(node) == "raises"
 
 
-def _with_noted_raises(statements: list[ast.stmt]) -> list[ast.stmt]:
-    "Statements that run on a condition: where one raises an AssertionError, it is an assert in other words."
-    noted = []
-    for statement in statements:
-        raised = getattr(statement, "exc", None)
-        if _called_name(raised) == "AssertionError" or getattr(raised, "id", "") == "AssertionError":
-            noted.append(_note(NOTE_FAILED, statement))
-        noted.append(statement)
-    return noted
+def _gives_up(node: ast.AST) -> bool:
+    "Whether a statement ends a test that has gone wrong."
+    names = ("exit", "fail", "_exit")
+    return isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and _called_name(node.value) in names)
+
+
+def _is_simple(statement: ast.stmt) -> bool:
+    "Whether what comes after a statement is always reached, if it raises nothing."
+    return not isinstance(statement, ast.If | ast.For | ast.While | ast.Match | ast.Try | ast.With)
 
 
 def _may_fail(statements: list[ast.stmt]) -> bool:
@@ -65,36 +78,76 @@ def _may_pass_temporaries(node: ast.Call) -> bool:
 class _TestRewriter(ast.NodeTransformer):
     "Have the judge told of every assert that held, and of every error that was expected."
 
+    def __init__(self, checks: set[str]):
+        self.checks = checks  # Names by which the test knows functions that check
+        self.is_conditional = False  # What is reached depends on something
+
+    def _note_held_after(self, node: ast.expr) -> ast.Call:
+        return ast.copy_location(ast.Call(ast.Name(NOTE_HELD, ast.Load()), [node], []), node)
+
+    def generic_visit(self, node):
+        "Visit parts; a statement after one that may go two ways is conditional."
+        was_conditional = self.is_conditional
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], _STATEMENTS):
+                setattr(node, name, self._visit_block(node, name, value))
+            else:
+                self._visit_part(node, name, value)
+        self.is_conditional = was_conditional
+        return node
+
+    def _visit_part(self, node: ast.AST, name: str, value: Any):
+        if isinstance(value, ast.AST):
+            setattr(node, name, self.visit(value))
+        elif isinstance(value, list):
+            setattr(node, name, [self.visit(item) if isinstance(item, ast.AST) else item for item in value])
+
+    def _visit_block(self, node: ast.AST, name: str, statements: list) -> list:
+        "Visit statements, knowing which are always reached."
+        is_straight = isinstance(node, ast.With | ast.AsyncWith | ast.Module | ast.ClassDef)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        is_body_of_try = isinstance(node, ast.Try | ast.TryStar) and name in ("body", "handlers")
+        before = self.is_conditional
+        if is_function:
+            self.is_conditional = node.name.startswith(("assert", "check", "fail"))
+        elif not (is_straight or is_body_of_try):
+            self.is_conditional = True
+        visited = []
+        for statement in statements:
+            changed = self.visit(statement)
+            visited += changed if isinstance(changed, list) else [changed]
+            if is_function and not _is_simple(statement):
+                self.is_conditional = True
+        self.is_conditional = before
+        return visited
+
+    def visit_Raise(self, node):
+        self.generic_visit(node)
+        return [_note(NOTE_FAILED, node), node] if self.is_conditional else node
+
     def visit_Assert(self, node):
         if isinstance(node.test, ast.Tuple):
             raise SyntaxError("asserts a tuple, which is always true")
         self.generic_visit(node)
-        if any(
-            isinstance(part, ast.Name) for part in ast.walk(node.test)
-        ):  # not `assert False`, which is a way to raise
+        if self.is_conditional or not isinstance(node.test, ast.Constant):  # `assert False` is also a way to raise
             failed = ast.copy_location(_note(NOTE_FAILED, node).value, node.test)
             node.test = ast.copy_location(ast.BoolOp(ast.Or(), [node.test, failed]), node.test)
         return [node, _note(NOTE_HELD, node)]
 
-    def visit_If(self, node: Any) -> Any:
+    def visit_If(self, node):
+        gives_up = any(map(_gives_up, node.body + node.orelse))
         self.generic_visit(node)
-        node.body = _with_noted_raises(node.body)
-        node.orelse = _with_noted_raises(node.orelse)
-        return node
-
-    visit_For = visit_AsyncFor = visit_While = visit_If  # their `else`
-
-    def visit_Expr(self, node):
-        return [self.generic_visit(node), _note(NOTE_HELD, node)] if _is_check(node.value) else self.generic_visit(node)
+        return [node, _note(NOTE_HELD, node)] if gives_up else node
 
     def visit_With(self, node):
-        is_check = any(_is_check(item.context_expr) for item in node.items)
+        is_check = any(_is_check(part) for item in node.items for part in ast.walk(item.context_expr))
+        entered = [part for part in ast.walk(node) if _called_name(part) == "enter_context"]
+        is_check |= any(_is_check(part) for call in entered for part in ast.walk(call))
         return [self.generic_visit(node), _note(NOTE_HELD, node)] if is_check else self.generic_visit(node)
 
     def visit_Try(self, node):
         expects = _may_fail(node.body + node.orelse)
         self.generic_visit(node)
-        node.orelse = _with_noted_raises(node.orelse)
         for handler in node.handlers if expects else ():
             handler.body.insert(0, _note(NOTE_CAUGHT, handler))
         return node
@@ -106,6 +159,8 @@ class _TestRewriter(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node):
+        name = _called_name(node)
+        is_check = _is_check(node) or name in self.checks
         self.generic_visit(node)
         is_type = isinstance(node.func, ast.Name) and node.func.id == "type"
         if is_type and len(node.args) == 1 and not node.keywords:
@@ -113,14 +168,29 @@ class _TestRewriter(ast.NodeTransformer):
         elif _may_pass_temporaries(node):
             called = ast.Call(ast.Name(CALLED, ast.Load()), [node.func], [])
             node.func = ast.copy_location(called, node.func)
-        return node
+        is_block = name in _BLOCKS and len(node.args) < 2
+        return self._note_held_after(node) if is_check and not is_block else node
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #df3f461d
+def _names_of_checks(tree: ast.Module) -> set[str]:
+    "Other names that a test gives to functions that check: `from numpy.testing import assert_equal as same`."
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias) and node.asname and node.name.startswith(("assert", "raises", "fail")):
+            names.add(node.asname)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            stored = getattr(node.value, "attr", None) or getattr(node.value, "id", "")
+            if stored.startswith(("assert", "fail")):
+                names.add(node.targets[0].id)
+    return names
+
+
 def rewrite_test(
     test: str,  # Python with asserts
 ) -> ast.Module:  # Ready to compile
     "A test in which the judge is told of asserts that held and of errors that were expected."
-    return ast.fix_missing_locations(_TestRewriter().visit(ast.parse(test)))
+    tree = ast.parse(test)
+    return ast.fix_missing_locations(_TestRewriter(_names_of_checks(tree)).visit(tree))
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #e96b114e
 def assigned_names(tree: ast.Module) -> list[str]:
@@ -132,6 +202,15 @@ def assigned_names(tree: ast.Module) -> list[str]:
         elif isinstance(node, ast.Assign):
             names += [target.id for target in node.targets if isinstance(target, ast.Name)]
     return names
+
+
+def class_body_names(tree: ast.Module) -> list[str]:
+    "Names that the classes of a module look up, but for builtins."
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            names |= {part.id: None for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return [name for name in names if not hasattr(builtins, name) and not name.startswith("__")]
 
 
 def bound_names(tree: ast.Module) -> list[str]:

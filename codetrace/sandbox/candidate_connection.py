@@ -20,7 +20,7 @@ from typing import Any
 from .connection import OPERATIONS, Connection
 from .protocol import from_json, receive_frame, send_frame, to_json
 from .remote_objects import find_qualified
-from .value_types import load_kinds
+from .value_types import decimal_settings, load_kinds, set_decimal_settings
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #2c365c90
 def _message_of(error: BaseException) -> str:
@@ -241,6 +241,16 @@ def _set_random_states(_: CandidateConnection, state: tuple, numpy_state: tuple 
         numpy.random.set_state(numpy_state)  # noqa: NPY002 - what the test has set
 
 
+def _get_decimal_settings(_: CandidateConnection) -> list:
+    "How decimal numbers are computed."
+    return decimal_settings()
+
+
+def _set_decimal_settings(_: CandidateConnection, settings: list):
+    "Set it."
+    set_decimal_settings(settings)
+
+
 def _get_environment(_: CandidateConnection) -> dict:
     "Environment variables."
     return dict(os.environ)
@@ -311,6 +321,8 @@ PROGRAM_OPERATIONS = {
     "replace": _replace,
     "get_random_states": _get_random_states,
     "set_random_states": _set_random_states,
+    "get_decimal_settings": _get_decimal_settings,
+    "set_decimal_settings": _set_decimal_settings,
     "get_environment": _get_environment,
     "set_environment": _set_environment,
     "set_warnings": _set_warnings,

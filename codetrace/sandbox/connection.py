@@ -8,12 +8,13 @@ __all__ = ['OPERATIONS', 'ArithmeticResults', 'Messages', 'Connection']
 # %% ../../nbs/sandbox/connection.ipynb #e0ce2e2c
 import copy
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 from .awaiting import AWAITING_OPERATIONS
 from .object_graph import JSON_TYPES, ObjectGraph, apply_changes, value_from_json, write_values
-from .remote_objects import find_special, is_remote
+from .remote_objects import ARITHMETIC, find_special, is_remote
 from .value_types import base_kind
 
 # %% ../../nbs/sandbox/connection.ipynb #e9f641ab
@@ -55,6 +56,7 @@ OPERATIONS = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "isinstance": isinstance,
+    "issubclass": issubclass,
     **AWAITING_OPERATIONS,
 }
 
@@ -75,6 +77,11 @@ def _references_of_a_local() -> int:
 _LOCAL_ONLY = _references_of_a_local()
 
 
+def _tells_arithmetic(cls: type) -> bool:
+    "Whether tuples of a class have operators of their own: then they are asked what they came of when they are compared."
+    return issubclass(cls, tuple) and any(type(find_special(cls, name)) is types.FunctionType for name in ARITHMETIC)
+
+
 class ArithmeticResults:
     "Notes which objects of the other process came of arithmetic with plain values."
 
@@ -90,10 +97,10 @@ class ArithmeticResults:
 
     def note_arithmetic_result(self, name: str, value: Any):
         "Note what came of an object and a plain value: an object itself is known again, other values are not believed."
-        if type(value) is tuple and all(map(is_remote, value)):  # `divmod`
+        if type(value) is tuple and value and all(map(is_remote, value)):  # `divmod`
             for item in value:
                 self.note_arithmetic_result(name, item)
-        elif is_remote(value) and (base_kind(type(value)) is None or isinstance(value, tuple)):
+        elif is_remote(value) and (base_kind(type(value)) is None or _tells_arithmetic(type(value))):
             self.arithmetic_results.add(self.graph.numbers[id(value)])
         elif value is not NotImplemented:
             self.doubt_operator(name)
@@ -117,6 +124,7 @@ class Messages(ArithmeticResults):
         self.graph = ObjectGraph(self, sign)
         self.stand_ins: dict[type, type] = {}
         self.hashes: dict[int, int] = {}
+        self.is_reading = False  # A message: nothing can be asked meanwhile
         self.depth = 0  # Of calls of each other inside each other
 
     def send_message(self, kind: str, values: list, names: dict, changes: dict):
@@ -139,7 +147,9 @@ class Messages(ArithmeticResults):
         graph = self.graph
         changes = message["changes"]
         if changes:
+            self.is_reading = True
             apply_changes(graph, changes)
+            self.is_reading = False
         values = [part if type(part) in JSON_TYPES else value_from_json(graph, part) for part in message["values"]]
         named = message["names"]
         if named:

@@ -11,7 +11,7 @@ import builtins
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from codetrace.sandbox.assert_rewriting import (
@@ -23,6 +23,7 @@ from codetrace.sandbox.assert_rewriting import (
     TYPE_OF,
     assigned_names,
     bound_names,
+    class_body_names,
     literal_texts,
     rewrite_test,
 )
@@ -31,10 +32,17 @@ from .judge_connection import TEST_FILES, TEST_MODULE, JudgeConnection, StoppedC
 from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import to_json
 from .pytest_functions import Failed, pytest_module
-from .remote_objects import RemoteClass, is_remote, peer_of
+from codetrace.sandbox.remote_objects import (
+    OPERATORS_BY_NAME,
+    RemoteClass,
+    is_remote,
+    note_operator,
+    peer_of,
+    qualified_name,
+)
 from .shared_state import SharingConnection
 from .stand_in_classes import with_temporaries
-from .value_types import Unsupported
+from .value_types import Unsupported, exact_kind
 
 # %% ../../nbs/sandbox/judge.ipynb #7d89fdd7
 class TestNamespace(dict):
@@ -44,6 +52,21 @@ class TestNamespace(dict):
 
     def __init__(self, connection: JudgeConnection):
         self.connection = connection
+
+    def __contains__(self, name):
+        return dict.__contains__(self, name) or self.get(name, self) is not self
+
+    def get(self, name, default=None):
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def look_up(self, names: Iterable[str]):
+        "Have what the program defines among some names: in the body of a class Python does not ask for missing ones."
+        for name in names:
+            if (value := self.get(name, self)) is not self:
+                self.setdefault(name, value)
 
     def __missing__(self, name):
         if name in self["__builtins__"] or name.startswith("__"):
@@ -62,6 +85,36 @@ def _imported(name: str) -> types.ModuleType:
         return _without_loaders(__import__(name))
     except Exception:
         raise KeyError(name) from None
+
+# %% ../../nbs/sandbox/judge.ipynb #4a765cef
+def _single_classes(classes: Any) -> list:
+    "The classes of a tuple or a union."
+    if isinstance(classes, types.UnionType):
+        classes = classes.__args__
+    if not isinstance(classes, tuple):
+        return [classes]
+    return [cls for part in classes for cls in _single_classes(part)]
+
+
+def _asking(operation: str) -> Callable:
+    "`isinstance` or `issubclass`, which ask the program where only it knows."
+    plain = getattr(builtins, operation)
+
+    def ask(subject, classes, /):
+        if plain(subject, classes):
+            return True
+        for cls in _single_classes(classes):
+            is_standard = is_remote(subject) and exact_kind(cls) is None and qualified_name(cls) is not None
+            is_of_program = type(cls) is RemoteClass and (is_remote(subject) or operation == "issubclass")
+            remote = subject if is_remote(subject) else cls
+            if (is_standard or is_of_program) and peer_of(remote).request(operation, subject, cls):
+                return True
+        return False
+
+    return ask
+
+
+_ASKING = {name: _asking(name) for name in ("isinstance", "issubclass")}
 
 # %% ../../nbs/sandbox/judge.ipynb #6fe2c3c3
 def _refuse(what: str) -> Callable:
@@ -92,7 +145,7 @@ def _guarded_builtins(connection: JudgeConnection, sources: tuple[str, ...]) -> 
         return connection.request("open", *args, **names)
 
     guards = {function.__name__: guard(function) for function in (eval, exec, compile)}
-    return vars(builtins) | guards | {"open": remote_open, "super": _super}
+    return vars(builtins) | guards | {"open": remote_open, "super": _super} | _ASKING
 
 # %% ../../nbs/sandbox/judge.ipynb #72d25d97
 _LOADERS = {
@@ -141,6 +194,8 @@ def _import_for_test(name, *args, **names):
         _refuse_starters()
         _start_threads_for_processes()
         _look_where_objects_live()
+        if "unittest.case" in sys.modules:
+            vars(sys.modules["unittest.case"]).update(_ASKING)
 
 # %% ../../nbs/sandbox/judge.ipynb #76a1c25c
 def _start_threads_for_processes():
@@ -209,7 +264,7 @@ class _SharedModule(types.ModuleType):
 
     def __setattr__(self, name, value):
         self._connection.request("define", **{name: value})
-        if name in self._namespace:
+        if dict.__contains__(self._namespace, name):
             self._namespace[name] = value
 
     def __delattr__(self, name):
@@ -228,7 +283,9 @@ class _RemoteSuper:
 
     def __getattribute__(self, name):
         cls, target = object.__getattribute__(self, "_remote_parts")
-        return peer_of(cls).request("get_inherited", cls, target, name)
+        peer = peer_of(cls)
+        method = peer.request("get_inherited", cls, target, name)
+        return note_operator(peer, name, method) if name in OPERATORS_BY_NAME else method
 
 
 def _super(*args) -> Any:
@@ -247,9 +304,10 @@ class _TestNotes:
         self.connection = connection
         self.checks = 0
 
-    def held(self):
-        "An assert held."
+    def held(self, value: Any = None) -> Any:
+        "An assert held, or a function that checks gave this."
         self.checks += 1
+        return value
 
     def failed(self) -> bool:
         "An assert is about to fail."
@@ -280,7 +338,8 @@ def _caught_types(types_: Any) -> Any:
 def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace) -> tuple[str, str]:
     "Run one test; its outcome and a detail."
     try:
-        code = compile(rewrite_test(test), TEST_FILES[0], "exec", dont_inherit=True)
+        tree = rewrite_test(test)
+        code = compile(tree, TEST_FILES[0], "exec", dont_inherit=True)
         connection.watch(test, namespace)
     except BaseException as error:
         return "exception", f"the test cannot be read: {type(error).__name__}: {error}"
@@ -288,6 +347,7 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
     namespace |= {NOTE_HELD: notes.held, NOTE_CAUGHT: notes.caught, NOTE_FAILED: notes.failed}
     connection.start_test(test)
     try:
+        namespace.look_up(class_body_names(tree))
         exec(code, namespace)
     except Unsupported as error:
         return "unsupported", str(error)
@@ -362,6 +422,7 @@ def _run_setup(setup: str, connection: JudgeConnection, namespace: TestNamespace
     "Run a setup where the tests run, and give the program what it mentions of it."
     try:
         tree = rewrite_test(setup)
+        namespace.look_up(class_body_names(tree))
         exec(compile(tree, TEST_FILES[1], "exec", dont_inherit=True), namespace)
         mentioned = connection.request("mentioned", *bound_names(tree))
         if mentioned:
@@ -374,11 +435,22 @@ def _run_setup(setup: str, connection: JudgeConnection, namespace: TestNamespace
     return "passed", ""
 
 # %% ../../nbs/sandbox/judge.ipynb #e063b37f
+def _nothing(value: Any = None) -> Any:
+    "What stands for notes outside a test."
+    return value
+
+
 def _test_namespace(connection: JudgeConnection, job: dict, entry_point: Any) -> TestNamespace:
     "The globals of the tests."
     namespace = TestNamespace(connection)
     guarded = _guarded_builtins(connection, (job["setup"], *job["tests"])) | {"__import__": _import_for_test}
-    functions = {CAUGHT_TYPES: _caught_types, TYPE_OF: _type_of, NOTE_HELD: int, NOTE_CAUGHT: int, NOTE_FAILED: bool}
+    functions = {
+        CAUGHT_TYPES: _caught_types,
+        TYPE_OF: _type_of,
+        NOTE_HELD: _nothing,
+        NOTE_CAUGHT: _nothing,
+        NOTE_FAILED: _nothing,
+    }
     functions[CALLED] = with_temporaries
     namespace.update({"__name__": TEST_MODULE, "__builtins__": guarded, job["entry_point"]: entry_point} | functions)
     connection.entry_points = {job["entry_point"]}
@@ -423,7 +495,10 @@ def run_judge(
         os._exit(0)
 
     connection = SharingConnection(channel_fd, longest, finish)
-    outcome, detail, entry_point = _load_candidate(connection, job)
+    try:
+        outcome, detail, entry_point = _load_candidate(connection, job)
+    except Unsupported as error:
+        outcome, detail, entry_point = "unsupported", str(error), None
     namespace = TestNamespace(connection)
     if outcome == "passed":
         namespace = _test_namespace(connection, job, entry_point)

@@ -28,6 +28,7 @@ class StoppedCall(Exception):
         self.value = getattr(error, "value", None)
 
 
+_METHODS_OF_CLASSES = SPECIAL_METHODS | {"__init__", "__hash__", "__post_init__"}  # That a decorator may replace
 _ENDING_METHODS = ("send", "throw", "__next__", "asend", "athrow", "__anext__")  # of iterators, which may end a loop
 
 # %% ../../nbs/sandbox/judge_connection.ipynb #7aba24d4
@@ -52,6 +53,11 @@ def check_readable(target: object, name: str):
     is_hidden = name.startswith("__") or (name.startswith(_FRAME_PREFIXES) and not _is_of_tests(target))
     if (is_hidden and name not in _READABLE_NAMES) or isinstance(target, types.ModuleType):
         raise AttributeError(f"{type(target).__name__!r} object has no attribute {name!r}")
+
+
+def _is_method_of_test_class(target: object, name: object) -> bool:
+    "Whether an attribute is a method of a class of the test that decorators look at, or replace."
+    return isinstance(target, type) and _is_of_tests(target) and name in _METHODS_OF_CLASSES
 
 # %% ../../nbs/sandbox/judge_connection.ipynb #85c7b445
 class CheckedMessages(Connection):
@@ -156,26 +162,37 @@ class JudgeConnection(CheckedMessages):
         return "the program took the error of an assert" if self.crossed_errors else self.doubt
 
     def execute(self, operation, values, names):
+        try:
+            return self._execute_checked(operation, values, names)
+        except Unsupported as error:
+            self.unsupported = str(error)
+            raise RuntimeError(str(error)) from None
+
+    def _execute_checked(self, operation, values, names):
+        "Do what a program may ask for."
         target = values[-1] if operation == "special" and len(values) < 2 else values[operation == "special"]
         if self.graph.numbers.get(id(target)) not in self.graph.exported:
             raise TypeError("an object of the program is not for the test to work on")
-        if operation in ("get", "set", "delete"):
+        is_method = _is_method_of_test_class(target, values[1]) if operation in ("get", "set", "delete") else False
+        if operation == "set" and is_method:
+            raise Unsupported(f"the program would change {values[1]} of a class of the test")
+        if operation in ("get", "set", "delete") and not is_method:
             check_readable(target, values[1])
         if operation == "set" and not isinstance(target, type) and callable(getattr(type(target), values[1], None)):
             raise AttributeError(f"{values[1]!r} of an object of the test is read-only")  # `getvalue`, or a method
         if operation == "special" and values[0] not in SPECIAL_METHODS:
             raise AttributeError(values[0])
-        try:
-            return super().execute(operation, values, names)
-        except Unsupported as error:
-            self.unsupported = str(error)
-            raise RuntimeError(str(error)) from None
+        return super().execute(operation, values, names)
 
     def request(self, operation, /, *values, **names):
+        is_exit = operation == "special" and values[0] == "__exit__"
+        for value in () if is_exit else values:
+            if isinstance(value, BaseException) and self._is_failed_check(value):
+                self.crossed_errors[id(value)] = value
         result = super().request(operation, *values, **names)
         if operation == "get" and values[1] in _ENDING_METHODS:
             self.iterator_methods.add(self.graph.numbers.get(id(result), 0))
-        if operation == "special" and values[0] == "__exit__" and result:
+        if is_exit and result:
             self.note_taken_error(values[3])
         return result
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from .array_types import described_kind
 from .awaiting import stand_in_coroutine
 from codetrace.sandbox.remote_objects import (
     RemoteClass,
@@ -22,7 +23,7 @@ from codetrace.sandbox.remote_objects import (
     resolve_name,
 )
 from .stand_in_classes import describe_class, make_stand_in
-from .value_types import Unsupported, ValueKind, base_kind, described_kind, exact_kind, named_kind
+from .value_types import Unsupported, ValueKind, base_kind, exact_kind, named_kind
 
 # %% ../../nbs/sandbox/object_graph.ipynb #58e6d032
 _PLAIN_TYPES = frozenset({type(None), bool, str})
@@ -208,7 +209,7 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
         graph.exported[number] = error
         graph.lasting.add(number)
         attributes = {}
-    origin = [error.__cause__, None if error.__suppress_context__ else error.__context__, error.__suppress_context__]
+    origin = [error.__cause__, error.__context__, error.__suppress_context__]
     parts = [cls, *origin, len(args), *args, *attributes, *attributes.values()]
     return [number, "exception", _write_parts(graph, parts)]
 

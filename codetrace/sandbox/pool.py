@@ -30,6 +30,7 @@ from typing import Any
 
 from ..core.errors import BadInput
 from codetrace.sandbox import (
+    array_types,
     assert_rewriting,
     awaiting,
     candidate,
@@ -189,7 +190,16 @@ def find_readable_paths() -> ReadablePaths:
 
 # %% ../../nbs/sandbox/pool.ipynb #89f367dc
 _ISOLATION_MODULES = (system_calls, seccomp, landlock, isolation, resource_use, semaphores, candidate, supervisor)
-_VALUE_MODULES = (protocol, value_types, awaiting, remote_objects, stand_in_classes, object_graph, connection)
+_VALUE_MODULES = (
+    protocol,
+    value_types,
+    array_types,
+    awaiting,
+    remote_objects,
+    stand_in_classes,
+    object_graph,
+    connection,
+)
 _JUDGING_MODULES = (
     candidate_connection,
     judge_connection,

@@ -32,6 +32,10 @@ class _ExceptionInfo:
         return type(self.value)
 
     @property
+    def typename(self) -> str:
+        return self.type.__name__
+
+    @property
     def tb(self) -> Any:
         return self.value.__traceback__
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from .assert_rewriting import replaceable_names
 from .judge_connection import JudgeConnection
 from .remote_objects import is_standard_module
-from .value_types import Unsupported, load_kinds
+from .value_types import Unsupported, decimal_settings, load_kinds, set_decimal_settings
 
 # %% ../../nbs/sandbox/shared_state.ipynb #56513558
 _SURROUNDINGS = ("stdin", "stdout", "stderr", "input", "print", "recursion_limit")
@@ -117,6 +117,26 @@ class _SharedRandomness:
         if numpy_state is not None and "numpy" in sys.modules:
             sys.modules["numpy"].random.set_state(numpy_state)
         self.agreed = _random_states()
+
+# %% ../../nbs/sandbox/shared_state.ipynb #9c646694
+class _SharedDecimals:
+    "How decimal numbers are computed."
+
+    def __init__(self, connection: JudgeConnection):
+        self.connection = connection
+        self.agreed: list | None = None
+
+    def push(self):
+        "Have the program compute as the test does."
+        settings = decimal_settings()
+        if settings != self.agreed:
+            self.connection.request("set_decimal_settings", settings)
+
+    def pull(self):
+        "Compute as the program does."
+        settings = self.connection.request("get_decimal_settings")
+        set_decimal_settings(settings)
+        self.agreed = settings
 
 # %% ../../nbs/sandbox/shared_state.ipynb #f130383b
 def changed_entries(
@@ -250,6 +270,7 @@ class _SharedFiles:
 
 # %% ../../nbs/sandbox/shared_state.ipynb #76b5a296
 _OPTIONAL = {
+    r"[dD]ecimal|getcontext": _SharedDecimals,
     "random": _SharedRandomness,
     "environ|getenv": _SharedEnvironment,
     "warn|Warning": _SharedWarnings,

@@ -8,7 +8,9 @@ __all__ = ['with_temporaries', 'describe_class', 'local_class', 'make_stand_in']
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #e9b9c5ef
 import sys
 import types
+from abc import ABCMeta
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .awaiting import await_remote
@@ -29,9 +31,15 @@ from codetrace.sandbox.remote_objects import (
     peer_of,
     special_names,
 )
-from .value_types import base_kind, named_kind
+from .value_types import Unsupported, base_kind, named_kind
 
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #504cccc8
+def _is_of_test(value: Any) -> bool:
+    "Whether a value is an object of a class that the test has defined, or a mere namespace."
+    cls = type(value)
+    return type.__dict__["__module__"].__get__(cls) == "__main__" or cls is types.SimpleNamespace
+
+
 def _comparison(name: str) -> Callable:
     "A comparison: between objects of the other process it is theirs."
 
@@ -39,7 +47,7 @@ def _comparison(name: str) -> Callable:
         peer = peer_of(self)
         if not peer.is_judge or is_remote(operand):
             return peer.request("special", name, self, operand)
-        if name in ("__eq__", "__ne__"):
+        if name in ("__eq__", "__ne__") and not _is_of_test(operand):
             return NotImplemented
         result = peer.request("special", name, self, operand)
         if result is not NotImplemented:
@@ -75,6 +83,19 @@ def _conversion(name: str) -> Callable:
     return special
 
 
+def _measure(name: str) -> Callable:
+    "The length of an object, or what it holds."
+
+    def special(self, *args):
+        peer = peer_of(self)
+        result = peer.request("special", name, self, *args)
+        if peer.is_arithmetic_result(self):
+            peer.doubt_operator(name)
+        return result
+
+    return special
+
+
 def _protocol(name: str) -> Callable:
     "A method that runs where the object lives."
 
@@ -92,6 +113,9 @@ def _plain_result(base: type, name: str, value: Any, args: tuple) -> Any:
     return NotImplemented if method is None else method(value, *args)
 
 
+_IN_PLACE = {name for name in ARITHMETIC if name.startswith("__i")}
+
+
 def _value_operator(name: str, base: type) -> Callable:
     "An operator of a value: that of its class, held against the plain one."
 
@@ -104,7 +128,10 @@ def _value_operator(name: str, base: type) -> Callable:
                 peer.doubt_operator(name)
             return _plain_result(base, name, self, args)
         result = peer.request("special", name, self, *args)
-        if result is not NotImplemented and not bool(_plain_result(base, name, self, args) == result):
+        if name in _IN_PLACE:
+            if result is not self:
+                peer.note_arithmetic_result(name, result)
+        elif result is not NotImplemented and not bool(_plain_result(base, name, self, args) == result):
             peer.note_arithmetic_result(name, result)
         return result
 
@@ -180,6 +207,7 @@ def _exit_awaited(self, *details):
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #babfd206
 _FAMILIES = [(COMPARISONS, _comparison), (ARITHMETIC, _arithmetic), (CONVERSIONS, _conversion), (PROTOCOLS, _protocol)]
 _MAKERS = {name: make for names, make in _FAMILIES for name in names}
+_MAKERS |= {name: _measure for name in ("__len__", "__contains__")}
 _READY_MADE = {"__call__": _call_remote, "__await__": _enter_awaited, "__aexit__": _exit_awaited}
 
 
@@ -211,6 +239,15 @@ def _value_methods(specials: list[str], base: type) -> dict:
         methods |= {name: _value_operator(name, base) for name in ("__eq__", "__ne__")}
     if "__eq__" in methods:
         methods["__hash__"] = base.__hash__
+    return methods
+
+# %% ../../nbs/sandbox/stand_in_classes.ipynb #1253ecef
+def _exception_methods(specials: list[str], hashing: str) -> dict:
+    "Special methods of a stand-in for an exception."
+    methods = _opaque_methods(specials, hashing)
+    for name in ("__str__", "__repr__", "__format__", "__dir__"):
+        if name not in specials:
+            del methods[name]
     return methods
 
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #ea3b3e1b
@@ -257,7 +294,7 @@ def _layout(kind_name: str | None, bases: list[type]) -> type | None:
     for base in bases:
         if issubclass(base, BaseException):
             bases_in_order = type.__dict__["__mro__"].__get__(base)
-            return next(cls for cls in bases_in_order if type(cls) is not RemoteClass)
+            return next(cls for cls in bases_in_order if type(cls) is not RemoteClass and cls is not Remote)
     return None
 
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #e56fc034
@@ -293,15 +330,15 @@ def make_stand_in(
         namespace = _value_methods(wanted, layout)
         namespace |= {key: _RemoteAttribute(key) for key in overridden if not key.startswith("_")}
     elif layout is not None:
-        namespace = {key: _protocol(key) for key in wanted if key in ("__str__", "__repr__")}
+        namespace = _exception_methods(wanted, hashing)
     else:
         namespace = _opaque_methods(wanted, hashing)
         namespace["__doc__"] = _text_property("__doc__")
-        namespace["__class__"] = property(_constant(local) if local else type)
+        namespace |= {"__class__": property(_constant(local) if local else type), "_remote_local": local}
         if local is types.FunctionType:
             namespace["__get__"] = _bind
     namespace |= {"_remote_checks": "__instancecheck__" in overridden}
-    return _new_class(peer, name, _compatible_bases(bases, layout), namespace)
+    return _new_class(peer, name, _compatible_bases(bases, layout), namespace, bases)
 
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #61ff6091
 def _constant(value: object) -> Callable:
@@ -314,13 +351,27 @@ def _constant(value: object) -> Callable:
 def _compatible_bases(bases: list[type], layout: type | None) -> tuple[type, ...]:
     "Bases of a stand-in: stand-ins of the bases, and the plain type that it is built on."
     stand_ins = [base for base in bases if type(base) is RemoteClass]
-    plain = [base for base in bases if type(base) is not RemoteClass and layout and issubclass(base, layout)]
+    is_error = layout is not None and issubclass(layout, BaseException)
+    family = BaseException if is_error else layout
+    plain = [base for base in bases if type(base) is not RemoteClass and family and issubclass(base, family)]
     if layout is not None and not any(issubclass(base, layout) for base in stand_ins + plain):
         plain.append(layout)
     return (*stand_ins, *([] if stand_ins else [Remote]), *plain)
 
+# %% ../../nbs/sandbox/stand_in_classes.ipynb #ef71b86b
+def _register(made: type, bases: list[type]):
+    "Make a stand-in a subclass of the abstract classes of the standard library that the real class is derived from."
+    inherited = type.__dict__["__mro__"].__get__(made)[1:]
+    locals_of_bases = [type.__dict__["__dict__"].__get__(base).get("_remote_local") for base in inherited]
+    for local in (*locals_of_bases, *bases):
+        if isinstance(local, ABCMeta):
+            with suppress(Exception):  # some, as `typing.Protocol`, take no such subclass
+                local.register(made)
+
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #89187e88
-def _new_class(peer: object, name: list[str], bases: tuple[type, ...], namespace: dict) -> type:
+def _new_class(
+    peer: object, name: list[str], bases: tuple[type, ...], namespace: dict, bases_of_class: list[type]
+) -> type:
     "A stand-in class; with fewer bases where Python would not have these together."
     module, qualified = name
     namespace |= {"__slots__": (), "_remote_peer": peer, "__module__": module, "__qualname__": qualified}
@@ -330,7 +381,8 @@ def _new_class(peer: object, name: list[str], bases: tuple[type, ...], namespace
         try:
             made = type.__new__(RemoteClass, short, possible, dict(namespace))
             type.__delattr__(made, "__slots__")  # whoever asks is told those of the real class
+            _register(made, bases_of_class)
             return made
         except TypeError:
             continue
-    raise ValueError("no such class can be")
+    raise Unsupported(f"no class of this process can stand in for {name!r}")
