@@ -113,6 +113,14 @@ def _plain_result(base: type, name: str, value: Any, args: tuple) -> Any:
     return NotImplemented if method is None else method(value, *args)
 
 
+def _is_plain_result(base: type, name: str, value: Any, args: tuple, result: Any) -> bool:
+    "Whether the plain type that a value is built on says the same; not where it refuses, or where that is no yes or no."
+    try:
+        return bool(_plain_result(base, name, value, args) == result)
+    except Exception:
+        return False
+
+
 _IN_PLACE = {name for name in ARITHMETIC if name.startswith("__i")}
 
 
@@ -131,7 +139,7 @@ def _value_operator(name: str, base: type) -> Callable:
         if name in _IN_PLACE:
             if result is not self:
                 peer.note_arithmetic_result(name, result)
-        elif result is not NotImplemented and not bool(_plain_result(base, name, self, args) == result):
+        elif result is not NotImplemented and not _is_plain_result(base, name, self, args, result):
             peer.note_arithmetic_result(name, result)
         return result
 
