@@ -46,7 +46,7 @@ _ABSTRACT = {  # Classes that programs derive theirs from
     collections.abc: collections.abc.__all__,
     numbers: numbers.__all__,
     abc: ["ABC", "ABCMeta"],
-    enum: ["Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "EnumMeta"],
+    enum: ["Enum", "Flag", "EnumMeta"],
 }
 
 

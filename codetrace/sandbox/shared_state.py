@@ -124,7 +124,8 @@ class _SharedDecimals:
 
     def __init__(self, connection: JudgeConnection):
         self.connection = connection
-        self.agreed: list | None = None
+        self.agreed: list = []
+        self.pull()  # what the program has set while it was loaded
 
     def push(self):
         "Have the program compute as the test does."
