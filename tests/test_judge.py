@@ -75,13 +75,10 @@ def test_names_are_unique():
 HEAVY = ("numpy", "asyncio", "unittest", "time.sleep", "while True", "flood")  # slow to import, or to end
 
 
-BELIEVED = ("comparison called", "evil", "decorator", "exit stack", "annotations", "abstract", "what", "suppress")
-
-
 def test_some_programs_are_judged_as_python_does():
     light = [program for program in PROGRAMS if not any(word in str(program[0]) for word in HEAVY)]
     with SandboxPool(1, QUICK) as pool:
-        sample = light[::9] + [program for program in light[::3] if program[0].name.startswith(BELIEVED)]
+        sample = light[::9] + light[len(light) // 2 :] + [p for p in PROGRAMS if p[0].name == "async with swallows"]
         assert misjudged(sample, list(pool.grade(job for job, _ in sample))) == []
 
 
