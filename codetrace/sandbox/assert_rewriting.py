@@ -9,7 +9,7 @@ __all__ = ['NOTE_HELD', 'NOTE_CAUGHT', 'NOTE_FAILED', 'CAUGHT_TYPES', 'TYPE_OF',
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #1e4da1c4
 import ast
 import builtins
-from typing import Any
+import re
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #785159e5
 NOTE_HELD = "__held__"
@@ -18,6 +18,7 @@ NOTE_FAILED = "__failed__"
 CAUGHT_TYPES = "__caught_types__"
 TYPE_OF = "__type__"
 CALLED = "__called__"
+_LEAVES = (ast.Name, ast.Constant, ast.expr_context, ast.operator, ast.unaryop, ast.boolop)
 _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 _PLAIN_ARGUMENTS = (ast.Name, ast.Constant, ast.Starred)
 
@@ -86,21 +87,16 @@ class _TestRewriter(ast.NodeTransformer):
         return ast.copy_location(ast.Call(ast.Name(NOTE_HELD, ast.Load()), [node], []), node)
 
     def generic_visit(self, node):
-        "Visit parts; a statement after one that may go two ways is conditional."
-        was_conditional = self.is_conditional
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, list) and value and isinstance(value[0], _STATEMENTS):
+        "Visit parts, but for names, constants and the like, which have none."
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, ast.AST) and not isinstance(value, _LEAVES):
+                setattr(node, name, self.visit(value))
+            elif isinstance(value, list) and value and isinstance(value[0], _STATEMENTS):
                 setattr(node, name, self._visit_block(node, name, value))
-            else:
-                self._visit_part(node, name, value)
-        self.is_conditional = was_conditional
+            elif isinstance(value, list):
+                value[:] = [self.visit(part) if isinstance(part, ast.AST) else part for part in value]
         return node
-
-    def _visit_part(self, node: ast.AST, name: str, value: Any):
-        if isinstance(value, ast.AST):
-            setattr(node, name, self.visit(value))
-        elif isinstance(value, list):
-            setattr(node, name, [self.visit(item) if isinstance(item, ast.AST) else item for item in value])
 
     def _visit_block(self, node: ast.AST, name: str, statements: list) -> list:
         "Visit statements, knowing which are always reached."
@@ -172,6 +168,9 @@ class _TestRewriter(ast.NodeTransformer):
         return self._note_held_after(node) if is_check and not is_block else node
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #df3f461d
+_MAY_RENAME = re.compile(r"\bas\b|=[^=\n]*\.(assert|fail)|=\s*(assert|fail)")
+
+
 def _names_of_checks(tree: ast.Module) -> set[str]:
     "Other names that a test gives to functions that check: `from numpy.testing import assert_equal as same`."
     names = set()
@@ -190,7 +189,8 @@ def rewrite_test(
 ) -> ast.Module:  # Ready to compile
     "A test in which the judge is told of asserts that held and of errors that were expected."
     tree = ast.parse(test)
-    return ast.fix_missing_locations(_TestRewriter(_names_of_checks(tree)).visit(tree))
+    checks = _names_of_checks(tree) if _MAY_RENAME.search(test) else set()
+    return ast.fix_missing_locations(_TestRewriter(checks).visit(tree))
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #e96b114e
 def assigned_names(tree: ast.Module) -> list[str]:

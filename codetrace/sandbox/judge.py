@@ -347,7 +347,7 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
     namespace |= {NOTE_HELD: notes.held, NOTE_CAUGHT: notes.caught, NOTE_FAILED: notes.failed}
     connection.start_test(test)
     try:
-        namespace.look_up(class_body_names(tree))
+        namespace.look_up(class_body_names(tree) if "class " in test else ())
         exec(code, namespace)
     except Unsupported as error:
         return "unsupported", str(error)
