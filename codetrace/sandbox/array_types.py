@@ -93,6 +93,14 @@ def _take_view(value: Any) -> list:
     return [kind, offset, value.flags.writeable, value.base, value.ndim, *value.shape, *value.strides]
 
 
+def _is_inside(offset: int, shape: list[int], strides: list[int], itemsize: int, nbytes: int) -> bool:
+    "Whether a view reaches only what is its array's; in integers of any size, where numpy's own check may overflow."
+    steps = [(size - 1) * stride for size, stride in zip(shape, strides)]
+    first = offset + sum(step for step in steps if step < 0)
+    last = offset + sum(step for step in steps if step > 0)
+    return first >= 0 and last + itemsize <= nbytes
+
+
 def _make_view(_: type, parts: list) -> Any:
     import numpy as np
 
@@ -100,8 +108,10 @@ def _make_view(_: type, parts: list) -> Any:
     dtype = _read_dtype(name)
     if not isinstance(base, np.ndarray) or dtype.hasobject or base.dtype.hasobject or len(sizes) != 2 * ndim:
         raise ValueError("not a view of an array")
-    if not all(type(size) is int for size in (offset, *sizes)) or offset < 0 or min(sizes[:ndim]) < 1:
+    if not all(type(size) is int for size in (offset, *sizes)) or offset < 0 or min(sizes[:ndim], default=1) < 1:
         raise ValueError("not the place of a view")
+    if not _is_inside(offset, sizes[:ndim], sizes[ndim:], dtype.itemsize, base.nbytes):
+        raise ValueError("a view of what is not the array's")
     is_shared = base.flags.forc  # else the program has a copy in another order
     buffer = base.T if is_shared and not base.flags.c_contiguous else np.ascontiguousarray(base)
     made = np.ndarray(tuple(sizes[:ndim]), dtype, buffer, offset, tuple(sizes[ndim:]))
@@ -132,11 +142,9 @@ def _numpy_kinds() -> list[ValueKind]:
     scalars = [ValueKind(f"numpy.{t.__name__}", t, take_scalar, make_scalar) for t in scalar_types if t is not np.void]
     dtypes = {type(np.dtype(name)) for name in np.typecodes["All"]}
     named = [ValueKind(f"numpy.{t.__name__}", t, take_dtype, make_dtype) for t in dtypes]
-    views = ValueKind(
-        "numpy.view", np.ndarray, _take_view, _make_view
-    )  # named, never what an array is taken for at first
+    views = ValueKind("numpy.view", np.ndarray, _take_view, _make_view)
     arrays = ValueKind("numpy.ndarray", np.ndarray, _take_ndarray, _make_ndarray, _fill_ndarray, True)
-    return [views, arrays, *scalars, *named]
+    return [views, arrays, *scalars, *named]  # of two for one type the last is what its arrays are
 
 
 add_module_kinds("numpy", _numpy_kinds)

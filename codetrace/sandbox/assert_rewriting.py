@@ -75,16 +75,12 @@ def _may_pass_temporaries(node: ast.Call) -> bool:
     is_method = isinstance(node.func, ast.Attribute) and not _is_check(node)
     return (is_named or is_method) and any(not isinstance(argument, _PLAIN_ARGUMENTS) for argument in node.args)
 
-# %% ../../nbs/sandbox/assert_rewriting.ipynb #dcb457a4
-class _TestRewriter(ast.NodeTransformer):
-    "Have the judge told of every assert that held, and of every error that was expected."
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #ca4b8e95
+class _BlockVisitor(ast.NodeTransformer):
+    "Knows of each statement whether what comes before decides if it is reached."
 
-    def __init__(self, checks: set[str]):
-        self.checks = checks  # Names by which the test knows functions that check
-        self.is_conditional = False  # What is reached depends on something
-
-    def _note_held_after(self, node: ast.expr) -> ast.Call:
-        return ast.copy_location(ast.Call(ast.Name(NOTE_HELD, ast.Load()), [node], []), node)
+    def __init__(self):
+        self.is_conditional = False
 
     def generic_visit(self, node):
         "Visit parts, but for names, constants and the like, which have none."
@@ -116,6 +112,17 @@ class _TestRewriter(ast.NodeTransformer):
                 self.is_conditional = True
         self.is_conditional = before
         return visited
+
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #dcb457a4
+class _TestRewriter(_BlockVisitor):
+    "Have the judge told of every assert that held, and of every error that was expected."
+
+    def __init__(self, checks: set[str]):
+        super().__init__()
+        self.checks = checks  # Names by which the test knows functions that check
+
+    def _note_held_after(self, node: ast.expr) -> ast.Call:
+        return ast.copy_location(ast.Call(ast.Name(NOTE_HELD, ast.Load()), [node], []), node)
 
     def visit_Raise(self, node):
         self.generic_visit(node)

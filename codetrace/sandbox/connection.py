@@ -148,8 +148,10 @@ class Messages(ArithmeticResults):
         changes = message["changes"]
         if changes:
             self.is_reading = True
-            apply_changes(graph, changes)
-            self.is_reading = False
+            try:
+                apply_changes(graph, changes)
+            finally:
+                self.is_reading = False
         values = [part if type(part) in JSON_TYPES else value_from_json(graph, part) for part in message["values"]]
         named = message["names"]
         if named:

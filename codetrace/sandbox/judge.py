@@ -29,7 +29,7 @@ from codetrace.sandbox.assert_rewriting import (
 )
 from .connection import Connection
 from .judge_connection import TEST_FILES, TEST_MODULE, JudgeConnection, StoppedCall
-from .object_graph import ObjectGraph, apply_changes, value_from_json, write_values
+from .object_graph import JSON_TYPES, ObjectGraph, apply_changes, value_from_json, write_values
 from .protocol import to_json
 from .pytest_functions import Failed, pytest_module
 from codetrace.sandbox.remote_objects import (
@@ -104,7 +104,8 @@ def _asking(operation: str) -> Callable:
         if plain(subject, classes):
             return True
         for cls in _single_classes(classes):
-            is_standard = is_remote(subject) and exact_kind(cls) is None and qualified_name(cls) is not None
+            is_value = exact_kind(cls) is not None or cls in JSON_TYPES  # for the judge alone to say
+            is_standard = is_remote(subject) and not is_value and qualified_name(cls) is not None
             is_of_program = type(cls) is RemoteClass and (is_remote(subject) or operation == "issubclass")
             remote = subject if is_remote(subject) else cls
             if (is_standard or is_of_program) and peer_of(remote).request(operation, subject, cls):

@@ -71,26 +71,13 @@ def _arithmetic(name: str) -> Callable:
 
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #b9c201a0
 def _conversion(name: str) -> Callable:
-    "A conversion to a number or a truth."
+    "A conversion to a number or a truth, as `len` and `in` are."
 
     def special(self, *args):
         peer = peer_of(self)
         result = peer.request("special", name, self, *args)
         if peer.is_arithmetic_result(self):
             peer.note_arithmetic_result(name, result)
-        return result
-
-    return special
-
-
-def _measure(name: str) -> Callable:
-    "The length of an object, or what it holds."
-
-    def special(self, *args):
-        peer = peer_of(self)
-        result = peer.request("special", name, self, *args)
-        if peer.is_arithmetic_result(self):
-            peer.doubt_operator(name)
         return result
 
     return special
@@ -215,7 +202,7 @@ def _exit_awaited(self, *details):
 # %% ../../nbs/sandbox/stand_in_classes.ipynb #babfd206
 _FAMILIES = [(COMPARISONS, _comparison), (ARITHMETIC, _arithmetic), (CONVERSIONS, _conversion), (PROTOCOLS, _protocol)]
 _MAKERS = {name: make for names, make in _FAMILIES for name in names}
-_MAKERS |= {name: _measure for name in ("__len__", "__contains__")}
+_MAKERS |= {name: _conversion for name in ("__len__", "__contains__")}
 _READY_MADE = {"__call__": _call_remote, "__await__": _enter_awaited, "__aexit__": _exit_awaited}
 
 
