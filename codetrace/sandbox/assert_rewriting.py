@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['NOTE_HELD', 'NOTE_CAUGHT', 'NOTE_FAILED', 'CAUGHT_TYPES', 'TYPE_OF', 'CALLED', 'rewrite_test', 'assigned_names',
-           'class_body_names', 'bound_names', 'literal_texts', 'replaceable_names']
+           'class_body_names', 'bound_names', 'compile_test', 'literal_texts', 'replaceable_names']
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #1e4da1c4
 import ast
 import builtins
 import re
+import types
+import warnings
+from functools import lru_cache
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #785159e5
 NOTE_HELD = "__held__"
@@ -23,10 +26,27 @@ _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 _PLAIN_ARGUMENTS = (ast.Name, ast.Constant, ast.Starred)
 
 
+_LOAD = ast.Load()
+
+
+def _place(node: ast.AST) -> dict[str, int]:
+    "Where a node stands in the source."
+    return {name: getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
+
+
+def _call_judge(
+    name: str,  # Of the function
+    arguments: list[ast.expr],
+    node: ast.AST,  # Whose place the call gets
+) -> ast.Call:
+    "A call of a function of the judge."
+    place = _place(node)
+    return ast.Call(ast.Name(name, _LOAD, **place), arguments, [], **place)
+
+
 def _note(name: str, node: ast.AST) -> ast.Expr:
     "A statement that calls a function of the judge."
-    call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [], []))
-    return ast.copy_location(call, node)
+    return ast.Expr(_call_judge(name, [], node), **_place(node))
 
 
 _BLOCKS = (
@@ -121,9 +141,6 @@ class _TestRewriter(_BlockVisitor):
         super().__init__()
         self.checks = checks  # Names by which the test knows functions that check
 
-    def _note_held_after(self, node: ast.expr) -> ast.Call:
-        return ast.copy_location(ast.Call(ast.Name(NOTE_HELD, ast.Load()), [node], []), node)
-
     def visit_Raise(self, node):
         self.generic_visit(node)
         return [_note(NOTE_FAILED, node), node] if self.is_conditional else node
@@ -133,8 +150,8 @@ class _TestRewriter(_BlockVisitor):
             raise SyntaxError("asserts a tuple, which is always true")
         self.generic_visit(node)
         if self.is_conditional or not isinstance(node.test, ast.Constant):  # `assert False` is also a way to raise
-            failed = ast.copy_location(_note(NOTE_FAILED, node).value, node.test)
-            node.test = ast.copy_location(ast.BoolOp(ast.Or(), [node.test, failed]), node.test)
+            failed = _call_judge(NOTE_FAILED, [], node.test)
+            node.test = ast.BoolOp(ast.Or(), [node.test, failed], **_place(node.test))
         return [node, _note(NOTE_HELD, node)]
 
     def visit_If(self, node):
@@ -158,7 +175,7 @@ class _TestRewriter(_BlockVisitor):
     def visit_ExceptHandler(self, node):
         self.generic_visit(node)
         if node.type is not None and "StopIteration" in ast.unparse(node.type):
-            node.type = ast.Call(ast.Name(CAUGHT_TYPES, ast.Load()), [node.type], [])
+            node.type = _call_judge(CAUGHT_TYPES, [node.type], node.type)
         return node
 
     def visit_Call(self, node):
@@ -167,12 +184,11 @@ class _TestRewriter(_BlockVisitor):
         self.generic_visit(node)
         is_type = isinstance(node.func, ast.Name) and node.func.id == "type"
         if is_type and len(node.args) == 1 and not node.keywords:
-            node.func = ast.copy_location(ast.Name(TYPE_OF, ast.Load()), node.func)
+            node.func = ast.Name(TYPE_OF, _LOAD, **_place(node.func))
         elif _may_pass_temporaries(node):
-            called = ast.Call(ast.Name(CALLED, ast.Load()), [node.func], [])
-            node.func = ast.copy_location(called, node.func)
+            node.func = _call_judge(CALLED, [node.func], node.func)
         is_block = name in _BLOCKS and len(node.args) < 2
-        return self._note_held_after(node) if is_check and not is_block else node
+        return _call_judge(NOTE_HELD, [node], node) if is_check and not is_block else node
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #df3f461d
 _MAY_RENAME = re.compile(r"\bas\b|=[^=\n]*\.(assert|fail)|=\s*(assert|fail)")
@@ -197,7 +213,7 @@ def rewrite_test(
     "A test in which the judge is told of asserts that held and of errors that were expected."
     tree = ast.parse(test)
     checks = _names_of_checks(tree) if _MAY_RENAME.search(test) else set()
-    return ast.fix_missing_locations(_TestRewriter(checks).visit(tree))
+    return _TestRewriter(checks).visit(tree)
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #e96b114e
 def assigned_names(tree: ast.Module) -> list[str]:
@@ -234,6 +250,19 @@ def bound_names(tree: ast.Module) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != "*"]
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #266e331b
+@lru_cache(maxsize=512)
+def compile_test(
+    test: str,  # Or a setup
+    file: str,  # That its code names
+) -> tuple[types.CodeType, list[str]]:
+    "The code of a rewritten test, and the names that its classes look up."
+    tree = rewrite_test(test)
+    names = class_body_names(tree) if "class " in test else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return compile(tree, file, "exec", dont_inherit=True), names
+
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #c0de7e57
 def literal_texts(source: str) -> set[str]:
     "All strings that a piece of Python spells out."
     constants = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))

@@ -47,6 +47,8 @@ def fork_into_namespaces() -> tuple[int, int]:  # (0, -1) in the child, (pid, pi
 
 # %% ../../nbs/sandbox/isolation.ipynb #74a4d4b4
 _CAPABILITY_VERSION_3 = 0x20080522
+_CAPABILITY_HEADER = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
+_NO_CAPABILITIES = ctypes.create_string_buffer(struct.pack("IIIIII", *[0] * 6))
 _MOUNT_NOSUID_NODEV = 6
 _MOUNT_READONLY_NOSUID_NODEV = 7
 
@@ -80,9 +82,7 @@ def prepare_namespaced_process(
     _mount_tmpfs(b"tmp", "/tmp", _MOUNT_NOSUID_NODEV, f"size={disk},nr_inodes={MOST_FILES},mode=700".encode())
     for path in ("/proc", "/codetrace"):
         _mount_tmpfs(b"none", path, _MOUNT_READONLY_NOSUID_NODEV, b"size=4k,nr_inodes=1")
-    no_capabilities = ctypes.create_string_buffer(struct.pack("IIIIII", *[0] * 6))
-    version = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
-    syscall("capset", version, no_capabilities)
+    syscall("capset", _CAPABILITY_HEADER, _NO_CAPABILITIES)
 
 # %% ../../nbs/sandbox/isolation.ipynb #0a62d276
 def ignored_signals() -> list[int]:

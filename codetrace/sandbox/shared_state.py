@@ -271,12 +271,12 @@ class _SharedFiles:
 
 # %% ../../nbs/sandbox/shared_state.ipynb #76b5a296
 _OPTIONAL = {
-    r"[dD]ecimal|getcontext": _SharedDecimals,
-    "random": _SharedRandomness,
-    "environ|getenv": _SharedEnvironment,
-    "warn|Warning": _SharedWarnings,
-    "[lL]ogging|assertLogs|assertNoLogs": _SharedLogging,
-    r"\bos\b|shutil|tempfile|glob|pathlib": _SharedFiles,
+    re.compile(r"[dD]ecimal|getcontext"): _SharedDecimals,
+    re.compile("random"): _SharedRandomness,
+    re.compile("environ|getenv"): _SharedEnvironment,
+    re.compile("warn|Warning"): _SharedWarnings,
+    re.compile("[lL]ogging|assertLogs|assertNoLogs"): _SharedLogging,
+    re.compile(r"\bos\b|shutil|tempfile|glob|pathlib"): _SharedFiles,
 }
 
 # %% ../../nbs/sandbox/shared_state.ipynb #5f88c469
@@ -295,8 +295,8 @@ class SharingConnection(JudgeConnection):
     def watch(self, test: str, namespace: dict):
         "Before a test runs: share what it mentions."
         for pattern, share in _OPTIONAL.items():
-            if pattern not in self.shared and re.search(pattern, test):
-                self.shared[pattern] = share(self)
+            if pattern.pattern not in self.shared and pattern.search(test):
+                self.shared[pattern.pattern] = share(self)
         if _MAY_REPLACE.search(test):
             self.replaced.watch(test, namespace)
 

@@ -19,7 +19,7 @@ from importlib.util import spec_from_file_location
 
 from .candidate import MAX_DESCRIPTORS, PRELOADED_MODULES, run_zygote
 from .isolation import set_resource_limits
-from .judge import run_judge, warm_up_judge
+from .judge import compile_ahead, run_judge, warm_up_judge
 from .landlock import enforce_landlock, landlock_rulesets
 from .protocol import ChannelClosed, from_json, receive_frame, send_frame, to_json
 from .resource_use import DiskUse, empty_folder, missing_cpu_seconds
@@ -260,6 +260,7 @@ def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
     config = supervisor.config
     order = b"under init" if config["tier"] == 1 and _may_signal(job["code"]) else b"start"
     channel, output, handle, candidate = start_candidate(supervisor, order)
+    compile_ahead(job)
     judge, report = start_judge(supervisor, job, channel)
     os.close(channel)
     watched = _WatchedJob(config, report, output, (candidate, judge))
@@ -267,8 +268,9 @@ def supervise_job(supervisor: Supervisor, job: dict) -> tuple[dict, int]:
     outcomes = _parse_outcomes(watched.report_bytes, len(job["tests"]))
     if outcomes and outcomes[-1][0] == "gone":  # let it end by itself, to see how
         select.select([handle], [], [], 1.0)
-    judge_status = _end_judge(judge)
-    status, cpu_seconds = _end_candidate(supervisor, handle)
+    _kill_candidate(supervisor, handle)
+    judge_status = _end_judge(judge)  # while the candidate's memory is given back
+    status, cpu_seconds = _await_candidate(supervisor)
     for fd in (report, output, handle):
         os.close(fd)
     if config["tier"] == 2:
@@ -291,7 +293,8 @@ def supervise_trace(
     stop_reason = _watch_job(watched)
     if stop_reason is None:  # let it end by itself, to see how
         select.select([handle], [], [], 1.0)
-    status, cpu_seconds = _end_candidate(supervisor, handle)
+    _kill_candidate(supervisor, handle)
+    status, cpu_seconds = _await_candidate(supervisor)
     for fd in (channel, output, handle):
         os.close(fd)
     if config["tier"] == 2:
@@ -318,11 +321,15 @@ def _end_judge(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _end_candidate(supervisor: Supervisor, handle: int) -> tuple[int, float]:
-    "Have a candidate killed, in tier 2 by its guardian; its exit status and the seconds of CPU it used."
+def _kill_candidate(supervisor: Supervisor, handle: int):
+    "Have a candidate killed, in tier 2 by its guardian."
     number = signal.SIGKILL if supervisor.config["tier"] == 1 else signal.SIGTERM
     signal.pidfd_send_signal(handle, number)
     supervisor.control.send(b"end")
+
+
+def _await_candidate(supervisor: Supervisor) -> tuple[int, float]:
+    "The exit status of a candidate, once it is gone, and the seconds of CPU it used."
     status, cpu_seconds = supervisor.control.recv(64).decode().split()
     return int(status), float(cpu_seconds)
 
