@@ -103,6 +103,22 @@ def test_a_private_folder_for_temporary_files_is_no_obstacle(tmp_path, monkeypat
     assert grade_one("def f(x): return x + 1", tier=tier).verdict == "passed"
 
 
+def test_what_is_installed_beside_the_standard_library_cannot_be_listed(tier):
+    "In tier 1 it is not there; in tier 2 the library's folder is not listed, and yet all of it can be imported."
+    code = """
+import importlib, os
+importlib.invalidate_caches()
+import wave, xml.dom.minidom
+library = os.path.dirname(wave.__file__)
+def f(folder):
+    try: return os.listdir(os.path.join(library, folder))
+    except OSError: return []
+"""
+    tests = ["assert f('site-packages') == []", "assert 'minidom.py' in f('xml/dom')"]
+    tests.append(f"assert ('wave.py' in f('.')) is {tier == 1}")
+    assert grade_one(code, *tests, tier=tier).verdict == "passed"
+
+
 def test_the_collection_is_large_and_mixed():
     programs = our_programs()
     assert len(programs) >= 60 and len({job.name for job, _ in programs}) == len(programs)
@@ -277,6 +293,7 @@ def test_each_assert_has_its_own_verdict():
         "while True: pass",
         "assert " + "(" * 3000 + "f(1)" + ")" * 3000,
         "assert " + "-" * 100_000 + "f(1)",
+        "assert " + "-" * 19_000 + "f(1)",
         "assert f(10**6 * 'x')",
         "assert f('\ud800') == 1",
         "\0",

@@ -237,7 +237,7 @@ def _stream_answer(server: ModelServer, body: dict) -> Iterator[ServedToken | No
         if finish == "stop":
             yield None
 
-
+# %% ../../nbs/models/model_server.ipynb #96aa8c76
 def _read_once(server: ModelServer, body: dict, is_complete: Callable[[list[int]], bool]) -> ServedAnswer:
     began = time.perf_counter()
     first = 0.0

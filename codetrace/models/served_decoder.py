@@ -72,7 +72,7 @@ def token_choices(
 class WrongServedModel(BadInput):
     "The server's log-probabilities are not those of the model here."
 
-
+# %% ../../nbs/models/served_decoder.ipynb #a74d33ad
 @dataclass
 class ServerAgreement:
     "How far the server's log-probabilities are from those of the model here."
@@ -172,7 +172,7 @@ def _finish(self: ServedDecoder, request: Request, answer: ServedAnswer) -> str:
         return "eos"
     return "answered" if tokens and self._is_complete(request, tokens) else "length"
 
-
+# %% ../../nbs/models/served_decoder.ipynb #ad938882
 @patch
 def _read(self: ServedDecoder, request: Request, answer: ServedAnswer) -> Continuation:
     "Read an answer with the model here: its states, and how likely it is."
@@ -198,7 +198,7 @@ def _read(self: ServedDecoder, request: Request, answer: ServedAnswer) -> Contin
         seconds={"prefill": first, "generation": last},
     )
 
-
+# %% ../../nbs/models/served_decoder.ipynb #3664ba3f
 @patch
 def _likeliest_end(self: ServedDecoder, hidden: Float[Tensor, "pos d_model"]) -> int:
     "The token with which an empty answer ended, which no server names."

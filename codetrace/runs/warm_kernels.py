@@ -201,7 +201,7 @@ def _start_server(listener: socket.socket) -> subprocess.Popen:
     options = {"stdin": subprocess.PIPE, "env": environment, "start_new_session": True, "pass_fds": [descriptor]}
     return subprocess.Popen([sys.executable, "-c", code], **options)
 
-
+# %% ../../nbs/runs/warm_kernels.ipynb #4ffe3ca2
 @contextmanager
 def warm_kernels() -> Iterator[str]:
     "Let runs that start in this block, here or in other processes, fork their kernels from one process."

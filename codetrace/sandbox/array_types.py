@@ -92,7 +92,7 @@ def _take_view(value: Any) -> list:
     kind = value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)
     return [kind, offset, value.flags.writeable, value.base, value.ndim, *value.shape, *value.strides]
 
-
+# %% ../../nbs/sandbox/array_types.ipynb #64c7ce22
 def _is_inside(offset: int, shape: list[int], strides: list[int], itemsize: int, nbytes: int) -> bool:
     "Whether a view reaches only what is its array's; in integers of any size, where numpy's own check may overflow."
     steps = [(size - 1) * stride for size, stride in zip(shape, strides)]

@@ -72,7 +72,6 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 def landlock_rulesets(
     readable: list[str],  # Folders and files
-    listable: list[str],  # Folders whose entries may be listed
     folder: str,  # The candidate's own
 ) -> dict[str, int]:  # File descriptors, by `guardian`, `candidate` and `judge`
     "The rulesets of a worker."
@@ -81,8 +80,6 @@ def landlock_rulesets(
         ruleset = create_landlock_ruleset(_LANDLOCK_ALL_FILE_RIGHTS, _LANDLOCK_NETWORK_RIGHTS, _LANDLOCK_SCOPES)
         for path in readable:
             grant_landlock_rights(ruleset, path, _LANDLOCK_READ_FILE | _LANDLOCK_READ_DIR)
-        for path in listable:
-            grant_landlock_rights(ruleset, path, _LANDLOCK_READ_DIR)
         for path in _DEVICES:
             grant_landlock_rights(ruleset, path, _LANDLOCK_READ_FILE | _LANDLOCK_WRITE_FILE)
         rulesets[role] = ruleset

@@ -329,7 +329,7 @@ def _worker_configuration(tier: int, limits: SandboxLimits, folder: str) -> dict
         packages = {name: _tier1_path(package) for name, package in packages.items()}
         return config | {"path": [*map(_tier1_path, visible.path)], "packages": packages}
     readable = _landlock_readable_paths()
-    return config | {"path": visible.path, "packages": packages, "readable": readable, "listable": visible.path}
+    return config | {"path": visible.path, "packages": packages, "readable": readable}
 
 # %% ../../nbs/sandbox/pool.ipynb #5a120008
 def _send_message(worker: "SandboxWorker", message: dict):

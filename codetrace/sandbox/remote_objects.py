@@ -241,7 +241,7 @@ def _is_asked(cls: type) -> bool:
     peer = type.__getattribute__(cls, "_remote_peer")
     return peer.is_judge and not peer.is_reading and id(cls) in peer.graph.numbers
 
-
+# %% ../../nbs/sandbox/remote_objects.ipynb #0cc9ce6b
 class RemoteClass(type):
     "The class of stand-ins for classes."
 

@@ -339,7 +339,7 @@ def _drop_privileges(config: dict) -> dict[str, int]:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     rulesets = {}
     if config["tier"] == 2:
-        rulesets = landlock_rulesets(config["readable"], config["listable"], config["folder"])
+        rulesets = landlock_rulesets(config["readable"], config["folder"])
     uid = config["uid"]
     if uid is not None:
         if config["tier"] == 2:
@@ -355,15 +355,19 @@ def _drop_privileges(config: dict) -> dict[str, int]:
 
 # %% ../../nbs/sandbox/supervisor.ipynb #c008251a
 class _PackageFinder:
-    "Finds packages at known places: the folder that they lie in, with other people's packages, need not be listed."
+    "Finds the standard library and packages at known places, in folders that may not be listed: others' packages lie there too."
 
-    def __init__(self, folders: dict[str, str]):
-        self.folders = folders  # By name
+    def __init__(self, library: str, folders: dict[str, str]):
+        self.library = library  # Where the standard library is
+        self.folders = folders  # Of packages, by name
 
     def find_spec(self, name: str, path=None, target=None):
-        if name in self.folders:
-            folder = self.folders[name]
-            return spec_from_file_location(name, f"{folder}/__init__.py", submodule_search_locations=[folder])
+        if path is not None or not name.isidentifier():
+            return None
+        home = self.folders.get(name, f"{self.library}/{name}")
+        if os.path.isfile(f"{home}/__init__.py"):
+            return spec_from_file_location(name, f"{home}/__init__.py", submodule_search_locations=[home])
+        return spec_from_file_location(name, f"{home}.py") if os.path.isfile(f"{home}.py") else None
 
 
 def _redirect_imports(prefix: str, handle: int):
@@ -371,6 +375,7 @@ def _redirect_imports(prefix: str, handle: int):
     sys.path[:] = [_path_through_descriptor(path, prefix, handle) for path in sys.path]
     for finder in sys.meta_path:
         if isinstance(finder, _PackageFinder):
+            finder.library = _path_through_descriptor(finder.library, prefix, handle)
             finder.folders = {
                 name: _path_through_descriptor(path, prefix, handle) for name, path in finder.folders.items()
             }
@@ -402,7 +407,7 @@ def run_supervisor():
         del sys.modules[name]  # a candidate that imports codetrace finds none
     sys.argv = [""]
     sys.path[:] = config["path"]
-    sys.meta_path.append(_PackageFinder(config["packages"]))
+    sys.meta_path.append(_PackageFinder(config["path"][0], config["packages"]))
     os.closerange(3, MAX_DESCRIPTORS)
     config["null"] = os.open("/dev/null", os.O_RDWR)  # 3, which is free to be taken by a channel once it is copied
     rulesets = _drop_privileges(config)
