@@ -217,6 +217,13 @@ def test_every_run_that_a_phase_reads_is_declared():
         assert not called & finders, f"{name} looks for a run: {called & finders}"
 
 
+def test_syntax_trees_are_made_in_one_place():
+    "Python 3.11 has threads that parse at the same time disturb each other; processes of the sandbox are their own."
+    modules = [path for path in (HOME / "codetrace").rglob("*.py") if path.parent.name != "sandbox"]
+    parsing = [str(path.relative_to(HOME)) for path in modules if re.search(r"\bast\.parse\(", path.read_text())]
+    assert parsing == ["codetrace/core/python_source.py"]
+
+
 def test_heavy_packages_are_imported_late():
     heavy = "torch transformers peft sklearn nnsight pandas pyarrow matplotlib papermill scipy statsmodels nbformat pydantic"
     probe = f"import sys, codetrace, codetrace.cli; print([m for m in {heavy.split()} if m in sys.modules])"

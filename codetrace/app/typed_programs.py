@@ -10,6 +10,7 @@ __all__ = ['TYPED_PROGRAM_LIMITS', 'RefusedProgram', 'check_typed_size', 'plain_
 import ast
 
 from ..core.errors import BadInput
+from ..core.python_source import parse_source
 from ..sandbox.pool import GradingJob, SandboxLimits, SandboxPool
 from ..tasks.programs import Program, analyse_program
 
@@ -92,7 +93,7 @@ def check_typed_program(
     "Raise `RefusedProgram` unless a program is of the small language."
     check_typed_size(len(code), _LONGEST_PROGRAM, "characters")
     try:
-        tree = ast.parse(code)
+        tree = parse_source(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         raise RefusedProgram(f"not valid Python{f' in line {line}' if line else ''}: {error}") from None

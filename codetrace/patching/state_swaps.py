@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.progress import Progress, no_progress
+from ..core.python_source import parse_expression, parse_source
 from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval
 from ..models.lm import LM
 from .controls import patch_states
@@ -65,9 +66,9 @@ def other_inputs(
     "The same program with one literal of its call, or without a call one assigned constant, changed."
     text = program.call or program.code
     if program.call:
-        spans = _literal_spans(ast.parse(text, mode="eval"))
+        spans = _literal_spans(parse_expression(text))
     else:
-        assigned = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)]
+        assigned = [node.value for node in ast.walk(parse_source(text)) if isinstance(node, ast.Assign)]
         spans = [span for node in assigned if isinstance(node, ast.Constant) for span in _literal_spans(node)]
     others = []
     lines = text.split("\n")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import StorageError, file_sha256, read_json
+from ..core.python_source import parse_source
 from ..models.limits import MemoryLimits, memory_limits_from_environment
 from .checks import check_run
 from .launchers import kernel_variables
@@ -78,7 +79,7 @@ def _is_example(cell: dict) -> bool:
     source = cell["source"]
     if cell["cell_type"] != "code" or re.search(r"^#\|\s*exports?i?\b|= Phase\(", source, re.M):
         return False
-    statements = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M)).body
+    statements = parse_source(re.sub(r"^[%!].*$", "pass", source, flags=re.M)).body
     return not all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements)
 
 # %% ../../nbs/runs/execute.ipynb #8b06a1b0

@@ -6,7 +6,6 @@
 __all__ = ['parse_grading_job', 'read_grading_jobs', 'grading_limits', 'verdict_line']
 
 # %% ../../nbs/runs/grading_jobs.ipynb #a1650a14
-import ast
 import math
 import re
 import textwrap
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput, suggest_names
 from ..core.files import read_json_lines
+from ..core.python_source import parse_source
 from ..sandbox.pool import GradingJob, SandboxLimits, Verdict
 from ..tasks.extraction import extract_code
 from ..tasks.problem_prompts import Prompt
@@ -58,7 +58,7 @@ def _is_bare_body(completion: str, entry_point: str) -> bool:
     if not lines or not lines[0].startswith((" ", "\t")) or re.search(rf"\bdef {re.escape(entry_point)}\b", completion):
         return False
     try:
-        return bool(ast.parse("def body():\n" + textwrap.indent(textwrap.dedent(completion), " ")).body)
+        return bool(parse_source("def body():\n" + textwrap.indent(textwrap.dedent(completion), " ")).body)
     except (SyntaxError, ValueError, RecursionError):
         return False
 

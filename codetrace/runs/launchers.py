@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from ..core.environment import RUN_VARIABLE
+from ..core.python_source import parse_source
 
 # %% ../../nbs/runs/launchers.ipynb #b324f13d
 def _papermill_command(process) -> list[str]:
@@ -82,4 +83,4 @@ def injected_parameters() -> set[str]:
     except NameError:
         return set()
     cell = next((source for source in executed if source.startswith("# Parameters\n")), "")
-    return {name.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for name in node.targets}
+    return {name.id for node in parse_source(cell).body if isinstance(node, ast.Assign) for name in node.targets}

@@ -47,7 +47,7 @@ def run_row(
     parameters = manifest["parameters"]
     models = parameters.get("model") or parameters.get("models") or ""
     finding = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
-    if "folder" in manifest and is_record_changed(manifest):
+    if "folder" in manifest and is_record_changed(manifest, thorough=False):
         finding = f"(its notebook was edited) {finding}"
     return {
         "run": manifest["run_id"],

@@ -8,6 +8,7 @@ __all__ = ['RunBusy', 'NoInputRun', 'DamagedRun', 'RunInterrupted', 'run_lock', 
            'run_subject', 'complete_runs', 'newest_run', 'resolve_run', 'shard_runs', 'run_provenance']
 
 # %% ../../nbs/runs/manifest.ipynb #533f68b0
+import marshal
 import os
 import platform
 import shutil
@@ -18,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core.errors import BadInput, UnknownName, suggest_names
-from ..core.files import file_sha256, read_json
+from ..core.files import file_sha256, read_json, storage_errors
 from .parameters import run_command_line
 from .phases import find_phase, identifying_parameters, is_phase, repository_root, runs_root
 
@@ -106,6 +107,32 @@ def _odd_field(manifest: Mapping) -> str | None:
 def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
+# %% ../../nbs/runs/manifest.ipynb #c0de7e60
+_fields_by_path: dict[Path, tuple[tuple, bytes]] = {}  # With what the file was like when they were read
+
+
+def _read_fields(path: Path) -> dict:
+    "The fields of a manifest, checked; a file is not read again while it stays as it is."
+    with storage_errors(path):
+        status = path.stat()
+    stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+    known_stamp, fields = _fields_by_path.get(path, (None, b""))
+    if known_stamp == stamp:
+        return marshal.loads(fields)
+    manifest = read_json(path)
+    _check_fields(path, manifest)
+    _fields_by_path[path] = stamp, marshal.dumps(manifest)
+    return manifest
+
+
+def _check_fields(path: Path, manifest: object):
+    "Raise `BadInput` where this is no manifest."
+    fields = manifest if isinstance(manifest, dict) else {}
+    if missing := [name for name in _REQUIRED_FIELDS if name not in fields]:
+        raise BadInput(f"{path} is no manifest of a run: it has no {missing[0]!r}")
+    if odd := _odd_field(fields):
+        raise BadInput(f"{path} is no manifest of a run: its {odd!r} is {fields[odd]!r:.60}")
+
 # %% ../../nbs/runs/manifest.ipynb #799af771
 def _input_where_it_is(read: Mapping, root: Path) -> dict:
     "A run that another one read, with its folder: beside its reader, else where it was."
@@ -118,12 +145,7 @@ def stored_manifest(
     folder: Path,  # A run's folder
 ) -> dict:  # Where its process has died it may say `running`
     "A run's manifest as it stands on disk; raises `BadInput` where it is none."
-    manifest = read_json(Path(folder) / "run.json")
-    fields = manifest if isinstance(manifest, dict) else {}
-    if missing := [name for name in _REQUIRED_FIELDS if name not in fields]:
-        raise BadInput(f"{folder}/run.json is no manifest of a run: it has no {missing[0]!r}")
-    if odd := _odd_field(manifest):
-        raise BadInput(f"{folder}/run.json is no manifest of a run: its {odd!r} is {manifest[odd]!r:.60}")
+    manifest = _read_fields(Path(os.path.abspath(folder)) / "run.json")
     home = Path(os.path.abspath(folder))
     inputs = [_input_where_it_is(read, home.parent.parent) for read in manifest.get("inputs", [])]
     return {"parameters": {}, "started": ""} | manifest | {"folder": str(home), "inputs": inputs}
@@ -153,19 +175,26 @@ def _unreadable_manifest(folder: Path, error: Exception) -> dict:
     }
 
 # %% ../../nbs/runs/manifest.ipynb #66d76b5f
+def _run_folders(root: Path | None) -> list[Path]:
+    "Folders of all runs."
+    root = Path(root or runs_root()).absolute()
+    paths = [*root.glob("[!.]*/*/run.json"), *root.glob("reference/*/*/run.json")]
+    return [path.parent for path in paths if path.parts[-3] != "scratch"]
+
+
+def _listed_manifest(folder: Path) -> dict:
+    "A run's manifest, or what stands for it."
+    try:
+        return read_manifest(folder)
+    except BadInput as error:
+        return _unreadable_manifest(folder, error)
+
+
 def all_runs(
     root: Path | None = None,  # Default: `runs_root()`
 ) -> list[dict]:  # One manifest a run, oldest first
     "All runs, the reference records included; damaged manifests are listed as such."
-    root = Path(root or runs_root()).absolute()
-    manifests = []
-    for path in [*root.glob("[!.]*/*/run.json"), *root.glob("reference/*/*/run.json")]:
-        if path.parts[-3] == "scratch":
-            continue
-        try:
-            manifests.append(read_manifest(path.parent))
-        except BadInput as error:
-            manifests.append(_unreadable_manifest(path.parent, error))
+    manifests = map(_listed_manifest, _run_folders(root))
     return sorted(manifests, key=lambda manifest: manifest["run_id"])
 
 # %% ../../nbs/runs/manifest.ipynb #ad7ed006
@@ -184,7 +213,9 @@ def find_run(
     "Find one run by name."
     if _is_folder_of_run(name):
         return read_manifest(Path(name))
-    manifests = {manifest["run_id"]: manifest for manifest in all_runs(root)}
+    folders = [folder for folder in _run_folders(root) if folder.name.startswith(str(name))] if name else []
+    candidates = map(_listed_manifest, folders) if folders else all_runs(root)  # whose folder has another name
+    manifests = {manifest["run_id"]: manifest for manifest in candidates}
     if name in manifests:
         return manifests[name]
     matches = [run_id for run_id in manifests if run_id.startswith(str(name))] if name else []
@@ -213,13 +244,18 @@ def changed_outputs(
 
 def is_record_changed(
     manifest: dict,  # Of a run
+    thorough: bool = True,  # Else a notebook that is not newer than its manifest counts as unchanged
 ) -> bool:
     "Was the executed notebook edited, or saved by an editor, after the run was complete? The run still serves as an input."
     digest = manifest.get("notebook", {}).get("sha256")
     record = Path(manifest["folder"]) / "notebook.ipynb"
     if not record.is_file():
         return digest is not None and not manifest.get("left_out")
-    return digest is not None and file_sha256(record) != digest
+    with storage_errors(record):
+        is_older = record.stat().st_mtime_ns <= (record.parent / "run.json").stat().st_mtime_ns
+    if digest is None or (is_older and not thorough):
+        return False
+    return file_sha256(record) != digest
 
 # %% ../../nbs/runs/manifest.ipynb #70c8fb6e
 def _is_reference(manifest: dict) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import codetrace
 from ..core.errors import BadInput, UnknownName, look_up_name
+from ..core.python_source import parse_source
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def parse_cell(
 ) -> list[ast.stmt]:
     "The statements of a cell, without its magics; raises `BadInput` where it is no Python."
     try:
-        return ast.parse(re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.M)).body
+        return parse_source(re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.M)).body
     except (SyntaxError, ValueError, RecursionError) as error:
         raise BadInput(f"{notebook}: a cell is no Python: {' '.join(str(error).split())[:120]}") from None
 

@@ -9,7 +9,6 @@ __all__ = ['COHERENCE_MEASURES', 'MIN_RANDOM_DIRECTIONS', 'pair_with_baseline', 
            'steering_sentence']
 
 # %% ../../nbs/steering/outcomes.ipynb #6d8bb9ff
-import ast
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
+from ..core.python_source import parse_source
 from codetrace.core.stats import (
     SIGNIFICANCE_LEVEL,
     bootstrap_interval,
@@ -138,7 +138,7 @@ def parses_as_python(code: str) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(code)
+            parse_source(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..core.python_source import parse_source
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .seeded_bugs import apply_edits, operator_edits
 from .state_questions import state_questions
@@ -20,7 +21,7 @@ def with_changed_operators(
 ) -> TracedProgram | None:  # None: there is nothing to change
     "The program with every arithmetic operator changed, and the same lines."
     edits = []
-    for node in ast.walk(ast.parse(program.code)):
+    for node in ast.walk(parse_source(program.code)):
         if isinstance(node, ast.BinOp | ast.AugAssign):
             edits += operator_edits(program.code, node)
     return replace(program, code=apply_edits(program.code, edits)) if edits else None

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..core.errors import BadInput
+from ..core.python_source import parse_source
 from .program_drawing import ENTITY_NAMES
 from .program_prompts import split_answer_tokens
 from .programs import ChainLink, ContradictoryProgram, Program, Span, analyse_program
@@ -27,7 +28,7 @@ def _position(node: ast.expr) -> tuple[int, int]:
 @lru_cache(maxsize=1024)  # every shallow rule asks for them
 def _constants_of_kind(source: str, kind: type) -> tuple[tuple[int, str], ...]:
     "Line and text of each constant of one type, in the order of the text."
-    nodes = ast.walk(ast.parse(source))
+    nodes = ast.walk(parse_source(source))
     constants = [node for node in nodes if isinstance(node, ast.Constant) and type(node.value) is kind]
     return tuple((node.lineno - 1, str(node.value)) for node in sorted(constants, key=_position))
 
@@ -87,7 +88,7 @@ def _replace_span(program: Program, span: Span, text: str) -> Program:
 
 def _fresh_constants(program: Program, rng: np.random.Generator, constants: Sequence[str]) -> list[str]:
     "Constants of a kind in random order, those that the program does not hold first."
-    held = {str(node.value) for node in ast.walk(ast.parse(program.source)) if isinstance(node, ast.Constant)}
+    held = {str(node.value) for node in ast.walk(parse_source(program.source)) if isinstance(node, ast.Constant)}
     shuffled = [str(constants[i]) for i in rng.permutation(len(constants)).tolist()]
     return sorted(shuffled, key=held.__contains__)
 

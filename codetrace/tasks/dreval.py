@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput
+from ..core.python_source import parse_expression, parse_source
 from ..core.stats import bootstrap_interval
 from ..sandbox.pool import SandboxLimits
 from .execution import Execution, TracedProgram, TracedValue, TraceLimits, record_executions
@@ -41,7 +42,7 @@ class DREvalInput:
 def _test_methods(test: str) -> dict[str, tuple[str, str]]:
     "By the text of a test method without `self.`: its class and name."
     methods = {}
-    for node in ast.parse(test).body:
+    for node in parse_source(test).body:
         for method in node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(method, ast.FunctionDef) and method.name.startswith("test"):
                 text = "\n".join(ast.unparse(statement) for statement in method.body).replace("self.", "")
@@ -51,7 +52,7 @@ def _test_methods(test: str) -> dict[str, tuple[str, str]]:
 
 def _class_program(row: Mapping, input_text: str) -> TracedProgram | None:
     "A class, run by the method of its test that the input was taken from; None where there is none."
-    text = ast.unparse(ast.parse(input_text)).replace("self.", "")
+    text = ast.unparse(parse_source(input_text)).replace("self.", "")
     method = _test_methods(row["test"]).get(text)
     if method is None:
         return None
@@ -128,7 +129,7 @@ def _looked_up(node: ast.expr, variables: Mapping[str, TracedValue]):
     "The value of a name, an attribute, an item, or a tuple of them."
     match node:
         case ast.Name(id=name):
-            return _recorded_literal(ast.parse(variables[name].text, mode="eval").body)
+            return _recorded_literal(parse_expression(variables[name].text))
         case ast.Attribute(value=value, attr=attr):
             return _looked_up(value, variables).attributes[attr]
         case ast.Subscript(value=value, slice=index):
@@ -158,7 +159,7 @@ def dreval_truth(
     steps = [step for step in execution.steps if step.line <= n_lines]
     visits = [k for k, step in enumerate(steps) if step.line == line]
     following = tuple(dict.fromkeys(steps[k + 1].line if k + 1 < len(steps) else -1 for k in visits))
-    node = ast.parse(variable, mode="eval").body
+    node = parse_expression(variable)
     values = []
     for k in visits:
         try:
@@ -243,7 +244,7 @@ def _answered_state(text: str) -> tuple[object, str] | str | None:
     kind = "tuple" if "," in kind or "tuple" in kind else re.sub(r"\[.*\]", "", kind)
     kind = _TYPE_NAMES.get(kind, kind)
     try:
-        return _recorded_literal(ast.parse(value.strip(), mode="eval").body), kind
+        return _recorded_literal(parse_expression(value.strip())), kind
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return (value.strip(), "str") if kind == "str" else None
 

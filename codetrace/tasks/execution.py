@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..core.errors import BadInput
+from ..core.python_source import parse_source
 from ..sandbox.line_tracer import message_hash
 from ..sandbox.pool import SandboxLimits, SandboxPool, WorkerLost, ask_idle_worker
 from ..sandbox.protocol import from_json
@@ -191,7 +192,7 @@ class _Branch:
 def _branches_by_line(code: str) -> dict[int, _Branch]:
     "The branches of a program, by each line of their headers."
     try:
-        tree = ast.parse(code)
+        tree = parse_source(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     branches = {}

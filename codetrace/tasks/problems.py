@@ -24,6 +24,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import BadInput, look_up_name
+from ..core.python_source import parse_source
 from codetrace.tasks.functional_tests import (
     asserts_of_cases,
     empty_solution,
@@ -135,7 +136,7 @@ def parse_python(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people’s strings
-            return ast.parse(code)
+            return parse_source(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BadProblem(f"{label} is not Python: {str(error) or 'it is too deeply nested'}") from None
 
@@ -294,7 +295,7 @@ def _split_humaneval_test(
     earlier = [n for n in parse_python(prompt, "the prompt").body if entry_point not in bound_names(n)]
     earlier += [n for n in test_body[: test_body.index(check)] if bound_names(n) | changed_names([n])]
     if any(map(_returns, check.body)):
-        call = ast.parse(f"check({entry_point})").body[0]
+        call = parse_source(f"check({entry_point})").body[0]
         return ("\n".join(map(ast.unparse, [*_backward_slice([*earlier, check], call), call])),)
     tests = []
     for node in map(_NameReplacer(check.args.args[0].arg, entry_point).visit, check.body):

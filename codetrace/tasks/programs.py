@@ -17,6 +17,7 @@ from types import CodeType
 from fastcore.basics import patch
 
 from ..core.errors import BadInput
+from ..core.python_source import parse_source
 
 # %% ../../nbs/tasks/programs.ipynb #5bf593c9
 Span = tuple[int, int]  # start and end of a piece of `code`, in characters
@@ -217,7 +218,7 @@ def _find_assignments(
     "Every assignment: variable, variables read, and the characters of both sides."
     statements = []
     span_of = _span_finder(code)
-    for node in _statements(ast.parse(code).body):
+    for node in _statements(parse_source(code).body):
         match node:
             case ast.Assign(targets=targets, value=value):
                 pairs = [pair for target in targets for pair in _target_value_pairs(target, value)]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.python_source import parse_source
 from ..core.stats import bootstrap_interval
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
@@ -120,7 +121,7 @@ def candidate_bugs(
 ) -> list[tuple[str, int, TracedProgram]]:  # Kind, line and program
     "Every change of one token, in an order that is drawn."
     code = program.code
-    tree = ast.parse(code)
+    tree = parse_source(code)
     stored = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     names = sorted({*stored, *(n.arg for n in ast.walk(tree) if isinstance(n, ast.arg))})
     edits = []

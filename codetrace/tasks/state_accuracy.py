@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..core.python_source import parse_source
 from ..core.stats import bootstrap_interval, sign_flip_p, wilson
 from .execution import Execution, ExecutionStep
 from .watching import ERROR_KINDS, SHALLOW_STATE_RULES, STATE_RULES
@@ -57,7 +58,7 @@ def line_kinds(
     code: str,
 ) -> dict[int, str]:  # One of `LINE_KINDS` by line
     "What kind of statement begins on each line."
-    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    nodes = [node for node in ast.walk(parse_source(code)) if isinstance(node, ast.stmt)]
     return {node.lineno: _statement_kind(node) for node in nodes}
 
 # %% ../../nbs/tasks/state_accuracy.ipynb #b0be3989
@@ -83,7 +84,7 @@ def _names_read(node: ast.stmt) -> set[str]:
 def names_read_by_line(code: str) -> dict[int, set[str]]:
     "The names that each line reads."
     names: dict[int, set[str]] = {}
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.walk(parse_source(code)):
         if isinstance(node, ast.stmt):
             names.setdefault(node.lineno, set()).update(_names_read(node))
     return names

@@ -19,6 +19,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
 
+from ..core.python_source import parse_source
+
 # %% ../../nbs/tasks/statements.ipynb #0f24974f
 @contextmanager
 def _without_warnings() -> Iterator[None]:
@@ -206,4 +208,4 @@ def split_statements(
 
 def _parse_statement(text: str) -> tuple[ast.stmt, ...]:
     with _without_warnings():
-        return tuple(ast.parse(text).body)
+        return tuple(parse_source(text).body)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import BadInput, look_up_name
+from ..core.python_source import parse_source
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .execution_programs import draw_execution_program
 from .generators import GENERATORS, draw_program
@@ -107,7 +108,7 @@ def first_test_call(
 ) -> str | None:  # Such as `f([1, 2])`; None where no test calls with literals alone
     "How a test of a problem calls its function."
     for test in problem.tests:
-        for node in ast.walk(ast.parse(test)):
+        for node in ast.walk(parse_source(test)):
             if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != problem.entry_point:
                 continue
             try:
@@ -121,7 +122,7 @@ def first_test_call(
 def _problem_program(problem: Problem) -> TracedProgram | None:
     "The reference of a problem without docstrings, called as its first test does."
     call = first_test_call(problem)
-    tree = ast.parse(problem.reference)
+    tree = parse_source(problem.reference)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

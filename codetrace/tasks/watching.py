@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
+from ..core.python_source import parse_source
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, check_execution, record_executions
 from .state_questions import StateAnswer, StateQuestion, ask_states, read_said_value, state_questions
@@ -108,7 +109,7 @@ def rule_answers(
     questions: Sequence[StateQuestion],
 ) -> pd.DataFrame:  # One row a question, one column a rule, None where it has no answer
     "What each of the `STATE_RULES` answers."
-    tree = ast.parse(execution.program.code)
+    tree = parse_source(execution.program.code)
     in_order = _constants(tree)
     constants = dict(in_order)  # the last of each line
     arguments = _literal_arguments(execution)
