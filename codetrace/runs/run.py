@@ -56,7 +56,8 @@ def notebook_code(
 def library_digest() -> str:
     "A hash of the package's source and of the data that come with it; in one process, a file is read once a version."
     home = Path(codetrace.__file__).resolve().parent
-    sources = [[str(path.relative_to(home)), cached_file_sha256(path)] for path in sorted(home.rglob("*.py"))]
+    paths = sorted(path for path in home.rglob("*.py") if path.name != "_modidx.py")  # nbdev's index, which is not kept
+    sources = [[str(path.relative_to(home)), cached_file_sha256(path)] for path in paths]
     return digest_values(sources, content_digest(home / "data"))
 
 # %% ../../nbs/runs/run.ipynb #06ac0133
