@@ -16,7 +16,14 @@ from codetrace.patching.state_probes import (
     read_target,
 )
 from codetrace.patching.state_swaps import is_used, swap_cases, use_states
-from codetrace.phases.watch import beyond_rules_test, count_said, read_claim, said_claims, used_claims
+from codetrace.phases.watch import (
+    beyond_rules_test,
+    count_said,
+    read_claim,
+    said_claims,
+    try_question_styles,
+    used_claims,
+)
 from codetrace.planted.binding import D_HEAD, load_binding_model
 from codetrace.runs.claims import adjust_claims
 from codetrace.runs.manifest import reference_runs
@@ -37,6 +44,22 @@ def said_of(lm, executions) -> pd.DataFrame:
     "What a model says of each variable that a line changed."
     tables = [with_line_facts(watch_execution(lm, e, style="hash", max_new_tokens=1), e) for e in executions]
     return pd.concat(tables, ignore_index=True)
+
+
+def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right(monkeypatch, executions):
+    asked_codes = set()
+
+    def answer(lm, execution, style, max_new_tokens):
+        "Right if asked in a comment, and of what lines leave alone however it is asked."
+        asked_codes.add(execution.program.code)
+        changed = np.array([True, True, False])
+        return pd.DataFrame({"changed": changed, "correct": [style == "comment", style != "hash", True]})
+
+    monkeypatch.setattr("codetrace.phases.watch.watch_execution", answer)
+    styles = try_question_styles(None, WatchedSource(count=6, lines=(9,), max_depth=2), 1)
+    assert styles["style"].tolist() == ["comment", "print", "assertion", "hash"]
+    assert styles["accuracy"].tolist() == [1, 0.5, 0.5, 0] and set(styles["n"]) == {12}
+    assert not asked_codes & {execution.program.code for execution in executions}
 
 
 @torch.no_grad()
