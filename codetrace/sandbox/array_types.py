@@ -6,10 +6,11 @@
 __all__ = ['described_kind']
 
 # %% ../../nbs/sandbox/array_types.ipynb #4d207ca1
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from .value_types import Unsupported, ValueKind, add_module_kinds, named_kind
+from .value_types import Unsupported, ValueKind, add_module_kinds, is_whole_buffer, named_kind
 
 # %% ../../nbs/sandbox/array_types.ipynb #c6c926a3
 def _take_ndarray(value: Any) -> list:
@@ -27,7 +28,37 @@ def _read_dtype(name: Any) -> Any:
 
     import numpy as np
 
-    return np.dtype(ast.literal_eval(name) if name.startswith("[") else name)
+    if type(name) is not str:
+        raise ValueError("not the name of a numpy type")
+    described = ast.literal_eval(name) if name.startswith("[") else name
+    _check_description(described)
+    dtype = np.dtype(described)
+    _check_layout(dtype)
+    return dtype
+
+
+def _check_description(described: Any):
+    "Refuse all but lists, tuples, texts and sizes: a dictionary would say itself where fields lie."
+    if isinstance(described, list | tuple):
+        for part in described:
+            _check_description(part)
+    elif type(described) is not str and (type(described) is not int or described < 0):
+        raise ValueError("not the description of a numpy type")
+
+
+def _check_layout(dtype: Any):
+    "Refuse a type with a field outside of it: numpy counts bytes in 32 bits, which a program can make overflow."
+    fields = [dtype.fields[name][:2] for name in dtype.names or ()]
+    for field, _ in fields:
+        _check_layout(field)
+    size = dtype.itemsize
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        _check_layout(base)
+        size = base.itemsize * math.prod(shape)
+    is_inside = all(0 <= offset <= offset + field.itemsize <= dtype.itemsize for field, offset in fields)
+    if not is_inside or size != dtype.itemsize or size < 0:
+        raise ValueError("a numpy type with fields outside of it")
 
 # %% ../../nbs/sandbox/array_types.ipynb #2a26947a
 def _shape_and_content(parts: list) -> tuple[tuple, list]:
@@ -49,6 +80,8 @@ def _make_ndarray(cls: type, parts: list) -> Any:
 def _fill_ndarray(value: Any, parts: list):
     import numpy as np
 
+    if _read_dtype(parts[0]) != value.dtype:
+        raise Unsupported("an array that has crossed changes its type in place")
     shape, held = _shape_and_content(parts)
     if np.prod(shape, dtype=object) != value.size:
         raise Unsupported("an array that has crossed changes its size in place: whatever looks into it would be lost")
@@ -76,21 +109,42 @@ def _set_writeable(value: Any, is_writeable: bool):
 _SMALL_ARRAY = 1 << 16  # Bytes: the whole of it is sent for the sake of a part
 
 
+def _owners(value: Any) -> Iterator[Any]:
+    "What an array or a memoryview looks into, from near to far."
+    owner = value
+    while True:
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+        if owner is None:
+            return
+        yield owner
+
+
+def _viewed_array(value: Any) -> Any:
+    "The array that another one looks into, maybe by way of numpy's tricks with strides; None: not an array."
+    import numpy as np
+
+    owners = (owner for owner in _owners(value) if type(owner).__name__ != "DummyArray")
+    owner = next(owners, None)
+    return owner if type(owner) is np.ndarray else None
+
+
 def _is_view(value: Any, is_known: Callable[[Any], bool]) -> bool:
     "Whether an array looks into another one, and is told by its place in it."
     import numpy as np
 
-    base = value.base
-    if type(value) is not np.ndarray or type(base) is not np.ndarray or not value.size or not base.flags.forc:
+    base = _viewed_array(value)
+    if type(value) is not np.ndarray or base is None or not value.size or not base.flags.forc:
         return False
     is_sent = is_known(base) or base.nbytes <= max(_SMALL_ARRAY, 4 * value.nbytes)
-    return is_sent and not (value.dtype.hasobject or base.dtype.hasobject)
+    holds_objects = value.dtype.hasobject or base.dtype.hasobject
+    return is_sent and (value.dtype == base.dtype == object or not holds_objects)
 
 
 def _take_view(value: Any) -> list:
-    offset = value.__array_interface__["data"][0] - value.base.__array_interface__["data"][0]
+    base = _viewed_array(value)
+    offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
     kind = value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)
-    return [kind, offset, value.flags.writeable, value.base, value.ndim, *value.shape, *value.strides]
+    return [kind, offset, value.flags.writeable, base, value.ndim, *value.shape, *value.strides]
 
 # %% ../../nbs/sandbox/array_types.ipynb #64c7ce22
 def _is_inside(offset: int, shape: list[int], strides: list[int], itemsize: int, nbytes: int) -> bool:
@@ -101,23 +155,37 @@ def _is_inside(offset: int, shape: list[int], strides: list[int], itemsize: int,
     return first >= 0 and last + itemsize <= nbytes
 
 
+def _make_view_of_objects(buffer: Any, dtype: Any, offset: int, shape: list[int], strides: list[int]) -> Any:
+    "A view of an array of objects that begins and steps at objects; its place has been checked."
+    import numpy as np
+
+    size = buffer.dtype.itemsize
+    if not dtype == buffer.dtype == object or any(place % size for place in (offset, *strides)):
+        raise ValueError("not a view of objects")
+    return np.lib.stride_tricks.as_strided(buffer.reshape(-1)[offset // size :], shape, strides)
+
+
 def _make_view(_: type, parts: list) -> Any:
     import numpy as np
 
     name, offset, is_writeable, base, ndim, *sizes = parts
     dtype = _read_dtype(name)
-    if not isinstance(base, np.ndarray) or dtype.hasobject or base.dtype.hasobject or len(sizes) != 2 * ndim:
+    if not isinstance(base, np.ndarray) or len(sizes) != 2 * ndim:
         raise ValueError("not a view of an array")
     if not all(type(size) is int for size in (offset, *sizes)) or offset < 0 or min(sizes[:ndim], default=1) < 1:
         raise ValueError("not the place of a view")
     if not _is_inside(offset, sizes[:ndim], sizes[ndim:], dtype.itemsize, base.nbytes):
         raise ValueError("a view of what is not the array's")
-    is_shared = base.flags.forc  # else the program has a copy in another order
-    buffer = base.T if is_shared and not base.flags.c_contiguous else np.ascontiguousarray(base)
-    made = np.ndarray(tuple(sizes[:ndim]), dtype, buffer, offset, tuple(sizes[ndim:]))
+    if not base.flags.forc:
+        raise Unsupported("a view of an array that lies in memory in another order here")
+    buffer = base if base.flags.c_contiguous else base.T
+    if dtype.hasobject or base.dtype.hasobject:
+        made = _make_view_of_objects(buffer, dtype, offset, sizes[:ndim], sizes[ndim:])
+    else:
+        made = np.ndarray(tuple(sizes[:ndim]), dtype, buffer, offset, tuple(sizes[ndim:]))
     if not is_writeable:
         made.flags.writeable = False
-    return made if is_shared else made.copy()
+    return made
 
 # %% ../../nbs/sandbox/array_types.ipynb #5daaf03f
 def _numpy_kinds() -> list[ValueKind]:
@@ -127,7 +195,7 @@ def _numpy_kinds() -> list[ValueKind]:
         return [value.dtype.str, value.tobytes()]
 
     def make_scalar(_: type, parts: list) -> np.generic:
-        dtype = np.dtype(parts[0])
+        dtype = _read_dtype(parts[0])
         if dtype.hasobject:
             raise ValueError("a scalar of objects")
         return np.frombuffer(parts[1], dtype)[0]
@@ -154,6 +222,12 @@ def described_kind(
     kind: ValueKind,  # Of its class
     value: Any,
     is_known: Callable[[Any], bool],  # Whether both processes have an object
+    is_judge: bool,  # Is this the test's process?
 ) -> ValueKind:
-    "The kind by which a value is described: that of its class, or of an array that looks into another."
-    return named_kind("numpy.view") if kind.name == "numpy.ndarray" and _is_view(value, is_known) else kind
+    "The kind by which a value is described: that of its class, or of what looks into another."
+    if kind.name == "numpy.ndarray" and _is_view(value, is_known):
+        return named_kind("numpy.view")
+    if is_judge or kind.name not in ("numpy.ndarray", "memoryview"):
+        return kind
+    is_told = kind.name == "memoryview" and is_whole_buffer(value)
+    return named_kind("part") if not is_told and any(map(is_known, _owners(value))) else kind

@@ -256,10 +256,10 @@ def compile_test(
     file: str,  # That its code names
 ) -> tuple[types.CodeType, list[str]]:
     "The code of a rewritten test, and the names that its classes look up."
-    tree = rewrite_test(test)
-    names = class_body_names(tree) if "class " in test else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        tree = rewrite_test(test)
+        names = class_body_names(tree) if "class " in test else []
         return compile(tree, file, "exec", dont_inherit=True), names
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #c0de7e57

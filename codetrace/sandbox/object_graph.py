@@ -22,7 +22,7 @@ from codetrace.sandbox.remote_objects import (
     qualified_name,
     resolve_name,
 )
-from .stand_in_classes import describe_class, make_stand_in
+from .stand_in_classes import describe_class, local_class, make_stand_in
 from .value_types import Unsupported, ValueKind, base_kind, exact_kind, named_kind
 
 # %% ../../nbs/sandbox/object_graph.ipynb #58e6d032
@@ -243,7 +243,9 @@ def _describe(graph: ObjectGraph, number: int) -> list:
     kind = base_kind(cls)
     if kind is None or graph.peer.is_unsent(value):
         return _describe_object(graph, number, value)
-    kind = described_kind(kind, value, graph.is_known)
+    kind = described_kind(kind, value, graph.is_known, graph.peer.is_judge)
+    if kind.name == "part":
+        return [number, kind.name, []]
     parts = kind.take(value)
     described = [number, kind.name, _write_parts(graph, parts)]
     if kind.fill is not None:
@@ -366,6 +368,10 @@ def _read_class(graph: ObjectGraph, parts: list, _: int) -> Any:
     if not all(isinstance(cls, type) for cls in classes):
         raise ValueError("not a class")
     name = [text[:200] for text in name]
+    local = local_class(name) if graph.peer.is_judge else None
+    kind = None if local is None else base_kind(local)
+    if kind is not None and kind.name != kind_name:
+        name[0] = "solution"  # it lies: a class of values that both processes have is told by its name
     return make_stand_in(graph.peer, name, specials, overridden, hashing, kind_name, classes)
 
 
