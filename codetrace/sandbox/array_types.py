@@ -227,7 +227,9 @@ def described_kind(
     "The kind by which a value is described: that of its class, or of what looks into another."
     if kind.name == "numpy.ndarray" and _is_view(value, is_known):
         return named_kind("numpy.view")
+    is_told = kind.name == "memoryview" and is_whole_buffer(value)
+    if is_judge and kind.name == "memoryview" and not is_told and not value.readonly:
+        raise Unsupported("the test gives a part of a buffer, and what is written to it would not be in the whole")
     if is_judge or kind.name not in ("numpy.ndarray", "memoryview"):
         return kind
-    is_told = kind.name == "memoryview" and is_whole_buffer(value)
     return named_kind("part") if not is_told and any(map(is_known, _owners(value))) else kind
