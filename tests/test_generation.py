@@ -47,6 +47,7 @@ from codetrace.tasks.sampled_solutions import (
     finish_samples,
     generate_samples,
     grade_again,
+    merge_samples,
     plan_samples,
 )
 
@@ -615,12 +616,12 @@ def test_shards_put_together_are_the_whole(judge, tiny, items, whole, tmp_path):
         generate_samples(lm, mine, shards[-1], SamplingOptions(max_new_tokens=6, slots=8, workers=1))
         finish_samples(shards[-1], mine)
     (tmp_path / "all").mkdir()
-    finish_samples(tmp_path / "all", items, shards)
+    merge_samples(tmp_path / "all", items, shards)
     assert {name: file_sha256(tmp_path / "all" / name) for name in FILES} == whole[1]
-    with pytest.raises(BadInput, match="40 rows do not fit"):
-        finish_samples(tmp_path / "all", items, shards[:2])
+    with pytest.raises(BadInput, match="is in no shard"):
+        merge_samples(tmp_path / "all", items, shards[:2])
     with pytest.raises(BadInput, match="holds already"):
-        finish_samples(tmp_path / "all", items, [*shards, shards[0]])
+        merge_samples(tmp_path / "all", items, [*shards, shards[0]])
     with pytest.raises(BadInput, match="samples are missing"):
         finish_samples(shards[0], items)
 

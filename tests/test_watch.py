@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from codetrace.core.errors import BadInput
 from codetrace.patching.state_probes import (
     ReadOptions,
     is_read,
@@ -19,15 +20,17 @@ from codetrace.patching.state_swaps import is_used, swap_cases, use_states
 from codetrace.phases.watch import (
     beyond_rules_test,
     count_said,
+    mark_dreval,
     read_claim,
     said_claims,
     try_question_styles,
     used_claims,
+    watch_limitations,
 )
 from codetrace.planted.binding import D_HEAD, load_binding_model
 from codetrace.runs.claims import adjust_claims
 from codetrace.runs.manifest import reference_runs
-from codetrace.tasks.dreval import dreval_truth, load_dreval, record_dreval
+from codetrace.tasks.dreval import DREvalInput, dreval_truth, load_dreval, record_dreval
 from codetrace.tasks.execution import Execution, TracedProgram, record_executions
 from codetrace.tasks.state_accuracy import state_accuracy, with_line_facts
 from codetrace.tasks.state_questions import StateAnswer, pack_questions, state_questions
@@ -46,20 +49,33 @@ def said_of(lm, executions) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right(monkeypatch, executions):
-    asked_codes = set()
+def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right(monkeypatch):
+    asked_code = set()
 
     def answer(lm, execution, style, max_new_tokens):
         "Right if asked in a comment, and of what lines leave alone however it is asked."
-        asked_codes.add(execution.program.code)
-        changed = np.array([True, True, False])
-        return pd.DataFrame({"changed": changed, "correct": [style == "comment", style != "hash", True]})
+        asked_code.add(execution.program.code)
+        rows = {"changed": [True, True, False], "correct": [style == "comment", style != "hash", True]}
+        return pd.DataFrame(rows).assign(program=execution.program.name)
 
     monkeypatch.setattr("codetrace.phases.watch.watch_execution", answer)
-    styles = try_question_styles(None, WatchedSource(count=6, lines=(9,), max_depth=2), 1)
+    kinds = WatchedSource(count=40, generators=("boolean", "copies"), lines=(3, 4, 5, 6), max_depth=2)
+    watched, _ = load_watched_executions(kinds)
+    styles = try_question_styles(None, kinds, watched, 1)
     assert styles["style"].tolist() == ["comment", "print", "assertion", "hash"]
-    assert styles["accuracy"].tolist() == [1, 0.5, 0.5, 0] and set(styles["n"]) == {12}
-    assert not asked_codes & {execution.program.code for execution in executions}
+    assert styles["accuracy"].tolist() == [1, 0.5, 0.5, 0]
+    assert set(styles["programs"]) == {len(asked_code)} and set(styles["n"]) == {2 * len(asked_code)}
+    assert asked_code and not asked_code & {execution.program.code for execution in watched}
+    monkeypatch.setattr("codetrace.phases.watch.load_watched_executions", lambda chosen: (watched[:2], {}))
+    with pytest.raises(BadInput, match="give style=print"):
+        try_question_styles(None, kinds, watched, 1)
+
+
+def test_limitations_name_the_way_of_asking_that_was_taken():
+    styles = [{"style": "comment", "n": 48}, {"style": "print", "n": 48}]
+    manifest = {"parameters": {"style": "auto"}, "question_styles": styles}
+    assert "in one way (comment, the best of 4 on 48 values of other programs)" in watch_limitations(manifest)[1]
+    assert "in one way (hash)" in watch_limitations({"parameters": {"style": "hash"}})[1]
 
 
 @torch.no_grad()
@@ -217,3 +233,30 @@ def test_what_the_record_says_of_the_taught_model_is_in_its_tables(manifest):
     for row in gains.itertuples():
         assert row.used == pytest.approx(flips[row.place, "other run"])
         assert row.flips == pytest.approx(flips[row.place, row.control])
+
+
+def test_dreval_goes_on_where_it_was(tmp_path, monkeypatch):
+    programs = [TracedProgram("def f(x):\n    y = x\n    return y", f"f({n})", "copy") for n in range(12)]
+    inputs = [
+        DREvalInput("copy", program.code, program, program.call, f"assert {program.call} == ??", ((2, "y"),))
+        for program in programs
+    ]
+    asked = []
+    texts = {"Is line": "YES", "What is": "3; int", "Which line": "return y", "Replace": "assert f(3) == 3"}
+
+    def answer(lm, prompts, max_new_tokens, stop, shares_prefixes):
+        if len(asked) == 40:  # the questions about ten inputs
+            asked.append("")
+            raise KeyboardInterrupt
+        asked.extend(prompts)
+        questions = [prompt.split("\n")[-2] for prompt in prompts]
+        return [next(text for start, text in texts.items() if q.startswith(start)) for q in questions]
+
+    monkeypatch.setattr("codetrace.phases.watch.continue_texts", answer)
+    with pytest.raises(KeyboardInterrupt):
+        mark_dreval(None, inputs, tmp_path)
+    marks = mark_dreval(None, inputs, tmp_path)
+    assert len(asked) == 4 * 12 + 1 and len(set(asked)) == 4 * 12 + 1
+    assert marks["input"].tolist() == list(range(12))
+    assert marks["state"].tolist() == [n == 3 for n in range(12)]
+    assert marks[["coverage", "path", "output"]].all(axis=None)

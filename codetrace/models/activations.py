@@ -43,10 +43,10 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 def _write_tensors(
     path: str | Path,  # A safetensors file
     tensors: Mapping[str, tuple[str, Sequence[int]]],  # Name: dtype such as `float32`, and shape
-    values: Iterable,  # The tensors in that order, made one by one
+    values: Iterable,  # The tensors in that order, made one by one; or each as its rows in several parts
     metadata: Mapping[str, str] | None = None,  # Kept in the header
 ) -> Path:
-    "Write a safetensors file, one tensor in memory at a time, whole or not at all."
+    "Write a safetensors file, one part in memory at a time, whole or not at all."
     path = Path(path)
     header = _encode_header(tensors, metadata or {})
     temporary = path.with_name(f".{path.name}.tmp")
@@ -55,9 +55,13 @@ def _write_tensors(
         with open(temporary, "wb") as file:
             file.write(header)
             for (name, (dtype, shape)), value in zip(tensors.items(), values, strict=True):
-                is_as_declared = (str(value.dtype), tuple(value.shape)) == (f"torch.{dtype}", tuple(shape))
-                assert is_as_declared, f"{name} is {value.dtype} {value.shape}"
-                file.write(_tensor_bytes(value))
+                n_rows = 0
+                for part in [value] if isinstance(value, Tensor) else value:
+                    is_as_declared = (str(part.dtype), tuple(part.shape[1:])) == (f"torch.{dtype}", tuple(shape[1:]))
+                    assert is_as_declared, f"{name} is {part.dtype} {part.shape}"
+                    file.write(_tensor_bytes(part))
+                    n_rows += len(part)
+                assert n_rows == shape[0], f"{name} has {n_rows} rows"
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -183,17 +187,30 @@ class _RowSource:
     to: Int[np.ndarray, "rows"]  # Where they go
 
 
-def _gather_place(sources: Sequence[_RowSource], place: Place, n: int) -> Tensor:
-    "One place of all rows."
+_ROWS_AT_A_TIME = 20_000
+
+
+def _gather_place(sources: Sequence[_RowSource], place: Place, n: int) -> Iterator[Tensor]:
+    "One place of all rows, some rows at a time."
+    for start in range(0, n, _ROWS_AT_A_TIME):
+        end = min(start + _ROWS_AT_A_TIME, n)
+        targets = []
+        rows = []
+        for source in sources:
+            is_here = (source.to >= start) & (source.to < end)
+            if is_here.any():
+                rows.append(_read_rows(source, place, source.rows[is_here]))
+                targets.append(source.to[is_here])
+        yield torch.cat(rows)[np.argsort(np.concatenate(targets))]
+
+
+def _read_rows(source: _RowSource, place: Place, rows: Int[np.ndarray, "rows"]) -> Float[Tensor, "rows d_model"]:
+    "Some rows of a place, read as one slice of the file."
     from safetensors import safe_open
 
-    out = None
-    for source in sources:
-        with safe_open(source.path, "pt") as file:
-            x = file.get_tensor(source.prefix + _tensor_name(place))
-        out = torch.zeros(n, x.shape[1], dtype=x.dtype) if out is None else out
-        out[source.to] = x[source.rows]
-    return out
+    first = int(rows.min())
+    with safe_open(source.path, "pt") as file:
+        return file.get_slice(source.prefix + _tensor_name(place))[first : int(rows.max()) + 1][rows - first]
 
 
 def _row_places(keys: Sequence[tuple], order: dict[tuple, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_KINDS', 'EDIT_PLACES', 'Request', 'Continuation', 'ResidualEdit', 'Decoder', 'answer_room',
-           'is_request_complete', 'slots_that_fit']
+           'is_request_complete', 'slots_that_fit', 'continue_texts']
 
 # %% ../../nbs/models/decoding.ipynb #9c8d61c6
 import logging
@@ -22,12 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
+from ..core.progress import Progress, no_progress
 from .architectures import RESIDUAL_SITES, Place, residual_places
 from .interventions import register_hook
 from .limits import free_memory, is_out_of_memory
 from .lm import LM
 from .onednn import PackedLinears
 from .sampling import next_token_logits, random_stream, sample_tokens
+from .shared_prefixes import common_prefix_length
 from .slot_cache import SLOTS_PER_BLOCK, SlotCache, round_columns, sliding_windows, slot_step
 
 # %% ../../nbs/models/decoding.ipynb #6d834edb
@@ -157,12 +159,17 @@ class _PrefilledPrompt:
     seconds: float
 
 
-def _prefill_prompt(lm: LM, request: Request, hooks: _LayerHooks) -> _PrefilledPrompt:
+def _prefill_prompt(
+    lm: LM, request: Request, hooks: _LayerHooks, known: dict[int, tuple[Tensor, Tensor]], n_known: int
+) -> _PrefilledPrompt:
+    "Read a prompt, whose first `n_known` tokens have the keys and values `known`."
     from transformers import DynamicCache
 
     began = time.perf_counter()
     cache = DynamicCache()
-    ids = torch.tensor([list(request.ids)], device=lm.device)
+    for layer, (keys, values) in known.items():
+        cache.update(keys[:, :, :n_known], values[:, :, :n_known], layer)
+    ids = torch.tensor([list(request.ids)[n_known:]], device=lm.device)
     hooks.requests = [request]
     hooks.reads_prompt = True
     hidden = lm._hidden({"input_ids": ids}, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
@@ -199,6 +206,7 @@ class Decoder:
     per_token: Sequence[int] = ()  # Whose states are kept for every token written
     edits: Sequence[ResidualEdit] = ()  # Changes of the residual stream
     sites: Sequence[str] = ("resid_post",)  # At which states are kept: some of `RESIDUAL_SITES`
+    shares_prefixes: bool = False  # Is what neighbouring prompts begin with read once? Last bits may differ
 
     def __post_init__(self):
         if self.layers is None:
@@ -287,15 +295,23 @@ def _room(self: Decoder, request: Request) -> int:
     return answer_room(self.lm, request, self.max_new_tokens)
 
 # %% ../../nbs/models/decoding.ipynb #4e5331ac
+_SHORTEST_SHARED = 16  # Tokens: copying fewer saves nothing
+
+
 @patch
 def _read(self: Decoder, request: Request, hooks: _LayerHooks) -> _PrefilledPrompt:
     "A prompt, read now or a moment ago."
-    private = any(edit.reads_prompt for edit in self.edits)  # an edit may depend on the request
-    name = (tuple(request.ids), id(request) if private else None)
-    if self._last_prompt is None or self._last_prompt[0] != name:
-        self._last_prompt = (name, _prefill_prompt(self.lm, request, hooks))
-        return self._last_prompt[1]
-    return replace(self._last_prompt[1], seconds=0.0)
+    is_private = any(edit.reads_prompt for edit in self.edits)  # an edit may depend on the request
+    name = (tuple(request.ids), id(request) if is_private else None)
+    if self._last_prompt is not None and self._last_prompt[0] == name:
+        return replace(self._last_prompt[1], seconds=0.0)
+    known, n_known = {}, 0
+    if self.shares_prefixes and self._last_prompt is not None and not is_private:
+        (last_ids, _), last = self._last_prompt
+        length = common_prefix_length([last_ids, request.ids])
+        known, n_known = (last.cache, length) if length >= _SHORTEST_SHARED else (known, n_known)
+    self._last_prompt = (name, _prefill_prompt(self.lm, request, hooks, known, n_known))
+    return self._last_prompt[1]
 
 # %% ../../nbs/models/decoding.ipynb #fd37d3e8
 @patch
@@ -562,3 +578,20 @@ def slots_that_fit(
     fitting = int(0.5 * free_memory(lm.device) / (keys_and_values + logits))
     n = min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted)
     return n if n < SLOTS_PER_BLOCK else n // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK
+
+# %% ../../nbs/models/decoding.ipynb #c0a7e002
+def continue_texts(
+    lm: LM,
+    prompts: Sequence[str],
+    max_new_tokens: int,  # At most so many tokens each
+    stop: str,  # An answer is complete once it holds this
+    shares_prefixes: bool = False,  # As `Decoder` has it
+    progress: Progress = no_progress,
+) -> list[str]:  # In the order of the prompts
+    "Greedy continuations, in as many slots as fit."
+    rows = lm.ids(prompts)
+    requests = [Request(ids, n, over=lambda text: stop in text, marks=stop[-1]) for n, ids in enumerate(rows)]
+    slots = slots_that_fit(lm, max(map(len, rows)) + max_new_tokens, len(rows))
+    decoder = Decoder(lm, requests, max_new_tokens, slots, shares_prefixes=shares_prefixes)
+    texts = {c.request.key: c.text for c in progress(decoder, total=len(rows), desc="answering")}
+    return [texts[n] for n in range(len(rows))]

@@ -6,6 +6,8 @@
 __all__ = ['ModelShape', 'model_shape', 'shape_of_module', 'Work', 'decode_step_work', 'sweep_work', 'measure_machine']
 
 # %% ../../nbs/models/roofline.ipynb #5eb35857
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +66,7 @@ class Work:
         "The least time that it takes."
         return max(self.operations / peak, self.bytes / bandwidth)
 
-
+# %% ../../nbs/models/roofline.ipynb #90a7abb6
 def _attention_operations(shape: ModelShape, queries: float, keys: float) -> float:
     "Of all layers: queries with keys, and weights with values."
     return 4 * shape.n_layers * shape.n_heads * shape.d_head * queries * keys
@@ -112,10 +114,8 @@ def measure_machine(
     return 2 * size**3 / products, 2 * x.numel() / copies
 
 
-def _time(run, device: str) -> float:
+def _time(run: Callable[[], object], device: str) -> float:
     "Seconds that a call takes on a device."
-    import time
-
     began = time.perf_counter()
     run()
     if device != "cpu":

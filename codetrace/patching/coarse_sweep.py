@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
-from ..core.stats import bootstrap_interval
+from ..core.stats import bootstrap_interval, share_interval
 from ..models.lm import LM
-from .alignment import AlignedPair, TraceCase, align_pair
+from .alignment import PATCH_DIRECTIONS, AlignedPair, TraceCase, align_pair
 from .layer_stack import _LayerStack, _token_grid, _TokenGrid, _unembed_final
 from .sites import EngineWork, PatchPair, _SweepRequest
 from .staircase import _bundles, _CellRows, _prepare_sweep, _SiteSweep
@@ -39,11 +39,14 @@ class CoarseSweepOptions:
 
     def __post_init__(self):
         for name in ("layer_step", "span"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)!r}: give a whole number from 1 on")
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise BadInput(f"{name}={number!r}: give a whole number from 1 on")
         for name in ("threshold", "flat"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"{name}={getattr(self, name)!r}: give a share of the whole effect, such as 0.1")
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise BadInput(f"{name}={share!r}: give a share of the whole effect from 0 to below 1, such as 0.1")
+        look_up_name(self.direction, PATCH_DIRECTIONS, "direction")
 
 # %% ../../nbs/patching/coarse_sweep.ipynb #a2d1ee4b
 @dataclass(frozen=True, eq=False)
@@ -145,7 +148,7 @@ def _coarse_windows(n_layers: int, first: int, n_tokens: int, options: CoarseSwe
     starts = range(first, n_tokens, options.span)
     return [_Window(*pair, start, min(start + options.span, n_tokens)) for pair in pairs for start in starts]
 
-
+# %% ../../nbs/patching/coarse_sweep.ipynb #1df81509
 def _refine(
     effects: _SpanEffects, first: int, options: CoarseSweepOptions
 ) -> tuple[Float[np.ndarray, "layer token"], Bool[np.ndarray, "layer token"]]:
@@ -197,7 +200,7 @@ def coarse_sweep(
         work.append(row | {"plain_layer_tokens": plain_tokens, "patches": effects.work.cells})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(work)
 
-
+# %% ../../nbs/patching/coarse_sweep.ipynb #b30d03d1
 def _coarse_rows(pair: AlignedPair, program: int, estimates: np.ndarray, computed: np.ndarray) -> pd.DataFrame:
     "Cells as rows."
     roles = pair.roles[pair.roles["position"] >= pair.first_difference]
@@ -215,19 +218,21 @@ def coarse_sweep_error(
     exact: pd.DataFrame,  # From `run_sweep`, of the same programs
     exact_layer_tokens: Sequence[int],  # By program, without the plain runs
     threshold: float = 0.1,
-) -> pd.DataFrame:  # One row: `n` programs, recall, error and saving with 95% intervals over programs
+) -> pd.DataFrame:  # One row: `n` programs, share of cells at or above the threshold, of those kept; recall, error, saving with 95% intervals
     "How far a coarse sweep is from the exact one, and what it saves."
     both = cells.merge(exact, on=["program", "layer", "position"], suffixes=("", "_exact"), validate="one_to_one")
     both["error"] = (both["effect"].fillna(0) - both["effect_exact"]).abs()
     both["is_found"] = both["effect"].notna()
     top = both[both["effect_exact"].abs() >= threshold]
-    recall = top.groupby("program")["is_found"].mean()
-    by_program = pd.DataFrame({"recall": recall, "error": both.groupby("program")["error"].max()})
+    by_program = pd.DataFrame({"recall": top.groupby("program")["is_found"].mean()})
+    by_program["error"] = both.groupby("program")["error"].max()
     by_work = work.set_index("program")
     patched = by_work["layer_tokens"] - by_work["plain_layer_tokens"]
     by_program["saving"] = pd.Series(exact_layer_tokens, by_work.index) / patched
-    row = {"n": len(by_program), "top_cells": len(top) / len(both)}
-    for column, values in by_program.items():
-        low, high = bootstrap_interval(values.to_numpy())
+    row = {"n": len(work), "top_share": len(top) / len(both), "kept_share": both["is_found"].mean()}
+    intervals = {"recall": share_interval, "error": bootstrap_interval, "saving": bootstrap_interval}
+    for column, interval in intervals.items():
+        values = by_program[column]
+        low, high = interval(values.to_numpy())
         row |= {column: values.mean(), f"{column}_low": low, f"{column}_high": high}
     return pd.DataFrame([row])

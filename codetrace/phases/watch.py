@@ -6,7 +6,8 @@
 __all__ = ['NOT_MORE_THAN_COMMONEST', 'NOT_MORE_THAN_BASELINES', 'NOT_USED', 'WATCH', 'try_question_styles', 'answer_length',
            'say_states', 'SaidResult', 'count_said', 'beyond_rules_test', 'said_sentence', 'said_claims',
            'watch_claims', 'watch_limitations', 'read_sentence', 'used_sentence', 'bugs_sentence', 'dreval_sentence',
-           'watch_headline', 'read_claim', 'used_claims', 'with_read_and_used', 'agreement_table', 'listing_rows']
+           'mark_dreval', 'watch_headline', 'read_claim', 'used_claims', 'read_and_used_percent', 'with_read_and_used',
+           'agreement_table', 'listing_rows']
 
 # %% ../../nbs/phases/14_watch.ipynb #e0031ca6
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
 from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
+from ..models.decoding import continue_texts
 from ..models.lm import LM
 from ..patching.state_probes import ReadResult, is_read
 from ..patching.state_swaps import USED_NULLS, UsedResult, best_program_place, is_used
 from ..runs.claims import claim_row, read_stored_claims
 from ..runs.phases import ParameterRule, Phase
+from ..tasks.dreval import DREvalInput, answer_dreval, record_dreval
 from ..tasks.execution import Execution
 from codetrace.tasks.state_accuracy import (
     divergence_table,
@@ -39,26 +43,32 @@ from ..tasks.watched_programs import DIGIT_GENERATORS, WatchedSource, load_watch
 from ..tasks.watching import watch_execution
 
 # %% ../../nbs/phases/14_watch.ipynb #d7ac5cfb
-_STYLES_TRIED = ("hash", "print", "comment", "assertion")
+_STYLES_TRIED = ("print", "assertion", "comment", "hash")  # Of equal ones the first is taken
 _CHOICE_PROGRAMS = 6
 _CHOICE_SEED = 1_000_003  # Away from the seeds of studies
 
 
 def try_question_styles(
     lm: LM,
-    source: WatchedSource,  # Generated programs; others of the same kind are asked
+    source: WatchedSource,  # Of generated programs
+    watched: Sequence[Execution],  # What was drawn from it: other programs are asked
     max_new_tokens: int,  # Of an answer
-) -> pd.DataFrame:  # One row a way of asking, the best first: `style`, `n` values that their line changed, `accuracy`
+) -> pd.DataFrame:  # One row a way of asking, the best first, with `accuracy` and its interval
     "Ask in several ways for the variables of a few programs that are not watched."
-    others = replace(source, count=_CHOICE_PROGRAMS, seed=source.seed + _CHOICE_SEED)
-    executions, _ = load_watched_executions(others)
+    count = max(_CHOICE_PROGRAMS, len(source.generators) * len(source.lines))
+    drawn, _ = load_watched_executions(replace(source, count=count, seed=source.seed + _CHOICE_SEED))
+    watched_code = {execution.program.code for execution in watched}
+    executions = [execution for execution in drawn if execution.program.code not in watched_code]
+    if not executions:
+        raise BadInput("no other program of this kind is left to choose a way of asking on: give style=print")
     rows = []
     for style in _STYLES_TRIED:
         tables = [
             watch_execution(lm, execution, style=style, max_new_tokens=max_new_tokens) for execution in executions
         ]
         changed = pd.concat(tables).query("changed")
-        rows.append({"style": style, "n": len(changed), "accuracy": changed["correct"].astype(float).mean()})
+        accuracy = share_over_programs(changed["correct"].astype(float), changed["program"], "accuracy")
+        rows.append({"style": style, "programs": len(executions), "n": len(changed)} | accuracy)
     return pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -224,10 +234,11 @@ def watch_limitations(
     manifest: Mapping,  # Of a run of this phase
 ) -> list[str]:
     "One model, one way of asking, values that can be written down."
-    values = manifest["parameters"]
+    asked = (manifest.get("question_styles") or [manifest["parameters"]])[0]
+    choice = f", the best of {len(_STYLES_TRIED)} on {asked['n']} values of other programs" if "n" in asked else ""
     return [
         "What a probe reads linearly and a swap moves is found at five places; a model may hold a value elsewhere, or spread over several tokens.",
-        f"Variables are asked for in one way ({values['style']}); asked otherwise a model may say otherwise.",
+        f"Variables are asked for in one way ({asked['style']}{choice}); asked otherwise a model may say otherwise.",
         "Only numbers, booleans, None, and short strings, lists, tuples and dicts are asked for; what is longer is not counted.",
         "Beyond rules means beyond the rules that are listed: a rule that nobody thought of may explain what is left.",
     ]
@@ -285,10 +296,39 @@ def bugs_sentence(
 
 def dreval_sentence(
     scores: pd.DataFrame,  # From `dreval_scores`
+    shallow: pd.DataFrame,  # Of answers that no program was run for
 ) -> str:
-    "The row of DREval's table."
-    parts = [f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in scores.dropna().itertuples()]
+    "The row of DREval's table, beside what the text alone gives."
+    without_running = shallow.set_index("score")["value"]
+    parts = [
+        f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}] (without running {without_running[row.score]:.1f})"
+        for row in scores.dropna().itertuples()
+    ]
     return f"DREval, {scores['programs'].iloc[0]} programs, percent: {', '.join(parts)}."
+
+# %% ../../nbs/phases/14_watch.ipynb #d2e7a102
+_DREVAL_INPUTS_PER_UNIT = 10
+
+
+def _mark_dreval_part(lm: LM, inputs: Sequence[DREvalInput], start: int) -> pd.DataFrame:
+    "Answers to the questions about some inputs, the first of which is number `start`, marked."
+    generate = partial(continue_texts, lm, stop="[/ANSWER", shares_prefixes=True)
+    marks = answer_dreval(generate, inputs, record_dreval(inputs))
+    return marks.assign(input=marks["input"] + start)
+
+
+def mark_dreval(
+    lm: LM,
+    inputs: Sequence[DREvalInput],
+    folder: Path,  # Where rows are kept
+    progress: Progress = no_progress,
+) -> pd.DataFrame:  # As `mark_answers` gives it
+    "Put DREval's questions to a model; an interrupted run goes on where it was."
+    units = {}
+    for start in range(0, len(inputs), _DREVAL_INPUTS_PER_UNIT):
+        part = inputs[start : start + _DREVAL_INPUTS_PER_UNIT]
+        units[f"{start:06}"] = partial(_mark_dreval_part, lm, part, start)
+    return compute_missing_units(folder, units, progress, "DREval").drop(columns="unit")
 
 # %% ../../nbs/phases/14_watch.ipynb #341845da
 def watch_headline(
@@ -320,13 +360,18 @@ def read_claim(result: ReadResult) -> dict:
     )
 
 # %% ../../nbs/phases/14_watch.ipynb #357d3d1b
+def _used_rate(result: UsedResult, place: str) -> dict[str, float]:
+    "How often the other run's state at a place brings its value, with its interval, where that is judged."
+    judged = result.controls[(result.controls["place"] == place) & (result.controls["kind"] == "other run")]
+    return share_over_programs(judged["flips"].astype(float), judged["program"], "used")
+
+
 def used_claims(result: UsedResult) -> list[dict]:
     "What swaps of the state do at each place."
     claims = []
     for place, gains in result.gains.groupby("place", sort=False):
         nulls = gains[gains["control"].isin(USED_NULLS)]
-        judged = result.controls[(result.controls["place"] == place) & (result.controls["kind"] == "other run")]
-        rate = share_over_programs(judged["flips"].astype(float), judged["program"], "used")
+        rate = _used_rate(result, place)
         claims.append(
             claim_row(
                 f"the other run's state at {place}, layer {result.layers[place]}, brings its value",
@@ -340,6 +385,18 @@ def used_claims(result: UsedResult) -> list[dict]:
             )
         )
     return claims
+
+# %% ../../nbs/phases/14_watch.ipynb #d2e7a104
+def read_and_used_percent(
+    name: str,  # Of the model
+    read: ReadResult | None,
+    used: UsedResult | None,
+) -> dict[str, pd.Series]:  # Two columns with one row
+    "What is read and used, as columns of DREval's table."
+    columns = {"read": np.nan if read is None else 100 * read.cell["accuracy"], "used": np.nan}
+    if used is not None and (place := best_program_place(used)) is not None:
+        columns["used"] = 100 * _used_rate(used, place)["used"]
+    return {column: pd.Series({name: round(value, 1)}) for column, value in columns.items()}
 
 # %% ../../nbs/phases/14_watch.ipynb #7afda3f2
 def with_read_and_used(
@@ -401,7 +458,7 @@ WATCH = Phase(
     claims="watch_claims",
     limitations="watch_limitations",
     rules={
-        "source": ParameterRule(choices=("generated", "cruxeval", "basics", "humaneval")),
+        "source": ParameterRule(choices=("generated", "cruxeval", "basics", "humaneval", "dreval")),
         "count": ParameterRule(at_least=1),
         "generators": ParameterRule(
             choices=(

@@ -211,8 +211,9 @@ def find_run(
     root: Path | None = None,  # Default: `runs_root()`
 ) -> dict:  # The run's manifest
     "Find one run by name."
-    if _is_folder_of_run(name):
-        return read_manifest(Path(name))
+    folder = str(name).removesuffix("/notebook.ipynb")  # the record itself, as links give it
+    if _is_folder_of_run(folder):
+        return read_manifest(Path(folder))
     folders = [folder for folder in _run_folders(root) if folder.name.startswith(str(name))] if name else []
     candidates = map(_listed_manifest, folders) if folders else all_runs(root)  # whose folder has another name
     manifests = {manifest["run_id"]: manifest for manifest in candidates}

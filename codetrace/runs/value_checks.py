@@ -303,6 +303,8 @@ def check_watched_programs(phase: str, values: Mapping) -> None:
     files = values["dreval"]
     if files and (len(files) != 2 or not all(Path(name).is_file() for name in files)):
         raise BadParameter(f"dreval={files}: give its two files, such as dreval_data.jsonl,dreval_tasks.jsonl")
+    if values["source"] == "dreval" and not files:
+        raise BadParameter("source=dreval needs its files; give dreval=dreval_data.jsonl,dreval_tasks.jsonl")
     if values["bug_programs"] and values["source"] == "generated":
         raise BadParameter("bug_programs: bugs are seeded in functions; take source=cruxeval, basics or humaneval")
     if min(values["program_lines"]) < _FEWEST_WATCHED_LINES:

@@ -8,18 +8,37 @@ __all__ = ['described_kind']
 # %% ../../nbs/sandbox/array_types.ipynb #4d207ca1
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
-from .value_types import Unsupported, ValueKind, add_module_kinds, is_whole_buffer, named_kind
+from codetrace.sandbox.value_types import (
+    Unsupported,
+    ValueKind,
+    add_module_kinds,
+    exact_kind,
+    is_whole_buffer,
+    named_kind,
+)
 
 # %% ../../nbs/sandbox/array_types.ipynb #c6c926a3
+@cache
+def _dtype_name(dtype: Any) -> str:
+    "A numpy type as text; of a structured one, the list that describes it."
+    with suppress(ValueError, TypeError):  # as of fields that overlap
+        name = dtype.str if dtype.names is None else repr(dtype.descr)
+        if _read_dtype(name) == dtype and (dtype.str == "|O" or not dtype.hasobject):
+            return name
+    raise Unsupported(f"an array of type {dtype} is passed on")
+
+
 def _take_ndarray(value: Any) -> list:
     order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
     facts = [order, value.flags.writeable, value.ndim, *value.shape]
+    name = _dtype_name(value.dtype)
     if value.dtype.hasobject:
         return ["O", *facts, *value.ravel().tolist()]
-    kind = value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)
-    return [kind, *facts, value.tobytes()]
+    return [name, *facts, value.tobytes()]
 
 
 def _read_dtype(name: Any) -> Any:
@@ -30,13 +49,13 @@ def _read_dtype(name: Any) -> Any:
 
     if type(name) is not str:
         raise ValueError("not the name of a numpy type")
-    described = ast.literal_eval(name) if name.startswith("[") else name
+    described: Any = ast.literal_eval(name) if name.startswith("[") else name
     _check_description(described)
-    dtype = np.dtype(described)
+    dtype = np.lib.format.descr_to_dtype(described)  # which knows gaps between fields for what they are
     _check_layout(dtype)
     return dtype
 
-
+# %% ../../nbs/sandbox/array_types.ipynb #befc633a
 def _check_description(described: Any):
     "Refuse all but lists, tuples, texts and sizes: a dictionary would say itself where fields lie."
     if isinstance(described, list | tuple):
@@ -127,7 +146,7 @@ def _viewed_array(value: Any) -> Any:
     owner = next(owners, None)
     return owner if type(owner) is np.ndarray else None
 
-
+# %% ../../nbs/sandbox/array_types.ipynb #e3303b19
 def _is_view(value: Any, is_known: Callable[[Any], bool]) -> bool:
     "Whether an array looks into another one, and is told by its place in it."
     import numpy as np
@@ -143,8 +162,7 @@ def _is_view(value: Any, is_known: Callable[[Any], bool]) -> bool:
 def _take_view(value: Any) -> list:
     base = _viewed_array(value)
     offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
-    kind = value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)
-    return [kind, offset, value.flags.writeable, base, value.ndim, *value.shape, *value.strides]
+    return [_dtype_name(value.dtype), offset, value.flags.writeable, base, value.ndim, *value.shape, *value.strides]
 
 # %% ../../nbs/sandbox/array_types.ipynb #64c7ce22
 def _is_inside(offset: int, shape: list[int], strides: list[int], itemsize: int, nbytes: int) -> bool:
@@ -196,12 +214,12 @@ def _numpy_kinds() -> list[ValueKind]:
 
     def make_scalar(_: type, parts: list) -> np.generic:
         dtype = _read_dtype(parts[0])
-        if dtype.hasobject:
-            raise ValueError("a scalar of objects")
+        if dtype.hasobject or dtype.subdtype is not None:
+            raise ValueError("a scalar of objects, or none")
         return np.frombuffer(parts[1], dtype)[0]
 
     def take_dtype(value: np.dtype) -> list:
-        return [value.str if value.names is None else repr(value.descr)]
+        return [_dtype_name(value)]
 
     def make_dtype(_: type, parts: list) -> np.dtype:
         return _read_dtype(parts[0])
@@ -225,11 +243,17 @@ def described_kind(
     is_judge: bool,  # Is this the test's process?
 ) -> ValueKind:
     "The kind by which a value is described: that of its class, or of what looks into another."
+    if kind.name not in ("numpy.ndarray", "memoryview") or not value.nbytes:  # nothing is written to what is empty
+        return kind
     if kind.name == "numpy.ndarray" and _is_view(value, is_known):
         return named_kind("numpy.view")
-    is_told = kind.name == "memoryview" and is_whole_buffer(value)
-    if is_judge and kind.name == "memoryview" and not is_told and not value.readonly:
-        raise Unsupported("the test gives a part of a buffer, and what is written to it would not be in the whole")
-    if is_judge or kind.name not in ("numpy.ndarray", "memoryview"):
+    owners = (owner for owner in _owners(value) if exact_kind(type(owner)) is not None)  # not objects of the program
+    is_lost = any(map(is_known, owners))
+    if kind.name == "memoryview":
+        is_plain = value.readonly and value.contiguous
+        is_lost = not is_whole_buffer(value) and (is_lost or not is_plain)
+    elif is_judge:
         return kind
-    return named_kind("part") if not is_told and any(map(is_known, _owners(value))) else kind
+    if is_lost:
+        raise Unsupported("a view is passed on, and what is written to it would not be in what it looks into")
+    return kind

@@ -24,8 +24,18 @@ CALLED = "__called__"
 _LEAVES = (ast.Name, ast.Constant, ast.expr_context, ast.operator, ast.unaryop, ast.boolop)
 _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 _PLAIN_ARGUMENTS = (ast.Name, ast.Constant, ast.Starred)
+_BLOCKS = (
+    "raises",
+    "warns",
+    "assertRaises",
+    "assertRaisesRegex",
+    "assertWarns",
+    "assertLogs",
+    "assertNoLogs",
+    "assert_raises",
+)
 
-
+# %% ../../nbs/sandbox/assert_rewriting.ipynb #dd1bfd01
 _LOAD = ast.Load()
 
 
@@ -47,18 +57,6 @@ def _call_judge(
 def _note(name: str, node: ast.AST) -> ast.Expr:
     "A statement that calls a function of the judge."
     return ast.Expr(_call_judge(name, [], node), **_place(node))
-
-
-_BLOCKS = (
-    "raises",
-    "warns",
-    "assertRaises",
-    "assertRaisesRegex",
-    "assertWarns",
-    "assertLogs",
-    "assertNoLogs",
-    "assert_raises",
-)
 
 # %% ../../nbs/sandbox/assert_rewriting.ipynb #5170b601
 def _called_name(node: ast.AST) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from .connection import OPERATIONS, Connection
 from .protocol import from_json, receive_frame, send_frame, to_json
 from .remote_objects import find_qualified
-from .value_types import decimal_settings, load_kinds, set_decimal_settings
+from .value_types import Unsupported, decimal_settings, load_kinds, set_decimal_settings
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #2c365c90
 def _message_of(error: BaseException) -> str:
@@ -56,7 +56,7 @@ class CandidateMessages(Connection):
         self.streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
 
     def send_message(self, kind, values, names, changes):
-        if kind not in ("value", "raised", "loaded", "syntax"):
+        if kind not in ("value", "raised", "loaded", "syntax", "unsupported", "broken"):
             values = [[kind, *values]]
             kind = "ask"
         if names:
@@ -78,6 +78,9 @@ class CandidateMessages(Connection):
         self.graph.forget(numbers)
 
     def send_error(self, error):
+        if isinstance(error, Unsupported):
+            self.send_message("unsupported", [str(error)], {}, {})
+            return
         message = {"message": _message_of(error)}
         try:
             self.send("raised", [error], message)
@@ -151,7 +154,12 @@ def serve_requests(
         connection.send(kind, [value], {"message": _message_of(value)})
     while True:
         request = connection.receive()
-        connection.answer(request, *connection.decode(request))
+        try:
+            values, names = connection.decode(request)
+        except Unsupported as error:  # what has been read by then the judge does not know
+            connection.send_message("broken", [str(error)], {}, {})
+        else:
+            connection.answer(request, values, names)
 
 # %% ../../nbs/sandbox/candidate_connection.ipynb #ffa19ba6
 def _global(connection: CandidateConnection, name: str) -> Any:

@@ -342,6 +342,8 @@ def _caught_types(types_: Any) -> Any:
 # %% ../../nbs/sandbox/judge.ipynb #5deb1eab
 def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace) -> tuple[str, str]:
     "Run one test; its outcome and a detail."
+    if connection.broken:
+        return "unsupported", connection.broken
     try:
         code, class_names = compile_test(test, TEST_FILES[0])
         connection.watch(test, namespace)
@@ -353,8 +355,6 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
     try:
         namespace.look_up(class_names)
         exec(code, namespace)
-    except Unsupported as error:
-        return "unsupported", str(error)
     except BaseException as error:
         is_end = isinstance(error, SystemExit) and not error.code and id(error) not in connection.raised_by_candidate
         outcome = _outcome_at_end(notes) if is_end else _error_outcome(connection, error, test)
@@ -362,9 +362,11 @@ def _run_test(test: str, connection: SharingConnection, namespace: TestNamespace
         outcome = _outcome_at_end(notes)
     finally:
         connection.raised_by_candidate.clear()
+    if Unsupported.reasons:  # also where the test has caught it, or a thread of it has died of it
+        return "unsupported", Unsupported.reasons[0]
     if outcome[0] != "passed" and (names := _redefined_names(test, connection)):
-        connection.unsupported = f"the test redefines {names[0]!r}, which the program uses"
-    return ("unsupported", connection.unsupported) if connection.unsupported else outcome
+        return "unsupported", f"the test redefines {names[0]!r}, which the program uses"
+    return outcome
 
 # %% ../../nbs/sandbox/judge.ipynb #e634cef3
 def _redefined_names(test: str, connection: SharingConnection) -> list[str]:
@@ -431,12 +433,12 @@ def _run_setup(setup: str, connection: JudgeConnection, namespace: TestNamespace
         mentioned = connection.request("mentioned", *bound_names(ast.parse(setup)))
         if mentioned:
             connection.request("define", **{name: namespace[name] for name in mentioned})
-    except Unsupported as error:
-        return "unsupported", f"setup: {error}"
     except BaseException as error:
         outcome, detail = _error_outcome(connection, error, setup)
-        return ("exception" if outcome == "failed_assertion" else outcome), f"in the setup: {detail}"
-    return "passed", ""
+        outcome, detail = ("exception" if outcome == "failed_assertion" else outcome), f"in the setup: {detail}"
+    else:
+        outcome, detail = "passed", ""
+    return ("unsupported", f"setup: {Unsupported.reasons[0]}") if Unsupported.reasons else (outcome, detail)
 
 # %% ../../nbs/sandbox/judge.ipynb #e063b37f
 def _nothing(value: Any = None) -> Any:

@@ -76,7 +76,7 @@ class CheckedMessages(Connection):
         self.longest = longest
         self.finish = finish
         self.token = ""  # Of the last message sent
-        self.unsupported = ""  # Why the test cannot be judged
+        self.broken = ""  # Why the two processes no longer hold the same: no further test can be judged
         self.doubt = ""  # Why the test, if it passes, is not believed
         self.test = ""  # That is running
         self.crossed_errors: dict[int, BaseException] = {}  # Of its asserts, raised in the program and not come back
@@ -117,8 +117,15 @@ class CheckedMessages(Connection):
     def decode(self, message):
         if message["kind"] == "long":
             self.finish("output_limit", "the answer is too long")
+        if message["kind"] == "unsupported":
+            raise Unsupported(str(message["values"][0])[:300])
         try:
+            if message["kind"] == "broken":
+                raise Unsupported(str(message["values"][0])[:300])
             return super().decode(message)
+        except Unsupported as error:
+            self.broken = str(error)
+            raise
         except MemoryError:
             self.finish("memory", "the answer takes too much memory")
         except Exception as error:
@@ -144,7 +151,7 @@ class DoubtedMessages(CheckedMessages):
     def start_test(self, test: str):
         "Forget what the last test has shown."
         self.test = test
-        self.unsupported = ""
+        Unsupported.reasons.clear()
         self.doubt = ""
         self.crossed_errors.clear()
         self.failed_asserts = 0
@@ -184,7 +191,6 @@ class JudgeConnection(DoubtedMessages):
         try:
             return self._execute_checked(operation, values, names)
         except Unsupported as error:
-            self.unsupported = str(error)
             raise RuntimeError(str(error)) from None
 
     def _execute_checked(self, operation, values, names):

@@ -29,6 +29,7 @@ from .value_types import Unsupported, ValueKind, base_kind, exact_kind, named_ki
 _PLAIN_TYPES = frozenset({type(None), bool, str})
 JSON_TYPES = _PLAIN_TYPES | {int, float}  # Read as they are
 _WIRE_TYPES = JSON_TYPES | {list}
+_SINGLE_VALUE_TYPES = (type(None), type(...), type(NotImplemented))
 _LARGEST = 1 << 63
 _UNSENT_TYPES = (types.FrameType, types.CodeType, types.ModuleType)  # By a judge: they lead to the tests
 
@@ -48,12 +49,12 @@ def _all_written_as_they_are(parts: Sequence) -> bool:
 
 # %% ../../nbs/sandbox/object_graph.ipynb #49666027
 def _same_parts(old: list, new: list) -> bool:
-    "Whether an object holds the very objects that it held; bytes are compared by content."
+    "Whether an object holds the very objects that it held; bytes and texts are compared by content."
     if len(old) != len(new):
         return False
     if all(map(operator.is_, old, new)):
         return True
-    return all(a is b or (type(a) is type(b) is bytes and a == b) for a, b in zip(old, new, strict=True))
+    return all(a is b or (type(a) is type(b) in (bytes, str) and a == b) for a, b in zip(old, new, strict=True))
 
 
 def _references_of_a_kept_object() -> int:
@@ -203,7 +204,7 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
     cls = type(error)
     args = _exception_arguments(error)
     attributes = dict(vars(error))
-    if isinstance(error, ImportError | NameError):
+    if isinstance(error, ImportError | NameError | AttributeError):
         attributes["name"] = error.name
     if qualified_name(cls) is None:  # a class of this program: its attributes are asked for
         graph.exported[number] = error
@@ -212,6 +213,35 @@ def _describe_exception(graph: ObjectGraph, number: int, error: BaseException) -
     origin = [error.__cause__, error.__context__, error.__suppress_context__]
     parts = [cls, *origin, len(args), *args, *attributes, *attributes.values()]
     return [number, "exception", _write_parts(graph, parts)]
+
+# %% ../../nbs/sandbox/object_graph.ipynb #c0de7e71
+def _take_exception(error: BaseException) -> list:
+    "What can change in an exception."
+    attributes = vars(error)
+    return [len(error.args), *error.args, *attributes, *attributes.values()]
+
+
+def _fill_exception(error: BaseException, parts: list):
+    count, *rest = parts
+    middle = (len(rest) + count) // 2
+    names = rest[count:middle]
+    if not all(type(name) is str for name in names):
+        raise ValueError("not the attributes of an exception")
+    BaseException.args.__set__(error, tuple(rest[:count]))
+    attributes = vars(error)
+    attributes.clear()
+    attributes.update(zip(names, rest[middle:], strict=True))
+
+
+_EXCEPTIONS = ValueKind("exception", BaseException, _take_exception, BaseException, _fill_exception)
+
+
+def _watch_exception(graph: ObjectGraph, number: int):
+    "Remember what an exception holds, if both processes have its class."
+    error: Any = graph.objects[number]
+    if qualified_name(type(error)) is not None:
+        graph.kinds[number] = _EXCEPTIONS
+        graph.snapshots[number] = _take_exception(error)
 
 # %% ../../nbs/sandbox/object_graph.ipynb #fb842fc7
 def _describe_object(graph: ObjectGraph, number: int, value: Any) -> list:
@@ -239,13 +269,12 @@ def _describe(graph: ObjectGraph, number: int) -> list:
     if issubclass(cls, type):
         return _describe_class(graph, number, value)
     if issubclass(cls, BaseException):
+        _watch_exception(graph, number)
         return _describe_exception(graph, number, value)
     kind = base_kind(cls)
     if kind is None or graph.peer.is_unsent(value):
         return _describe_object(graph, number, value)
     kind = described_kind(kind, value, graph.is_known, graph.peer.is_judge)
-    if kind.name == "part":
-        return [number, kind.name, []]
     parts = kind.take(value)
     described = [number, kind.name, _write_parts(graph, parts)]
     if kind.fill is not None:
@@ -370,7 +399,7 @@ def _read_class(graph: ObjectGraph, parts: list, _: int) -> Any:
     name = [text[:200] for text in name]
     local = local_class(name) if graph.peer.is_judge else None
     kind = None if local is None else base_kind(local)
-    if kind is not None and kind.name != kind_name:
+    if local in _SINGLE_VALUE_TYPES or (kind is not None and kind.name != kind_name):
         name[0] = "solution"  # it lies: a class of values that both processes have is told by its name
     return make_stand_in(graph.peer, name, specials, overridden, hashing, kind_name, classes)
 
@@ -393,8 +422,8 @@ def _read_object(graph: ObjectGraph, parts: list, number: int) -> Any:
     cls = value_from_json(graph, parts[0])
     if cls is types.CoroutineType:
         return stand_in_coroutine(graph.peer, number)
-    if not isinstance(cls, type):
-        raise ValueError("not a class")
+    if not isinstance(cls, type) or cls in _SINGLE_VALUE_TYPES:
+        raise ValueError("not a class of objects")
     return object.__new__(_stand_in_class(graph, cls))
 
 
@@ -482,6 +511,8 @@ def apply_changes(
     for number, (name, parts, _) in nodes.items():
         if name == "class":
             graph.lasting.add(number)
+        elif name == "exception":
+            _watch_exception(graph, number)
         elif name not in _SPECIAL_READERS and (kind := named_kind(name)).fill is not None:
             graph.kinds[number] = kind
             _fill(graph, number, parts)

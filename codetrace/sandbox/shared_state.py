@@ -302,8 +302,7 @@ class SharingConnection(JudgeConnection):
 
     def request(self, operation, /, *values, **names):
         if not self.turn.acquire(timeout=_LONGEST_WAIT):
-            self.unsupported = "a thread of the test waits for the program while another one speaks to it"
-            raise Unsupported(self.unsupported)
+            raise Unsupported("a thread of the test waits for the program while another one speaks to it")
         try:
             if self.is_sharing or self.depth:
                 return super().request(operation, *values, **names)

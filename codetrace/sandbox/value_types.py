@@ -17,11 +17,17 @@ from array import array
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 # %% ../../nbs/sandbox/value_types.ipynb #20f31216
 class Unsupported(BaseException):
-    "A test does something that cannot be judged across two processes."
+    "A test does something that cannot be judged across two processes; it is not judged either if it catches this."
+
+    reasons: ClassVar[list[str]] = []  # Of all that this process has raised since the test began
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reasons.append(reason)
 
 # %% ../../nbs/sandbox/value_types.ipynb #7abf1e47
 @dataclass(frozen=True)
@@ -223,11 +229,14 @@ def _take_bytearray(value: bytearray) -> list:
     return [bytes(value)]
 
 
+def _held_size(held: Any) -> int:
+    "The number of bytes that an object is to hold, which may not be decoded yet: with a view of it, it cannot grow."
+    return len(held) if isinstance(held, bytes) else len(held[1]) // 2
+
+
 def _make_bytearray(cls: type, parts: list) -> bytearray:
     made = bytearray.__new__(cls)
-    held = parts[0]
-    size = len(held) if isinstance(held, bytes) else len(held[1]) // 2  # in a message, not decoded yet
-    bytearray.__init__(made, size)  # with a view of it, it cannot grow
+    bytearray.__init__(made, _held_size(parts[0]))
     return made
 
 
@@ -240,12 +249,12 @@ def _take_array(value: array) -> list:
 
 
 def _make_array(cls: type, parts: list) -> array:
-    return array.__new__(cls, parts[0])
+    return array.__new__(cls, parts[0], bytes(_held_size(parts[1])))
 
 
 def _fill_array(value: array, parts: list):
-    del value[:]
-    array.frombytes(value, parts[1])
+    if len(value) or parts[1]:  # an empty one with a view of it takes nothing, not even nothing
+        array.__setitem__(value, slice(None), array(value.typecode, parts[1]))
 
 
 def is_whole_buffer(view: memoryview) -> bool:
@@ -255,21 +264,19 @@ def is_whole_buffer(view: memoryview) -> bool:
 
 
 def _take_memoryview(value: Any) -> list:
-    part = bytes(value) if value.readonly else bytearray(value)
-    return [value.obj if is_whole_buffer(value) else part, value.format, *value.shape]
+    if is_whole_buffer(value):
+        return [value.obj, value.format, *value.shape]
+    if not value.nbytes or value.format.lstrip("@") not in _NATIVE_FORMATS:
+        raise Unsupported(f"a part of a buffer of format {value.format!r}, or an empty one, is passed on")
+    return [bytes(value) if value.readonly else bytearray(value), value.format, *value.shape]
 
 
-class _Part:
-    "What looks into something that the test has, in a way that cannot be told."
-
-
-def _refuse_part(*_):
-    raise Unsupported(
-        "the program gives a view of what the test has, and what is written to one would not be in the other"
-    )
+_NATIVE_FORMATS = frozenset("cbB?hHiIlLqQnNfd")
 
 
 def _make_memoryview(_: type, parts: list) -> memoryview:
+    if not isinstance(parts[0], bytes | bytearray | array):
+        raise ValueError("a memoryview of what is no buffer of plain values")
     made = memoryview(parts[0])
     if made.format == parts[1] and made.shape == tuple(parts[2:]):
         return made
@@ -280,7 +287,6 @@ _BUFFER_KINDS = [
     ValueKind("bytearray", bytearray, _take_bytearray, _make_bytearray, _fill_bytearray),
     ValueKind("array", array, _take_array, _make_array, _fill_array),
     ValueKind("memoryview", memoryview, _take_memoryview, _make_memoryview),
-    ValueKind("part", _Part, lambda _: [], _refuse_part),
 ]
 
 # %% ../../nbs/sandbox/value_types.ipynb #c1307f89

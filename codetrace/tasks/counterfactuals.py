@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..core.errors import BadInput
-from ..core.python_source import parse_source
+from ..core.python_source import parse_source, read_literal
 from .program_drawing import ENTITY_NAMES
 from .program_prompts import split_answer_tokens
 from .programs import ChainLink, ContradictoryProgram, Program, Span, analyse_program
@@ -36,7 +36,7 @@ def _constants_of_kind(source: str, kind: type) -> tuple[tuple[int, str], ...]:
 def constants_by_line(program: Program) -> list[tuple[int, str]]:
     "Line and text of each constant that is of the answer's kind, in the order of the text."
     try:
-        kind = type(ast.literal_eval(program.answer))
+        kind = type(read_literal(program.answer))
     except (ValueError, SyntaxError):
         kind = str
     return list(_constants_of_kind(program.source, kind))

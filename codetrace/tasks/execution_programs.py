@@ -126,6 +126,8 @@ def draw_execution_program(
         raise BadInput(
             f"{lines} lines, {constants} of them constants: give 2 constants or more, and more lines than that"
         )
+    if max_depth < 2:
+        raise BadInput(f"max_depth={max_depth}: a line that reads a constant is two deep; give 2 or more")
     for name in steps:
         look_up_name(name, EXECUTION_STEPS, "step")
     drawing = _Drawing(rng, draw_letters(rng, 26), 0.0, max_depth)

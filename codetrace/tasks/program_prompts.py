@@ -8,12 +8,12 @@ __all__ = ['PROMPT_TEMPLATES', 'BadTemplate', 'template_text', 'render_program_p
            'split_answer_tokens', 'score_answer_tokens']
 
 # %% ../../nbs/tasks/program_prompts.ipynb #7e69795c
-import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import no_progress
+from ..core.python_source import read_literal
 from ..models.lm import LM
 from .programs import Program
 
@@ -123,7 +123,7 @@ def parser_for_answer(
 ) -> Callable[[str], str | None]:
     "The parser that reads answers of this kind: integers, decimals, booleans, single words, or whole lines."
     try:
-        kind = type(ast.literal_eval(answer))
+        kind = type(read_literal(answer))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         kind = str
     return _PARSERS_BY_TYPE.get(kind, parse_word if answer.isidentifier() else parse_line)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_KEY', 'SAMPLES_PER_PART', 'PROBLEM_SPLIT_NAMES', 'SampleSpec', 'plan_samples', 'answer_stop_condition',
-           'SamplingOptions', 'generate_samples', 'grade_again', 'finish_samples', 'select_problems',
-           'plan_decoding_slots']
+           'SamplingOptions', 'generate_samples', 'grade_again', 'finish_samples', 'merge_samples', 'first_sample',
+           'select_problems', 'plan_decoding_slots']
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #7abfc995
 import hashlib
@@ -21,10 +21,11 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import BadInput, look_up_name
-from ..core.files import read_json, write_json, write_parquet
+from ..core.files import read_json, write_json
 from ..core.progress import Progress, no_progress
 from ..core.records import Records, read_records
-from ..core.shards import collect_shard_rows
+from ..core.shards import BadMerge
+from ..core.table_merge import merge_sorted_tables, write_grouped_parquet
 from ..models.activations import StateParts, merge_states
 from ..models.architectures import Place, residual_places
 from ..models.decoding import STATE_KINDS, Continuation, Decoder, Request, ResidualEdit, slots_that_fit
@@ -397,8 +398,12 @@ def grade_again(
     workers: int | None = None,  # Of the sandbox (None: one a core)
 ) -> int:  # How many are still without a verdict
     "Grade the samples again on which the grader failed."
-    folder = Path(folder)
-    failed = [row for row in read_records(folder / "samples", as_rows=True) if row["verdict"] == "runner_error"]
+    failed = [row for row in read_records(Path(folder) / "samples", as_rows=True) if row["verdict"] == "runner_error"]
+    return _grade_failed(Path(folder), failed, items, workers)
+
+
+def _grade_failed(folder: Path, failed: Sequence[dict], items: Sequence[SampleSpec], workers: int | None) -> int:
+    "Grade these samples, as far as the folder holds no second verdict of them; how many are still without one."
     if not failed:
         return 0
     problems = {item.problem.task_id: item.problem for item in items}
@@ -423,44 +428,72 @@ def _with_second_verdicts(table: pd.DataFrame, verdicts: dict[tuple, dict]) -> p
     return changed
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #2b770c22
-def _collect_shards(folder: Path, items: Sequence[SampleSpec], shards: Sequence[Path]) -> None:
-    "Copy the rows of shards that are not in the folder's records yet."
-    rows = collect_shard_rows(shards, "samples", SAMPLE_KEY, {item.key for item in items})
-    verdicts = {key: row for shard in shards for key, row in _second_verdicts(shard).items()}
-    with Records(folder / "samples", SAMPLE_KEY, part_rows=SAMPLES_PER_PART) as records:
-        done = records.done()
-        for row in rows:
-            key = _row_key(row)
-            if key not in done:
-                records.append([row | verdicts.get(key, {})])
-
-
 def _finish_states(folder: Path, shards: Sequence[Path], order: list[tuple]) -> None:
     "Write the files of states in the order of the table, from shards where there are any."
     activations = folder / "activations"
     if any((shard / "activations").is_dir() for shard in shards):
-        keys = {shard / "activations": _sample_keys(pd.read_parquet(shard / "samples.parquet")) for shard in shards}
+        tables = {shard: pd.read_parquet(shard / "samples.parquet", columns=list(SAMPLE_KEY)) for shard in shards}
+        keys = {shard / "activations": _sample_keys(table) for shard, table in tables.items()}
         merge_states(activations, keys, order)
     elif activations.is_dir():
         StateParts(activations).finish(order)
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #8d796fb6
 def finish_samples(
-    folder: str | Path,  # Where `generate_samples` wrote, or where shards are to be put together
+    folder: str | Path,  # Where `generate_samples` wrote
     items: Sequence[SampleSpec],  # All that is wanted
-    shards: Sequence[Path] = (),  # Folders of finished shards, where there are several
 ) -> pd.DataFrame:  # The table of samples
     "Write the files that other phases read."
     folder = Path(folder)
-    if shards:
-        _collect_shards(folder, items, shards)
     grade_again(folder, items)
     samples = _check_complete(read_records(folder / "samples"), items, folder)
     table = _with_second_verdicts(samples, _second_verdicts(folder))
-    _finish_states(folder, shards, _sample_keys(table))
-    write_parquet(table[[*SAMPLE_KEY, *TIMING_COLUMNS]], folder / "timings.parquet")
-    write_parquet(table[list(SAMPLE_COLUMNS)], folder / "samples.parquet")
+    _finish_states(folder, (), _sample_keys(table))
+    write_grouped_parquet(table[[*SAMPLE_KEY, *TIMING_COLUMNS]], folder / "timings.parquet")
+    write_grouped_parquet(table[list(SAMPLE_COLUMNS)], folder / "samples.parquet")
     return table[list(SAMPLE_COLUMNS)]
+
+# %% ../../nbs/tasks/sampled_solutions.ipynb #3c0e0102
+_TEXT_COLUMNS = ("completion", "token_ids", "code", "per_test", "detail", "prompt")
+
+
+def _failed_in_shards(shards: Sequence[Path]) -> list[dict]:
+    "Samples that a shard's grader failed on."
+    import pyarrow.parquet as pq
+
+    columns = [*SAMPLE_KEY, "code"]
+    is_failed = [("verdict", "==", "runner_error")]
+    tables = [pq.read_table(shard / "samples.parquet", columns=columns, filters=is_failed) for shard in shards]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def merge_samples(
+    folder: str | Path,  # Where to
+    items: Sequence[SampleSpec],  # All that is wanted
+    shards: Sequence[Path],  # Folders that `finish_samples` has finished
+) -> pd.DataFrame:  # The table of samples, without its columns of text
+    "Put the samples of shards together, each once."
+    folder = Path(folder)
+    if unfinished := [shard for shard in shards if not (shard / "samples.parquet").is_file()]:
+        raise BadMerge(f"{unfinished[0]} holds no samples.parquet: repeat the command that makes it")
+    expected = sorted(item.key for item in items)
+    _grade_failed(folder, _failed_in_shards(shards), items, None)
+    replaced = {"samples": _second_verdicts(folder), "timings": {}}
+    for name, verdicts in replaced.items():
+        paths = [shard / f"{name}.parquet" for shard in shards]
+        merge_sorted_tables(paths, SAMPLE_KEY, folder / f"{name}.parquet", expected, verdicts)
+    _finish_states(folder, shards, expected)
+    columns = [name for name in SAMPLE_COLUMNS if name not in _TEXT_COLUMNS]
+    return pd.read_parquet(folder / "samples.parquet", columns=columns)
+
+
+def first_sample(
+    folder: str | Path,  # Of a finished run
+) -> dict:
+    "The first sample, with its texts."
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(Path(folder) / "samples.parquet").read_row_group(0)[:1].to_pylist()[0]
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #252a389f
 PROBLEM_SPLIT_NAMES = ("all", *SPLIT_SHARES)

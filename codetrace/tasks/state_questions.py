@@ -7,7 +7,6 @@ __all__ = ['StateQuestion', 'is_asked', 'state_questions', 'PackedQuestions', 'p
            'ask_states', 'read_said_value']
 
 # %% ../../nbs/tasks/state_questions.ipynb #4fcd1d45
-import ast
 import io
 import re
 import tokenize
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
+from ..core.python_source import read_literal
 from ..models.lm import LM
 from .execution import Execution, ExecutionStep, TracedProgram, TracedValue
 from .problem_prompts import render_chat_turn
@@ -339,7 +339,7 @@ def read_said_value(text: str) -> str:
     text = text.strip()
     for prefix in _literal_prefixes(text.lstrip("`")):
         try:
-            return repr(ast.literal_eval(prefix))
+            return repr(read_literal(prefix))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.errors import BadInput, look_up_name
 from ..core.python_source import parse_source
+from .dreval import DREvalInput, is_class, load_dreval
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .execution_programs import draw_execution_program
 from .generators import GENERATORS, draw_program
@@ -32,7 +33,7 @@ class WatchedSource:
 
     source: str = "generated"  # A key of `PROGRAM_SOURCES`
     count: int = 10  # Programs
-    path: str = ""  # Of the data set, where the source needs one
+    paths: tuple[str, ...] = ()  # Of the files of the data set, where the source needs some
     generators: tuple[str, ...] = ("copies",)  # Of generated programs: keys of `EXECUTION_OPTIONS` or `GENERATORS`
     lines: tuple[int, ...] = (8,)  # Of generated programs
     max_depth: int = 4  # Longest chain of references in generated programs, where the generator takes one
@@ -76,10 +77,22 @@ def _generated_programs(chosen: WatchedSource) -> list[TracedProgram]:
 
 def _cruxeval_programs(chosen: WatchedSource) -> list[TracedProgram]:
     "Functions with their inputs."
-    if not chosen.path:
+    if not any(chosen.paths):
         raise BadInput("source 'cruxeval' needs its file: give path=cruxeval.jsonl, of facebookresearch/cruxeval")
-    rows = read_cruxeval(Path(chosen.path))
+    rows = read_cruxeval(Path(chosen.paths[0]))
     return [TracedProgram(row["code"], f"f({row['input']})", row["id"]) for row in _shuffled(rows, chosen.seed)]
+
+
+def _dreval_programs(chosen: WatchedSource) -> list[TracedProgram]:
+    "The functions of DREval, each with the first of its inputs; its classes are run by their tests, and left out."
+    if len(chosen.paths) != 2:
+        raise BadInput("source 'dreval' needs its files: give dreval=dreval_data.jsonl,dreval_tasks.jsonl")
+    inputs, _ = load_dreval(*map(Path, chosen.paths))
+    first_inputs: dict[str, DREvalInput] = {}
+    for dreval_input in inputs:
+        if not is_class(dreval_input):
+            first_inputs.setdefault(dreval_input.task, dreval_input)
+    return [TracedProgram(i.code, i.invocation, i.task) for i in _shuffled(list(first_inputs.values()), chosen.seed)]
 
 
 def _problem_programs(chosen: WatchedSource) -> list[TracedProgram]:
@@ -134,6 +147,7 @@ PROGRAM_SOURCES: dict[str, Callable[[WatchedSource], list[TracedProgram]]] = {
     "cruxeval": _cruxeval_programs,
     "basics": _problem_programs,
     "humaneval": _problem_programs,
+    "dreval": _dreval_programs,
 }
 
 # %% ../../nbs/tasks/watched_programs.ipynb #bdc81f05

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
-from ..core.python_source import parse_source
+from ..core.python_source import parse_source, read_literal
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, check_execution, record_executions
 from .state_questions import StateAnswer, StateQuestion, ask_states, read_said_value, state_questions
@@ -70,7 +70,7 @@ def _folded(node: ast.expr, values: dict):
 # %% ../../nbs/tasks/watching.ipynb #fe463542
 def _propagated(tree: ast.AST, arguments: dict[str, str]) -> dict[int, dict[str, str]]:
     "By line that assigns: all values known after it, when each line is followed once."
-    values = {name: ast.literal_eval(text) for name, text in arguments.items()}
+    values = {name: read_literal(text) for name, text in arguments.items()}
     known = {}
     assignments = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign))]
     for node in sorted(assignments, key=_position):
@@ -91,7 +91,7 @@ def _literal_arguments(execution: Execution) -> dict[str, str]:
     arguments = {}
     for name, value in execution.steps[0].before.items() if execution.steps else ():
         try:
-            ast.literal_eval(value.text)
+            read_literal(value.text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         arguments[name] = value.text
