@@ -45,7 +45,7 @@ setup(
     install_requires=about["requirements"].split(),
     extras_require={
         name: about[f"{name}_requirements"].split()
-        for name in ("dev", "vllm", "quant", "saes", "lens", "pdf", "app", "browser")
+        for name in ("dev", "s3", "vllm", "quant", "saes", "lens", "pdf", "app", "browser")
     },
     entry_points={"console_scripts": about["console_scripts"].split(), "nbdev": ["codetrace=codetrace._modidx:d"]},
     zip_safe=False,

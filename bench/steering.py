@@ -26,7 +26,7 @@ import numpy as np
 
 from codetrace import models
 from codetrace.models.decoding import Decoder, Request
-from codetrace.runs.run import peak_memory
+from codetrace.models.limits import peak_memory
 from codetrace.steering.directions import gaussian_directions, make_push, median_norms, push_edits
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems

@@ -5,7 +5,6 @@ in the bytes of the unsharded run, of answers with their states or of a table of
 and the script beside the checkout that sets Slurm up.
 """
 
-import os
 import signal
 import subprocess
 import time
@@ -14,36 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 from shards import Workspace, note, wait_for
+from slurm_cluster import slurm_cluster
 
 from codetrace.core.records import read_records
 
-SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "slurm-up.sh"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    "What to add to the environment; all daemons are ended afterwards."
-    if not SCRIPT.is_file():
-        pytest.skip(f"there is no {SCRIPT}")
-    if os.geteuid() != 0:
-        pytest.skip("installing and starting Slurm needs root")
-    home = Path("/tmp/codetrace-slurm-test")  # short, and readable for munge's own user
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # nproc heeds it
-    environment |= {"SLURM_TEST_DIR": str(home), "SLURM_NODES": "2", "SLURM_GPUS": "1"}
-    began = time.monotonic()
-    up = subprocess.run(["bash", SCRIPT, "up"], env=environment, capture_output=True, text=True, timeout=600)
-    note(f"Slurm is installed and started: {time.monotonic() - began:.1f} s")
-    try:
-        if up.returncode != 0:
-            pytest.skip(f"Slurm does not start here: {' '.join((up.stdout + up.stderr).split()[-60:])}")
-        yield {"SLURM_CONF": str(home / "slurm.conf"), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME_OF": str(home)}
-    finally:
-        subprocess.run(
-            ["scancel", "--user", "root"], env=environment | {"SLURM_CONF": str(home / "slurm.conf")}, check=False
-        )
-        subprocess.run(["bash", SCRIPT, "down"], env=environment, capture_output=True, timeout=120)
-        subprocess.run(["rm", "-rf", home], check=True)
+def slurm():
+    yield from slurm_cluster()
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['USUAL_LIMITS', 'NotEnoughMemory', 'MemoryLimits', 'memory_limits_from_environment', 'free_memory', 'process_memory',
-           'is_out_of_memory']
+           'peak_memory', 'is_out_of_memory']
 
 # %% ../../nbs/models/limits.ipynb #a8fe6c20
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,19 @@ def process_memory(
     import psutil
 
     return psutil.Process().memory_info().rss if device.type == "cpu" else 0
+
+# %% ../../nbs/models/limits.ipynb #9ea40002
+def peak_memory() -> dict[str, float]:
+    "Largest memory use of this process so far, in GB: `host`, and `gpu` where there is one."
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)}
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        peak["gpu_gb"] = round(
+            max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 1e9, 3
+        )
+    return peak
 
 # %% ../../nbs/models/limits.ipynb #7afa6353
 _OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")

@@ -17,9 +17,10 @@ from ..core.errors import BadInput
 from ..core.files import read_json, storage_errors
 from .jobs import read_submitted_jobs
 from .launch import alive_jobs
-from .manifest import RunBusy, read_manifest
+from .manifest import RunBusy, read_manifest, update_runs
 from .phases import find_phase, is_phase, runs_root
 from .phases import phases as declared_phases
+from .remote_runs import remove_remote_run
 from .run import acquire_run_lock
 
 # %% ../../nbs/runs/clean.ipynb #5b39f2a6
@@ -138,6 +139,7 @@ def removable_folders(
 ) -> list[RemovableFolder]:  # Never a reference record, never a run that is being written or read
     "List what could be removed."
     root = Path(root or runs_root())
+    update_runs(root)
     manifests = {path: _manifest_or_status(path) for path in sorted(root.glob("*/*")) if _is_run_folder(path)}
     readers = _run_readers(manifests)
     in_use = _run_ids_in_use(manifests, root)
@@ -170,6 +172,7 @@ def remove_folder(
                 locks.append(acquire_run_lock(folder, name))
             if not (folder / "run.json").is_dir():
                 (folder / "run.json").unlink(missing_ok=True)
+            remove_remote_run(folder)
             shutil.rmtree(folder)
     except RunBusy:
         return False

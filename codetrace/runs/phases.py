@@ -22,6 +22,7 @@ from pathlib import Path
 import codetrace
 from ..core.errors import BadInput, UnknownName, look_up_name
 from ..core.python_source import parse_source
+from .remote_runs import remote_runs
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +179,9 @@ def _repository_of(package: str) -> Path | None:
 
 
 def runs_root() -> Path:
-    "The folder that holds all runs."
+    "The folder that holds all runs, or mirrors them where they lie in an object store."
+    if (store := remote_runs()) is not None:
+        return store.root
     return Path(os.environ.get("CODETRACE_RUNS") or (repository_root() or Path.cwd()) / "runs").absolute()
 
 
