@@ -19,11 +19,12 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -73,11 +74,14 @@ from torch import Tensor
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Continuation, Decoder, Request, ResidualEdit
 from codetrace.models.interventions import register_hook
 from codetrace.models.lm import LM
+from codetrace.models.loading import load
 from codetrace.models.memory import estimate_generation_memory, estimate_pass_memory
 from codetrace.models.tiny import TINY_CONFIGS, _build_tiny, freeze_weights
 from codetrace.models.word_tokenizers import pattern_tokenizer
 from codetrace.patching.engine import PatchOptions, patch_all
 from codetrace.patching.sites import PatchPair, patch_sites
+from codetrace.sae.sae import SAE, random_sae
+from codetrace.sae.separation import encode_active_latents, separation_scores
 from codetrace.sae.training import SAETrainer, SAETrainingConfig
 from codetrace.steering.ablation import orthogonalize_weights, residual_writers
 
@@ -194,7 +198,7 @@ def make_twins(name: str, hf: torch.nn.Module) -> Twins:
 
 
 def tiny_twins(family: str, attention: str, device: str) -> Twins:
-    hf = _build_tiny(family, 0, attention).to(device, torch.bfloat16)
+    hf = _build_tiny(f"tiny:{family}", family, 0, attention).to(device, torch.bfloat16)
     return make_twins(f"tiny:{family}", hf)
 
 
@@ -401,6 +405,14 @@ def check_decoding(lm: LM, n: int, new: int, slots: int) -> Measurement:
     return compare_answers(lm, prompts, [answer.tokens for answer in answers], alone)
 
 
+def check_graphed(lm: LM, n: int, new: int, slots: int) -> Measurement:
+    "Steps that are replayed (on a processor: done again) into the same memory, against steps that are not; states are kept."
+    prompts = random_prompts(lm, prompt_lengths(n))
+    plain = write_in_slots(lm, prompts, new, slots, layers=None)
+    graphed = write_in_slots(lm, prompts, new, slots, layers=None, graphed=True)
+    return compare_answers(lm, prompts, [answer.tokens for answer in graphed], [answer.tokens for answer in plain])
+
+
 def teacher_forced_states(lm: LM, answer: Continuation, edit: Callable = no_edit) -> dict[str, Tensor]:
     "The states of an answer by one pass over prompt and answer."
     prompt = list(answer.request.ids)
@@ -593,7 +605,109 @@ def batch_of(states: Tensor, i: int, size: int) -> Tensor:
     return states[start : start + size]
 
 
-# --- 7: memory ----------------------------------------------------------------------------------------------------
+def dictionary(d_model: int, d_sae: int, kind: str) -> SAE:
+    "Random directions of which sixteen are active at a time."
+    random = random_sae(d_model, d_sae, 16)
+    if kind == "topk":
+        return random
+    threshold = torch.full((d_sae,), statistics.NormalDist().inv_cdf(1 - 16 / d_sae))
+    return SAE(random.W_enc, random.W_dec, random.b_enc, random.b_dec, "jumprelu", threshold=threshold)
+
+
+def on_device(sae: SAE, device: str) -> SAE:
+    return replace(sae, **{name: x.to(device) for name, x in vars(sae).items() if isinstance(x, Tensor)})
+
+
+def check_sae_lens(device: str, kind: str) -> Measurement:
+    "Latents of a dictionary, and the states that they stand for, here and by sae-lens, which reads what was written here."
+    import sae_lens
+
+    written = dictionary(64, 512, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = sae_lens.SAE.load_from_disk(written.save(folder)).to(device)
+    ours = on_device(written, device)
+    states = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    latents = ours.encode(states)
+    errors = {"latents": float((latents - theirs.encode(states)).abs().max())}
+    errors["states"] = float((ours.decode(latents) - theirs.decode(latents)).abs().max())
+    return Measurement(max(errors.values()), 1e-4, "largest difference", errors)
+
+
+# --- 7: models in other forms --------------------------------------------------------------------------------------
+
+
+def spread_model(hf: torch.nn.Module, device: str) -> torch.nn.Module:
+    "A copy whose first half of the layers is on the processor, and the rest on the device."
+    from accelerate import dispatch_model
+
+    hf = copy.deepcopy(hf).cpu()
+    parts = dict(hf.base_model.named_children())
+    prefix = hf.base_model_prefix
+    (name,) = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList)]
+    layers = parts.pop(name)
+    places = {f"{prefix}.{name}.{i}": "cpu" if i < len(layers) // 2 else device for i in range(len(layers))}
+    places |= {f"{prefix}.{part}": device for part in parts}
+    places |= {part: device for part, _ in hf.named_children() if part != prefix}
+    return dispatch_model(hf, places, main_device=device, force_hooks=True)
+
+
+def check_spread(twins: Twins, device: str, size: tuple[int, int, int]) -> Measurement:
+    "A model on two devices against the same on one: a sweep, and answers in slots with their states."
+    whole = twins.float32
+    spread = wrap_model(whole.name, spread_model(whole.hf, device))
+    pair = sweep_pair(whole, 10, 3)
+    layers = list(range(whole.n_layers))
+    plain = {site: sweep(whole, pair, site, "naive", layers) for site in ("resid_pre", "head_out", "key")}
+    engine = "naive" if any(parameter.is_meta for parameter in spread.hf.parameters()) else "staircase"
+    errors = {site: float((sweep(spread, pair, site, engine, layers) - plain[site]).abs().max()) for site in plain}
+    prompts = random_prompts(whole, prompt_lengths(size[0]))
+    answers = [write_in_slots(lm, prompts, *size[1:], layers=None) for lm in (whole, spread)]
+    errors["answers that differ"] = float(np.mean([a.tokens != b.tokens for a, b in zip(*answers)]))
+    for kind in STATE_KINDS:
+        states = [torch.stack([answer.states[kind].float().cpu() for answer in of_lm]) for of_lm in answers]
+        errors[kind] = float((states[0] - states[1]).abs().max())
+    return Measurement(max(errors.values()), 1e-3, "largest difference", errors)
+
+
+def check_quantized(twins: Twins, device: str, bits: str, size: tuple[int, int, int]) -> Measurement:
+    "A quantised model: answers in slots against generate, on the same weights; and how far its logits are from the whole one's."
+    with tempfile.TemporaryDirectory() as folder:
+        twins.float32.hf.save_pretrained(folder)
+        twins.float32.tokenizer.save_pretrained(folder)
+        lm = load(folder, dtype="float32", device=device, quantize=bits)
+    lm = wrap_model(lm.name, lm.hf)
+    prompts = random_prompts(lm, prompt_lengths(size[0]))
+    alone = [generate_one(lm, prompt, size[1]) for prompt in prompts]
+    answers = write_in_slots(lm, prompts, *size[1:])
+    _, gap = largest_gap(lm, prompts, [answer.tokens for answer in answers], alone)
+    whole = twins.float32.logits(prompts[:1])
+    error = float((lm.logits(prompts[:1]) - whole).std() / whole.std())
+    return Measurement(gap, TIE, "gap of the logits where answers part", {"gap": gap, "error of the logits": error})
+
+
+def check_other_forms(checks: Checks, options: argparse.Namespace) -> None:
+    "Layers on two devices, weights of 8 and 4 bits, dictionaries of sae-lens."
+    size = (4, 8, 4) if options.quick else (8, 12, 4)
+    for family in ("llama", "gemma2"):
+        twins = tiny_twins(family, attentions(family, options.quick)[0], options.device)
+        checks.run(f"two devices {family}", partial(check_spread, twins, options.device, size))
+    for bits in ("8bit", "4bit"):
+        name = f"quantised {bits} llama"
+        if missing_packages(("bitsandbytes",)):
+            checks.skip(name, "bitsandbytes is not here")
+        else:
+            checks.run(
+                name, partial(check_quantized, tiny_twins("llama", "sdpa", options.device), options.device, bits, size)
+            )
+    for kind in ("jumprelu", "topk"):
+        name = f"sae-lens {kind}"
+        if missing_packages(("sae_lens",)):
+            checks.skip(name, "sae_lens is not here")
+        else:
+            checks.run(name, partial(check_sae_lens, options.device, kind))
+
+
+# --- 8: memory ----------------------------------------------------------------------------------------------------
 
 
 def allocated_at_most(work: Callable[[], object]) -> float:
@@ -626,7 +740,7 @@ def check_generation_estimate(lm: LM, slots: int, prompt: int, new: int) -> Meas
     return memory_measurement(estimate.beside, measured)
 
 
-# --- 8: benches ---------------------------------------------------------------------------------------------------
+# --- 9: benches ---------------------------------------------------------------------------------------------------
 
 
 def time_in_turns(ways: dict[str, Callable[[], object]], device: str, rounds: int = 3) -> dict[str, float]:
@@ -651,9 +765,13 @@ def bench_sweep(lm: LM, device: str, n_tokens: int, stride: int) -> Measurement:
         "staircase": partial(sweep, lm, pair, "resid_pre", "staircase", every),
         "naive": partial(sweep, lm, pair, "resid_pre", "naive", some),
     }
+    if not missing_packages(("transformer_lens",)):
+        ways["transformer_lens"] = partial(sweep, lm, pair, "resid_pre", "transformer_lens", some)
     seconds = time_in_turns(ways, device)
     naive = seconds["naive"] * len(every) / len(some)
     values = {"staircase s": seconds["staircase"], "naive s": naive, "cells": len(every) * len(pair.positions)}
+    if "transformer_lens" in seconds:
+        values["transformer_lens s"] = seconds["transformer_lens"] * len(every) / len(some)
     return Measurement(naive / seconds["staircase"], 1.0, "times faster than naive", values, at_least=True)
 
 
@@ -665,18 +783,23 @@ def generate_batch(lm: LM, prompts: list[list[int]], new: int) -> None:
 
 
 def bench_decoding(lm: LM, device: str, slots: int, new: int, alone: int) -> Measurement:
-    "Tokens a second in slots, by generate one prompt at a time, and by generate on one batch of equal prompts."
+    "Tokens a second in slots, with steps replayed as a graph or not; by generate one prompt at a time, and on one batch of equal prompts."
     prompts = random_prompts(lm, [64] * slots)
     written = {}
 
     def in_slots():
         written["slots"] = sum(len(answer.tokens) for answer in write_in_slots(lm, prompts, new, slots))
 
+    def graphed():
+        answers = write_in_slots(lm, prompts, new, slots, graphed=True)
+        written["slots graphed"] = sum(len(answer.tokens) for answer in answers)
+
     def one_at_a_time():
         written["generate"] = sum(len(generate_one(lm, prompt, new)) for prompt in prompts[:alone])
 
     batched = partial(generate_batch, lm, prompts, new)
-    seconds = time_in_turns({"slots": in_slots, "generate": one_at_a_time, "generate batch": batched}, device)
+    ways = {"slots": in_slots, "slots graphed": graphed, "generate": one_at_a_time, "generate batch": batched}
+    seconds = time_in_turns(ways, device)
     written["generate batch"] = slots * new
     speeds = {f"{name} tokens/s": written[name] / seconds[name] for name in seconds}
     ratio = speeds["slots tokens/s"] / speeds["generate tokens/s"]
@@ -702,6 +825,29 @@ def bench_sae(device: str, quick: bool) -> Measurement:
     return Measurement(speeds["float32 steps/s"], 0.0, note, speeds, at_least=True)
 
 
+def bench_latents(device: str, small: bool) -> Measurement:
+    "States of a layer encoded and scored by the second: sums over portions, against all latents of all states at once."
+    rows, d_model, d_sae = (200, 64, 1024) if small else (974, 2304, 16384)
+    sae = on_device(dictionary(d_model, d_sae, "jumprelu"), device)
+    states = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(1))
+    label = np.arange(rows) % 3 == 0
+    scored = {}
+
+    def in_portions():
+        active = encode_active_latents(sae, states)
+        scored["portions"] = separation_scores(active, label)["separation"].to_numpy()
+
+    def at_once():
+        active = (sae.encode(states.to(device)) > 0).float()
+        is_right = torch.from_numpy(label).to(device)
+        scored["at once"] = (active[is_right].mean(0) - active[~is_right].mean(0)).cpu().numpy()
+
+    seconds = time_in_turns({"portions": in_portions, "at once": at_once}, device)
+    speeds = {f"{name} rows/s": rows / taken for name, taken in seconds.items()}
+    error = float(np.abs(scored["portions"] - scored["at once"]).max())
+    return Measurement(error, 1e-5, f"largest difference of two scores; {rows} states, {d_sae} latents", speeds)
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -721,6 +867,7 @@ def check_model(checks: Checks, name: str, twins: Twins, plan: Plan) -> None:
         label = f"{name} {dtype}"
         checks.run(f"sweep {label}", partial(plan.sweep, twins, dtype))
         checks.run(f"decoding {label}", partial(check_decoding, lm, *plan.size))
+        checks.run(f"graphed {label}", partial(check_graphed, lm, *plan.size))
         checks.run(f"states {label}", partial(check_states, twins, dtype, plan.size))
         for where in plan.places:
             checks.run(f"steering {where} {label}", partial(check_steering, twins, dtype, where, plan.size))
@@ -856,7 +1003,10 @@ def main() -> int:
     checks = Checks(options.limit, options.only)
     try:
         check_saes(checks, options)
-        checks.run("bench sae", partial(bench_sae, options.device, options.quick or options.device == "cpu"))
+        check_other_forms(checks, options)
+        small = options.quick or options.device == "cpu"
+        checks.run("bench sae", partial(bench_sae, options.device, small))
+        checks.run("bench latents", partial(bench_latents, options.device, small))
         check_real_shapes(checks, options)
         check_tiny_models(checks, options)
     finally:

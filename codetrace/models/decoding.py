@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_KINDS', 'EDIT_PLACES', 'Request', 'Continuation', 'ResidualEdit', 'Decoder', 'answer_room',
-           'is_request_complete', 'slots_that_fit', 'continue_texts']
+           'is_request_complete', 'slots_that_fit']
 
 # %% ../../nbs/models/decoding.ipynb #9c8d61c6
 import logging
@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
-from ..core.progress import Progress, no_progress
 from .architectures import RESIDUAL_SITES, Place, residual_places
+from .graphed_step import GraphedStep, can_be_graphed
 from .interventions import register_hook
 from .limits import free_memory, is_out_of_memory
 from .lm import LM
@@ -207,6 +207,7 @@ class Decoder:
     edits: Sequence[ResidualEdit] = ()  # Changes of the residual stream
     sites: Sequence[str] = ("resid_post",)  # At which states are kept: some of `RESIDUAL_SITES`
     shares_prefixes: bool = False  # Is what neighbouring prompts begin with read once? Last bits may differ
+    graphed: bool = False  # Is a step replayed as a CUDA graph, where there are no edits? Last bits may differ
 
     def __post_init__(self):
         if self.layers is None:
@@ -243,6 +244,7 @@ def _open(self: Decoder, n: int) -> None:
     self.cache = SlotCache(n, sliding_windows(self.lm))
     self.answers: list[_AnswerInProgress | None] = [None] * n
     self.step_count = 0
+    self._graphed_step = GraphedStep(self.lm) if self.graphed and not self.edits and can_be_graphed(self.lm) else None
     self.sums = torch.zeros(len(self.places), n, self.lm.d_model, device=self.lm.device)
     self._last_prompt: tuple[tuple, _PrefilledPrompt] | None = None  # the last one that was read, by its name
 
@@ -411,7 +413,11 @@ def _step(self: Decoder, hooks: _LayerHooks) -> None:
     "One forward pass: every slot reads its last token, then those that are not over get a next one."
     hooks.requests = [answer and answer.request for answer in self.answers]
     hooks.reads_prompt = False
-    hidden = slot_step(self.lm, self.cache, [answer.tokens[-1] if answer else 0 for answer in self.answers])
+    tokens = [answer.tokens[-1] if answer else 0 for answer in self.answers]
+    if self._graphed_step is None:
+        hidden = slot_step(self.lm, self.cache, tokens)
+    else:
+        hidden = self._graphed_step.step(self.cache, tokens, hooks.last_states)
     self.cache.lengths += [answer is not None for answer in self.answers]
     if self.kept_places:
         self._keep(hooks.states())
@@ -578,20 +584,3 @@ def slots_that_fit(
     fitting = int(0.5 * free_memory(lm.device) / (keys_and_values + logits))
     n = min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted)
     return n if n < SLOTS_PER_BLOCK else n // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK
-
-# %% ../../nbs/models/decoding.ipynb #c0a7e002
-def continue_texts(
-    lm: LM,
-    prompts: Sequence[str],
-    max_new_tokens: int,  # At most so many tokens each
-    stop: str,  # An answer is complete once it holds this
-    shares_prefixes: bool = False,  # As `Decoder` has it
-    progress: Progress = no_progress,
-) -> list[str]:  # In the order of the prompts
-    "Greedy continuations, in as many slots as fit."
-    rows = lm.ids(prompts)
-    requests = [Request(ids, n, over=lambda text: stop in text, marks=stop[-1]) for n, ids in enumerate(rows)]
-    slots = slots_that_fit(lm, max(map(len, rows)) + max_new_tokens, len(rows))
-    decoder = Decoder(lm, requests, max_new_tokens, slots, shares_prefixes=shares_prefixes)
-    texts = {c.request.key: c.text for c in progress(decoder, total=len(rows), desc="answering")}
-    return [texts[n] for n in range(len(rows))]

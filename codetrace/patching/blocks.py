@@ -7,7 +7,7 @@ __all__ = ['NoFastPath']
 
 # %% ../../nbs/patching/blocks.ipynb #423871b3
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -183,6 +183,26 @@ def _neox_projections(lm: LM, module: torch.nn.Module) -> list[Callable[[Tensor]
 _LLAMA_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 _BLOCK_BUILDERS = {"gpt2": _gpt2_block, "gpt_neox": _neox_block} | dict.fromkeys(_LLAMA_FAMILIES, _llama_block)
 
+# %% ../../nbs/patching/blocks.ipynb #b10c0002
+def _moved(part: Callable, there: torch.device, home: torch.device) -> Callable:
+    "A part of a layer whose weights are on another device than the stream."
+
+    def run(x: Tensor):
+        out = part(x.to(there))
+        return tuple(y.to(home) for y in out) if isinstance(out, tuple) else out.to(home)
+
+    return run
+
+
+def _layer_parts(lm: LM, i: int) -> _LayerParts:
+    "The parts of layer i, for a stream on the model's first device."
+    parts = _BLOCK_BUILDERS[lm.arch](lm, i)
+    there = next(lm.layers.get_submodule(str(i)).parameters()).device
+    if there == lm.device:
+        return parts
+    names = ("norm", "q", "kv", "out", "mlp")
+    return replace(parts, **{name: _moved(getattr(parts, name), there, lm.device) for name in names})
+
 # %% ../../nbs/patching/blocks.ipynb #37e3cd12
 class NoFastPath(BadInput):
     "A model that the staircase cannot walk."
@@ -193,8 +213,8 @@ def _staircase_refusal(lm: LM) -> str | None:
     config = lm.hf.config
     if lm.arch not in _BLOCK_BUILDERS:
         return f"it is of the family {lm.arch!r}, and known are {', '.join(_BLOCK_BUILDERS)}"
-    if len(set(getattr(lm.hf, "hf_device_map", {"": 0}).values())) > 1:
-        return "it lies on several devices"
+    if any(parameter.is_meta for parameter in lm.hf.parameters()):
+        return "some of its weights are not in memory"
     if lm.arch in ("gpt2", "gpt_neox") and getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized"
     kinds = set(getattr(config, "layer_types", None) or _ATTENTION_KINDS)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.lm import LM
-from .blocks import _BLOCK_BUILDERS, NoFastPath, _LayerParts, _staircase_refusal
+from .blocks import NoFastPath, _layer_parts, _LayerParts, _staircase_refusal
 from .grouped_query_heads import grouped_query_attention
 from .sites import EngineWork
 
@@ -113,7 +113,7 @@ class _LayerStack:
         self.n_tokens = n_tokens
         self.work = work
         self.n_layers = lm.n_layers
-        self.blocks = [_BLOCK_BUILDERS[lm.arch](lm, i) for i in range(lm.n_layers)]
+        self.blocks = [_layer_parts(lm, i) for i in range(lm.n_layers)]
         rope_kinds = {block.rope for block in self.blocks} - {None}
         windows = {block.window for block in self.blocks}
         self.rope = {kind: _rotary_tables(lm, n_tokens, kind) for kind in rope_kinds}

@@ -22,7 +22,7 @@ from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
 from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
-from ..models.decoding import continue_texts
+from ..models.greedy_texts import continue_texts
 from ..models.lm import LM
 from ..patching.state_probes import ReadResult, is_read
 from ..patching.state_swaps import USED_NULLS, UsedResult, best_program_place, is_used

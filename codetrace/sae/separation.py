@@ -55,8 +55,8 @@ def encode_active_latents(
     latents = [np.zeros(0, np.int32)]
     values = [np.zeros(0, np.float32)]
     for start in range(0, len(states), portion):
-        part = torch.as_tensor(states[start : start + portion])
-        row, latent, value = (tensor.numpy() for tensor in sae.encode_sparse(part))
+        part = torch.as_tensor(states[start : start + portion]).to(sae.W_enc.device)
+        row, latent, value = (tensor.cpu().numpy() for tensor in sae.encode_sparse(part))
         kept = slice(None) if keep is None else keep[latent]
         rows.append((row + start)[kept].astype(np.int32))
         latents.append(latent[kept].astype(np.int32))
