@@ -39,6 +39,8 @@ NEEDED = (
     "psutil",
     "fastcore",
     "jaxtyping",
+    "pandas",
+    "scipy",
     "wadler_lindig",
 )
 OPTIONAL = ("nnsight", "transformer_lens", "sae_lens")  # oracles that are not used here
@@ -426,7 +428,7 @@ def teacher_forced_states(lm: LM, answer: Continuation, edit: Callable = no_edit
 
 
 def states_in_slots(lm: LM, answer: Continuation) -> dict[str, Tensor]:
-    per_token = torch.stack([answer.per_token[layer] for layer in range(lm.n_layers)])
+    per_token = torch.stack([answer.per_token["resid_post", layer] for layer in range(lm.n_layers)])
     return {kind: x.float().cpu() for kind, x in (answer.states | {"per_token": per_token}).items()}
 
 
@@ -630,22 +632,24 @@ def check_sae_lens(device: str, kind: str) -> Measurement:
     latents = ours.encode(states)
     errors = {"latents": float((latents - theirs.encode(states)).abs().max())}
     errors["states"] = float((ours.decode(latents) - theirs.decode(latents)).abs().max())
-    return Measurement(max(errors.values()), 1e-4, "largest difference", errors)
+    return Measurement(float(np.max(list(errors.values()))), 1e-4, "largest difference", errors)
 
 
 # --- 7: models in other forms --------------------------------------------------------------------------------------
 
 
 def spread_model(hf: torch.nn.Module, device: str) -> torch.nn.Module:
-    "A copy whose first half of the layers is on the processor, and the rest on the device."
+    "A copy whose first layers are on another device than the rest: a second GPU, or else the processor, which hands them over."
     from accelerate import dispatch_model
 
+    other = "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else "cpu"
+    device = "cuda:0" if device == "cuda" else device
     hf = copy.deepcopy(hf).cpu()
     parts = dict(hf.base_model.named_children())
     prefix = hf.base_model_prefix
     (name,) = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList)]
     layers = parts.pop(name)
-    places = {f"{prefix}.{name}.{i}": "cpu" if i < len(layers) // 2 else device for i in range(len(layers))}
+    places = {f"{prefix}.{name}.{i}": other if i < len(layers) // 2 else device for i in range(len(layers))}
     places |= {f"{prefix}.{part}": device for part in parts}
     places |= {part: device for part, _ in hf.named_children() if part != prefix}
     return dispatch_model(hf, places, main_device=device, force_hooks=True)
@@ -666,7 +670,7 @@ def check_spread(twins: Twins, device: str, size: tuple[int, int, int]) -> Measu
     for kind in STATE_KINDS:
         states = [torch.stack([answer.states[kind].float().cpu() for answer in of_lm]) for of_lm in answers]
         errors[kind] = float((states[0] - states[1]).abs().max())
-    return Measurement(max(errors.values()), 1e-3, "largest difference", errors)
+    return Measurement(float(np.max(list(errors.values()))), 1e-3, "largest difference", errors)
 
 
 def check_quantized(twins: Twins, device: str, bits: str, size: tuple[int, int, int]) -> Measurement:
@@ -674,13 +678,13 @@ def check_quantized(twins: Twins, device: str, bits: str, size: tuple[int, int, 
     with tempfile.TemporaryDirectory() as folder:
         twins.float32.hf.save_pretrained(folder)
         twins.float32.tokenizer.save_pretrained(folder)
-        lm = load(folder, dtype="float32", device=device, quantize=bits)
-    lm = wrap_model(lm.name, lm.hf)
+        lm, plain = (load(folder, dtype="float32", device=device, quantize=form) for form in (bits, None))
+    lm, plain = (wrap_model(loaded.name, loaded.hf) for loaded in (lm, plain))
     prompts = random_prompts(lm, prompt_lengths(size[0]))
     alone = [generate_one(lm, prompt, size[1]) for prompt in prompts]
     answers = write_in_slots(lm, prompts, *size[1:])
     _, gap = largest_gap(lm, prompts, [answer.tokens for answer in answers], alone)
-    whole = twins.float32.logits(prompts[:1])
+    whole = plain.logits(prompts[:1])
     error = float((lm.logits(prompts[:1]) - whole).std() / whole.std())
     return Measurement(gap, TIE, "gap of the logits where answers part", {"gap": gap, "error of the logits": error})
 
@@ -689,6 +693,9 @@ def check_other_forms(checks: Checks, options: argparse.Namespace) -> None:
     "Layers on two devices, weights of 8 and 4 bits, dictionaries of sae-lens."
     size = (4, 8, 4) if options.quick else (8, 12, 4)
     for family in ("llama", "gemma2"):
+        if missing_packages(("accelerate",)):
+            checks.skip(f"two devices {family}", "accelerate is not here")
+            continue
         twins = tiny_twins(family, attentions(family, options.quick)[0], options.device)
         checks.run(f"two devices {family}", partial(check_spread, twins, options.device, size))
     for bits in ("8bit", "4bit"):

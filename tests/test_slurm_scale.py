@@ -1,6 +1,7 @@
 """A job array of 300 shards on a real Slurm with its accounting daemon, each with a tiny model; the launcher is killed on the way, and the
-same command goes on with the jobs that it finds. The merged rows are those of one process, byte for byte. Takes twenty minutes."""
+same command goes on with the jobs that it finds. The merged rows are those of one process, byte for byte. Takes twenty minutes; CODETRACE_TEST_SHARDS=24 two."""
 
+import os
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from shards import Workspace, note, wait_for
 from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.slow
-SHARDS = 300
+SHARDS = int(os.environ.get("CODETRACE_TEST_SHARDS", "300"))
 LETTERS = ["run", "letters", "-p", f"n={2 * SHARDS}", "-p", "model=tiny:llama"]
 ARRAY = ["--shards", str(SHARDS), "--cluster", "slurm", "--partition", "debug", "--time", "0:20:00", "--cpus", "1"]
 
@@ -29,7 +30,7 @@ def job_states(workspace: Workspace, job: str) -> list[str]:
     "The states of an array's tasks, as the accounting daemon has them."
     words = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State"]
     done = subprocess.run(words, env=workspace.environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return [line.split()[0] for line in done.stdout.splitlines()]  # CANCELLED by 0
 
 
 def complete(workspace: Workspace) -> int:
@@ -41,14 +42,15 @@ def test_three_hundred_shards_and_a_launcher_that_dies(workspace, tmp_path):
     assert alone.call(*LETTERS, "-q").returncode == 0
     began = time.monotonic()
     launcher = workspace.begin(*LETTERS, *ARRAY)
-    wait_for(lambda: complete(workspace) >= 20, 900)
+    wait_for(lambda: complete(workspace) >= SHARDS // 15, 900)
     jobs = workspace.jobs()
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     done = complete(workspace)
     again = workspace.call(*LETTERS, *ARRAY, timeout=3000)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert workspace.jobs() == jobs, "it has submitted jobs again that were under way"
+    submitted = {shard: job for shard, job in workspace.jobs().items() if shard >= 0}  # the merge was not, by the first
+    assert submitted == jobs, "it has submitted jobs again that were under way"
     note(
         f"   {done} of {SHARDS} were complete when the launcher was killed; all after {time.monotonic() - began:.0f} s"
     )
@@ -68,6 +70,6 @@ def test_a_job_that_was_killed_is_known_from_the_accounts(workspace):
     _, error = launcher.communicate(timeout=900)
     assert launcher.returncode == 1 and "1 of 3 shards failed; the same command runs only shard 1 again" in error, error
     number = job.split("_")[0]
-    assert sorted(set(job_states(workspace, number))) == ["COMPLETED", "FAILED"], job_states(workspace, number)
+    assert sorted(set(job_states(workspace, number))) == ["CANCELLED", "COMPLETED"], job_states(workspace, number)
     again = workspace.call(*few, timeout=900)
     assert again.returncode == 0 and len(workspace.manifests()) == 4, again.stderr

@@ -217,6 +217,18 @@ def _pieces(rows: Iterable[tuple[tuple, _Place]], replaced: Mapping[tuple, Mappi
         yield piece
 
 
+def _with_types_of(schema, rows: Sequence[Mapping]):
+    "A schema whose columns also hold these rows' values, which may be the first of their kind."
+    import pyarrow as pa
+
+    if not rows:
+        return schema
+    columns = {name: [row[name] for row in rows if name in row] for name in schema.names}
+    fields = [pa.field(name, _stored_type(pa.array(values).type)) for name, values in columns.items() if values]
+    joined = pa.unify_schemas([schema.remove_metadata(), pa.schema(fields)], promote_options="permissive")
+    return joined.with_metadata(schema.metadata)
+
+
 def merge_sorted_tables(
     paths: Sequence[Path],  # Parquet files as `write_row_groups` writes them, each sorted by the key
     key: Sequence[str],  # Columns that name a row
@@ -225,7 +237,7 @@ def merge_sorted_tables(
     replaced: Mapping[tuple, Mapping] = {},  # By key: columns that get another value
 ) -> int:  # Rows
     "Merge the tables of shards into one file, each row once."
-    schema = _common_schema(paths)
+    schema = _with_types_of(_common_schema(paths), list(replaced.values()))
     plain = schema.remove_metadata()
     rows = _checked(_merged_places(paths, key, plain), paths, key, expected)
     pieces = (piece.replace_schema_metadata(schema.metadata) for piece in _pieces(rows, replaced, plain))

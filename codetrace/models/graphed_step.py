@@ -48,6 +48,12 @@ class GraphedStep:
         states: dict,  # Of hooks: what they kept of each place, overwritten
     ) -> Float[Tensor, "slot d_model"]:
         "The same as `slot_step`."
+        if self.lm.device.type != "cuda":
+            return self._step(slots, tokens, states)
+        with torch.cuda.device(self.lm.device):  # streams and graphs are of the current device
+            return self._step(slots, tokens, states)
+
+    def _step(self, slots: SlotCache, tokens: list[int], states: dict) -> Float[Tensor, "slot d_model"]:
         place = self._place(slots)
         if self.recorded is None or self.recorded.place != place:
             self.recorded = None  # its memory is free before more is taken
@@ -115,6 +121,6 @@ def _again(forward: Callable[[], Tensor], states: dict) -> tuple[Tensor, dict, C
 def can_be_graphed(
     lm: LM,
 ) -> bool:
-    "Are all layers on one device?"
+    "Are all layers on one device, with weights that are multiplied without looking at them first, as 8-bit ones are?"
     devices = {parameter.device for parameter in lm.hf.parameters()}
-    return len(devices) == 1
+    return len(devices) == 1 and getattr(lm.hf.config, "quantization_config", None) is None

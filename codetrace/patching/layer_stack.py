@@ -126,7 +126,7 @@ def _rotary_tables(lm: LM, n_tokens: int, kind: str) -> list[Float[Tensor, "pos 
     like = torch.empty(0, device=lm.device, dtype=lm.dtype)
     rotary = lm.hf.base_model.rotary_emb
     tables = rotary(like, positions) if kind == "all" else rotary(like, positions, kind)
-    return [table[0] for table in tables]
+    return [table[0].to(lm.device) for table in tables]
 
 # %% ../../nbs/patching/layer_stack.ipynb #457a5a41
 def _causal_mask(lm: LM, n_tokens: int, window: int | None) -> Float[Tensor, "query pos"]:

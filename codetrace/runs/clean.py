@@ -170,9 +170,9 @@ def remove_folder(
                 if (folder / name).is_symlink():
                     (folder / name).unlink()
                 locks.append(acquire_run_lock(folder, name))
+            remove_remote_run(folder)
             if not (folder / "run.json").is_dir():
                 (folder / "run.json").unlink(missing_ok=True)
-            remove_remote_run(folder)
             shutil.rmtree(folder)
     except RunBusy:
         return False

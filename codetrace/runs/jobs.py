@@ -21,6 +21,7 @@ from ..core.files import read_json
 from ..models.limits import MemoryLimits
 from .execute import RunFailed, execute_phase
 from .manifest import RunBusy, RunInterrupted, changed_outputs
+from .remote_runs import pull_run
 from .run import run_digest, runs_with_digest
 from .signals import interrupt_on_stop_signals
 
@@ -93,7 +94,10 @@ def find_complete_run(
 ) -> dict | None:  # Its manifest
     "The newest run with this digest that is complete and unchanged."
     for manifest in reversed(runs_with_digest(phase, digest, root)):
-        if manifest["status"] == "complete" and not changed_outputs(manifest):
+        if manifest["status"] != "complete":
+            continue
+        pull_run(manifest)
+        if not changed_outputs(manifest):
             return manifest
     return None
 

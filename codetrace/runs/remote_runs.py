@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.errors import BadInput
-from ..core.files import StorageError, atomic_write, read_json
+from ..core.files import StorageError, atomic_write, file_sha256, read_json
 from ..models.built_folders import cache_dir
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0006
@@ -69,6 +69,7 @@ def mirror_folder(
     return cache_dir() / "runs" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0008
+_WITHOUT_FOLDERS = ("s3:", "s3a:", "gs:", "gcs:", "az:", "abfs:", "abfss:")
 _MANIFEST = "run.json"
 _PUSHED = ".pushed.json"
 _STAYS_HERE = re.compile(r"(^|/)(\.|progress\.)|\.(lock|tmp)$")
@@ -83,16 +84,22 @@ class RemoteRuns:
     @property
     def root(self) -> Path:
         "The mirror."
-        return mirror_folder(self.url)
+        return mirror_folder(self.url).resolve()
+
+    def name_of(self, folder: Path) -> str:
+        "A folder of the mirror, as the store calls it."
+        return Path(folder).resolve().relative_to(self.root).as_posix()
 
     @property
     def machine(self) -> str:
         "A name of this machine, or rather of this mirror: hosts in containers may share theirs."
         path = self.root / ".machine"
         if not path.is_file():
-            self.root.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError), open(path, "x") as file:
-                file.write(uuid.uuid4().hex)
+            name = uuid.uuid4().hex
+            atomic_write(self.root / f".machine-{name}", name)
+            with suppress(FileExistsError):  # another process was first
+                os.link(self.root / f".machine-{name}", path)
+            (self.root / f".machine-{name}").unlink()
         return path.read_text()
 
     def remote_path(self, name: str) -> str:
@@ -103,7 +110,8 @@ class RemoteRuns:
         "Write a file of the mirror to the store."
         filesystem, _ = _open_store(self.url)
         target = self.remote_path(name)
-        filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)  # where a store has folders
+        if not self.url.startswith(_WITHOUT_FOLDERS):
+            filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
         filesystem.put_file(str(self.root / name), target)
 
     def download(self, name: str) -> None:
@@ -111,7 +119,7 @@ class RemoteRuns:
         filesystem, _ = _open_store(self.url)
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             filesystem.get_file(self.remote_path(name), str(temporary))
             temporary.replace(target)
@@ -151,19 +159,40 @@ def _pushed_files(folder: Path) -> dict[str, list[int]]:
 
 
 def _push(store: RemoteRuns, folder: Path) -> None:
-    "Write what has changed to the store, the manifest last; then remove what is no longer here."
-    home = folder.relative_to(store.root).as_posix()
+    "Write what has changed to the store, the manifest last; then remove what its writer has removed."
+    home = store.name_of(folder)
     files = _local_files(folder)
     pushed = _pushed_files(folder)
-    changed = [name for name, stamp in files.items() if pushed.get(name) != stamp]
-    for name in sorted(changed, key=lambda name: name == _MANIFEST):
-        store.upload(f"{home}/{name}")
-        pushed[name] = files[name]
+    _upload(store, folder, files, [name for name, stamp in files.items() if pushed.get(name) != stamp])
     filesystem, _ = _open_store(store.url)
     for name in pushed.keys() - files.keys():
         with suppress(FileNotFoundError):
             filesystem.rm_file(store.remote_path(f"{home}/{name}"))
-    atomic_write(folder / _PUSHED, json.dumps({name: pushed[name] for name in files}))
+    atomic_write(folder / _PUSHED, json.dumps(files))
+
+
+def _upload(store: RemoteRuns, folder: Path, files: Mapping[str, list[int]], names: Sequence[str]) -> None:
+    "Write files of a run to the store, the manifest last."
+    for name in sorted(names, key=lambda name: name == _MANIFEST):
+        try:
+            store.upload(f"{store.name_of(folder)}/{name}")
+        except FileNotFoundError as error:  # a bucket that is not there
+            raise StorageError(f"{store.url} takes no files: {error}; make it, or correct CODETRACE_RUNS") from None
+
+
+def _push_again(store: RemoteRuns, folder: Path) -> None:
+    "Finish the last push of a complete run, with nothing but what its manifest vouches for; nothing is removed."
+    files = _local_files(folder)
+    pushed = _pushed_files(folder)
+    if pushed.get(_MANIFEST) == files.get(_MANIFEST):  # it was pushed last: all else was pushed before it
+        return
+    manifest = read_json(folder / _MANIFEST)
+    hashes = {name: facts["sha256"] for name, facts in manifest.get("outputs", {}).items()}
+    hashes["notebook.ipynb"] = manifest.get("notebook", {}).get("sha256")
+    changed = [name for name, stamp in files.items() if pushed.get(name) != stamp and name in hashes]
+    whole = [name for name in changed if file_sha256(folder / name) == hashes[name]]
+    _upload(store, folder, files, [*whole, _MANIFEST])
+    atomic_write(folder / _PUSHED, json.dumps(files))
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0011
 def _is_final(folder: Path) -> bool:
@@ -175,20 +204,34 @@ def _is_final(folder: Path) -> bool:
 
 
 def _pull_manifest(store: RemoteRuns, name: str) -> None:
-    "Bring the manifest of a run here, unless it was written here."
+    "Bring the manifest of a run here, unless what is here is as new."
     folder = store.root / name
-    filesystem, _ = _open_store(store.url)
-    data = filesystem.cat_file(store.remote_path(f"{name}/{_MANIFEST}"))
-    was_pushed_here = (folder / _PUSHED).is_file()
-    with suppress(ValueError, AttributeError):  # a manifest that cannot be read is listed as damaged
-        if was_pushed_here and json.loads(data).get("writer") == store.machine:
+    data = _remote_manifest(store, name)
+    if (folder / _MANIFEST).is_file():
+        if (folder / _MANIFEST).read_bytes() == data or _is_newer_here(store, folder, data):
             return
-    if was_pushed_here:
         for file_name in _local_files(folder):
             (folder / file_name).unlink()
-        (folder / _PUSHED).unlink()
+        (folder / _PUSHED).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / _MANIFEST, data)
+
+
+def _remote_manifest(store: RemoteRuns, name: str) -> bytes:
+    "The manifest of a run as the store has it; `FileNotFoundError` where there is none."
+    filesystem, _ = _open_store(store.url)
+    return filesystem.cat_file(store.remote_path(f"{name}/{_MANIFEST}"))
+
+
+def _is_newer_here(store: RemoteRuns, folder: Path, data: bytes) -> bool:
+    "Is a run as it stands here its newest state? A manifest of the store that cannot be read, half written, says nothing."
+    try:
+        theirs = json.loads(data)
+        ours = read_json(folder / _MANIFEST)
+        is_ours = ours.get("writer") == store.machine
+        return theirs.get("writer") == store.machine or (is_ours and ours["alive"] >= theirs.get("alive", 0))
+    except (ValueError, AttributeError, KeyError, TypeError, StorageError):
+        return True
 
 
 def _pull_manifests(store: RemoteRuns, is_held: Callable[[Path], bool]) -> None:
@@ -204,8 +247,8 @@ def _pull_manifests(store: RemoteRuns, is_held: Callable[[Path], bool]) -> None:
                 _pull_manifest(store, name)
     for path in store.root.glob(f"[!.]*/*/{_PUSHED}"):
         folder = path.parent
-        if _is_final(folder) and _local_files(folder) != _pushed_files(folder) and not is_held(folder):
-            _push(store, folder)
+        if _is_final(folder) and not is_held(folder):
+            _push_again(store, folder)
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0013
 def remote_runs() -> RemoteRuns | None:
@@ -217,9 +260,10 @@ def remote_runs() -> RemoteRuns | None:
 def _store_of(path: Path) -> RemoteRuns | None:
     "The store that a folder is the mirror of, or a run in it; what is no record stays here."
     store = remote_runs()
-    if store is None or not Path(path).absolute().is_relative_to(store.root):
+    place = Path(path).resolve()
+    if store is None or not place.is_relative_to(store.root):
         return None
-    first = next(iter(Path(path).absolute().relative_to(store.root).parts), "")
+    first = next(iter(place.relative_to(store.root).parts), "")
     return None if first == "scratch" or first.startswith(".") else store
 
 
@@ -248,7 +292,7 @@ def push_run(
     store = _store_of(folder)
     if store is not None:
         with _store_errors(store.url):
-            _push(store, Path(folder).absolute())
+            _push(store, Path(folder))
 
 
 def pull_run(
@@ -260,7 +304,7 @@ def pull_run(
     store = _store_of(folder)
     if store is None:
         return
-    home = folder.absolute().relative_to(store.root).as_posix()
+    home = store.name_of(folder)
     outputs = manifest.get("outputs", {})
     sizes = {name: facts.get("bytes", 0) for name, facts in outputs.items()} | {"notebook.ipynb": 0}
     missing = [name for name, size in sizes.items() if size <= largest and not (folder / name).is_file()]
@@ -273,14 +317,17 @@ def pull_run(
 def pull_unfinished_run(
     folder: Path,  # Of a run that is not complete
 ) -> None:
-    "Bring all files of a run here that are in the store, and drop those of an earlier try that are not."
+    "Bring all files of a run here that another machine has written, and drop those of an earlier try."
     store = _store_of(folder)
     if store is None:
         return
-    home = Path(folder).absolute().relative_to(store.root).as_posix()
+    home = store.name_of(folder)
     with _store_errors(store.url):
         names = {name.removeprefix(f"{home}/") for name in store.names(home, everything=True)}
-        if _MANIFEST not in names:  # never pushed: it was begun here
+        if _MANIFEST not in names:  # never pushed, or removed: all of it goes again
+            (Path(folder) / _PUSHED).unlink(missing_ok=True)
+            return
+        if _is_newer_here(store, Path(folder), _remote_manifest(store, home)):
             return
         for name in _local_files(Path(folder)).keys() - names:
             (Path(folder) / name).unlink()
@@ -317,7 +364,7 @@ def remove_remote_run(
     if store is None:
         return
     filesystem, _ = _open_store(store.url)
-    home = Path(folder).absolute().relative_to(store.root).as_posix()
+    home = store.name_of(folder)
     with _store_errors(store.url):
         names = store.names(home, everything=True)
         for name in sorted(names, key=lambda name: not name.endswith(f"/{_MANIFEST}")):

@@ -23,6 +23,7 @@ from .execute import execute_phase
 from .manifest import DamagedRun, changed_outputs, find_run
 from .parameters import phase_parameters, phase_values
 from .phases import is_phase, repository_root, runs_root
+from .remote_runs import pull_run
 from .run import phase_code_digest
 
 # %% ../../nbs/runs/rerun.ipynb #ddc64ed4
@@ -249,6 +250,7 @@ def find_record(
             raise
         manifest = find_run(name, home / "runs")
     run_id = manifest["run_id"]
+    pull_run(manifest)
     if manifest["status"] != "complete":
         raise BadInput(
             f"run {run_id} is {manifest['status']}, not complete: name a complete one; `codetrace runs` lists them"

@@ -270,6 +270,7 @@ class SamplingOptions:
     seed: int = 0
     workers: int | None = None  # Of the sandbox (None: one a core)
     server: ModelServer | None = None  # Writes the answers, while the model here reads them (None: the model itself)
+    graphed: bool = False  # On a GPU: is a step replayed as a CUDA graph? Last bits may differ
 
     def kept_layers(self, lm: LM) -> tuple[int, ...]:
         "The layers whose states are kept."
@@ -346,7 +347,7 @@ def _decoder(
     requests = (_decoding_request(sample, options.seed) for sample in samples)
     kept = {"layers": options.kept_layers(lm), "per_token": options.per_token_layers, "sites": options.sites}
     if options.server is None:
-        return Decoder(lm, requests, options.max_new_tokens, slots, edits=edits, **kept)
+        return Decoder(lm, requests, options.max_new_tokens, slots, edits=edits, graphed=options.graphed, **kept)
     if edits:
         raise BadInput("a server's answers cannot be pushed: leave the server out, so that the model here writes them")
     return ServedDecoder(lm, requests, options.max_new_tokens, options.server, slots, **kept)
