@@ -642,14 +642,14 @@ def spread_model(hf: torch.nn.Module, device: str) -> torch.nn.Module:
     "A copy whose first layers are on another device than the rest: a second GPU, or else the processor, which hands them over."
     from accelerate import dispatch_model
 
-    other = "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else "cpu"
+    first_device = "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else "cpu"
     device = "cuda:0" if device == "cuda" else device
     hf = copy.deepcopy(hf).cpu()
     parts = dict(hf.base_model.named_children())
     prefix = hf.base_model_prefix
     (name,) = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList)]
     layers = parts.pop(name)
-    places = {f"{prefix}.{name}.{i}": other if i < len(layers) // 2 else device for i in range(len(layers))}
+    places = {f"{prefix}.{name}.{i}": first_device if i < len(layers) // 2 else device for i in range(len(layers))}
     places |= {f"{prefix}.{part}": device for part in parts}
     places |= {part: device for part, _ in hf.named_children() if part != prefix}
     return dispatch_model(hf, places, main_device=device, force_hooks=True)
