@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
-from ..core.files import StorageError, atomic_write, file_sha256, storage_errors
+from ..core.files import StorageError, atomic_write, file_sha256, replaced_when_whole, storage_errors
 from .architectures import RESIDUAL_SITES, Place
 
 # %% ../../nbs/models/activations.ipynb #3a18f784
@@ -49,23 +49,28 @@ def _write_tensors(
     "Write a safetensors file, one part in memory at a time, whole or not at all."
     path = Path(path)
     header = _encode_header(tensors, metadata or {})
-    temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(header)
-            for (name, (dtype, shape)), value in zip(tensors.items(), values, strict=True):
-                n_rows = 0
-                for part in [value] if isinstance(value, Tensor) else value:
-                    is_as_declared = (str(part.dtype), tuple(part.shape[1:])) == (f"torch.{dtype}", tuple(shape[1:]))
-                    assert is_as_declared, f"{name} is {part.dtype} {part.shape}"
-                    file.write(_tensor_bytes(part))
-                    n_rows += len(part)
-                assert n_rows == shape[0], f"{name} has {n_rows} rows"
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with replaced_when_whole(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for (name, declared), value in zip(tensors.items(), values, strict=True):
+            for part in _checked_parts(name, declared, value):
+                file.write(_tensor_bytes(part))
     return path
+
+
+def _checked_parts(
+    name: str, declared: tuple[str, Sequence[int]], value: Tensor | Iterable[Tensor]
+) -> Iterator[Tensor]:
+    "The parts of a tensor, which must be of its dtype and shape and have all of its rows."
+    dtype, shape = declared
+    n_rows = 0
+    for part in [value] if isinstance(value, Tensor) else value:
+        is_as_declared = (str(part.dtype), tuple(part.shape[1:])) == (f"torch.{dtype}", tuple(shape[1:]))
+        assert is_as_declared, f"{name} is {part.dtype} {part.shape}"
+        n_rows += len(part)
+        yield part
+    assert n_rows == shape[0], f"{name} has {n_rows} rows"
 
 # %% ../../nbs/models/activations.ipynb #0d67997f
 def _encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class _RecordedStep:
     states: dict  # What hooks kept of each place
     replay: Callable[[dict], Any]  # Given what hooks keep in this step
 
-
+# %% ../../nbs/models/graphed_step.ipynb #0b28645b
 class GraphedStep:
     "The decoding step of one model, recorded when it is first done and whenever its memory moves."
 
@@ -55,37 +56,41 @@ class GraphedStep:
 
     def _step(self, slots: SlotCache, tokens: list[int], states: dict) -> Float[Tensor, "slot d_model"]:
         place = self._place(slots)
-        if self.recorded is None or self.recorded.place != place:
+        if self.recorded is not None and self.recorded.place != place:
             self.recorded = None  # its memory is free before more is taken
-            self.recorded = self._record(slots, place, states)
-        recorded = self.recorded
+        recorded = self.recorded or self._record(slots, place, states)
+        self.recorded = recorded
         recorded.ids.copy_(torch.tensor(tokens)[:, None])
         recorded.columns.copy_(torch.from_numpy(slots.lengths))
         recorded.replay(states)
         states |= recorded.states
         return recorded.hidden
 
-    def _place(self, slots: SlotCache) -> tuple:
-        "What a recording depends on."
-        keys = slots.keys[0]
-        wanted = int(slots.lengths.max()) + 1
-        width = min(-(-wanted // _COLUMNS_PER_GRAPH) * _COLUMNS_PER_GRAPH, keys.shape[2])
-        return slots.n, width, keys.data_ptr(), tuple(keys.shape)
+# %% ../../nbs/models/graphed_step.ipynb #6a9f0022
+@patch
+def _place(self: GraphedStep, slots: SlotCache) -> tuple:
+    "What a recording depends on."
+    keys = slots.keys[0]
+    wanted = int(slots.lengths.max()) + 1
+    width = min(-(-wanted // _COLUMNS_PER_GRAPH) * _COLUMNS_PER_GRAPH, keys.shape[2])
+    return slots.n, width, keys.data_ptr(), tuple(keys.shape)
 
-    def _record(self, slots: SlotCache, place: tuple, states: dict) -> _RecordedStep:
-        n, width = place[:2]
-        device = self.lm.device
-        ids = torch.zeros(n, 1, dtype=torch.long, device=device)
-        columns = torch.from_numpy(slots.lengths).to(device).clone()
 
-        def forward() -> Tensor:
-            slots.plan_width(width, columns)
-            return forward_slots(self.lm, slots, ids, columns[:, None])
+@patch
+def _record(self: GraphedStep, slots: SlotCache, place: tuple, states: dict) -> _RecordedStep:
+    n, width = place[:2]
+    device = self.lm.device
+    ids = torch.zeros(n, 1, dtype=torch.long, device=device)
+    columns = torch.from_numpy(slots.lengths).to(device).clone()
 
-        self.recordings += 1
-        record = _capture if device.type == "cuda" else _again
-        hidden, kept, replay = record(forward, states)
-        return _RecordedStep(place, ids, columns, hidden, kept, replay)
+    def forward() -> Tensor:
+        slots.plan_width(width, columns)
+        return forward_slots(self.lm, slots, ids, columns[:, None])
+
+    self.recordings += 1
+    record = _capture if device.type == "cuda" else _again
+    hidden, kept, replay = record(forward, states)
+    return _RecordedStep(place, ids, columns, hidden, kept, replay)
 
 # %% ../../nbs/models/graphed_step.ipynb #6a9f0008
 _WARM_UPS = 2

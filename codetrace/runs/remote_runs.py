@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastcore.basics import patch
+
 from ..core.errors import BadInput
 from ..core.files import StorageError, atomic_write, file_sha256, read_json
 from ..models.built_folders import cache_dir
@@ -45,7 +47,7 @@ def _store_errors(place: str) -> Iterator[None]:
             f"{place} cannot be reached: {reason}; what was written is kept in {mirror_folder(place)} and is pushed by the next command"
         ) from error
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #b2b9e454
 @cache
 def _open_store(url: str) -> tuple[Any, str]:
     "The file system of a URL, and the path in it."
@@ -106,37 +108,43 @@ class RemoteRuns:
         "Where a file of the mirror, or a folder, lies in the store."
         return f"{_open_store(self.url)[1]}/{name}"
 
-    def upload(self, name: str) -> None:
-        "Write a file of the mirror to the store."
-        filesystem, _ = _open_store(self.url)
-        target = self.remote_path(name)
-        if not self.url.startswith(_WITHOUT_FOLDERS):
-            filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
-        filesystem.put_file(str(self.root / name), target)
+# %% ../../nbs/runs/remote_runs.ipynb #5e0e0032
+@patch
+def upload(self: RemoteRuns, name: str) -> None:
+    "Write a file of the mirror to the store."
+    filesystem, _ = _open_store(self.url)
+    target = self.remote_path(name)
+    if not self.url.startswith(_WITHOUT_FOLDERS):
+        filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
+    filesystem.put_file(str(self.root / name), target)
 
-    def download(self, name: str) -> None:
-        "Write a file of the store to the mirror, whole or not at all."
-        filesystem, _ = _open_store(self.url)
-        target = self.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            filesystem.get_file(self.remote_path(name), str(temporary))
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
-    def names(self, folder: str = "", everything: bool = False) -> list[str]:
-        "What is in a folder of the store, or below it."
-        filesystem, prefix = _open_store(self.url)
-        filesystem.invalidate_cache()
-        place = self.remote_path(folder) if folder else prefix
-        try:
-            paths = filesystem.find(place) if everything else filesystem.ls(place, detail=False)
-        except FileNotFoundError:
-            return []
-        start = len(prefix) + 1
-        return [path.rstrip("/")[start:] for path in paths if len(path.rstrip("/")) > len(place)]
+@patch
+def download(self: RemoteRuns, name: str) -> None:
+    "Write a file of the store to the mirror, whole or not at all."
+    filesystem, _ = _open_store(self.url)
+    target = self.root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        filesystem.get_file(self.remote_path(name), str(temporary))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@patch
+def names(self: RemoteRuns, folder: str = "", everything: bool = False) -> list[str]:
+    "What is in a folder of the store, or below it."
+    filesystem, prefix = _open_store(self.url)
+    filesystem.invalidate_cache()
+    place = self.remote_path(folder) if folder else prefix
+    try:
+        paths = filesystem.find(place) if everything else filesystem.ls(place, detail=False)
+    except FileNotFoundError:
+        return []
+    start = len(prefix) + 1
+    return [path.rstrip("/")[start:] for path in paths if len(path.rstrip("/")) > len(place)]
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0009
 def _local_files(folder: Path) -> dict[str, list[int]]:
@@ -157,13 +165,13 @@ def _pushed_files(folder: Path) -> dict[str, list[int]]:
     except StorageError:
         return {}
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #e7637ee2
 def _push(store: RemoteRuns, folder: Path) -> None:
     "Write what has changed to the store, the manifest last; then remove what its writer has removed."
     home = store.name_of(folder)
     files = _local_files(folder)
     pushed = _pushed_files(folder)
-    _upload(store, folder, files, [name for name, stamp in files.items() if pushed.get(name) != stamp])
+    _upload(store, folder, [name for name, stamp in files.items() if pushed.get(name) != stamp])
     filesystem, _ = _open_store(store.url)
     for name in pushed.keys() - files.keys():
         with suppress(FileNotFoundError):
@@ -171,7 +179,7 @@ def _push(store: RemoteRuns, folder: Path) -> None:
     atomic_write(folder / _PUSHED, json.dumps(files))
 
 
-def _upload(store: RemoteRuns, folder: Path, files: Mapping[str, list[int]], names: Sequence[str]) -> None:
+def _upload(store: RemoteRuns, folder: Path, names: Sequence[str]) -> None:
     "Write files of a run to the store, the manifest last."
     for name in sorted(names, key=lambda name: name == _MANIFEST):
         try:
@@ -179,7 +187,7 @@ def _upload(store: RemoteRuns, folder: Path, files: Mapping[str, list[int]], nam
         except FileNotFoundError as error:  # a bucket that is not there
             raise StorageError(f"{store.url} takes no files: {error}; make it, or correct CODETRACE_RUNS") from None
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #9debbd86
 def _push_again(store: RemoteRuns, folder: Path) -> None:
     "Finish the last push of a complete run, with nothing but what its manifest vouches for; nothing is removed."
     files = _local_files(folder)
@@ -191,7 +199,7 @@ def _push_again(store: RemoteRuns, folder: Path) -> None:
     hashes["notebook.ipynb"] = manifest.get("notebook", {}).get("sha256")
     changed = [name for name, stamp in files.items() if pushed.get(name) != stamp and name in hashes]
     whole = [name for name in changed if file_sha256(folder / name) == hashes[name]]
-    _upload(store, folder, files, [*whole, _MANIFEST])
+    _upload(store, folder, [*whole, _MANIFEST])
     atomic_write(folder / _PUSHED, json.dumps(files))
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0011
@@ -233,7 +241,7 @@ def _is_newer_here(store: RemoteRuns, folder: Path, data: bytes) -> bool:
     except (ValueError, AttributeError, KeyError, TypeError, StorageError):
         return True
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #f339b664
 def _pull_manifests(store: RemoteRuns, is_held: Callable[[Path], bool]) -> None:
     "Bring the manifests of all runs here up to date, and push what could not be pushed before."
     for phase in store.names():
@@ -266,7 +274,7 @@ def _store_of(path: Path) -> RemoteRuns | None:
     first = next(iter(place.relative_to(store.root).parts), "")
     return None if first == "scratch" or first.startswith(".") else store
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #600bac76
 _SECONDS_BETWEEN_PULLS = 5.0
 _last_pull: dict[str, float] = {}
 
@@ -284,7 +292,7 @@ def refresh_runs(
         _pull_manifests(store, is_held)
     _last_pull[store.url] = time.monotonic()
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #e1195982
 def push_run(
     folder: Path,  # Of a run
 ) -> None:
@@ -335,7 +343,7 @@ def pull_unfinished_run(
             store.download(f"{home}/{name}")
     atomic_write(Path(folder) / _PUSHED, json.dumps(_local_files(Path(folder))))
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #05b19c3c
 _ALIVE_SECONDS = 15 * 60
 
 
@@ -355,7 +363,7 @@ def writer_facts(
     store = _store_of(folder)
     return {} if store is None else {"writer": store.machine, "alive": time.time()}
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #0bf8e203
 def remove_remote_run(
     folder: Path,  # Of a run
 ) -> None:

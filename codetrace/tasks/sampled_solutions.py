@@ -428,17 +428,6 @@ def _with_second_verdicts(table: pd.DataFrame, verdicts: dict[tuple, dict]) -> p
         changed[name] = [verdicts[key][name] if key in verdicts else value for key, value in values]
     return changed
 
-# %% ../../nbs/tasks/sampled_solutions.ipynb #2b770c22
-def _finish_states(folder: Path, shards: Sequence[Path], order: list[tuple]) -> None:
-    "Write the files of states in the order of the table, from shards where there are any."
-    activations = folder / "activations"
-    if any((shard / "activations").is_dir() for shard in shards):
-        tables = {shard: pd.read_parquet(shard / "samples.parquet", columns=list(SAMPLE_KEY)) for shard in shards}
-        keys = {shard / "activations": _sample_keys(table) for shard, table in tables.items()}
-        merge_states(activations, keys, order)
-    elif activations.is_dir():
-        StateParts(activations).finish(order)
-
 # %% ../../nbs/tasks/sampled_solutions.ipynb #8d796fb6
 def finish_samples(
     folder: str | Path,  # Where `generate_samples` wrote
@@ -449,10 +438,19 @@ def finish_samples(
     grade_again(folder, items)
     samples = _check_complete(read_records(folder / "samples"), items, folder)
     table = _with_second_verdicts(samples, _second_verdicts(folder))
-    _finish_states(folder, (), _sample_keys(table))
+    if (folder / "activations").is_dir():
+        StateParts(folder / "activations").finish(_sample_keys(table))
     write_grouped_parquet(table[[*SAMPLE_KEY, *TIMING_COLUMNS]], folder / "timings.parquet")
     write_grouped_parquet(table[list(SAMPLE_COLUMNS)], folder / "samples.parquet")
     return table[list(SAMPLE_COLUMNS)]
+
+# %% ../../nbs/tasks/sampled_solutions.ipynb #2b770c22
+def _merge_shard_states(folder: Path, shards: Sequence[Path], order: list[tuple]) -> None:
+    "Write the files of states in the order of the table, where the shards have kept any."
+    if any((shard / "activations").is_dir() for shard in shards):
+        tables = {shard: pd.read_parquet(shard / "samples.parquet", columns=list(SAMPLE_KEY)) for shard in shards}
+        keys: dict[str | Path, list[tuple]] = {s / "activations": _sample_keys(t) for s, t in tables.items()}
+        merge_states(folder / "activations", keys, order)
 
 # %% ../../nbs/tasks/sampled_solutions.ipynb #3c0e0102
 _TEXT_COLUMNS = ("completion", "token_ids", "code", "per_test", "detail", "prompt")
@@ -483,11 +481,11 @@ def merge_samples(
     for name, verdicts in replaced.items():
         paths = [shard / f"{name}.parquet" for shard in shards]
         merge_sorted_tables(paths, SAMPLE_KEY, folder / f"{name}.parquet", expected, verdicts)
-    _finish_states(folder, shards, expected)
+    _merge_shard_states(folder, shards, expected)
     columns = [name for name in SAMPLE_COLUMNS if name not in _TEXT_COLUMNS]
     return pd.read_parquet(folder / "samples.parquet", columns=columns)
 
-
+# %% ../../nbs/tasks/sampled_solutions.ipynb #055de634
 def first_sample(
     folder: str | Path,  # Of a finished run
 ) -> dict:
