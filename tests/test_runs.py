@@ -1482,7 +1482,7 @@ def test_who_looks_at_a_run_keeps_nobody_from_going_on_with_it(tmp_path):
     import threading
 
     from codetrace.runs.manifest import run_lock
-    from codetrace.runs.run import acquire_run_lock
+    from codetrace.runs.run_folders import acquire_run_lock
 
     held = threading.Event()
 

@@ -34,7 +34,7 @@ def complete_runs_of(
 
 def _cards_of(run: str) -> tuple[dict, list[dict]]:
     "The manifest of a search and its cards."
-    manifest = named_run(run) if run else complete_runs_of("latents")[0]
+    manifest = named_run(run or complete_runs_of("latents")[0]["run_id"])
     if manifest["phase"] != "latents":
         raise BadInput(f"run {manifest['run_id']} is of phase {manifest['phase']}: expected one of phase latents")
     return manifest, read_json(Path(manifest["folder"]) / "cards.json")

@@ -27,7 +27,7 @@ from ..core.errors import BadInput
 from ..models.lm import LM
 from ..phases.steering import choice_directions, evaluation_problems
 from ..planted.steering import STEERING_STUDY_NAME
-from ..runs.manifest import NoInputRun
+from ..runs.manifest import NoInputRun, find_run
 from ..steering.directions import Direction, make_push
 from ..steering.freeze import read_frozen_choice
 from ..steering.sweep import BASELINE_SETTING, SteeringSetting, SteeringSweepOptions, sweep_settings
@@ -59,12 +59,13 @@ def open_frozen_choice(
     run: str,  # Id of a run of phase tuning; empty: the newest
 ) -> FrozenChoice:
     "Read a frozen choice, its hash checked."
-    manifest = named_run(run) if run else complete_runs_of("tuning")[0]
+    manifest = named_run(run or complete_runs_of("tuning")[0]["run_id"])
     if manifest["phase"] != "tuning":
         raise BadInput(f"run {manifest['run_id']} is of phase {manifest['phase']}: expected one of phase tuning")
     choice, vectors, _ = read_frozen_choice(manifest["folder"])
     chosen, _, random = choice_directions(choice, vectors)
-    splits = [Path(read["folder"]) for read in manifest["inputs"] if read.get("phase") == "splits" and "folder" in read]
+    read = [Path(read["folder"]) for read in manifest["inputs"] if read.get("phase") == "splits" and "folder" in read]
+    splits = [Path(find_run(str(folder))["folder"]) for folder in read if (folder / "run.json").is_file()]
     problems = evaluation_problems(choice, splits_folder=splits[0] if splits else None)
     return FrozenChoice(manifest["run_id"], choice, chosen, random, problems, manifest.get("example") or "")
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -264,15 +265,31 @@ def _token_offsets(sources: Sequence[_RowSource], n: int) -> tuple[np.ndarray, l
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ordered
 
 
-def _gather_tokens(sources: Sequence[_RowSource], place: Place, spans: Sequence[tuple[Path, int, int]]) -> Tensor:
-    "One place of all tokens."
+def _token_groups(spans: Iterable[tuple[Path, int, int]]) -> Iterator[list[tuple[Path, int, int]]]:
+    "Rows one after the other, in groups of not many tokens."
+    group, tokens = [], 0
+    for path, start, end in spans:
+        if group and tokens + end - start > _ROWS_AT_A_TIME:
+            yield group
+            group, tokens = [], 0
+        group.append((path, start, end))
+        tokens += end - start
+    if group:
+        yield group
+
+
+def _gather_tokens(
+    sources: Sequence[_RowSource], place: Place, spans: Sequence[tuple[Path, int, int]]
+) -> Iterator[Tensor]:
+    "One place of all tokens, some at a time."
     from safetensors import safe_open
 
-    tensors = {}
-    for source in sources:
-        with safe_open(source.path, "pt") as file:
-            tensors[source.path] = file.get_tensor(source.prefix + _tensor_name(place))
-    return torch.cat([tensors[path][start:end] for path, start, end in spans])
+    names = {source.path: source.prefix + _tensor_name(place) for source in sources}
+    for group in _token_groups(spans):
+        with ExitStack() as opened:
+            paths = {path for path, _, _ in group}
+            slices = {path: opened.enter_context(safe_open(path, "pt")).get_slice(names[path]) for path in paths}
+            yield torch.cat([slices[path][start:end] for path, start, end in group])
 
 # %% ../../nbs/models/activations.ipynb #6d6b2f62
 def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, metadata: dict) -> Path:

@@ -6,7 +6,8 @@
 __all__ = ['GraphedStep', 'can_be_graphed']
 
 # %% ../../nbs/models/graphed_step.ipynb #6a9f0003
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.errors import BadInput
 from .lm import LM
 from .slot_cache import SlotCache, forward_slots
 
@@ -96,6 +98,20 @@ def _record(self: GraphedStep, slots: SlotCache, place: tuple, states: dict) -> 
 _WARM_UPS = 2
 
 
+@contextmanager
+def _recording_errors() -> Iterator[None]:
+    "What a model does that cannot be recorded, as an error that says what to type."
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(
+            f"the decoding step of this model cannot be recorded as a CUDA graph: {reason}; repeat with graphed=false"
+        ) from error
+
+
 def _capture(forward: Callable[[], Tensor], states: dict) -> tuple[Tensor, dict, Callable[[dict], Any]]:
     "What a function gives and hooks keep, and how to compute both again where they stand."
     stream = torch.cuda.Stream()
@@ -105,7 +121,7 @@ def _capture(forward: Callable[[], Tensor], states: dict) -> tuple[Tensor, dict,
             forward()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _recording_errors(), torch.cuda.graph(graph):
         out = forward()
     return out, dict(states), lambda _: graph.replay()
 

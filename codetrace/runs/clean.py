@@ -21,7 +21,7 @@ from .manifest import RunBusy, read_manifest, update_runs
 from .phases import find_phase, is_phase, runs_root
 from .phases import phases as declared_phases
 from .remote_runs import remove_remote_run
-from .run import acquire_run_lock
+from .run_folders import acquire_run_lock
 
 # %% ../../nbs/runs/clean.ipynb #5b39f2a6
 _RUN_ID_PATTERN = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{8}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.files import visible_text
 from .manifest import changed_outputs, is_record_changed
+from .remote_runs import files_left_in_store
 
 # %% ../../nbs/runs/listing.ipynb #96f063aa
 def _format_cell(value: object) -> str:
@@ -21,10 +22,19 @@ def _format_cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else visible_text(str(value))
 
 
+_MOST_COLUMNS = 12
+
+
+def _on_its_side(rows: list[dict]) -> list[dict]:
+    "Few rows with many columns, as many rows with few columns."
+    names = [str(number) if len(rows) > 1 else "value" for number in range(1, len(rows) + 1)]
+    return [{"measure": column} | {n: row.get(column) for n, row in zip(names, rows)} for column in rows[0]]
+
+
 def print_table(
     rows: list[dict],  # The first one names the columns
 ):
-    "Rows as an aligned table on standard output."
+    "Rows as an aligned table on standard output; where it is wider than long, each column as a row."
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -32,6 +42,8 @@ def print_table(
 
     if not rows:
         return
+    if len(rows[0]) > max(_MOST_COLUMNS, len(rows)):
+        rows = _on_its_side(rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in rows[0]:
         table.add_column(name, overflow="fold", justify="right" if isinstance(rows[0][name], int | float) else "left")
@@ -78,6 +90,8 @@ def print_run(
         where = f" in cell {error['cell']}" if error.get("cell") else ""
         print(visible_text(f"error{where}: {error.get('type', '')} {error['message']}"))
     print(*_result_files(manifest), sep="\n")
+    left = files_left_in_store(manifest)
     changed = changed_outputs(manifest) + (["notebook.ipynb"] if is_record_changed(manifest) else [])
     for name in changed:
-        print(f"{name}: not what the run wrote", file=sys.stderr)
+        what = "in the store, and not brought here yet" if name in left else "not what the run wrote"
+        print(f"{name}: {what}", file=sys.stderr)
