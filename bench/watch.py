@@ -1,10 +1,12 @@
-"""All questions about a program's variables in one packed pass, against asking one by one. The last line is JSON.
+"""One program of 12 lines and 6 variables is watched: packed questions against asking one by one, and how long what takes. The last line is JSON.
 
-    python bench/watch.py            SmolLM2, 12 lines and 6 variables, five rounds: a minute on two idle cores
-    python bench/watch.py --quick    a tiny model, one round
+    python bench/watch.py                          SmolLM2, five rounds: two minutes on two idle cores
+    python bench/watch.py --model model.gguf       another model
+    python bench/watch.py --quick                  a tiny model, one round
 
-Both score the true answers, in float32 and in turns; `times` is the ratio of the medians, `difference` the largest between two log-probabilities: above 1e-4 there is
-no number. `seconds` is the whole of watching: run in the sandbox, asked, answers decoded.
+Packed and single questions score the true answers, in float32 and in turns; `times` is the ratio of the medians, `difference` the largest between two log-probabilities:
+above 1e-4 there is no number. `watching` is the whole of it: run in the sandbox, asked, answers decoded. `used` is the whole grid of one variable: each of its values
+swapped at every place and layer with a run of another input. Both in the dtype that models are loaded with.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import time
 import torch
 
 from codetrace import models
+from codetrace.patching.state_swaps import used_layers
 from codetrace.tasks.execution import TracedProgram, record_executions
 from codetrace.tasks.state_questions import PackedQuestions, answer_packed, pack_questions, state_questions
 from codetrace.tasks.watching import watch_program
@@ -31,6 +34,7 @@ PROGRAM = """def f(xs):
     double = total // count
     total = total - first
     return total"""
+VARIABLE = "total"
 
 
 def score_one_by_one(lm: models.LM, packed: PackedQuestions) -> list[float]:
@@ -44,32 +48,39 @@ def score_one_by_one(lm: models.LM, packed: PackedQuestions) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lm = models.load("tiny:llama" if options.quick else "smollm2", dtype="float32")
+    name = "tiny:llama" if options.quick else options.model
+    lm = models.load(name, dtype="float32")
+    fast_lm = models.load(name)
     program = TracedProgram(PROGRAM, "f([1, 2, 3])")
     (execution,) = record_executions([program])
     questions = state_questions(execution)
     packed = pack_questions(lm, execution, questions, "print")
-    seconds = {"packed": [], "one by one": [], "watching": []}
-    for _ in range(1 if options.quick else 5):
-        began = time.perf_counter()
-        answers = answer_packed(lm, packed, 0)
-        seconds["packed"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        alone = score_one_by_one(lm, packed)
-        seconds["one by one"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        watch_program(lm, program, style="print")
-        seconds["watching"].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    difference = max(abs(answer.log_prob - value) for answer, value in zip(answers, alone))
+    answers, alone = [], []
+    steps = {
+        "packed": lambda: answers.append(answer_packed(lm, packed, 0)),
+        "one by one": lambda: alone.append(score_one_by_one(lm, packed)),
+        "watching": lambda: watch_program(fast_lm, program, style="print"),
+        "used": lambda: used_layers(fast_lm, execution, [VARIABLE]),
+    }
+    seconds = {step: [] for step in steps}
+    for _ in range(1 if options.quick else options.rounds):
+        for step, do in steps.items():
+            began = time.perf_counter()
+            do()
+            seconds[step].append(time.perf_counter() - began)
+    medians = {step: statistics.median(values) for step, values in seconds.items()}
+    difference = max(abs(answer.log_prob - value) for answer, value in zip(answers[0], alone[0]))
     if difference > 1e-4:
         raise SystemExit(f"packed and single answers differ by {difference:.1e}")
     result = {"times": medians["one by one"] / medians["packed"], "difference": difference, "seconds": medians}
-    print(json.dumps(result | {"questions": len(questions), "model": lm.name, "threads": options.threads}))
+    facts = {"model": lm.name, "dtype": str(fast_lm.dtype), "threads": options.threads, "rounds": len(seconds["used"])}
+    print(json.dumps(result | {"questions": len(questions)} | facts))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ __all__ = ['available_models', 'resolve_dtype', 'CannotQuantize', 'load']
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -304,7 +305,9 @@ def _load_with_adapter(request: _LoadRequest, adapter: Path) -> LM:
     base = check_adapter_folder(adapter)
     lm = load(base, dtype="float32", device=request.device, attn=request.attn, limits=request.limits)
     try:
-        merged = PeftModel.from_pretrained(lm.hf, adapter, use_safetensors=True).merge_and_unload()
+        with warnings.catch_warnings():  # peft looks at what transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            merged = PeftModel.from_pretrained(lm.hf, adapter, use_safetensors=True).merge_and_unload()
     except Exception as error:  # peft and safetensors each raise their own
         raise NotAModel(f"the adapter in {adapter} does not fit {base!r}: {str(error).splitlines()[0]}") from error
     revision = f"{lm.revision} + adapter sha256:{file_sha256(adapter / 'adapter_model.safetensors')[:16]}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWAP_KINDS', 'USED_NULLS', 'other_inputs', 'SwapCase', 'state_sources', 'swap_cases', 'run_state_swaps', 'swap_table',
            'choose_swap_layers', 'run_swap_controls', 'swap_gains', 'is_used', 'UsedResult', 'use_states',
-           'best_program_place']
+           'best_program_place', 'used_layers']
 
 # %% ../../nbs/patching/state_swaps.ipynb #51805e5a
 import ast
@@ -521,3 +521,42 @@ def best_program_place(
         if place in PROGRAM_PLACES:
             rates[place] = known[(known["place"] == place) & (known["layer"] == layer)]["flips"].mean()
     return max(rates, key=rates.__getitem__) if rates else None
+
+# %% ../../nbs/patching/state_swaps.ipynb #238d84a1
+def _layer_ranges(layers: Sequence[int]) -> str:
+    "Layers in words, such as `0–3, 7`."
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in ranges) or "none"
+
+
+def used_layers(
+    lm: LM,
+    execution: Execution,
+    variables: Sequence[str] = (),  # Of all: those that another input changes
+    style: str = "print",
+) -> list[dict]:  # One row a variable and line: both runs' answers, the layers at which each place is used
+    "Where a program's states, swapped with a run of another input, bring that run's answer."
+    cases = swap_cases(lm, [execution], style, per_program=len(execution.steps) * len(STATE_PLACES))
+    cases = [case for case in cases if not variables or case.question.variable in variables]
+    swaps = run_state_swaps(lm, cases) if cases else pd.DataFrame()
+    rows = []
+    for number, case in sorted(enumerate(cases), key=_step_of):
+        of_case = swaps[swaps["case"] == number]
+        answers = [lm.tokenizer.decode([token]) for token in case.answer_ids]
+        row = {"line": case.question.step.line, "variable": case.question.variable}
+        row |= {"answer": answers[0], "of the other run": answers[1]}
+        row["both are said"] = "yes" if of_case["known"].iloc[0] else "no"
+        for place in STATE_PLACES:
+            flipping = of_case[(of_case["place"] == place) & of_case["flips"]]["layer"]
+            row[f"at {place}"] = _layer_ranges(flipping.tolist()) if place in case.positions else ""
+        rows.append(row)
+    return rows
+
+
+def _step_of(numbered: tuple[int, SwapCase]) -> int:
+    return numbered[1].question.step.step

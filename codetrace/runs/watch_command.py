@@ -6,8 +6,9 @@
 __all__ = ['WATCH_EXAMPLES', 'watch_command']
 
 # %% ../../nbs/runs/watch_command.ipynb #e95c9489
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,12 +17,28 @@ from .listing import print_table
 from .phases import runs_root
 from ..tasks.question_styles import QUESTION_STYLES
 
+if TYPE_CHECKING:  # torch is imported last
+    from codetrace.models.lm import LM
+    from codetrace.tasks.execution import Execution
+
 # %% ../../nbs/runs/watch_command.ipynb #fd075c99
 WATCH_EXAMPLES = (
     "codetrace watch my.py --call 'f([1, 2, 3])'",
-    "codetrace watch my.py --call 'f(2)' --variable total",
+    "codetrace watch my.py --call 'f(2)' --variable total --used",
     "codetrace watch 'a = 1; b = a + 1'",
 )
+
+# %% ../../nbs/runs/watch_command.ipynb #a6ca2492
+def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str], style: str) -> None:
+    "At which layers the states of a run with another input bring its answers."
+    from codetrace.patching.state_swaps import used_layers
+
+    rows = used_layers(lm, execution, variables, style)
+    if not rows:
+        print("used: no other input changes a value that can be asked for, or its prompt is of another length")
+        return
+    print("used: layers at which the other run's state at a place brings its answer (one program: no interval)")
+    print_table(rows)
 
 # %% ../../nbs/runs/watch_command.ipynb #3f60ac29
 def watch_command(
@@ -33,9 +50,12 @@ def watch_command(
     variable: Annotated[list[str] | None, typer.Option(metavar="X", help="Only this variable; repeatable.")] = None,
     style: Annotated[str, typer.Option(metavar="S", help=f"How it is asked: {', '.join(QUESTION_STYLES)}.")] = "print",
     whole: Annotated[bool, typer.Option("--all", help="Also what a line does not change.")] = False,
+    used: Annotated[
+        bool, typer.Option("--used", help="Also swap states with a run of another input: is what they hold used?")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,
 ):
-    "Watch a program's variables: what is true after each line, and what a model says."
+    "Watch a program's variables: what is true after each line, what a model says, and whether it uses its states."
     from codetrace.models.folders import check_model_name
     from codetrace.tasks.execution import TraceLimits, check_execution, record_executions, watchable_program
 
@@ -48,8 +68,11 @@ def watch_command(
     from codetrace.models.loading import load  # what is wrong is said before torch is imported
     from codetrace.tasks.watching import watch_execution, watch_listing, watch_summary, write_watch_record
 
-    table = watch_execution(load(model), execution, variable or (), style)
+    lm = load(model)
+    table = watch_execution(lm, execution, variable or (), style)
     print_table(watch_listing(execution, table, only_changed=not whole))
     paths = write_watch_record(table, out or runs_root() / "watched" / traced.name)
     print(watch_summary(execution, table))
+    if used:
+        _print_used_layers(lm, execution, variable or (), style)
     print(f"record: {paths[0]} and {paths[1].name}")
