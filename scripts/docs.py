@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 import yaml
+from api_index import PAGE as API_PAGE
+from api_index import write_api_page
 from offline import make_offline
 from pdf import NoTypesetter, require_typesetter, write_pdf
-from readme import linked
+from readme import FOLDERS, linked
 
 HOME = Path(__file__).resolve().parents[1]
 PROJECT = HOME / "_proc" / "site"
@@ -80,6 +82,9 @@ def assemble(quarto: bool) -> Path:
             text = relinked(text, name)
         (PROJECT / name).write_text(text, encoding="utf-8")
     shutil.copy(HOME / "nbs" / "finding.png", PROJECT / "nbs" / "finding.png")
+    write_api_page(PROJECT, chapters(config["book"]["chapters"]), FOLDERS)
+    entries = config["book"]["chapters"]
+    entries.insert(entries.index("nbs/chapters.ipynb") + 1, API_PAGE)
     config = config if quarto else {k: v for k, v in as_website(config).items() if v is not None}
     (PROJECT / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return PROJECT

@@ -15,6 +15,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME / "scripts"))
 offline = importlib.import_module("offline")
 pdf = importlib.import_module("pdf")
+api_index = importlib.import_module("api_index")
 CDN = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 
 
@@ -88,3 +89,17 @@ def test_chapters_and_a_record_become_a_pdf(tmp_path):
     assert pdf.write_pdf(tmp_path, tmp_path / "book.pdf") == []
     data = (tmp_path / "book.pdf").read_bytes()
     assert data.startswith(b"%PDF") and data.count(b"/Type /Page\n") + data.count(b"/Type/Page") > 0
+
+
+def test_every_public_name_stands_in_the_index_with_a_link_to_its_chapter():
+    page = api_index.api_page(["nbs/core/stats.ipynb", "nbs/core/errors.ipynb"], {"core": "Core", "plots": "Plots"})
+    core, plots = [cell["source"] for cell in page["cells"][1:]]
+    for name in ("stats", "errors"):
+        module = importlib.import_module(f"codetrace.core.{name}")
+        rows = core.partition(f"### codetrace.core.{name}\n")[2].partition("###")[0]
+        for public in module.__all__:
+            anchor = f"#{public.lower()}" if callable(getattr(module, public)) else ""
+            assert f"| [{public}](core/{name}.ipynb{anchor}) | " in rows, public
+        assert rows.count("\n| [") == len(module.__all__)
+    assert importlib.import_module("codetrace.core.stats").bootstrap_interval.__doc__.partition("\n")[0] in core
+    assert plots == "## Plots"  # whose chapters are not on this site

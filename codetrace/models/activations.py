@@ -298,7 +298,7 @@ def _write_token_states(path: Path, sources: Sequence[_RowSource], n: int, metad
     declared = _declare_tensors(sources[0], int(offsets[-1]))
     shapes = {_tensor_name(place): shape for place, shape in declared.items()}
 
-    def values() -> Iterator[Tensor]:
+    def values() -> Iterator[Tensor | Iterator[Tensor]]:
         for place in declared:
             yield _gather_tokens(sources, place, spans)
         yield torch.from_numpy(offsets)

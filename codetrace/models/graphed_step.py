@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.errors import BadInput
+from .limits import is_out_of_memory
 from .lm import LM
 from .slot_cache import SlotCache, forward_slots
 
@@ -98,15 +99,21 @@ def _record(self: GraphedStep, slots: SlotCache, place: tuple, states: dict) -> 
 _WARM_UPS = 2
 
 
+def _error_chain(error: BaseException) -> list[BaseException]:
+    "An error and those in whose handling it was raised, the first of them last."
+    return [error, *_error_chain(error.__context__)] if error.__context__ is not None else [error]
+
+
 @contextmanager
 def _recording_errors() -> Iterator[None]:
     "What a model does that cannot be recorded, as an error that says what to type."
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        errors = _error_chain(error)
+        if memory_error := next(filter(is_out_of_memory, errors), None):
+            raise memory_error from None
+        reason = str(errors[-1]).partition("\n")[0]
         raise BadInput(
             f"the decoding step of this model cannot be recorded as a CUDA graph: {reason}; repeat with graphed=false"
         ) from error

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from .manifest import RunInterrupted
 from .parameters import phase_values
 from .phases import find_phase
 from .record_layout import lay_out_record
+from .remote_runs import RunTakenOver
 from .run import Run, notebook_code, open_run, phase_code_digest
 from .signals import interrupt_on_stop_signals
 from .warm_kernels import warm_kernel_manager
@@ -151,12 +152,15 @@ _NO_ROOM_OR_RIGHT = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS
 
 def _record_run_error(run: Run, error: BaseException) -> Exception:
     "Write down how a run went wrong, and give the error that the caller shall see."
+    if isinstance(error, RunTakenOver) or getattr(error, "ename", "") == "RunTakenOver":
+        return BadInput(getattr(error, "evalue", str(error)))
     run.manifest |= read_json(run.folder / "run.json")
     known = run.manifest["error"]
     if isinstance(error, KeyboardInterrupt | SystemExit):
         # the kernel's client complains of tasks it could not end
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
+        with suppress(RunTakenOver):
+            run.fail("KeyboardInterrupt", "interrupted", status="interrupted")
         return RunInterrupted(f"interrupted; the same command continues run {run.manifest['run_id']}")
     if isinstance(error, OSError) and error.errno in _NO_ROOM_OR_RIGHT:
         return StorageError(
@@ -166,7 +170,8 @@ def _record_run_error(run: Run, error: BaseException) -> Exception:
         kind = getattr(error, "ename", type(error).__name__)
         message = getattr(error, "evalue", str(error))
         message = "the kernel died: killed, or out of memory" if "Kernel died" in message else message
-        run.fail(kind, message, cell=getattr(error, "exec_count", None), user=kind in _MISTAKES_AT_START)
+        with suppress(RunTakenOver):
+            run.fail(kind, message, cell=getattr(error, "exec_count", None), user=kind in _MISTAKES_AT_START)
         known = run.manifest["error"]
     if known["user"]:
         return BadInput(known["message"])

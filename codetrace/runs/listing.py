@@ -59,7 +59,7 @@ def run_row(
     parameters = manifest["parameters"]
     models = parameters.get("model") or parameters.get("models") or ""
     finding = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
-    if "folder" in manifest and is_record_changed(manifest, thorough=False):
+    if "folder" in manifest and is_record_changed(manifest, thorough=False) and not files_left_in_store(manifest):
         finding = f"(its notebook was edited) {finding}"
     return {
         "run": manifest["run_id"],

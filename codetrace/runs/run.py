@@ -43,7 +43,7 @@ from .named_files import content_digest, named_file_digests
 from .parameters import BadParameter, check_parameters, phase_parameters
 from .phases import MADE_UP_DATA, Phase, find_phase, is_phase, runs_root
 from .record_layout import lay_out_record
-from .remote_runs import RunTakenOver, SignOfLife, check_not_taken_over, push_run, writer_facts
+from .remote_runs import RunTakenOver, SignOfLife, push_run, writer_facts
 from .run_folders import acquire_run_lock, claim_run_folder, opening_runs
 from .signals import STOP_SIGNALS
 
@@ -107,7 +107,7 @@ class Run:
         self.folder = Path(folder)
         self.manifest = manifest
         self._lock = lock
-        self._sign_of_life = SignOfLife(self.folder) if lock is not None else None
+        self._sign_of_life: SignOfLife | None = None
 
     def __repr__(self) -> str:
         return f"Run({self.manifest['run_id']}, {self.manifest['status']}, {self.folder})"
@@ -135,7 +135,6 @@ class Run:
         return MemoryLimits(**typed) if typed else memory_limits_from_environment()
 
     def _save(self, **facts):
-        check_not_taken_over(self.folder)
         self.manifest |= facts | writer_facts(self.folder)
         atomic_write(self.folder / "run.json", json.dumps(_plain(self.manifest), indent=1) + "\n")
         try:
@@ -401,8 +400,13 @@ def open_run(
         begun_with = {name: earlier[name] for name in ("model",) if name in earlier}
         manifest = {"run_id": folder.name} | facts | times | begun_with
         run = Run(folder, manifest | run_provenance() | {"error": None}, lock)
-        with storage_errors(folder):
-            run._save()
+        try:
+            with storage_errors(folder):
+                run._save()
+        except BaseException:
+            run.release()
+            raise
+        run._sign_of_life = SignOfLife(folder)
     return run
 
 # %% ../../nbs/runs/run.ipynb #de0cc401
