@@ -2,16 +2,20 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-Pictures are left out, for the record shows them, and what the patterns name (large weights, the rows of a training).
+Pictures are left out, for the record shows them, in 64 colours; and what the patterns name (large weights, the rows of a training).
 All of it stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again. A record that
 is a reference already is thinned where it is.
 """
 
 import argparse
+import base64
 import fnmatch
+import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from codetrace.core.files import file_sha256, read_json, write_json
 from codetrace.runs.manifest import resolve_run, stored_manifest
@@ -34,6 +38,31 @@ def without_example_outputs(notebook: dict) -> dict:
     return notebook
 
 
+_COLOURS = 64
+
+
+def in_few_colours(png: str) -> str:
+    "A picture, as notebooks hold it, with a palette; itself where that is no smaller."
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.mode == "P":
+        return png
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture.convert("RGBA"))
+    written = io.BytesIO()
+    white.convert("RGB").quantize(_COLOURS).save(written, "PNG", optimize=True)
+    small = base64.b64encode(written.getvalue()).decode()
+    return small if len(small) < len(png) else png
+
+
+def with_small_pictures(notebook: dict) -> dict:
+    "A record whose pictures take a quarter of the room."
+    outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    for data in outputs:
+        if "image/png" in data:
+            data["image/png"] = in_few_colours("".join(data["image/png"]))
+    return notebook
+
+
 def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
     manifest = stored_manifest(folder)
@@ -48,7 +77,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)
-        write_json(record, without_example_outputs(read_json(record)))
+        write_json(record, with_small_pictures(without_example_outputs(read_json(record))))
         changes["notebook"] = {"sha256": file_sha256(record)}
     write_json(folder / "run.json", read_json(folder / "run.json") | changes)
     return left_out

@@ -7,6 +7,7 @@ __all__ = ['GREY', 'figure_style', 'range_frame', 'count_in_caption', 'caption_b
            'panel_grid', 'save_figure']
 
 # %% ../../nbs/plots/style.ipynb #5294928b
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -74,8 +75,14 @@ def count_in_caption(
     return counted if n >= SMALL_SAMPLE else f"{counted} (fewer than {SMALL_SAMPLE})"
 
 
+def _without_folders(text: str) -> str:
+    "A caption in which files go by their names: a figure is looked at on other machines."
+    return re.sub(r"(?<![^\s(])[~.]*/(?:[^\s/]+/)+(?=[^\s/])", "", text)
+
+
 def caption_below(fig: Figure, text: str):
     "What a figure shows, how many programs, which intervals: small, below it, and no wider."
+    text = _without_folders(text)
     width = int(18 * fig.get_figwidth())  # characters of this size an inch
     lines = [part for line in text.split("\n") for part in wrap(line, width) or [""]]
     fig.supxlabel("\n".join(lines), x=0.005, ha="left", fontsize=7, color="0.35")
