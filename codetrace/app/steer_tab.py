@@ -18,7 +18,7 @@ import numpy as np
 
 from .html_parts import Markup, code_block, escape_text, html_link, html_note, html_table, page_part
 from .job_progress import show_model_job
-from .latent_tab import complete_runs_of
+from .latent_tab import complete_runs_of, run_label
 from .model_jobs import ModelJobs
 from .page import View
 from .record_views import named_run
@@ -205,7 +205,7 @@ def steer_choices() -> dict[str, list]:
         runs = complete_runs_of("tuning")
     except NoInputRun:
         runs = []
-    return {"run": [("the newest", ""), *((f"{run['started'][:16]} {run['run_id']}", run["run_id"]) for run in runs)]}
+    return {"run": [("the newest", ""), *((run_label(run), run["run_id"]) for run in runs)]}
 
 # %% ../../nbs/app/steer_tab.ipynb #e4c7acb3
 def steer_tab(
@@ -215,10 +215,12 @@ def steer_tab(
 ) -> View:
     "The tab *Steer*."
     with gradio.Row():
-        run = gradio.Dropdown([("the newest", "")], label="Run of phase 3.1", value="", allow_custom_value=True)
+        run = gradio.Dropdown(
+            [("the newest", "")], label="Run of phase tuning", value="", allow_custom_value=True, scale=2
+        )
         task = gradio.Textbox(label="Problem; empty: list them")
         direction = gradio.Dropdown(["0", "1"], label="Direction", value="0", allow_custom_value=True)
-        strength = gradio.Textbox(label="Strength in median norms; empty: as frozen")
+        strength = gradio.Textbox(label="Strength in norms; empty: frozen")
         tokens = gradio.Textbox("200", label=f"Tokens, at most {MOST_NEW_TOKENS}")
 
     def show(**values: str) -> Iterator[Markup]:

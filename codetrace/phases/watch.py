@@ -6,10 +6,11 @@
 __all__ = ['NOT_MORE_THAN_COMMONEST', 'NOT_MORE_THAN_BASELINES', 'NOT_USED', 'WATCH', 'try_question_styles', 'answer_length',
            'say_states', 'SaidResult', 'count_said', 'beyond_rules_test', 'said_sentence', 'said_claims',
            'watch_claims', 'watch_limitations', 'read_sentence', 'used_sentence', 'bugs_sentence', 'dreval_sentence',
-           'mark_dreval', 'watch_headline', 'read_claim', 'used_claims', 'read_and_used_percent', 'with_read_and_used',
-           'agreement_table', 'listing_rows']
+           'mark_dreval', 'watch_headline', 'read_claim', 'used_claims', 'watch_answers', 'read_and_used_percent',
+           'with_read_and_used', 'agreement_table', 'listing_rows']
 
 # %% ../../nbs/phases/14_watch.ipynb #e0031ca6
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -199,6 +200,9 @@ def said_sentence(result: SaidResult) -> str:
     )
 
 # %% ../../nbs/phases/14_watch.ipynb #343288a1
+_SAID_BEYOND_RULES = "said of the same, where no shallow rule is right"
+
+
 def said_claims(result: SaidResult) -> list[dict]:
     "What is said, on changed variables: all, and beyond the rules."
     row = _changed_row(result.accuracy)
@@ -210,7 +214,7 @@ def said_claims(result: SaidResult) -> list[dict]:
     if row["n_beyond"]:
         claims.append(
             claim_row(
-                "said of the same, where no shallow rule is right",
+                _SAID_BEYOND_RULES,
                 row["beyond"],
                 (row["beyond_low"], row["beyond_high"]),
                 _said_verdict(row, result.p_beyond),
@@ -385,6 +389,41 @@ def used_claims(result: UsedResult) -> list[dict]:
             )
         )
     return claims
+
+# %% ../../nbs/phases/14_watch.ipynb #ea16a473
+_READ_CLAIM = re.compile(r"value read at (.+, layer \d+), where no shallow rule is right")
+_USED_CLAIM = re.compile(r"the other run's state at (.+), layer (\d+), brings its value")
+
+
+def _claimed(claim: Mapping) -> str:
+    "A number with its interval and what it must beat."
+    return f"{format_with_interval(claim['number'], claim['low'], claim['high'])} beside {claim['baseline']}"
+
+
+def _study_row(claims: Sequence[Mapping]) -> dict[str, str]:
+    "What a study claims of said, read and used."
+    row = dict.fromkeys(("said", "read", "used", "not measurably used"), "")
+    places = {"used": [], NOT_USED: []}
+    for claim in claims:
+        if claim["claim"] == _SAID_BEYOND_RULES:
+            row["said"] = _claimed(claim)
+        elif match := _READ_CLAIM.fullmatch(claim["claim"]):
+            row["read"] = f"{match[1]}: {_claimed(claim)}"
+        elif match := _USED_CLAIM.fullmatch(claim["claim"]):
+            places[claim["verdict"]].append(f"{match[1]} ({match[2]})" if claim["verdict"] == "used" else match[1])
+    return row | {verdict: ", ".join(names) for verdict, names in places.items()}
+
+
+def watch_answers(
+    manifests: Sequence[Mapping],  # Of complete runs of this phase
+) -> pd.DataFrame:  # Text, a row a study
+    "What models say, hold and use of values that no shallow rule gets right."
+    rows = []
+    for manifest in manifests:
+        parameters = manifest["parameters"]
+        subject = {"model": Path(str(parameters["model"])).name, "programs": parameters["source"]}
+        rows.append(subject | _study_row(read_stored_claims(manifest)))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/14_watch.ipynb #d2e7a104
 def read_and_used_percent(
