@@ -27,7 +27,7 @@ from codetrace.phases.binding import (
     held_out_accuracy_table,
 )
 from codetrace.runs.manifest import reference_runs
-from codetrace.tasks import binding_training
+from codetrace.tasks import model_training
 from codetrace.tasks.binding_programs import (
     HELD_OUT_PAIRS,
     BindingProgramOptions,
@@ -35,16 +35,11 @@ from codetrace.tasks.binding_programs import (
     draw_binding_programs,
     split_hash,
 )
-from codetrace.tasks.binding_training import (
-    BindingTrainingOptions,
-    BindingTrainingPlan,
-    add_lora_adapter,
-    make_untrained_transformer,
-    train_binding_model,
-)
+from codetrace.tasks.binding_training import BindingTrainingPlan, make_untrained_transformer, train_binding_model
 from codetrace.tasks.counterfactuals import program_constants
 from codetrace.tasks.generators import make_variable_binding_program
 from codetrace.tasks.heuristics import chance_beyond_heuristics, shallow_heuristics
+from codetrace.tasks.model_training import TrainingOptions, add_lora_adapter, trainable_parameters
 from codetrace.tasks.packed_binding_queries import predict_digits, prediction_table, rule_is_right
 
 HOME = Path(__file__).resolve().parents[1]
@@ -199,10 +194,10 @@ def test_held_out_is_held_out():
 def test_programs_grow_when_they_are_mastered():
     plan = BindingTrainingPlan(5, 2, 2, lines=(3, 9), max_depth=4, learning_rate=1e-3, mastery=0.9)
     assert plan.levels == [(3, 1), (4, 2), (5, 3), (6, 4), (7, 4), (8, 4), (9, 4)]
-    progress = binding_training._LevelProgress()
+    progress = model_training._LevelProgress()
     reached = []
     for right in [0.0] * 10 + [1.0] * 45 + [0.5] * 60 + [1.0] * 1000:
-        progress = binding_training._advance_level(plan, progress, {"right": right})
+        progress = model_training._advance_level(plan, progress, {"right": right})
         reached.append(progress.level)
     assert reached[53:55] == [0, 1]  # 45 of the last 50 steps
     assert max(reached[55:154]) == 1 and reached[154] == 2 and reached[-1] == 6  # 40 of 50, and ten halves
@@ -238,9 +233,9 @@ def test_half_a_training_continues_to_the_same_weights(tmp_path, monkeypatch, ma
                 yield step
 
         judged = [draw_binding_programs(4, np.random.default_rng(0), BindingProgramOptions(5))]
-        options = BindingTrainingOptions([0, 2, 4], judged, checkpoint_every=3)
-        table, scores = train_binding_model(lm, plan, folder, options, progress=steps)
-        return {name: p.detach() for name, p in binding_training._trainable_parameters(lm).items()}, table, scores
+        options = TrainingOptions([0, 2, 4], checkpoint_every=3)
+        table, scores = train_binding_model(lm, plan, folder, options, judged, steps)
+        return {name: p.detach() for name, p in trainable_parameters(lm).items()}, table, scores
 
     whole, losses, scores = train(tmp_path / "whole")
     for until in (2, 5):

@@ -178,6 +178,7 @@ def _step_label(step: int) -> str:
 # %% ../../nbs/plots/mechanism.ipynb #8a689e66
 def plot_shares_by_step(
     table: pd.DataFrame,  # One row a panel and step: `panel, step, n, share, low, high, learnt` (where it ends, NaN: not drawn)
+    intervals: str = "95% Wilson intervals",  # What `low` and `high` are
 ) -> Figure:
     "Shares over the steps of training."
     names = list(dict.fromkeys(table["panel"]))
@@ -186,7 +187,7 @@ def plot_shares_by_step(
     dotted = "; dotted: of the right answers." if table["learnt"].notna().any() else "."
     count = count_in_caption(table["n"].max(), "queries")
     before = "; ○ before training" if (table["step"] == 0).any() else ""
-    caption = f"{count}, 95% Wilson intervals; a dot a measurement{before}; grey: the other panels{dotted}"
+    caption = f"{count}, {intervals}; a dot a measurement{before}; grey: the other panels{dotted}"
     with panel_grid(len(names), 5, 1.5, 1.3, caption) as axes:
         for ax, name in zip(axes.flat, names):
             _plot_training_curve(ax, table, name)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['check_prompt_template', 'check_position_names', 'check_references', 'check_patching_engine', 'check_program_halves',
            'check_head_programs', 'check_binding_programs', 'check_scratch_model', 'check_adapter',
-           'check_training_is_read', 'check_training_length', 'check_temperatures', 'check_model_server',
-           'check_answer_length', 'check_sae_name', 'check_sae_training', 'check_density_text', 'check_training_text',
-           'check_shuffles', 'check_problems_to_divide', 'check_coefficients', 'check_pushes', 'check_watched_programs',
-           'check_failure_reasons']
+           'check_training_is_read', 'check_training_length', 'check_execution_programs', 'check_temperatures',
+           'check_model_server', 'check_answer_length', 'check_sae_name', 'check_sae_training', 'check_density_text',
+           'check_training_text', 'check_shuffles', 'check_problems_to_divide', 'check_coefficients', 'check_pushes',
+           'check_watched_programs', 'check_failure_reasons']
 
 # %% ../../nbs/runs/value_checks.ipynb #da2590a8
 import importlib.util
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
+from ..models.folders import adapter_folder
 from .hub_names import check_hub_dataset, check_problem_set, check_released_sae, existing_path
 from .parameters import BadParameter, phase_parameters
 
@@ -144,6 +145,23 @@ def check_training_length(phase: str, values: Mapping) -> None:
         )
     if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
         raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
+
+# %% ../../nbs/runs/value_checks.ipynb #7199153d
+def check_execution_programs(phase: str, values: Mapping) -> None:
+    "Lengths, chains, evaluations and a first adapter that training to execute can have."
+    low, high = values["lines"] if len(values["lines"]) == 2 else (0, 0)
+    if not 4 <= low <= high <= 18:
+        raise BadParameter(f"lines={values['lines']}: give the fewest and the most lines, such as 5,12, from 4 to 18")
+    if late := [step for step in values["evaluate_after"] if step > values["steps"]]:
+        raise BadParameter(f"evaluate_after={late}: training has steps={values['steps']}; the last is always evaluated")
+    if values["model"] in _WITHOUT_ADAPTERS:
+        raise BadParameter(f"model={values['model']}: adapters are made for Llama, Qwen and Gemma models")
+    if values["mastery"] == 1:
+        raise BadParameter("mastery=1: give a share below 1, such as 0.95; 0 leaves it out")
+    if values["start"] and adapter_folder(values["start"]) is None:
+        raise BadParameter(
+            f"start={values['start']}: no adapter lies there; give binding, or a folder with adapter_config.json"
+        )
 
 # %% ../../nbs/runs/value_checks.ipynb #73932c9c
 def check_temperatures(phase: str, values: Mapping) -> None:

@@ -55,7 +55,9 @@ def _program_tokens(table: BindingTokenTable, bindings: BindingPrograms) -> list
     return rows
 
 # %% ../../nbs/tasks/packed_binding_queries.ipynb #34534bc2
-def pack_programs(table: BindingTokenTable, bindings: BindingPrograms, device="cpu") -> PackedPrograms:
+def pack_programs(
+    table: BindingTokenTable, bindings: BindingPrograms, device: torch.device | str = "cpu"
+) -> PackedPrograms:
     "Programs and their queries as tokens."
     programs = _program_tokens(table, bindings)
     queries = table.queries[bindings.of_queries("letter")]
