@@ -118,8 +118,20 @@ def read_at(name: str, place: str) -> str:
     return f"{accuracy} at layer {cell['layer']:.0f}, {counted}; control task {cell['control_accuracy']:.2f}"
 
 
-def watch_finding(untaught: str, taught: str) -> str:
-    "What SmolLM2 says of variables before and after it was taught, and which states the answer comes from."
+def code_model_sentence(name: str) -> str:
+    "What a code model says of variables, and which states its answer comes from."
+    said, n, commonest = beyond_rules(name)
+    lines = record(name)["parameters"]["program_lines"][0]
+    last, at_last = strongest_swap(name, ("final",))
+    _, at_line = strongest_swap(name, ("variable", "line", "line end"))
+    return (
+        f"Qwen2.5-Coder-0.5B, which nobody taught, says {said} in programs of {lines} ({commonest}; n = {n}), from the same place: another run's state brings its value in "
+        f"{at_last} of {last['programs_used']:.0f} programs at the last token (layer {last['layer']:.0f} of 0 to 23), and in {at_line} at the variable's line"
+    )
+
+
+def watch_finding(untaught: str, taught: str, code_model: str) -> str:
+    "What SmolLM2 says of variables before and after it was taught, and a code model; and which states the answer comes from."
     before, n_before, commonest_before = beyond_rules(untaught)
     after, n_after, commonest_after = beyond_rules(taught)
     long, short = (record(name)["parameters"]["program_lines"][0] for name in (untaught, taught))
@@ -127,10 +139,10 @@ def watch_finding(untaught: str, taught: str) -> str:
     _, at_line = strongest_swap(taught, ("variable", "line", "line end"))
     noise = f"{random_swaps(taught, 'final'):.2f}"
     return (
-        f"**A small model guesses; taught to follow variables, it looks them up when asked.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
+        f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
         f"in programs of {long} lines (always the commonest value: {commonest_before}; n = {n_before}); taught to follow references, {after} in programs of {short} ({commonest_after}; n = {n_after}). Put another run's state at the last token (layer {last['layer']:.0f}), "
-        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({read_at(taught, 'line')}) "
-        f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')})."
+        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({read_at(taught, 'line')}). {code_model_sentence(code_model)} "
+        f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
     )
 
 
@@ -189,7 +201,11 @@ def write_findings() -> None:
     image = next(output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output["data"])
     (NOTEBOOKS / "finding.png").write_bytes(base64.b64decode("".join(image)))
     findings = [
-        watch_finding("watch/20261129T035747375Z-e239d719", "watch/20261129T035417847Z-2472f037"),
+        watch_finding(
+            "watch/20261129T035747375Z-e239d719",
+            "watch/20261129T035417847Z-2472f037",
+            "watch/20261130T065031736Z-b739e8e9",
+        ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
         pregeneration_finding("pregeneration/20261129T071236797Z-af66d7a9"),
     ]
