@@ -11,7 +11,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import attrgetter
 
@@ -98,17 +98,23 @@ def _bare_ids(lm: LM, text: str) -> list[int]:
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-_NEUTRAL_ANSWERS = ("0", "7", "12", "-3", "1.5", "True", "None", "'a'", "[1, 2]")
-
-
-def _answer_gap(lm: LM, style: str) -> tuple[str, str]:
-    "Whether the space before an answer is the question's or the answer's: what makes answers shortest, whatever the true one is."
+def _answer_gap(lm: LM, execution: Execution, style: str) -> tuple[str, str]:
+    "Whether the space before an answer is the question's or the answer's: the question's where all of a program's values are whole numbers, and digits are tokens of their own."
     if style in _STYLES_WITHOUT_SPACE:
         return "", ""
-    texts = "x ==" + pd.Series(_NEUTRAL_ANSWERS, dtype=str).radd(" ")
-    space_asked = sum(len(_bare_ids(lm, text)) for text in texts) - len(texts) * len(_bare_ids(lm, "x == "))
-    space_said = sum(len(_bare_ids(lm, text)) for text in texts) - len(texts) * len(_bare_ids(lm, "x =="))
-    return (" ", "") if space_asked < space_said else ("", " ")
+    values = [value for step in execution.steps for value in step.after.values() if is_asked(value)]
+    splits_digits = len(_bare_ids(lm, "x == 7")) > len(_bare_ids(lm, "x ==")) + 1
+    return (" ", "") if splits_digits and all(value.type == "int" for value in values) else ("", " ")
+
+
+def _written_truth(truth: TracedValue, style: str) -> str:
+    "A true answer as a style has it written: what is printed has no quotes."
+    return (_printed_text(truth) if style == "print" else "") or truth.text
+
+
+def _printed_text(truth: TracedValue) -> str:
+    "What printing a text shows, without space around it; empty for all that is no text."
+    return str(read_literal(truth.text)).strip() if truth.type == "str" and truth.whole else ""
 
 # %% ../../nbs/tasks/state_questions.ipynb #ac0827d5
 def _question_and_answer(lm: LM, text: str, truth: str, gap: tuple[str, str]) -> tuple[list[int], list[int]]:
@@ -151,13 +157,13 @@ def pack_questions(
     start = len(text) - len(code)
     line_ends = [start + len("\n".join(code.split("\n")[:number])) for number in range(1, code.count("\n") + 2)]
     packed = PackedQuestions(list(encoded["input_ids"]), [], [], [])
-    gap = _answer_gap(lm, style)
+    gap = _answer_gap(lm, execution, style)
     for question in questions:
         end = line_ends[question.last_line - 1]
         seen = sum(stop <= end for _, stop in offsets)
         left = text[max((stop for _, stop in offsets[:seen]), default=0) : end]
         asked = left + _question_text(execution, question, style) + after
-        question_ids, truth_ids = _question_and_answer(lm, asked, question.truth.text, gap)
+        question_ids, truth_ids = _question_and_answer(lm, asked, _written_truth(question.truth, style), gap)
         packed.visible.append(seen)
         packed.question_ids.append(question_ids)
         packed.truth_ids.append(truth_ids)
@@ -331,7 +337,15 @@ def ask_states(
         part = slice(start, start + questions_per_pass)
         lists = (packed.visible[part], packed.question_ids[part], packed.truth_ids[part])
         answers += answer_packed(lm, PackedQuestions(packed.program_ids, *lists), max_new_tokens)
+    if style == "print":
+        return [_with_quotes(answer, question.truth) for answer, question in zip(answers, questions)]
     return answers
+
+
+def _with_quotes(answer: StateAnswer, truth: TracedValue) -> StateAnswer:
+    "An answer that is what printing a text shows, as that text."
+    printed = _printed_text(truth)
+    return replace(answer, text=truth.text) if printed and answer.text.strip() == printed else answer
 
 # %% ../../nbs/tasks/state_questions.ipynb #c6d864d1
 def read_said_value(text: str) -> str:

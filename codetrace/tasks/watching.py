@@ -24,8 +24,8 @@ from .execution import Execution, TracedProgram, TraceLimits, check_execution, r
 from .state_questions import StateAnswer, StateQuestion, ask_states, read_said_value, state_questions
 
 # %% ../../nbs/tasks/watching.ipynb #2d9d9392
-STATE_RULES = ("previous", "last_constant", "line_constant", "first_constant", "propagation")
-SHALLOW_STATE_RULES = STATE_RULES[:4]
+STATE_RULES = ("previous", "last_constant", "line_constant", "first_constant", "iteration", "propagation")
+SHALLOW_STATE_RULES = STATE_RULES[:5]
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 _LARGEST = 10**12  # Of the numbers that are computed with
@@ -114,6 +114,7 @@ def rule_answers(
     constants = dict(in_order)  # the last of each line
     arguments = _literal_arguments(execution)
     known = {0: arguments} | _propagated(tree, arguments)
+    loops = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.For)}
     rows = []
     for question in questions:
         before = question.step.before.get(question.variable)
@@ -121,6 +122,7 @@ def rule_answers(
         row["last_constant"] = _last_up_to(constants, question.step.line)
         row["line_constant"] = constants.get(question.step.line)
         row["first_constant"] = in_order[0][1] if in_order else None
+        row["iteration"] = str(question.step.visit - 1) if question.step.line in loops else None
         row["propagation"] = (_last_up_to(known, question.step.line) or {}).get(question.variable)
         rows.append(row)
     return pd.DataFrame(rows, columns=list(STATE_RULES), dtype=object)
