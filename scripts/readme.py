@@ -120,12 +120,12 @@ def read_at(name: str, place: str) -> str:
 
 def code_model_sentence(name: str) -> str:
     "What a code model says of variables, and which states its answer comes from."
-    said, n, commonest = beyond_rules(name)
+    share, n, commonest = beyond_rules(name)
     lines = record(name)["parameters"]["program_lines"][0]
     last, at_last = strongest_swap(name, ("final",))
     _, at_line = strongest_swap(name, ("variable", "line", "line end"))
     return (
-        f"Qwen2.5-Coder-0.5B, which nobody taught, says {said} in programs of {lines} ({commonest}; n = {n}), from the same place: another run's state brings its value in "
+        f"Qwen2.5-Coder-0.5B, which nobody taught, says {share} in programs of {lines} ({commonest}; n = {n}), from the same place: another run's state brings its value in "
         f"{at_last} of {last['programs_used']:.0f} programs at the last token (layer {last['layer']:.0f} of 0 to 23), and in {at_line} at the variable's line"
     )
 

@@ -260,7 +260,7 @@ def swap_cases(
     lm: LM,
     executions: Sequence[Execution],
     style: str = "hash",
-    per_program: int = 2,
+    per_program: int | None = 2,  # At most; None: all
     seed: int = 0,
     limits: TraceLimits = TraceLimits(steps=1000),
 ) -> list[SwapCase]:
@@ -540,20 +540,21 @@ def used_layers(
     variables: Sequence[str] = (),  # Of all: those that another input changes
     style: str = "print",
 ) -> list[dict]:  # One row a variable and line: both runs' answers, the layers at which each place is used
-    "Where a program's states, swapped with a run of another input, bring that run's answer."
-    cases = swap_cases(lm, [execution], style, per_program=len(execution.steps) * len(STATE_PLACES))
+    "Where a program's states, swapped with a run of another input, bring that run's answer; nothing where the model does not give both answers unswapped."
+    cases = swap_cases(lm, [execution], style, per_program=None)
     cases = [case for case in cases if not variables or case.question.variable in variables]
     swaps = run_state_swaps(lm, cases) if cases else pd.DataFrame()
     rows = []
     for number, case in sorted(enumerate(cases), key=_step_of):
         of_case = swaps[swaps["case"] == number]
         answers = [lm.tokenizer.decode([token]) for token in case.answer_ids]
-        row = {"line": case.question.step.line, "variable": case.question.variable}
+        row = {"line": case.question.step.line, "run": case.question.step.visit, "variable": case.question.variable}
         row |= {"answer": answers[0], "of the other run": answers[1]}
         row["both are said"] = "yes" if of_case["known"].iloc[0] else "no"
         for place in STATE_PLACES:
             flipping = of_case[(of_case["place"] == place) & of_case["flips"]]["layer"]
-            row[f"at {place}"] = _layer_ranges(flipping.tolist()) if place in case.positions else ""
+            is_judged = place in case.positions and row["both are said"] == "yes"
+            row[f"at {place}"] = _layer_ranges(flipping.tolist()) if is_judged else ""
         rows.append(row)
     return rows
 

@@ -27,7 +27,7 @@ from ..models.greedy_texts import continue_texts
 from ..models.lm import LM
 from ..patching.state_probes import ReadResult, is_read
 from ..patching.state_swaps import USED_NULLS, UsedResult, best_program_place, is_used
-from ..runs.claims import claim_row, read_stored_claims
+from ..runs.claims import adjust_claims, claim_row, read_stored_claims
 from ..runs.phases import ParameterRule, Phase
 from ..tasks.dreval import DREvalInput, answer_dreval, record_dreval
 from ..tasks.execution import Execution
@@ -401,17 +401,27 @@ def _claimed(claim: Mapping) -> str:
 
 
 def _study_row(claims: Sequence[Mapping]) -> dict[str, str]:
-    "What a study claims of said, read and used."
+    "What a study claims of said, read and used, as far as all of it holds together."
     row = dict.fromkeys(("said", "read", "used", "not measurably used"), "")
     places = {"used": [], NOT_USED: []}
     for claim in claims:
         if claim["claim"] == _SAID_BEYOND_RULES:
             row["said"] = _claimed(claim)
         elif match := _READ_CLAIM.fullmatch(claim["claim"]):
-            row["read"] = f"{match[1]}: {_claimed(claim)}"
+            row["read"] = f"{match[1]}: {_claimed(claim)}: {claim['verdict']}"
         elif match := _USED_CLAIM.fullmatch(claim["claim"]):
-            places[claim["verdict"]].append(f"{match[1]} ({match[2]})" if claim["verdict"] == "used" else match[1])
+            is_claimed = claim["verdict"] == "used"
+            place = f"{match[1]} ({match[2]}): {format_with_interval(claim['number'], claim['low'], claim['high'])}"
+            places["used" if is_claimed else NOT_USED].append(place if is_claimed else match[1])
     return row | {verdict: ", ".join(names) for verdict, names in places.items()}
+
+
+def _programs_of(parameters: Mapping) -> str:
+    "Which programs a study watches."
+    if parameters["source"] != "generated":
+        return parameters["source"]
+    lines = ", ".join(map(str, parameters["program_lines"]))
+    return f"{', '.join(parameters['generators'])} of {lines} lines"
 
 
 def watch_answers(
@@ -421,8 +431,9 @@ def watch_answers(
     rows = []
     for manifest in manifests:
         parameters = manifest["parameters"]
-        subject = {"model": Path(str(parameters["model"])).name, "programs": parameters["source"]}
-        rows.append(subject | _study_row(read_stored_claims(manifest)))
+        subject = {"model": Path(str(parameters["model"])).name, "programs": _programs_of(parameters)}
+        claims = adjust_claims(pd.DataFrame(read_stored_claims(manifest)))
+        rows.append(subject | _study_row(claims.to_dict("records")))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/14_watch.ipynb #d2e7a104

@@ -35,9 +35,14 @@ def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str
 
     rows = used_layers(lm, execution, variables, style)
     if not rows:
-        print("used: no other input changes a value that can be asked for, or its prompt is of another length")
+        print(
+            "used: nothing to swap: another input must change a value that can be asked for and is not written on its own line, "
+            "run the same lines, and be as many tokens long"
+        )
         return
-    print("used: layers at which the other run's state at a place brings its answer (one program: no interval)")
+    print(
+        "used: layers at which the other run's state at a place brings its answer, where both are said unswapped (one program: no interval)"
+    )
     print_table(rows)
 
 # %% ../../nbs/runs/watch_command.ipynb #3f60ac29

@@ -135,5 +135,8 @@ def draw_execution_program(
         _write_constant(drawing)
     drawing.reassign = reassign
     while len(drawing.lines) < lines:
-        EXECUTION_STEPS[steps[int(rng.integers(len(steps)))]](drawing)
+        step = EXECUTION_STEPS[steps[int(rng.integers(len(steps)))]]
+        if not drawing.readable():  # all chains are as long as they may be
+            step = _write_constant
+        step(drawing)
     return "\n".join(drawing.lines), drawing.values

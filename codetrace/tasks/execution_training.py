@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['is_held_out_program', 'draw_split_programs', 'ExecutionTrainingPlan', 'draw_state_questions', 'PackedExecutions',
-           'pack_executions', 'ExecutionBatches', 'draw_evaluation_executions', 'execution_answers',
-           'train_execution_model']
+           'pack_executions', 'record_whole', 'decided_by_branch', 'ExecutionBatches', 'draw_evaluation_executions',
+           'execution_answers', 'train_execution_model']
 
 # %% ../../nbs/tasks/execution_training.ipynb #227ceed0
+import ast
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
+from ..core.python_source import parse_source
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, record_executions
 from .execution_programs import EXECUTION_STEPS, draw_execution_program
@@ -184,6 +186,35 @@ def pack_executions(
         visible=table[..., 3],
     )
 
+# %% ../../nbs/tasks/execution_training.ipynb #7a57d87c
+def record_whole(programs: Sequence[TracedProgram]) -> list[Execution]:
+    "Programs that all come to their end; one that the sandbox cut short is run once more, for itself."
+    executions = record_executions(programs)
+    for number, execution in enumerate(executions):
+        if execution.ending != "return":
+            (executions[number],) = record_executions([programs[number]])
+        if executions[number].ending != "return":
+            raise BadInput(
+                f"a program did not end in the sandbox ({executions[number].ending}):\n{programs[number].code}"
+            )
+    return executions
+
+# %% ../../nbs/tasks/execution_training.ipynb #5d4870f0
+def decided_by_branch(execution: Execution) -> set[tuple[int, str]]:  # By step and variable
+    "Which values were assigned in a half of a branch, and are asked for behind all of it."
+    branches = [node for node in ast.walk(parse_source(execution.program.code)) if isinstance(node, ast.If)]
+    end_by_line = {}  # Of each line within a branch: where that ends
+    for node in branches:
+        end_by_line |= dict.fromkeys(range(node.lineno + 1, (node.end_lineno or 0) + 1), node.end_lineno)
+    assigned_at: dict[str, int] = {}
+    decided = set()
+    for step in execution.steps:
+        assigned_at |= dict.fromkeys(step.changed, step.line)
+        for variable, line in assigned_at.items():
+            if line in end_by_line and step.line > end_by_line[line]:
+                decided.add((step.step, variable))
+    return decided
+
 # %% ../../nbs/tasks/execution_training.ipynb #994714a8
 _STEPS_AT_A_TIME = 20
 
@@ -210,7 +241,7 @@ class ExecutionBatches:
         "Record the programs of a few steps from this one on."
         steps = range(step, min(step + _STEPS_AT_A_TIME, self.plan.steps))
         drawn = [self.plan.batch(s, level) for s in steps]
-        executions = iter(record_executions([program for programs in drawn for program in programs]))
+        executions = iter(record_whole([program for programs in drawn for program in programs]))
         self.recorded = {(s, level): [next(executions) for _ in programs] for s, programs in zip(steps, drawn)}
 
 # %% ../../nbs/tasks/execution_training.ipynb #22a13df5
@@ -221,21 +252,23 @@ def draw_evaluation_executions(
     seed: int,
 ) -> list[Execution]:
     "Held-out programs of all kinds, of lengths in turn, recorded."
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1 << 32])  # of no step
     programs = []
     for number in range(n):
         length = lines[0] + number % (lines[1] - lines[0] + 1)
         options = {"constants": min(4, length // 2), "max_depth": max_depth}
         (program,) = draw_split_programs(1, rng, True, partial(draw_execution_program, length, **options))
         programs.append(TracedProgram(program.code, "", f"held out/{number}"))
-    return record_executions(programs)
+    return record_whole(programs)
 
 
 def execution_answers(lm: LM, executions: Sequence[Execution], progress: Progress = no_progress) -> pd.DataFrame:
-    "What a model says of every variable after every line, a row each, as `watch` counts it."
+    "What a model says of every variable after every line, a row each, as `watch` counts it, with `after_branch`."
     tables = []
     for execution in progress(executions, desc="held-out programs"):
-        tables.append(with_line_facts(watch_execution(lm, execution, style="hash", max_new_tokens=1), execution))
+        table = with_line_facts(watch_execution(lm, execution, style="hash", max_new_tokens=1), execution)
+        decided = decided_by_branch(execution)
+        tables.append(table.assign(after_branch=[key in decided for key in zip(table["step"], table["variable"])]))
     return pd.concat(tables, ignore_index=True)
 
 

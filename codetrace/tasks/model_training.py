@@ -335,6 +335,7 @@ class _Trainer:
         accuracy = self.task.evaluate()
         self.lm.hf.train(was_training)
         scores.append(accuracy.assign(step=step).to_dict("records"))
+        scores.flush()  # all rows of an evaluation, or none
 
 # %% ../../nbs/tasks/model_training.ipynb #2ffc1580
 MASTERY_STEPS = 50  # Steps over which answers are counted before programs grow
