@@ -2,7 +2,7 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-Pictures are left out, for the record shows them, in 64 colours; and what the patterns name (large weights, the rows of a training).
+Pictures are left out, for the record shows them, in 32 colours; and what the patterns name (large weights, the rows of a training).
 All of it stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again. A record that
 is a reference already is thinned where it is.
 """
@@ -11,15 +11,16 @@ import argparse
 import base64
 import fnmatch
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from codetrace.core.files import file_sha256, read_json, write_json
+from codetrace.core.files import atomic_write, file_sha256, read_json, write_json
 from codetrace.runs.manifest import resolve_run, stored_manifest
-from codetrace.runs.record_layout import lay_out_record
+from codetrace.runs.record_layout import lay_out_record, record_title
 
 HOME = Path(__file__).resolve().parents[1]
 PICTURES = ("*.png", "*.svg")
@@ -38,13 +39,22 @@ def without_example_outputs(notebook: dict) -> dict:
     return notebook
 
 
-_COLOURS = 64
+def with_its_title(notebook: dict, manifest: dict) -> dict:
+    "A record whose title is what records are called today."
+    opening = notebook["cells"][0]
+    if opening["id"] == "record-title":
+        lines = "".join(opening["source"]).split("\n")
+        opening["source"] = "\n".join([f"# {record_title(manifest)}", *lines[1:]])
+    return notebook
+
+
+_COLOURS = 32
 
 
 def in_few_colours(png: str) -> str:
     "A picture, as notebooks hold it, with a palette; itself where that is no smaller."
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
-    if picture.mode == "P":
+    if picture.mode == "P" and len(picture.getcolors() or ()) <= _COLOURS:
         return png
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture.convert("RGBA"))
@@ -77,10 +87,16 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)
-        write_json(record, with_small_pictures(without_example_outputs(read_json(record))))
+        write_json(record, with_small_pictures(with_its_title(without_example_outputs(read_json(record)), manifest)))
         changes["notebook"] = {"sha256": file_sha256(record)}
-    write_json(folder / "run.json", read_json(folder / "run.json") | changes)
+    atomic_write(folder / "run.json", in_few_lines(read_json(folder / "run.json") | changes))
     return left_out
+
+
+def in_few_lines(manifest: dict) -> str:
+    "A manifest as JSON, a line for each of its facts."
+    lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in manifest.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main():

@@ -153,6 +153,7 @@ _MOST_NAMES = 3  # In a title
 def _names(value: object) -> str:
     "One name, or several, of which a title holds three."
     names = [str(name) for name in (value if isinstance(value, list) else [value]) if name not in (None, "")]
+    names = [Path(name).name if name.startswith(("/", "~", ".")) else name for name in names]
     return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of them"
 
 
@@ -166,7 +167,9 @@ def record_title(
         subject = run_subject(manifest)
     models = _names(parameters.get("models") or subject.get("model"))
     models = models.replace("of them", "models")
-    problems = _names(subject.get("problems") or parameters.get("generators") or parameters.get("generator"))
+    source = parameters.get("source")
+    drawn = parameters.get("generators") or parameters.get("generator")
+    problems = _names(subject.get("problems") or (drawn if source in (None, "generated") else source))
     problems = problems.replace("_", " ").replace("of them", "problem sets")
     parts = [f"{manifest['phase']}: {models}" if models else manifest["phase"], problems, manifest["started"][:10]]
     return ", ".join(part for part in parts if part)
