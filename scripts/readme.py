@@ -203,7 +203,7 @@ def write_findings() -> None:
     findings = [
         watch_finding(
             "watch/20261129T035747375Z-e239d719",
-            "watch/20261129T035417847Z-2472f037",
+            "watch/20261130T085827709Z-9bc66ca7",
             "watch/20261130T065031736Z-b739e8e9",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
