@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from codetrace import models
 from codetrace.sandbox.pool import GradingJob, SandboxLimits, grade
 from codetrace.tasks.execution import TracedProgram, TraceLimits, record_executions
-from codetrace.tasks.state_questions import pack_questions, state_questions
-from codetrace.tasks.watching import first_divergence
+from codetrace.tasks.question_styles import DIGIT_STYLES
+from codetrace.tasks.state_questions import StateAnswer, pack_questions, state_questions
+from codetrace.tasks.watching import first_divergence, watch_execution
 
 DATA = Path(os.environ.get("CODETRACE_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
@@ -227,6 +229,25 @@ def test_a_question_does_not_depend_on_its_true_answer():
         same = len(lm.tokenizer(f"x = {value}")["input_ids"])
         asked.append(packed.prompt_ids(0)[same:])
     assert all(question == asked[0] for question in asked)
+    assert not lm.tokenizer.decode(asked[0]).endswith(" ")
+    of_digits = pack_questions(lm, execution, state_questions(execution), DIGIT_STYLES["assertion"])
+    assert lm.tokenizer.decode(of_digits.question_ids[0]).endswith("== ")
+
+
+def test_what_is_printed_has_no_quotes_and_counts_all_the_same():
+    lm = models.load("tiny:llama")
+    (execution,) = record_executions([TracedProgram("x = 'ab c'\ny = 7\nz = '7'")], workers=1)
+    questions = state_questions(execution)
+    packed = pack_questions(lm, execution, questions, "print")
+    written = [lm.tokenizer.decode(ids).strip() for ids in packed.truth_ids]
+    truths = [question.truth.text for question in questions]
+    assert dict(zip(truths, written)) == {"'ab c'": "ab c", "7": "7", "'7'": "7"}
+    with patch(
+        "codetrace.tasks.state_questions.answer_packed",
+        lambda _, p, n: [StateAnswer("7", -1.0, 0, True)] * len(p.visible),
+    ):
+        table = watch_execution(lm, execution, style="print")
+    assert set(table[table["correct"]]["truth"]) == {"7", "'7'"}
 
 
 TAKEN_FOR_AN_INT = """

@@ -55,14 +55,16 @@ def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right
     def answer(lm, execution, style, max_new_tokens):
         "Right if asked in a comment, and of what lines leave alone however it is asked."
         asked_code.add(execution.program.code)
-        rows = {"changed": [True, True, False], "correct": [style == "comment", style != "hash", True]}
+        rows = {"changed": [True, True, False], "correct": [style.startswith("comment"), style != "hash", True]}
         return pd.DataFrame(rows).assign(program=execution.program.name)
 
     monkeypatch.setattr("codetrace.phases.watch.watch_execution", answer)
     kinds = WatchedSource(count=40, generators=("boolean", "copies"), lines=(3, 4, 5, 6), max_depth=2)
     watched, _ = load_watched_executions(kinds)
-    styles = try_question_styles(None, kinds, watched, 1)
+    styles = try_question_styles(None, kinds, watched, 16)
     assert styles["style"].tolist() == ["comment", "print", "assertion", "hash"]
+    of_digits = try_question_styles(None, kinds, watched, 1)["style"].tolist()
+    assert of_digits == ["comment, digits", "print, digits", "assertion, digits", "hash"]
     assert styles["accuracy"].tolist() == [1, 0.5, 0.5, 0]
     assert set(styles["programs"]) == {len(asked_code)} and set(styles["n"]) == {2 * len(asked_code)}
     assert asked_code and not asked_code & {execution.program.code for execution in watched}

@@ -26,7 +26,7 @@ from ..core.python_source import read_literal
 from ..models.lm import LM
 from .execution import Execution, ExecutionStep, TracedProgram, TracedValue
 from .problem_prompts import render_chat_turn
-from .question_styles import QUESTION_STYLES
+from .question_styles import DIGIT_STYLES, STYLE_TEXTS
 
 # %% ../../nbs/tasks/state_questions.ipynb #ee87aca1
 _STYLES_WITHOUT_SPACE = ("chat", "hash")  # The answer follows without a space
@@ -72,8 +72,8 @@ def _question_text(execution: Execution, question: StateQuestion, style: str) ->
     visit = question.step.visit
     if style == "chat":
         times = f" {visit} times" if visit > 1 else ""
-        return QUESTION_STYLES[style].format(variable=question.variable, line=question.step.line, times=times)
-    text = QUESTION_STYLES[style].format(variable=question.variable, indent=indent)
+        return STYLE_TEXTS[style].format(variable=question.variable, line=question.step.line, times=times)
+    text = STYLE_TEXTS[style].format(variable=question.variable, indent=indent)
     return f"\n{indent}# line {question.step.line}, run {visit} times:{text}" if visit > 1 else text
 
 
@@ -98,13 +98,12 @@ def _bare_ids(lm: LM, text: str) -> list[int]:
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _answer_gap(lm: LM, execution: Execution, style: str) -> tuple[str, str]:
-    "Whether the space before an answer is the question's or the answer's: the question's where all of a program's values are whole numbers, and digits are tokens of their own."
+def _answer_gap(lm: LM, style: str) -> tuple[str, str]:
+    "Whether the space before an answer is the question's or the answer's: the question's where all answers are digits, and digits are tokens of their own."
     if style in _STYLES_WITHOUT_SPACE:
         return "", ""
-    values = [value for step in execution.steps for value in step.after.values() if is_asked(value)]
     splits_digits = len(_bare_ids(lm, "x == 7")) > len(_bare_ids(lm, "x ==")) + 1
-    return (" ", "") if splits_digits and all(value.type == "int" for value in values) else ("", " ")
+    return (" ", "") if splits_digits and style in DIGIT_STYLES.values() else ("", " ")
 
 
 def _written_truth(truth: TracedValue, style: str) -> str:
@@ -145,10 +144,10 @@ def pack_questions(
     lm: LM,
     execution: Execution,
     questions: Sequence[StateQuestion],
-    style: str = "assertion",  # A key of `QUESTION_STYLES`
+    style: str = "assertion",  # A key of `STYLE_TEXTS`
 ) -> PackedQuestions:
     "Program and questions as tokens."
-    look_up_name(style, QUESTION_STYLES, "question style")
+    look_up_name(style, STYLE_TEXTS, "question style")
     before, after = _chat_frame(lm) if style == "chat" else ("", "")
     text = before + _program_text(execution)
     encoded = lm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=style != "chat")
@@ -157,7 +156,7 @@ def pack_questions(
     start = len(text) - len(code)
     line_ends = [start + len("\n".join(code.split("\n")[:number])) for number in range(1, code.count("\n") + 2)]
     packed = PackedQuestions(list(encoded["input_ids"]), [], [], [])
-    gap = _answer_gap(lm, execution, style)
+    gap = _answer_gap(lm, style)
     for question in questions:
         end = line_ends[question.last_line - 1]
         seen = sum(stop <= end for _, stop in offsets)
@@ -325,7 +324,7 @@ def ask_states(
     lm: LM,
     execution: Execution,
     questions: Sequence[StateQuestion],
-    style: str = "assertion",  # A key of `QUESTION_STYLES`
+    style: str = "assertion",  # A key of `STYLE_TEXTS`
     questions_per_pass: int = 96,
     max_new_tokens: int = 16,
     progress: Progress = no_progress,
