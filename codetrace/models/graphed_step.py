@@ -118,7 +118,7 @@ def _recording_errors() -> Iterator[None]:
             f"the decoding step of this model cannot be recorded as a CUDA graph: {reason}; repeat with graphed=false"
         ) from error
 
-
+# %% ../../nbs/models/graphed_step.ipynb #62e67f4a
 def _capture(forward: Callable[[], Tensor], states: dict) -> tuple[Tensor, dict, Callable[[dict], Any]]:
     "What a function gives and hooks keep, and how to compute both again where they stand."
     stream = torch.cuda.Stream()

@@ -80,7 +80,7 @@ def try_question_styles(
         rows.append({"style": style, "programs": len(executions), "n": len(changed)} | accuracy)
     return pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
-
+# %% ../../nbs/phases/14_watch.ipynb #9eb8e798
 def answer_length(answer_tokens: int, source: str, generators: Sequence[str]) -> int:
     "How many tokens an answer may have: 0 is one where all values are digits, else 16."
     if answer_tokens:
@@ -423,7 +423,7 @@ def _study_row(claims: Sequence[Mapping]) -> dict[str, str]:
             places["used" if is_claimed else NOT_USED].append(place if is_claimed else match[1])
     return row | {verdict: ", ".join(names) for verdict, names in places.items()}
 
-
+# %% ../../nbs/phases/14_watch.ipynb #a6391415
 def _programs_of(parameters: Mapping) -> str:
     "Which programs a study watches."
     if parameters["source"] != "generated":

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from fastcore.basics import patch
 
@@ -205,20 +205,15 @@ class RunTakenOver(BadInput):
     "Another machine has gone on with a run, after it had heard nothing of its writer."
 
 
-def _is_gone_or_taken(store: RemoteRuns, folder: Path) -> bool:
-    "Was a run, which the store had, removed from it? Raises `RunTakenOver` where another machine writes it now."
+def _seen_in_store(store: RemoteRuns, folder: Path) -> Literal["as noted", "removed", "taken over"]:
+    "What has become of a run in the store since it was last pushed from here."
     noted = _pushed_notes(folder).get("manifest")
     try:
         data = _remote_manifest(store, store.name_of(folder))
     except FileNotFoundError:
-        return bool(noted)
-    if noted and _writer_of(data) not in ("", store.machine) and hashlib.sha256(data).hexdigest() != noted:
-        (folder / _MANIFEST).replace(folder / _REMOVED)
-        raise RunTakenOver(
-            f"run {folder.name} was taken over by another machine, which had heard nothing of this one for {_ALIVE_SECONDS // 60} minutes: "
-            "repeat the command when that one has ended, and it takes its result"
-        )
-    return False
+        return "removed" if noted else "as noted"
+    is_theirs = _writer_of(data) not in ("", store.machine) and hashlib.sha256(data).hexdigest() != noted
+    return "taken over" if noted and is_theirs else "as noted"
 
 
 def _writer_of(data: bytes) -> str:
@@ -231,8 +226,15 @@ def _writer_of(data: bytes) -> str:
 # %% ../../nbs/runs/remote_runs.ipynb #e7637ee2
 def _push(store: RemoteRuns, folder: Path) -> None:
     "Write what has changed to the store, the manifest last; then remove what its writer has removed."
-    if _is_gone_or_taken(store, folder):
-        (folder / _PUSHED).unlink()  # removed while it is written: all of it goes again
+    seen = _seen_in_store(store, folder)
+    if seen == "taken over":
+        (folder / _MANIFEST).replace(folder / _REMOVED)
+        raise RunTakenOver(
+            f"run {folder.name} was taken over by another machine, which had heard nothing of this one for {_ALIVE_SECONDS // 60} minutes: "
+            "repeat the command when that one has ended, and it takes its result"
+        )
+    if seen == "removed":
+        (folder / _PUSHED).unlink()  # while it is written: all of it goes again
     store.mark()
     home = store.name_of(folder)
     files = _local_files(folder)
@@ -260,11 +262,10 @@ def _push_again(store: RemoteRuns, folder: Path) -> None:
     pushed = _pushed_files(folder)
     if pushed.get(_MANIFEST) == files.get(_MANIFEST):  # it was pushed last: all else was pushed before it
         return
-    try:
-        if _is_gone_or_taken(store, folder):  # removed by somebody, who is asked of no more
-            return
-    except RunTakenOver:  # what another machine has made of it counts
+    seen = _seen_in_store(store, folder)
+    if seen == "taken over":  # what another machine has made of it counts
         _pull_manifest(store, store.name_of(folder))
+    if seen != "as noted":
         return
     manifest = read_json(folder / _MANIFEST)
     hashes = {name: facts["sha256"] for name, facts in manifest.get("outputs", {}).items()}
@@ -294,7 +295,7 @@ def _pull_manifest(store: RemoteRuns, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / _MANIFEST, data)
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #ee7fa90a
 def _put_aside(folder: Path) -> None:
     "Drop what was brought here of a run that another machine has gone on with; what was made here is moved out of the way."
     aside = folder / ".replaced"
@@ -350,7 +351,7 @@ def _was_in_store(store: RemoteRuns, folder: Path) -> bool:
         return False
     return is_from_there or (pushed is not None and pushed == _local_files(folder).get(_MANIFEST))
 
-
+# %% ../../nbs/runs/remote_runs.ipynb #26232804
 def _pull_manifests(store: RemoteRuns, is_held: Callable[[Path], bool]) -> None:
     "Bring the manifests of all runs here up to date, and push what could not be pushed before."
     root = store.root

@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from jaxtyping import Int
-from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
@@ -31,14 +29,7 @@ from codetrace.tasks.binding_programs import (
     draw_balanced_bindings,
     draw_binding_programs,
 )
-from codetrace.tasks.model_training import (
-    MASTERY_STEPS,
-    TrainingOptions,
-    TrainingTask,
-    cosine_rate,
-    rehearsed_text,
-    train_model,
-)
+from .model_training import TrainingOptions, TrainingPlan, TrainingTask, train_model
 from codetrace.tasks.packed_binding_queries import (
     PackedPrograms,
     binding_accuracy_table,
@@ -83,33 +74,15 @@ def make_untrained_transformer(
 
 # %% ../../nbs/tasks/binding_training.ipynb #dfb4e384
 @dataclass(frozen=True)
-class BindingTrainingPlan:
+class BindingTrainingPlan(TrainingPlan):
     "What a training run does."
 
-    steps: int
-    programs: int  # A step
-    queries: int  # A program
-    lines: tuple[int, ...]  # Fewest and most
-    max_depth: int
-    learning_rate: float  # At its highest
-    warmup: int = 10  # Steps
-    curriculum: float = 0.0  # Share of the steps over which programs grow to their full length
-    mastery: float = 0.0  # Share of correct answers at which programs grow (0: with the steps, by `curriculum`)
-    rehearsal_sequences: int = 0  # Sequences of Python source a step
+    curriculum: float = (
+        0.0  # Share of the steps over which programs grow to their full length, where levels are left out
+    )
     balanced: bool = False  # Programs whose constants are each as likely to be the answer
-    seed: int = 0
 
-    def __post_init__(self):
-        low, high = self.lines if len(self.lines) == 2 else (0, 0)
-        if not 2 <= low <= high <= 26:
-            raise BadInput(
-                f"lines={list(self.lines)}: give the fewest and the most assignments, such as [4, 16], from 2 to 26"
-            )
-        for name in ("steps", "programs", "queries", "max_depth", "warmup"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)}: give at least 1")
-        if not 0 <= self.mastery < 1:
-            raise BadInput(f"mastery={self.mastery}: give a share below 1, such as 0.95; 0 leaves it out")
+    line_limits = (2, 26)
 
     @property
     def levels(self) -> list[tuple[int, int]]:
@@ -121,24 +94,6 @@ class BindingTrainingPlan:
             depth = 1 + round(2 * (self.max_depth - 1) * level / span)
             levels.append((low + level, min(self.max_depth, depth)))
         return levels
-
-    def next_level(
-        self,
-        level: int,
-        accuracies: Sequence[float],  # Shares of correct answers, a step each, since the level began
-    ) -> int:
-        "The level of the next step."
-        if not self.mastery or len(accuracies) < MASTERY_STEPS or np.mean(accuracies[-MASTERY_STEPS:]) < self.mastery:
-            return level
-        return min(level + 1, len(self.levels) - 1)
-
-    def rate(self, step: int) -> float:
-        "Learning rate: linear up, then a half cosine down to nothing."
-        return cosine_rate(step, self.steps, self.learning_rate, self.warmup)
-
-    def text(self, step: int, sequences: Int[Tensor, "sequence pos"] | None) -> Int[Tensor, "some pos"] | None:
-        "The sequences that a step rehearses."
-        return rehearsed_text(step, self.seed, sequences, self.rehearsal_sequences)
 
 # %% ../../nbs/tasks/binding_training.ipynb #1a4c1a73
 @patch

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTED_PROJECTIONS', 'PERPLEXITY_MODULES', 'REHEARSAL_MODULES', 'REHEARSAL_WEIGHT', 'MASTERY_STEPS',
            'add_lora_adapter', 'python_source_tokens', 'nats_per_token', 'forgetting_ratio', 'trainable_parameters',
-           'save_weights', 'TrainingOptions', 'TrainingPlan', 'TrainingTask', 'cosine_rate', 'rehearsed_text',
-           'train_model']
+           'save_weights', 'TrainingPlan', 'TrainingOptions', 'TrainingTask', 'train_model']
 
 # %% ../../nbs/tasks/model_training.ipynb #284b4bb6
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -57,7 +56,7 @@ def _check_adapter_weights(lm: LM, state: dict[str, Tensor], folder: Path) -> No
             "give the rank and the model that it was made with"
         )
 
-
+# %% ../../nbs/tasks/model_training.ipynb #86f652ae
 def add_lora_adapter(
     lm: LM,
     rank: int,
@@ -234,6 +233,67 @@ def _save_adapter(lm: LM, folder: Path):
         folder / "adapter_model.safetensors",
     )
 
+# %% ../../nbs/tasks/model_training.ipynb #2ffc1580
+MASTERY_STEPS = 50  # Steps over which answers are counted before programs grow
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    "What decides the outcome of a training run; a task says what its levels are."
+
+    steps: int
+    programs: int  # A step
+    queries: int  # A program
+    lines: tuple[int, ...]  # Fewest and most
+    max_depth: int
+    learning_rate: float  # At its highest
+    warmup: int = 10  # Steps
+    mastery: float = 0.0  # Share of right answers at which programs reach the next level; 0: levels are left out
+    rehearsal_sequences: int = 0  # Sequences of Python source a step
+    seed: int = 0
+
+    line_limits: ClassVar[tuple[int, int]]  # Fewest and most lines that programs of the task can have
+
+    def __post_init__(self):
+        low, high = self.lines if len(self.lines) == 2 else (0, 0)
+        fewest, most = self.line_limits
+        if not fewest <= low <= high <= most:
+            raise BadInput(
+                f"lines={list(self.lines)}: give the fewest and the most lines, such as [5, 12], from {fewest} to {most}"
+            )
+        for name in ("steps", "programs", "queries", "max_depth", "warmup"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name}={getattr(self, name)}: give at least 1")
+        if not 0 <= self.mastery < 1:
+            raise BadInput(f"mastery={self.mastery}: give a share below 1, such as 0.95; 0 leaves it out")
+
+    @property
+    def levels(self) -> list:
+        "From the easiest on."
+        raise NotImplementedError
+
+    def next_level(
+        self,
+        level: int,
+        accuracies: Sequence[float],  # Shares of right answers, a step each, since the level began
+    ) -> int:
+        "The level of the next step."
+        if not self.mastery or len(accuracies) < MASTERY_STEPS or np.mean(accuracies[-MASTERY_STEPS:]) < self.mastery:
+            return level
+        return min(level + 1, len(self.levels) - 1)
+
+    def rate(self, step: int) -> float:
+        "Learning rate of a step, from 0: linear up, then a half cosine down to nothing."
+        warmup = min(1.0, (step + 1) / self.warmup)
+        return float(self.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
+
+    def text(self, step: int, sequences: Int[Tensor, "sequence pos"] | None) -> Int[Tensor, "some pos"] | None:
+        "The sequences that a step rehearses."
+        if sequences is None or not self.rehearsal_sequences:
+            return None
+        rng = np.random.default_rng([self.seed, step, 1])
+        return sequences[rng.choice(len(sequences), self.rehearsal_sequences, replace=False)]
+
 # %% ../../nbs/tasks/model_training.ipynb #92d580cf
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -244,28 +304,6 @@ class TrainingOptions:
     sequences: Int[Tensor, "sequence pos"] | None = None  # Text to rehearse
 
 
-class TrainingPlan(Protocol):
-    "What decides the outcome of a training run: programs, lengths, rates."
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    def rate(self, step: int) -> float:
-        "The learning rate of a step, from 0."
-        ...
-
-    def text(self, step: int, sequences: Int[Tensor, "sequence pos"] | None) -> Int[Tensor, "some pos"] | None:
-        "What a step rehearses."
-        ...
-
-    def next_level(self, level: int, accuracies: Sequence[float]) -> int:
-        "The level of the next step, given the shares of right answers since the level began."
-        ...
-
-
 @dataclass(frozen=True)
 class TrainingTask:
     "What is drawn for a step, and how a model is judged."
@@ -273,29 +311,6 @@ class TrainingTask:
     draw: Callable[[int, int], tuple[PackedPrograms, dict]]  # Of a step from 0 and a level: programs, facts about them
     evaluate: Callable[[], pd.DataFrame] | None  # Rows of accuracies; None: nothing is evaluated
     evaluation_key: tuple[str, ...]  # Columns, besides the step, by which these rows differ
-
-# %% ../../nbs/tasks/model_training.ipynb #3e64f7aa
-def cosine_rate(
-    step: int,  # From 0
-    steps: int,  # Of training
-    highest: float,
-    warmup: int,  # Steps
-) -> float:
-    "Learning rate: linear up, then a half cosine down to nothing."
-    return float(highest * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps)))
-
-
-def rehearsed_text(
-    step: int,
-    seed: int,
-    sequences: Int[Tensor, "sequence pos"] | None,
-    n_sequences: int,
-) -> Int[Tensor, "some pos"] | None:
-    "The sequences that a step rehearses."
-    if sequences is None or not n_sequences:
-        return None
-    rng = np.random.default_rng([seed, step, 1])
-    return sequences[rng.choice(len(sequences), n_sequences, replace=False)]
 
 # %% ../../nbs/tasks/model_training.ipynb #7aa1692e
 @dataclass(frozen=True)
@@ -336,9 +351,6 @@ class _Trainer:
         self.lm.hf.train(was_training)
         scores.append(accuracy.assign(step=step).to_dict("records"))
         scores.flush()  # all rows of an evaluation, or none
-
-# %% ../../nbs/tasks/model_training.ipynb #2ffc1580
-MASTERY_STEPS = 50  # Steps over which answers are counted before programs grow
 
 # %% ../../nbs/tasks/model_training.ipynb #d5968855
 @dataclass(frozen=True)

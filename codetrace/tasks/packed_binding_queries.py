@@ -31,6 +31,7 @@ class PackedPrograms:
     segment: Int[Tensor, "program pos"]  # 0: the program, 1, 2, …: its queries, -1: padding
     answers: Int[Tensor, "program query"]  # Token ids
     answer_positions: Int[Tensor, "program query"]  # Where each answer is predicted
+    visible: Int[Tensor, "program pos"] | None = None  # How many tokens of the program each token sees; None: all
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "program 1 pos pos"]:
         "What each token attends to, to be added to the attention scores."
@@ -38,7 +39,10 @@ class PackedPrograms:
         key_segment = self.segment[:, None]
         n = self.segment.shape[1]
         past = torch.ones(n, n, dtype=torch.bool, device=self.segment.device).tril()
-        visible = past & ((query_segment == key_segment) | ((key_segment == 0) & (query_segment > 0)))
+        of_program = (key_segment == 0) & (query_segment > 0)
+        if self.visible is not None:
+            of_program &= torch.arange(n, device=self.segment.device) < self.visible[:, :, None]
+        visible = past & ((query_segment == key_segment) | of_program)
         mask = torch.zeros(visible.shape, dtype=dtype, device=self.segment.device)
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
