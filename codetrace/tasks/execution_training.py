@@ -28,7 +28,7 @@ from .execution import Execution, TracedProgram, record_executions
 from .execution_programs import EXECUTION_STEPS, draw_execution_program
 from .model_training import TrainingOptions, TrainingPlan, TrainingTask, train_model
 from .packed_binding_queries import PackedPrograms
-from .state_accuracy import state_accuracy, with_line_facts
+from .state_accuracy import line_kinds, state_accuracy, with_line_facts
 from .state_questions import PackedQuestions, StateQuestion, pack_questions, state_questions
 from .watching import watch_execution
 
@@ -84,10 +84,11 @@ def draw_state_questions(
     n: int,
     rng: np.random.Generator,
 ) -> list[StateQuestion]:
-    "Some questions about a program, half of them about what a line changed; drawn again where there are too few."
+    "Some questions about a program, half of them about what a line computed; drawn again where there are too few."
     questions = [question for question in state_questions(execution) if len(question.truth.text) == 1]
-    changed = [question for question in questions if question.variable in question.step.changed]
-    picked = [changed[i] for i in rng.permutation(len(changed))[: -(-n // 2)]]
+    kinds = line_kinds(execution.program.code)
+    computed = [q for q in questions if q.variable in q.step.changed and kinds.get(q.step.line) != "constant"]
+    picked = [computed[i] for i in rng.permutation(len(computed))[: -(-n // 2)]]
     picked += [questions[i] for i in rng.permutation(len(questions))[: n - len(picked)]]
     return picked + [questions[int(i)] for i in rng.integers(len(questions), size=n - len(picked))]
 

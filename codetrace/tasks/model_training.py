@@ -11,7 +11,8 @@ __all__ = ['ADAPTED_PROJECTIONS', 'PERPLEXITY_MODULES', 'REHEARSAL_MODULES', 'RE
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -56,16 +57,38 @@ def _check_adapter_weights(lm: LM, state: dict[str, Tensor], folder: Path) -> No
             "give the rank and the model that it was made with"
         )
 
+# %% ../../nbs/tasks/model_training.ipynb #a9ae4eb7
+def _read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): value.float() for name, value in weights.items()}
+
+
+def _at_rank(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    "Adapter weights with the largest singular values of each product of two matrices, where there are more than `rank`."
+    shortened = dict(state)
+    for name, a in state.items():
+        if "lora_A" in name and len(a) > rank:
+            name_b = name.replace("lora_A", "lora_B")
+            basis_a, small_a = torch.linalg.qr(a.T)
+            basis_b, small_b = torch.linalg.qr(state[name_b])
+            left, values, right = torch.linalg.svd(small_b @ small_a.T)
+            roots = values[:rank].sqrt()
+            shortened[name] = (roots[:, None] * right[:rank] @ basis_a.T).contiguous()
+            shortened[name_b] = (basis_b @ left[:, :rank] * roots).contiguous()
+    return shortened
+
 # %% ../../nbs/tasks/model_training.ipynb #86f652ae
 def add_lora_adapter(
     lm: LM,
     rank: int,
     seed: int = 0,
-    start: Path | None = None,  # Folder of an adapter of the same rank to begin with; None: an untrained one
+    start: Path
+    | None = None,  # Folder of an adapter of this rank or a higher one to begin with; None: an untrained one
 ) -> LM:
     "Put a low-rank adapter into a model, and freeze everything else."
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     torch.manual_seed(seed)
     _check_projections(lm)
@@ -73,8 +96,7 @@ def add_lora_adapter(
     lm.hf.requires_grad_(False)
     inject_adapter_in_model(config, lm.hf)
     if start is not None:
-        weights = load_file(start / "adapter_model.safetensors")
-        state = {name.removeprefix("base_model.model."): value.float() for name, value in weights.items()}
+        state = _at_rank(_read_adapter_weights(start), rank)
         _check_adapter_weights(lm, state, start)
         set_peft_model_state_dict(lm.hf, state)
     for name, parameter in lm.hf.named_parameters():
@@ -151,6 +173,18 @@ def trainable_parameters(lm: LM) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in lm.hf.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def _mixed_precision(lm: LM) -> Iterator[None]:
+    "Multiply an adapter's float32 weights in the precision of the model that they lie in."
+    from peft.helpers import disable_input_dtype_casting
+
+    if lm.dtype == torch.float32 or not hasattr(lm.hf, "peft_config"):
+        yield
+        return
+    with torch.autocast(lm.device.type, lm.dtype), disable_input_dtype_casting(lm.hf):
+        yield
+
+
 def _text_loss(lm: LM, sequences: Int[Tensor, "sequence pos"]) -> Float[Tensor, ""]:
     "Cross-entropy of every next token."
     hidden = lm.hf.base_model(input_ids=sequences[:, :-1], use_cache=False).last_hidden_state
@@ -173,10 +207,12 @@ def _gradient_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    logits = answer_logits(lm, packed)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), packed.answers.flatten())
+    with _mixed_precision(lm):
+        logits = answer_logits(lm, packed)
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), packed.answers.flatten())
     loss.backward()
-    text_loss = torch.tensor(torch.nan) if text is None else _text_loss(lm, text)
+    with _mixed_precision(lm):
+        text_loss = torch.tensor(torch.nan) if text is None else _text_loss(lm, text)
     if text is not None:
         (REHEARSAL_WEIGHT * text_loss).backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
