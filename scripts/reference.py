@@ -2,9 +2,10 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-Pictures are left out, for the record shows them, in 32 colours; and what the patterns name (large weights, the rows of a training).
-All of it stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again. A record that
-is a reference already is thinned where it is.
+Pictures are left out, for the record shows them, in 32 colours; and what the patterns name (large weights, the rows of a
+training). What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
+A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be. A record
+that is a reference already is thinned where it is.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 from codetrace.core.files import atomic_write, file_sha256, read_json, write_json
+from codetrace.core.records import Records, read_records
 from codetrace.runs.manifest import resolve_run, stored_manifest
 from codetrace.runs.record_layout import lay_out_record, record_title
 
@@ -73,6 +76,64 @@ def with_small_pictures(notebook: dict) -> dict:
     return notebook
 
 
+def merge_parts(table: Path) -> None:
+    "Replace the parts of a table by one with the same rows."
+    rows = read_records(table, as_rows=True)
+    key = json.loads(pq.read_schema(next(table.glob("part-*.parquet"))).metadata[b"key"])
+    merged = table.with_name(f".{table.name}")
+    shutil.rmtree(merged, ignore_errors=True)
+    with Records(merged, key, part_rows=len(rows) + 1, checkpoint_rows=len(rows) + 1) as records:
+        records.append(rows)
+    if not read_records(merged).equals(read_records(table)):
+        raise SystemExit(f"{table}: merged, its rows are others")
+    for path in merged.glob("checkpoint-*.json"):
+        path.unlink()  # the list of parts is proof enough
+    for path in (merged / ".lock", *table.iterdir()):
+        path.unlink(missing_ok=True)
+    for path in merged.iterdir():
+        path.rename(table / path.name)
+    merged.rmdir()
+
+
+def facts_of(path: Path) -> dict:
+    "What a manifest says of an output."
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def merge_tables(folder: Path, outputs: dict) -> dict:
+    "Facts about a record's outputs with each table in one part, which replaces the many."
+    tables = {(folder / name).parent for name in outputs if "/part-" in name}
+    for table in sorted(table for table in tables if len(list(table.glob("part-*.parquet"))) > 1):
+        merge_parts(table)
+        name = str(table.relative_to(folder))
+        outputs = {output: facts for output, facts in outputs.items() if not output.startswith(f"{name}/")}
+        for path in sorted(table.iterdir()):
+            outputs[f"{name}/{path.name}"] = facts_of(path)
+    return outputs
+
+
+def compress_tables(folder: Path, outputs: dict) -> dict:
+    "Facts about a record's outputs with its other tables compressed as far as they can be."
+    outputs = dict(outputs)
+    for name in sorted(name for name in outputs if name.endswith(".parquet") and "/" not in name):
+        path = folder / name
+        if path.is_file():
+            table, packed = pq.read_table(path), io.BytesIO()
+            pq.write_table(table, packed, compression="zstd", compression_level=19)
+            if len(packed.getvalue()) < path.stat().st_size:
+                atomic_write(path, packed.getvalue())
+                outputs[name] = facts_of(path)
+    return outputs
+
+
+def in_little_room(notebook: dict) -> str:
+    "A record as JSON on one line, without the hour at which each cell began and ended."
+    for cell in notebook["cells"]:
+        for name in ("execution", "papermill"):
+            cell["metadata"].pop(name, None)
+    return json.dumps(notebook, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
 def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
     manifest = stored_manifest(folder)
@@ -83,11 +144,13 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
-    changes = {"left_out": left_out} if left_out else {}
+    changes: dict[str, object] = {"left_out": left_out} if left_out else {}
+    changes["outputs"] = compress_tables(folder, merge_tables(folder, manifest["outputs"]))
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)
-        write_json(record, with_small_pictures(with_its_title(without_example_outputs(read_json(record)), manifest)))
+        small = with_small_pictures(with_its_title(without_example_outputs(read_json(record)), manifest))
+        atomic_write(record, in_little_room(small))
         changes["notebook"] = {"sha256": file_sha256(record)}
     atomic_write(folder / "run.json", in_few_lines(read_json(folder / "run.json") | changes))
     return left_out

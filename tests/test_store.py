@@ -631,10 +631,6 @@ def test_import_is_light():
 
 
 def test_checkpoints_of_the_first_format_still_count():
-    "The reference records have checkpoints whose digest was made of the keys in the order in which they were written."
+    "The digest of such a checkpoint was made of the keys in the order in which they were written."
     body = {"format": 1, "key": ["k"], "rows": 0, "parts": []}
     assert core_records._checkpoint_digest(body) == hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    old = sorted((Path(__file__).parents[1] / "runs" / "reference").glob("*/*/*/checkpoint-*.json"))
-    for folder in {path.parent for path in old}:
-        newest = max(folder.glob("checkpoint-*.json"))
-        assert core_records._read_checkpoint(folder) == json.loads(newest.read_text())
