@@ -74,7 +74,7 @@ def batch(self: ExecutionTrainingPlan, step: int, level: int = 0) -> list[Traced
     rng = np.random.default_rng([self.seed, step])
     low, high = self.lines
     lines = int(rng.integers(low, high + 1))
-    constants = int(rng.integers(2, min(5, lines - 1)))
+    constants = int(rng.integers(2, 4))
     options = {"steps": self.levels[level], "constants": constants, "max_depth": self.max_depth}
     return draw_split_programs(self.programs, rng, False, partial(draw_execution_program, lines, **options))
 
@@ -84,11 +84,11 @@ def draw_state_questions(
     n: int,
     rng: np.random.Generator,
 ) -> list[StateQuestion]:
-    "Some questions about a program, half of them about what a line computed; drawn again where there are too few."
+    "Some questions about a program, three of four about what a line computed; drawn again where there are too few."
     questions = [question for question in state_questions(execution) if len(question.truth.text) == 1]
     kinds = line_kinds(execution.program.code)
     computed = [q for q in questions if q.variable in q.step.changed and kinds.get(q.step.line) != "constant"]
-    picked = [computed[i] for i in rng.permutation(len(computed))[: -(-n // 2)]]
+    picked = [computed[i] for i in rng.permutation(len(computed))[: -(-3 * n // 4)]]
     picked += [questions[i] for i in rng.permutation(len(questions))[: n - len(picked)]]
     return picked + [questions[int(i)] for i in rng.integers(len(questions), size=n - len(picked))]
 
