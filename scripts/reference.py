@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -48,6 +49,20 @@ def with_its_title(notebook: dict, manifest: dict) -> dict:
     if opening["id"] == "record-title":
         lines = "".join(opening["source"]).split("\n")
         opening["source"] = "\n".join([f"# {record_title(manifest)}", *lines[1:]])
+    return notebook
+
+
+def without_folders(notebook: dict, manifest: dict) -> dict:
+    "A record that calls the files that its parameters name by their names, without the folders of one machine."
+    values = [value for parameter in manifest["parameters"].values() for value in np.atleast_1d(parameter)]
+    folders = {f"{Path(value).parent}/" for value in values if isinstance(value, str) and Path(value).is_absolute()}
+    for folder in folders:
+        for cell in notebook["cells"]:
+            if cell["id"] == "record-inputs":
+                cell["source"] = "".join(cell["source"]).replace(folder, "")
+            for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+                for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
+                    data[kind] = "".join(data[kind]).replace(folder, "")
     return notebook
 
 
@@ -149,8 +164,8 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)
-        small = with_small_pictures(with_its_title(without_example_outputs(read_json(record)), manifest))
-        atomic_write(record, in_little_room(small))
+        shown = without_folders(with_its_title(without_example_outputs(read_json(record)), manifest), manifest)
+        atomic_write(record, in_little_room(with_small_pictures(shown)))
         changes["notebook"] = {"sha256": file_sha256(record)}
     atomic_write(folder / "run.json", in_few_lines(read_json(folder / "run.json") | changes))
     return left_out

