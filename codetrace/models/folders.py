@@ -86,10 +86,7 @@ def check_model_folder(
     return config
 
 # %% ../../nbs/models/folders.ipynb #6a366cc3
-SHIPPED_ADAPTERS = {  # Of SmolLM2, in the package: what each was trained to do
-    "binding": "follow references",
-    "execution": "say what any variable holds after any line",
-}
+SHIPPED_ADAPTERS = {"binding": "follow references"}  # Of SmolLM2, in the package: what each was trained to do
 _ADAPTER_OPTIONS_REFUSED = ("auto_mapping", "megatron_config", "corda_config", "eva_config", "loftq_config")
 
 
@@ -106,7 +103,10 @@ def check_adapter_folder(
         raise NotAModel(f"{folder}: adapters with {(odd or ['init_lora_weights'])[0]!r} are not read")
     if not (folder / "adapter_model.safetensors").is_file():
         raise NotAModel(f"{folder} has no adapter_model.safetensors: weights stored as a pickle are not read")
-    if not base.startswith(tuple(SHIPPED_ADAPTERS)) and (Path(os.path.expanduser(base)) / "adapter_config.json").exists():
+    if (
+        not base.startswith(tuple(SHIPPED_ADAPTERS))
+        and (Path(os.path.expanduser(base)) / "adapter_config.json").exists()
+    ):
         raise NotAModel(f"{folder} was made for {base!r}, which is an adapter itself: name a whole model there")
     return base
 

@@ -8,6 +8,7 @@ __all__ = ['EXECUTION', 'held_out_answers', 'execution_accuracy_table', 'executi
 
 # %% ../../nbs/phases/16_execution.ipynb #04a43a21
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -56,9 +57,15 @@ def execution_accuracy_table(
 _NO_MORE = "not told apart from always saying the commonest value"
 
 
-def _judged_rows(answers: pd.DataFrame, part: str) -> pd.DataFrame:
-    "What lines changed in the programs of a part, where neither a shallow rule nor propagation is right."
-    is_judged = answers["changed"].astype(bool) & answers["beyond_propagation"].astype(bool)
+_BEYOND = {  # Columns of `state_accuracy`'s rows
+    "beyond": "no shallow rule is right",
+    "beyond_propagation": "neither a rule nor following each line once is right",
+}
+
+
+def _judged_rows(answers: pd.DataFrame, part: str, beyond: str) -> pd.DataFrame:
+    "What lines changed in the programs of a part, where what `beyond` says is not right."
+    is_judged = answers["changed"].astype(bool) & answers[beyond].astype(bool)
     return answers[is_judged & (answers["part"] == part)].reset_index(drop=True)
 
 
@@ -68,18 +75,18 @@ def execution_claim_rows(
 ) -> list[dict]:  # As `claim_row` gives them
     "How often a model is right where no rule is, beside the commonest value there and the model before training."
     claims = []
-    for part in answers["part"].unique():
-        rows = _judged_rows(answers, part)
+    for part, beyond in product(answers["part"].unique(), _BEYOND):
+        rows = _judged_rows(answers, part, beyond)
         if rows.empty:
             continue
         is_commonest = (rows["truth"] == rows["truth"].mode().iloc[0]).astype(float)
         share = share_over_programs(rows["correct"].astype(float), rows["program"], "said")
         p = gain_p(rows["correct"].astype(float) - is_commonest, rows["program"].to_numpy())
         is_more = share["said"] > is_commonest.mean() and p <= SIGNIFICANCE_LEVEL
-        before_training = _judged_rows(before, part)["correct"].mean()
+        before_training = _judged_rows(before, part, beyond)["correct"].mean()
         claims.append(
             claim_row(
-                f"said where neither a rule nor following each line once is right, programs {part}, n = {len(rows)}",
+                f"said where {_BEYOND[beyond]}, programs {part}, n = {len(rows)}",
                 share["said"],
                 (share["said_low"], share["said_high"]),
                 "more often than the commonest value" if is_more else _NO_MORE,
