@@ -56,6 +56,7 @@ def without_folders(notebook: dict, manifest: dict) -> dict:
     "A record that calls the files that its parameters name by their names, without the folders of one machine."
     values = [value for parameter in manifest["parameters"].values() for value in np.atleast_1d(parameter)]
     folders = {f"{Path(value).parent}/" for value in values if isinstance(value, str) and Path(value).is_absolute()}
+    folders |= {folder.replace(str(Path.home()), "~", 1) for folder in folders}
     for folder in folders:
         for cell in notebook["cells"]:
             if cell["id"] == "record-inputs":
