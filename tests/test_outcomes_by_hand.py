@@ -211,7 +211,8 @@ def test_a_prompt_is_read_once_and_its_answers_in_batches(lm, monkeypatch):
     whole = type(lm)._hidden
 
     def counted(self, inputs, **options):
-        passes.append(tuple(inputs["input_ids"].shape))
+        if self is lm:  # a thread that another test left may still read with its own model
+            passes.append(tuple(inputs["input_ids"].shape))
         return whole(self, inputs, **options)
 
     def bar(prompts, desc):
