@@ -68,7 +68,7 @@ def _judged_rows(answers: pd.DataFrame, part: str, beyond: str) -> pd.DataFrame:
     is_judged = answers["changed"].astype(bool) & answers[beyond].astype(bool)
     return answers[is_judged & (answers["part"] == part)].reset_index(drop=True)
 
-
+# %% ../../nbs/phases/16_execution.ipynb #0047cfa0
 def execution_claim_rows(
     answers: pd.DataFrame,  # From `held_out_answers`, after training
     before: pd.DataFrame,  # The same, before it

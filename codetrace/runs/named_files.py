@@ -26,14 +26,7 @@ def content_digest(
 
 # %% ../../nbs/runs/named_files.ipynb #9aa2419b
 _TAKE_FOLDERS = ("model", "models", "on_model", "compared_models", "sae", "text", "tokenizer")  # By a plain word too
-_OWN_NAMES = (
-    *SHIPPED_ADAPTERS,
-    "smollm2",
-    "stdlib",
-    "completions",
-    "train",
-    "released",
-)  # They never stand for a folder
+_OWN_NAMES = (*SHIPPED_ADAPTERS, "smollm2", "stdlib", "completions", "train", "released")  # They stand for no folder
 
 
 def _names_path(name: str, text: str) -> bool:

@@ -84,8 +84,7 @@ def add_lora_adapter(
     lm: LM,
     rank: int,
     seed: int = 0,
-    start: Path
-    | None = None,  # Folder of an adapter of this rank or a higher one to begin with; None: an untrained one
+    start: Path | None = None,  # Folder of an adapter of at least this rank; None: an untrained one
 ) -> LM:
     "Put a low-rank adapter into a model, and freeze everything else."
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict

@@ -1,0 +1,53 @@
+"""What makes a run a reference record, and puts an adapter into the package."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codetrace.core.files import file_sha256, read_json
+from codetrace.core.records import Records, read_records
+from codetrace.models.folders import adapter_folder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import reference
+import ship_adapter
+
+
+def test_a_table_in_one_part_has_the_same_rows(tmp_path):
+    with Records(tmp_path / "said", key="n", part_rows=4) as records:
+        records.append([{"n": n, "share": n / 7, "said": [n], "rare": n if n == 3 else None} for n in range(30)])
+    before = read_records(tmp_path / "said")
+    names = [f"said/{path.name}" for path in (tmp_path / "said").iterdir() if not path.name.startswith(".")]
+    outputs = reference.merge_tables(tmp_path, {name: {} for name in [*names, "kept.json"]})
+    assert read_records(tmp_path / "said").equals(before)
+    parts = [name for name in outputs if name.startswith("said/part-")]
+    assert len(parts) == 1 < sum("/part-" in name for name in names) and "kept.json" in outputs
+    assert outputs[parts[0]]["sha256"] == file_sha256(tmp_path / parts[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["said"]
+
+
+def test_a_record_names_files_without_their_folders():
+    said = {"data": {"text/plain": ["read /data/mine/m.gguf and ~/x/p.jsonl"]}}
+    inputs = {"id": "record-inputs", "source": ["* model=/data/mine/m.gguf"]}
+    code = {"id": "code", "source": ["model = '/data/mine/m.gguf'"], "outputs": [said]}
+    manifest = {"parameters": {"model": "/data/mine/m.gguf", "dreval": [f"{Path.home()}/x/p.jsonl"], "count": 3}}
+    shown = reference.without_folders({"cells": [inputs, code]}, manifest)["cells"]
+    assert shown[0]["source"] == "* model=m.gguf" and shown[1]["source"] == ["model = '/data/mine/m.gguf'"]
+    assert shown[1]["outputs"][0]["data"]["text/plain"] == "read m.gguf and p.jsonl"
+
+
+def test_an_adapter_in_eight_bits_is_nearly_the_same(tmp_path):
+    source = adapter_folder("binding")
+    ship_adapter.in_eight_bits(source, tmp_path / "small")
+    whole, small = (load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "small"))
+    alphas = [read_json(folder / "adapter_config.json")["lora_alpha"] for folder in (source, tmp_path / "small")]
+    assert {weight.dtype for weight in small.values()} == {torch.float8_e4m3fn}
+    for name_a in (name for name in whole if "lora_A" in name):
+        name_b = name_a.replace("lora_A", "lora_B")
+        exact, rounded = (
+            alpha * state[name_b].float() @ state[name_a].float() for alpha, state in zip(alphas, (whole, small))
+        )
+        assert float((rounded - exact).norm()) == pytest.approx(0, abs=0.06 * float(exact.norm()))
