@@ -30,9 +30,9 @@ def test_a_table_in_one_part_has_the_same_rows(tmp_path):
 
 
 def test_a_record_names_files_without_their_folders():
-    said = {"data": {"text/plain": ["read /data/mine/m.gguf and ~/x/p.jsonl"]}}
+    output = {"data": {"text/plain": ["read /data/mine/m.gguf and ~/x/p.jsonl"]}}
     inputs = {"id": "record-inputs", "source": ["* model=/data/mine/m.gguf"]}
-    code = {"id": "code", "source": ["model = '/data/mine/m.gguf'"], "outputs": [said]}
+    code = {"id": "code", "source": ["model = '/data/mine/m.gguf'"], "outputs": [output]}
     manifest = {"parameters": {"model": "/data/mine/m.gguf", "dreval": [f"{Path.home()}/x/p.jsonl"], "count": 3}}
     shown = reference.without_folders({"cells": [inputs, code]}, manifest)["cells"]
     assert shown[0]["source"] == "* model=m.gguf" and shown[1]["source"] == ["model = '/data/mine/m.gguf'"]
