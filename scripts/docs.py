@@ -2,7 +2,7 @@
 
 Quarto renders them where it is installed, else smalldocs does, which makes the same book as a website that asks nothing of other hosts; pandoc and typst
 set it as a PDF where they are installed.
-`python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs would, and fails on any warning.
+`python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs and typst would, and fails on any warning.
 """
 
 import multiprocessing
@@ -81,6 +81,8 @@ def assemble(quarto: bool) -> Path:
         if name.startswith("runs/"):
             text = relinked(text, name)
         (PROJECT / name).write_text(text, encoding="utf-8")
+        for drawing in (HOME / name).parent.glob("*.svg") if name.startswith("runs/") else ():
+            shutil.copy(drawing, (PROJECT / name).parent / drawing.name)
     shutil.copy(HOME / "nbs" / "finding.png", PROJECT / "nbs" / "finding.png")
     write_api_page(PROJECT, chapters(config["book"]["chapters"]), FOLDERS)
     entries = config["book"]["chapters"]
@@ -94,16 +96,16 @@ def run(*words: str):
     subprocess.run(words, check=True, cwd=PROJECT)
 
 
-def make_pdf():
+def make_pdf(target: Path):
     "The same pages as a PDF, or what to install for that."
     try:
         require_typesetter()
     except NoTypesetter as error:
         print(error)
         return
-    for line in write_pdf(PROJECT, HOME / "_docs" / "codetrace.pdf"):
+    for line in write_pdf(PROJECT, target):
         print(f"not in the PDF: {line}", file=sys.stderr)
-    print(HOME / "_docs" / "codetrace.pdf")
+    print(target)
 
 
 def main(check: bool):
@@ -118,7 +120,7 @@ def main(check: bool):
         shutil.rmtree(HOME / "_docs", ignore_errors=True)
         shutil.copytree(PROJECT / "_docs", HOME / "_docs")
         print(HOME / "_docs" / "index.html")
-        make_pdf()
+    make_pdf((PROJECT if check else HOME) / "_docs" / "codetrace.pdf")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import yaml
+from matplotlib import rcParams
+from PIL import Image
+
+from codetrace.plots.style import figure_style
 
 BOOK = """#set page(paper: "a4", margin: (x: 22mm, y: 24mm), numbering: "1")
 #set text(font: ("Libertinus Serif", "New Computer Modern"), size: 10pt, lang: "en")
@@ -18,6 +22,7 @@ BOOK = """#set page(paper: "a4", margin: (x: 22mm, y: 24mm), numbering: "1")
 #show raw: set text(font: "DejaVu Sans Mono", size: 7pt)
 #show raw.where(block: true): it => block(fill: luma(246), inset: 5pt, width: 100%, breakable: true, it)
 #show table: set text(size: 7.5pt)
+#show table: set par(justify: false)
 #show figure: set block(breakable: true)
 #show link: set text(fill: rgb("#0b4a8f"))
 #set table(stroke: none)
@@ -32,6 +37,12 @@ BOOK = """#set page(paper: "a4", margin: (x: 22mm, y: 24mm), numbering: "1")
 #pagebreak()
 #outline(depth: 2, indent: 1em)
 """
+
+TABLE = "TABLETOBESET"
+UNWRAPPED = "--wrap=none"  # where a line goes on with =, it would become a heading
+LINK_WITHIN = re.compile(  # To a page or a section of the site
+    r'#link\((?:"(?!https?:)[^"]*"|<[^>]*>|label\("[^"]*"\))\)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]'
+)
 
 
 class NoTypesetter(Exception):
@@ -61,27 +72,97 @@ def chapters_of(part: dict) -> list[str]:
     return part.get("chapters") or part["contents"]
 
 
-def readable_notebook(path: Path) -> str:
-    "A notebook as pandoc reads it: results have numbers, which cleaning takes out, and directives are no code."
+def readable_notebook(path: Path) -> dict:
+    "A notebook as pandoc reads it: results have numbers, which cleaning takes out, directives are no code, and figures are drawn in lines."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "execute_result":
                 output["execution_count"] = 0
         if cell["cell_type"] == "code":
+            draw_in_lines(cell, path.parent)
             lines = "".join(cell["source"]).splitlines(True)
             cell["source"] = [line for line in lines if not line.startswith("#|")]
-    return json.dumps(notebook)
+    if path.parts[-5:-3] == ("runs", "reference"):
+        notebook["cells"] = without_method(notebook["cells"], chapter=path.parts[-3])
+    return notebook
+
+
+def without_method(cells: list[dict], chapter: str) -> list[dict]:
+    "A record without the code that the site folds: its method is a chapter of the same book."
+    kept = []
+    for cell in cells:
+        if "".join(cell["source"]).startswith("## Method and code"):
+            sentence = f"What was executed is the chapter {chapter} of this book; the record's notebook holds it with all of its outputs."
+            return [*kept, {"cell_type": "markdown", "metadata": {}, "source": f"## Method and code\n\n{sentence}"}]
+        kept.append(cell | {"source": []} if cell["cell_type"] == "code" else cell)
+    return kept
+
+
+def draw_in_lines(cell: dict, folder: Path) -> None:
+    "Put a run's figure as SVG, which the run keeps beside its notebook, in the place of the picture of it."
+    saved = re.findall(r'"([\w-]+)\.png"', "".join(cell["source"]))
+    pictures = [o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    drawings = [folder / f"{name}.svg" for name in saved]
+    if len(pictures) == len(drawings):
+        for data, drawing in zip(pictures, drawings):
+            if drawing.is_file():
+                del data["image/png"]
+                data["image/svg+xml"] = drawing.read_text(encoding="utf-8")
+
+
+def take_tables(notebook: dict) -> list[str]:
+    "Put a name in the place of every table that a cell shows, and give the tables: pandoc would print them as text."
+    tables = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            html = "".join(output.get("data", {}).get("text/html", ""))
+            shown = re.findall(r"<table.*?</table>", html, re.DOTALL)
+            if len(shown) == 1 and "<h" not in shown[0]:  # else it is a page
+                output["data"] = {"text/plain": f"{TABLE}{len(tables):03}"}
+                tables.append(re.sub(r' style="[^"]*"', "", shown[0]))
+    return tables
+
+
+def with_tables(text: str, tables: list[str]) -> str:
+    "A chapter with its tables as typst sets them."
+    if not tables:
+        return text
+    pypandoc = importlib.import_module("pypandoc")
+    pages = f"<p>{TABLE}</p>".join(tables)
+    set_tables = re.split(rf"\n{TABLE}\n", pypandoc.convert_text(pages, "typst", format="html", extra_args=[UNWRAPPED]))
+    for number, table in enumerate(set_tables):
+        table = table.replace(r"\_", r"\_\u{200b}")  # long names may be broken
+        table = re.sub(r"\[(?=(?:=+|[-+/]) )", r"[\\", table)  # a cell that begins so is no heading, list or term
+        text = text.replace(f"```\n{TABLE}{number:03}\n```", table.strip())
+    return text
+
+
+def as_drawn(picture: re.Match) -> str:
+    "A picture as large as it was drawn, so that the texts of all figures are of one size."
+    with figure_style(), Image.open(picture[1]) as image:
+        points = image.width * 72 / rcParams["figure.dpi"]
+    return f'image("{picture[1]}", width: calc.min({points:.0f}pt, 166mm))'
 
 
 def chapter_typst(project: Path, name: str, media: Path) -> str:
     "A notebook as typst, its figures beside it, its headings one level below the part's."
     pypandoc = importlib.import_module("pypandoc")
     folder = media / re.sub(r"\W+", "-", name)
-    options = [f"--extract-media={folder}", "--shift-heading-level-by=1", f"--resource-path={(project / name).parent}"]
-    text = pypandoc.convert_text(readable_notebook(project / name), "typst", format="ipynb", extra_args=options)
+    options = [
+        UNWRAPPED,
+        f"--extract-media={folder}",
+        "--shift-heading-level-by=1",
+        f"--resource-path={(project / name).parent}",
+    ]
+    notebook = readable_notebook(project / name)
+    tables = take_tables(notebook)
+    text = pypandoc.convert_text(json.dumps(notebook), "typst", format="ipynb", extra_args=options)
+    text = with_tables(text, tables)
     text = re.sub(r"<[\w:.-]+>\n", "\n", text)  # labels of headings, which two chapters may share
-    text = re.sub(r'#link\("(?!https?:)[^"]*"\)(\[(?:[^\[\]]|\[[^\[\]]*\])*\])', r"\1", text)  # pages of the site
+    text = LINK_WITHIN.sub(r"\1", text)
+    text = re.sub(r"```python\n+```\n", "", text)  # of cells without code
+    text = re.sub(r'image\("([^"]*\.png)"\)', as_drawn, text)
     return text.replace(str(media.parent) + "/", "")
 
 

@@ -67,9 +67,44 @@ def test_a_book_is_read_as_quarto_and_as_smalldocs_have_it():
 
 
 def test_pandoc_gets_a_notebook_that_it_can_read():
-    notebook = json.loads(pdf.readable_notebook(HOME / "nbs" / "index.ipynb"))
+    notebook = pdf.readable_notebook(HOME / "nbs" / "index.ipynb")
     results = [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "execute_result"]
     assert results and all(output["execution_count"] == 0 for output in results)
+
+
+def test_tables_of_a_chapter_are_named_and_pages_are_left():
+    shown = ["<div><style>th {}</style><table><tr><td>= 7</td></tr></table></div>", "<table></table><table></table>"]
+    outputs = [{"output_type": "display_data", "data": {"text/html": html, "text/plain": "7"}} for html in shown]
+    notebook = {"cells": [{"cell_type": "code", "source": "t", "outputs": outputs}, {"cell_type": "markdown"}]}
+    assert pdf.take_tables(notebook) == ["<table><tr><td>= 7</td></tr></table>"]
+    assert outputs[0]["data"] == {"text/plain": f"{pdf.TABLE}000"} and outputs[1]["data"]["text/plain"] == "7"
+
+
+def test_a_run_shows_its_figures_in_lines_where_it_keeps_them(tmp_path):
+    (tmp_path / "loss.svg").write_text("<svg/>")
+    picture = {"image/png": "abc", "text/plain": "<Figure>"}
+    cells = [
+        {"source": f'save_figure(figure, run.folder / "{name}.png")', "outputs": [{"data": dict(picture)}]}
+        for name in ("loss", "peaks")
+    ]
+    for cell in cells:
+        pdf.draw_in_lines(cell, tmp_path)
+    assert cells[0]["outputs"][0]["data"] == {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"}
+    assert cells[1]["outputs"][0]["data"] == picture
+
+
+def test_a_link_within_the_site_is_plain_text_in_the_book():
+    text = '#link("a.html")[the #emph[page]], #link(<below>)[a part], #link(label("b?"))[b], #link("https://c.org")[c]'
+    assert pdf.LINK_WITHIN.sub(r"\1", text) == 'the #emph[page], a part, b, #link("https://c.org")[c]'
+
+
+def test_a_record_in_the_book_ends_where_its_method_begins():
+    texts = ["# Title", "## Results", "#| code-fold: true\nplot()", "## Method and code\n\nmore", "import os"]
+    kinds = ["markdown", "markdown", "code", "markdown", "code"]
+    cells = [{"cell_type": kind, "source": text, "metadata": {}} for kind, text in zip(kinds, texts)]
+    kept = pdf.without_method(cells, "tracing")
+    assert [cell["source"] for cell in kept[:3]] == ["# Title", "## Results", []]
+    assert len(kept) == 4 and "the chapter tracing of this book" in kept[3]["source"]
 
 
 @pytest.mark.slow
@@ -78,7 +113,7 @@ def test_pandoc_gets_a_notebook_that_it_can_read():
     reason="no pandoc or typst: pip install -c constraints.txt -e '.[pdf]'",
 )
 def test_chapters_and_a_record_become_a_pdf(tmp_path):
-    (record,) = (HOME / "runs" / "reference" / "tracing").glob("20261128T175737179Z-*/notebook.ipynb")
+    record = next((HOME / "runs" / "reference" / "tracing").glob("*/notebook.ipynb"))
     names = ["nbs/core/stats.ipynb", "nbs/models/loading.ipynb", record.relative_to(HOME).as_posix()]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +122,8 @@ def test_chapters_and_a_record_become_a_pdf(tmp_path):
     book = {"title": "codetrace", "description": "all of it", "chapters": chapters}
     (tmp_path / "_quarto.yml").write_text(yaml.safe_dump({"book": book}))
     assert pdf.write_pdf(tmp_path, tmp_path / "book.pdf") == []
+    book_text = (tmp_path / "book.typ").read_text()
+    assert "table.header(" in book_text and "166mm" in book_text
     data = (tmp_path / "book.pdf").read_bytes()
     assert data.startswith(b"%PDF") and data.count(b"/Type /Page\n") + data.count(b"/Type/Page") > 0
 
