@@ -88,9 +88,10 @@ def record_link(name: str, text: str) -> str:
 
 
 def beyond_rules(name: str) -> tuple[str, str, str]:
-    "What a model says of values that no rule gives: accuracy, how many values, share of the commonest."
+    "What a model says of values that no rule gives: accuracy, how many values, what the best constant gets."
     match = re.search(
-        r"beyond rules ([\d.]+ \[[^\]]*\]) of (\d+) \(commonest value ([\d.]+)\)", record(name)["headline"]
+        r"beyond rules ([\d.]+ \[[^\]]*\]) of (\d+)(?: in \d+ programs)? \((?:commonest value|the best constant) ([\d.]+)\)",
+        record(name)["headline"],
     )
     return match[1], match[2], match[3]
 

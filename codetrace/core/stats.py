@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PerCell', 'SIGNIFICANCE_LEVEL', 'SMALL_SAMPLE', 'wilson', 'share_with_interval', 'bootstrap_interval', 'effective_df',
            'share_interval', 'sign_flip_p', 'smallest_sign_flip_p', 'benjamini_hochberg', 'holm', 'mcnemar_exact',
-           'needed_sample_size', 'format_with_interval', 'format_count']
+           'needed_sample_size', 'format_with_interval', 'p_in_words', 'format_count']
 
 # %% ../../nbs/core/stats.ipynb #37a1bfc4
 import math
@@ -315,6 +315,11 @@ def format_with_interval(
     "A number with its interval, as text."
     value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" if x == x else "" for x in (value, low, high))
     return missing if not value else value + (f" [{low}, {high}]" if low else "")
+
+
+def p_in_words(p: float) -> str:
+    "A p, with three decimals."
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 # %% ../../nbs/core/stats.ipynb #63275cf1
 SMALL_SAMPLE: int = 10  # Fewer programs, or tasks, are said to be few wherever a share of them is told

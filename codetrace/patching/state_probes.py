@@ -31,7 +31,7 @@ from .state_sites import STATE_PLACES, PlacedStates, place_states
 from ..tasks.changed_operators import changed_operator_labels
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
 from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
-from ..tasks.state_questions import StateQuestion, pack_questions, state_questions
+from ..tasks.state_questions import StateQuestion, lines_read, pack_questions, state_questions, statement_steps
 from ..tasks.watching import SHALLOW_STATE_RULES, rule_answers
 
 # %% ../../nbs/patching/state_probes.ipynb #e1fc0f86
@@ -75,13 +75,12 @@ def _bound_questions(execution: Execution) -> list[ProbeQuestion]:
     names = list(dict.fromkeys(name for step in execution.steps for name in step.after))
     rng = np.random.default_rng([5, zlib.crc32(execution.program.code.encode())])
     rows = []
-    last_line = 0
-    for step in execution.steps:
-        last_line = max(last_line, step.line)
+    read = lines_read(execution)
+    for step in statement_steps(execution):
         groups = ([n for n in names if n in step.after], [n for n in names if n not in step.after])
         for is_bound, group in zip((True, False), groups):
-            if group and all(groups):
-                question = StateQuestion(step, group[int(rng.integers(len(group)))], _UNBOUND, last_line)
+            if group and all(groups) and step.complete:
+                question = StateQuestion(step, group[int(rng.integers(len(group)))], _UNBOUND, read[step.step])
                 rows.append(ProbeQuestion(question, str(is_bound), _QUESTION_PLACES, True))
     return rows
 
@@ -205,8 +204,25 @@ def collect_probe_data(
 
 # %% ../../nbs/patching/state_probes.ipynb #c9bce6ba
 PROBE_HOLD_OUTS = ("programs", "names", "lengths")
+_PARTS = np.array(["fit", "choose", "judge"])
 
 
+def _parts_by_length(
+    lengths: np.ndarray,  # Of each program
+) -> np.ndarray:  # Of `_PARTS`, one a program
+    "The shortest programs to fit on, longer ones to choose on, the longest to judge on; no length is in two parts."
+    distinct, number, counts = np.unique(lengths, return_inverse=True, return_counts=True)
+    if len(distinct) < len(_PARTS):
+        raise BadInput(
+            f"hold_out='lengths': all programs have {' or '.join(map(str, distinct))} lines, and those that fit, choose and "
+            "judge must differ in it: give three lengths or more, such as program_lines=[6,8,10]"
+        )
+    share = counts.cumsum() / counts.sum()
+    n_fit = 1 + int(np.abs(share[:-2] - 1 / 2).argmin())
+    n_choose = 1 + int(np.abs(share[n_fit:-1] - 3 / 4).argmin())
+    return _PARTS[np.searchsorted([n_fit, n_fit + n_choose], number, side="right")]
+
+# %% ../../nbs/patching/state_probes.ipynb #15733724
 def split_probe_rows(
     rows: pd.DataFrame,  # Of `ProbeData`
     hold_out: str = "programs",  # One of `PROBE_HOLD_OUTS`
@@ -216,11 +232,11 @@ def split_probe_rows(
     look_up_name(hold_out, PROBE_HOLD_OUTS, "hold-out")
     programs = rows["program"].unique()
     order = np.random.default_rng([seed, 7]).permutation(len(programs))
-    if hold_out == "lengths":
-        lengths = rows.groupby("program", sort=False)["lines"].first().to_numpy()
-        order = order[np.argsort(lengths[order], kind="stable")]
     bounds = np.searchsorted([len(programs) // 2, 3 * len(programs) // 4], np.arange(len(programs)), side="right")
-    part_of = dict(zip(programs[order], np.array(["fit", "choose", "judge"])[bounds]))
+    part_of = dict(zip(programs[order], _PARTS[bounds]))
+    if hold_out == "lengths":
+        lengths = rows.groupby("program", sort=False)["lines"].first()
+        part_of = dict(zip(lengths.index, _parts_by_length(lengths.to_numpy())))
     part = rows["program"].map(part_of).to_numpy(object)
     if hold_out == "names":
         names = np.sort(rows["variable"].unique())

@@ -20,7 +20,7 @@ from ..plots.mechanism import plot_shares_by_step
 from ..runs.claims import claim_row, read_stored_claims
 from ..runs.phases import ParameterRule, Phase
 from ..tasks.execution_training import draw_evaluation_executions, execution_answers
-from ..tasks.state_accuracy import gain_p, share_over_programs, state_accuracy
+from ..tasks.state_accuracy import constant_marks, gain_p, share_over_programs, state_accuracy
 
 # %% ../../nbs/phases/16_execution.ipynb #37156b74
 def held_out_answers(
@@ -54,7 +54,7 @@ def execution_accuracy_table(
     return pd.concat(tables).sort_values("part", kind="stable", ignore_index=True)
 
 # %% ../../nbs/phases/16_execution.ipynb #a581b561
-_NO_MORE = "not told apart from always saying the commonest value"
+_NO_MORE = "not told apart from always saying the best constant"
 
 
 _BEYOND = {  # Columns of `state_accuracy`'s rows
@@ -73,24 +73,24 @@ def execution_claim_rows(
     answers: pd.DataFrame,  # From `held_out_answers`, after training
     before: pd.DataFrame,  # The same, before it
 ) -> list[dict]:  # As `claim_row` gives them
-    "How often a model is right where no rule is, beside the commonest value there and the model before training."
+    "How often a model is right where no rule is, beside the best constant there and the model before training."
     claims = []
     for part, beyond in product(answers["part"].unique(), _BEYOND):
         rows = _judged_rows(answers, part, beyond)
         if rows.empty:
             continue
-        is_commonest = (rows["truth"] == rows["truth"].mode().iloc[0]).astype(float)
+        constant = constant_marks(rows)
         share = share_over_programs(rows["correct"].astype(float), rows["program"], "said")
-        p = gain_p(rows["correct"].astype(float) - is_commonest, rows["program"].to_numpy())
-        is_more = share["said"] > is_commonest.mean() and p <= SIGNIFICANCE_LEVEL
+        p = gain_p(rows["correct"].astype(float) - constant, rows["program"].to_numpy())
+        is_more = share["said"] > constant.mean() and p <= SIGNIFICANCE_LEVEL
         before_training = _judged_rows(before, part, beyond)["correct"].mean()
         claims.append(
             claim_row(
-                f"said where {_BEYOND[beyond]}, programs {part}, n = {len(rows)}",
+                f"said where {_BEYOND[beyond]}, programs {part}, n = {len(rows)} in {rows['program'].nunique()} programs",
                 share["said"],
                 (share["said_low"], share["said_high"]),
-                "more often than the commonest value" if is_more else _NO_MORE,
-                baseline=f"{is_commonest.mean():.2f}, the commonest value; {before_training:.2f} before training",
+                "more often than the best constant" if is_more else _NO_MORE,
+                baseline=f"{constant.mean():.2f}, the best constant; {before_training:.2f} before training",
                 null="signs of whole programs flipped",
                 p=p,
                 without_verdict=_NO_MORE,

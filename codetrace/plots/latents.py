@@ -147,17 +147,30 @@ def plot_auroc_by_layer(
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/latents.ipynb #4757847a
-def _plot_shaded_code(ax, tokens: list[str], values: list[float], y: float, width: int = 76):
+_CARD_INCHES = 3.5  # Width of a card
+_CODE_SIZE = 6  # Points
+_CHARACTER = 0.6021 * _CODE_SIZE / 72 / _CARD_INCHES  # Width of one of DejaVu Sans Mono, as a share of the card
+
+
+def _drawable(token: str) -> str:
+    "A token in characters that the font has: others as their escapes."
+    shown = token.replace("\n", "↵").replace("\t", "→")
+    return "".join(c if ord(c) < 0x2500 else c.encode("unicode_escape").decode() for c in shown)
+
+
+def _plot_shaded_code(ax, tokens: list[str], values: list[float], y: float):
     "One line of code, shaded by activation."
     strongest = max(values) or 1
     column = 0
+    width = int(1 / _CHARACTER)
     for token, value in zip(tokens, values):
-        text = token.replace("\n", "↵").replace("\t", "→").replace("$", r"\$")
+        text = _drawable(token)
         if column + len(text) > width:
             break
         shade = {"facecolor": str(1 - 0.55 * max(value, 0) / strongest), "edgecolor": "none", "pad": 0.6}
         place = {"va": "center", "transform": ax.transAxes, "in_layout": False}
-        ax.text(column / width, y, text, family="monospace", fontsize=6, bbox=shade, **place)
+        drawn = text.replace("$", r"\$")
+        ax.text(column * _CHARACTER, y, drawn, family="monospace", fontsize=_CODE_SIZE, bbox=shade, **place)
         column += len(text)
 
 # %% ../../nbs/plots/latents.ipynb #59c66516
@@ -186,17 +199,16 @@ def _plot_activity_bar(ax, y: float, label: str, share: float):
 def _plot_latent_card(ax, card: dict):
     "One latent."
     ax.set_axis_off()
-    # long lines must not make the layout narrow the card: shaded code would be drawn over itself
     place = {"va": "center", "transform": ax.transAxes, "in_layout": False}
     title = f"latent {card['latent']}, layer {card['layer']}, {card['position'].replace('_', ' ')}"
     ax.text(0, 0.95, title, fontsize=8, weight="bold", **place)
     _plot_activity_bar(ax, 0.83, "correct", card["correct"])
     _plot_activity_bar(ax, 0.75, "incorrect", card["incorrect"])
     for y, line in zip((0.65, 0.56, 0.47), _card_lines(card)):
-        ax.text(0, y, line, fontsize=7, **place)
+        ax.text(0, y, line, fontsize=6.5, **place)
     if card["promoted_tokens"]:
-        tokens = "  ".join(repr(token)[1:-1] for token in card["promoted_tokens"][:6]).replace("$", r"\$")
-        ax.text(0, 0.38, f"promotes {tokens}"[:64], fontsize=7, style="italic", **place)
+        tokens = "  ".join(_drawable(token).strip() for token in card["promoted_tokens"][:6])
+        ax.text(0, 0.38, f"promotes {tokens}"[:60].replace("$", r"\$"), fontsize=6.5, style="italic", **place)
     for y, (tokens, values) in zip((0.26, 0.16, 0.06), card["top_examples"]):
         _plot_shaded_code(ax, tokens, values, y)
 
@@ -210,8 +222,10 @@ def plot_latent_cards(
 
     with figure_style():
         tall = -(-len(latents) // columns)
-        fig, axes = plt.subplots(
-            tall, columns, figsize=(3.9 * columns, 1.9 * tall), squeeze=False, layout="constrained"
+        size = ((_CARD_INCHES + 0.25) * columns, 1.9 * tall)
+        fig, axes = plt.subplots(tall, columns, figsize=size, squeeze=False)
+        fig.subplots_adjust(  # cards of just their width, so that characters lie side by side
+            left=0, right=1 - 0.25 / size[0], bottom=0, top=1, wspace=0.25 / _CARD_INCHES, hspace=0.04
         )
         for ax in axes.flat:
             ax.set_axis_off()

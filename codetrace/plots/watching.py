@@ -77,7 +77,7 @@ def plot_state_accuracy(
     places = np.arange(len(table))
     text = (
         f"{caption} Black: all, {count_in_caption(table['programs'].max())}; "
-        "grey bar: the best shallow rule or the commonest value. Open: beyond rules. "
+        "grey bar: the best shallow rule or constant. Open: beyond rules. "
         "95% bootstrap intervals over programs."
     )
     with panel_grid(1, 1, 3.4, 0.22 * len(table) + 0.7, text) as axes:

@@ -312,15 +312,27 @@ def check_pushes(phase: str, values: Mapping) -> None:
 _FEWEST_WATCHED_LINES = 3
 
 
+def _check_files_exist(parameter: str, paths: Sequence[str]) -> None:
+    "Name the files that are not there."
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise BadParameter(
+            f"{parameter}={','.join(paths)}: no file {' and '.join(missing)}; give the path of a file that exists"
+        )
+
+
 def check_watched_programs(phase: str, values: Mapping) -> None:
     "CRUXEval comes by the path of its file; programs of each generator and length can be drawn."
-    if values["source"] == "cruxeval" and not Path(values["path"]).is_file():
-        raise BadParameter(
-            f"path={values['path']!r}: source=cruxeval needs its file; give path=cruxeval.jsonl, of facebookresearch/cruxeval"
-        )
     files = values["dreval"]
-    if files and (len(files) != 2 or not all(Path(name).is_file() for name in files)):
+    if values["source"] == "cruxeval":
+        if not values["path"]:
+            raise BadParameter(
+                "path='': source=cruxeval needs its file; give path=cruxeval.jsonl, of facebookresearch/cruxeval"
+            )
+        _check_files_exist("path", [values["path"]])
+    if files and len(files) != 2:
         raise BadParameter(f"dreval={files}: give its two files, such as dreval_data.jsonl,dreval_tasks.jsonl")
+    _check_files_exist("dreval", files)
     if values["source"] == "dreval" and not files:
         raise BadParameter("source=dreval needs its files; give dreval=dreval_data.jsonl,dreval_tasks.jsonl")
     if values["bug_programs"] and values["source"] == "generated":

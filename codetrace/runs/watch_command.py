@@ -8,18 +8,20 @@ __all__ = ['WATCH_EXAMPLES', 'watch_command']
 # %% ../../nbs/runs/watch_command.ipynb #e95c9489
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import look_up_name
+from ..core.errors import BadInput, look_up_name
+from ..core.progress import progress_bar
 from .listing import print_table
 from .phases import runs_root
 from ..tasks.question_styles import QUESTION_STYLES
 
 if TYPE_CHECKING:  # torch is imported last
     from codetrace.models.lm import LM
-    from codetrace.tasks.execution import Execution
+    from codetrace.tasks.execution import Execution, TraceLimits
 
 # %% ../../nbs/runs/watch_command.ipynb #fd075c99
 WATCH_EXAMPLES = (
@@ -33,7 +35,7 @@ def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str
     "At which layers the states of a run with another input bring its answers."
     from codetrace.patching.state_swaps import used_layers
 
-    rows = used_layers(lm, execution, variables, style)
+    rows = used_layers(lm, execution, variables, style, progress_bar)
     if not rows:
         print(
             "used: nothing to swap: another input must change a value that can be asked for and is not written on its own line, "
@@ -46,6 +48,27 @@ def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str
     print_table(rows)
 
 # %% ../../nbs/runs/watch_command.ipynb #3f60ac29
+def _check_some_line(execution: "Execution", limits: "TraceLimits") -> None:
+    "Refuse a run that ended before a line was done with a variable: it says how it ended."
+    if execution.ending == "return" or any(step.complete and step.after for step in execution.steps):
+        return
+    recorded = f"at most {limits.steps} lines, and {limits.depth} calls in one another, are recorded"
+    raise BadInput(
+        f"no line of the program was done with a variable before it ended by {execution.ending} ({execution.detail}); "
+        f"{recorded}, and nobody types what it reads: give another --call"
+    )
+
+
+def _check_record_folder(folder: Path) -> None:
+    "Make the folder, or say why nothing can be written there."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write the record to {folder}: {error.strerror}; give another folder by --out") from None
+
+# %% ../../nbs/runs/watch_command.ipynb #c2f6fa44
 def watch_command(
     program: Annotated[str, typer.Argument(metavar="FILE.py", help="A Python file, or the text of a program.")],
     call: Annotated[
@@ -67,16 +90,20 @@ def watch_command(
     traced = watchable_program(program, call)
     check_model_name(model)
     look_up_name(style, QUESTION_STYLES, "question style")
-    (execution,) = record_executions([traced], TraceLimits(steps=1000))
+    limits = TraceLimits(steps=1000)
+    (execution,) = record_executions([traced], limits)
     check_execution(execution, variable or ())
+    _check_some_line(execution, limits)
+    folder = out or runs_root() / "watched" / traced.name
+    _check_record_folder(folder)
 
     from codetrace.models.loading import load  # what is wrong is said before torch is imported
     from codetrace.tasks.watching import watch_execution, watch_listing, watch_summary, write_watch_record
 
     lm = load(model)
-    table = watch_execution(lm, execution, variable or (), style)
+    table = watch_execution(lm, execution, variable or (), style, progress_bar)
     print_table(watch_listing(execution, table, only_changed=not whole))
-    paths = write_watch_record(table, out or runs_root() / "watched" / traced.name)
+    paths = write_watch_record(table, folder)
     print(watch_summary(execution, table))
     if used:
         _print_used_layers(lm, execution, variable or (), style)

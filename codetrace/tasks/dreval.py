@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NIL', 'DREVAL_PROMPTS', 'DREVAL_PUBLISHED', 'DREvalInput', 'is_class', 'load_dreval', 'DREvalTruth', 'dreval_truth',
            'record_dreval', 'dreval_prompt', 'coverage_is_right', 'path_is_right', 'state_is_right', 'output_code',
-           'pass_outputs', 'incremental_consistency', 'dreval_scores', 'beside_published', 'mark_answers',
-           'answer_dreval', 'shallow_marks']
+           'pass_outputs', 'incremental_consistency', 'dreval_scores', 'in_form_percent', 'beside_published',
+           'mark_answers', 'answer_dreval', 'shallow_marks']
 
 # %% ../../nbs/tasks/dreval.ipynb #5bbd75c5
 import ast
@@ -277,10 +277,15 @@ def coverage_is_right(text: str, truth: DREvalTruth) -> bool:
     return (("YES" in start) and "NO" not in start) == truth.executed
 
 
+def _is_path(text: str, code: str) -> bool:
+    "Does an answer begin with a line of the program, or with -1?"
+    return _inside_tags(text).split("\n")[0].strip() in ("-1", *filter(None, map(str.strip, code.split("\n"))))
+
+
 def path_is_right(text: str, truth: DREvalTruth, code: str) -> bool:
     "The text of a line, or -1."
     answer_text = _inside_tags(text).split("\n")[0].strip()
-    if not answer_text:
+    if not _is_path(text, code):
         return False
     if answer_text == "-1":
         return -1 in truth.next_lines
@@ -400,6 +405,13 @@ def dreval_scores(
     rows.append({"score": "coverage F1", "value": 100 * f1, "low": np.nan, "high": np.nan, "n": len(marks)})
     return pd.DataFrame(rows).assign(programs=marks["task"].nunique())
 
+# %% ../../nbs/tasks/dreval.ipynb #ec0137e1
+def in_form_percent(
+    marks: pd.DataFrame,  # From `mark_answers`
+) -> dict[str, float]:  # By score
+    "Which share of the answers is in the form that was asked for, right or wrong."
+    return {name: float(100 * marks[f"{name}_in_form"].mean()) for name in ("state", "path")}
+
 # %% ../../nbs/tasks/dreval.ipynb #bce4e90a
 DREVAL_PUBLISHED: dict[str, dict[str, float]] = {  # Percent
     "gemma-2b-it": {"state": 13.5, "output": 43.9, "consistency": 5.5},
@@ -441,6 +453,8 @@ def _mark_questions(
             "state": state_is_right(texts["state"], truth),
             "path": path_is_right(texts["path"], truth, dreval_input.code),
             "output": output,
+            "state_in_form": _answered_state(texts["state"]) is not None,
+            "path_in_form": _is_path(texts["path"], dreval_input.code),
             **{f"{kind}_said": _inside_tags(text) for kind, text in texts.items()},
         }
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUG_KINDS', 'LINE_RANKINGS', 'TextEdit', 'apply_edits', 'operator_edits', 'candidate_bugs', 'SeededBug', 'seed_bugs',
-           'line_log_probs', 'rank_lines', 'hit_rate', 'bug_table', 'bug_summary']
+           'asked_lines', 'line_log_probs', 'rank_lines', 'hit_rate', 'bug_table', 'bug_summary']
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #e8557ca3
 import ast
@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.python_source import parse_source
+from ..core.python_source import column_of, parse_source
 from ..core.stats import bootstrap_interval
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .state_accuracy import share_over_programs
-from .state_questions import ask_states, read_said_value, state_questions
+from .state_questions import StateQuestion, ask_states, read_said_value, state_questions
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #6eb879a1
 BUG_KINDS = ("operator", "comparison", "constant", "off by one", "wrong variable")
@@ -50,7 +50,7 @@ class TextEdit:
 
     kind: str
     line: int  # From 1
-    start: int  # Column
+    start: int  # Column, in characters
     end: int
     text: str
 
@@ -70,10 +70,9 @@ def apply_edits(
 def _between(code: str, left: ast.expr, right: ast.expr, texts: tuple[str, str], kind: str) -> Iterator[TextEdit]:
     "The replacement of what stands between two expressions of one line."
     if left.end_lineno == right.lineno and left.end_col_offset is not None:
-        gap = code.split("\n")[right.lineno - 1][left.end_col_offset : right.col_offset]
-        place = gap.find(texts[0])
-        if place >= 0:
-            start = left.end_col_offset + place
+        line = code.split("\n")[right.lineno - 1]
+        start = line.find(texts[0], column_of(line, left.end_col_offset), column_of(line, right.col_offset))
+        if start >= 0:
             yield TextEdit(kind, right.lineno, start, start + len(texts[0]), texts[1])
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #c422569e
@@ -94,11 +93,12 @@ def operator_edits(
             yield from _between(code, left, right, _COMPARISON_TEXTS[type(op)], "comparison")
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #82ce9287
-def _literal_edits(node: ast.AST, names: Sequence[str], rng: np.random.Generator) -> Iterator[TextEdit]:
+def _literal_edits(code: str, node: ast.AST, names: Sequence[str], rng: np.random.Generator) -> Iterator[TextEdit]:
     "Other numbers and other variables."
     if not isinstance(node, ast.Constant | ast.Name) or node.end_lineno != node.lineno:
         return
-    span = (node.lineno, node.col_offset, node.end_col_offset or 0)
+    line = code.split("\n")[node.lineno - 1]
+    span = (node.lineno, column_of(line, node.col_offset), column_of(line, node.end_col_offset or 0))
     if isinstance(node, ast.Constant) and type(node.value) is int:
         yield TextEdit("off by one", *span, str(node.value + 1))
         yield TextEdit("constant", *span, str(node.value + int(rng.integers(2, 6))))
@@ -107,11 +107,11 @@ def _literal_edits(node: ast.AST, names: Sequence[str], rng: np.random.Generator
         yield TextEdit("wrong variable", *span, others[int(rng.integers(len(others)))])
 
 
-def _range_edits(node: ast.AST) -> Iterator[TextEdit]:
+def _range_edits(code: str, node: ast.AST) -> Iterator[TextEdit]:
     "A range that ends one earlier."
     match node:
         case ast.Call(func=ast.Name(id="range"), args=[*_, last]) if last.end_lineno == last.lineno:
-            end = last.end_col_offset or 0
+            end = column_of(code.split("\n")[last.lineno - 1], last.end_col_offset or 0)
             yield TextEdit("off by one", last.lineno, end, end, " - 1")
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #3dba833d
@@ -126,7 +126,7 @@ def candidate_bugs(
     names = sorted({*stored, *(n.arg for n in ast.walk(tree) if isinstance(n, ast.arg))})
     edits = []
     for node in ast.walk(tree):
-        edits += [*operator_edits(code, node), *_literal_edits(node, names, rng), *_range_edits(node)]
+        edits += [*operator_edits(code, node), *_literal_edits(code, node, names, rng), *_range_edits(code, node)]
     bugs = []
     for i in rng.permutation(len(edits)):
         edit = edits[i]
@@ -175,10 +175,22 @@ def _first_wrong_steps(lines: Sequence[int], wrong: Mapping[int, int]) -> np.nda
     return np.array([-wrong[line] if line in wrong else -np.inf for line in lines], float)
 
 
+def _bug_questions(bug: SeededBug) -> list[StateQuestion]:
+    "What is asked: every variable that a line of the intended run changed."
+    return [question for question in state_questions(bug.intended) if question.variable in question.step.changed]
+
+
+def asked_lines(
+    bug: SeededBug,
+) -> list[int]:  # In the order of the text
+    "The executed lines at which something is asked: those that can be accused."
+    return sorted({question.step.line for question in _bug_questions(bug)})
+
+
 def _asked_of_bug(lm: LM, bug: SeededBug, style: str, max_new_tokens: int) -> pd.DataFrame:
     "What is said of the buggy program's variables, beside the intended values."
     mixed = replace(bug.intended, program=bug.buggy)
-    questions = [q for q in state_questions(mixed) if q.variable in q.step.changed]
+    questions = _bug_questions(bug)
     answers = ask_states(lm, mixed, questions, style, max_new_tokens=max_new_tokens) if questions else []
     rows = []
     for question, answer in zip(questions, answers):
@@ -187,7 +199,7 @@ def _asked_of_bug(lm: LM, bug: SeededBug, style: str, max_new_tokens: int) -> pd
         rows.append(row | {"log_prob": answer.log_prob})
     return pd.DataFrame(rows, columns=["step", "line", "is_intended", "log_prob"])
 
-
+# %% ../../nbs/tasks/seeded_bugs.ipynb #4840a9f4
 def _executed_divergence(bug: SeededBug, run: Execution) -> dict[int, int]:
     "The line at which a run of the buggy program first leaves the intended states or lines, and when."
     for step, intended in zip(run.steps, bug.intended.steps):
@@ -222,9 +234,9 @@ def rank_lines(
     bug: SeededBug,
     style: str = "print",  # Of the questions
     max_new_tokens: int = 16,
-) -> tuple[list[int], dict[str, np.ndarray]]:  # Lines that the intended program executed, and by ranking their scores
+) -> tuple[list[int], dict[str, np.ndarray]]:  # From `asked_lines`, and by ranking their scores
     "Score each line of a buggy program by each of the `LINE_RANKINGS`, higher for more suspect."
-    lines = sorted({step.line for step in bug.intended.steps})
+    lines = asked_lines(bug)
     table = _asked_of_bug(lm, bug, style, max_new_tokens)
     first_wrong = table[~table["is_intended"].astype(bool)].groupby("line")["step"].min()
     log_prob = table.groupby("line")["log_prob"].mean()
@@ -251,44 +263,65 @@ def hit_rate(
     return float(np.clip((k - above) / tied, 0, 1))
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #03cbe8a1
+def _bug_hits(
+    lm: LM, bug: SeededBug, style: str, max_new_tokens: int, ks: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    "By ranking: is the faulty line among the first k? NaN where nothing is asked at it."
+    if bug.line not in asked_lines(bug):
+        return {name: {f"hit@{k}": np.nan for k in ks} for name in (*LINE_RANKINGS, "chance")}
+    lines, scores = rank_lines(lm, bug, style, max_new_tokens)
+    index = lines.index(bug.line)
+    scores |= {"chance": np.zeros(len(lines))}
+    return {name: {f"hit@{k}": hit_rate(values, index, k) for k in ks} for name, values in scores.items()}
+
+
 def bug_table(
     lm: LM,
     bugs: Sequence[SeededBug],
     style: str = "print",
     max_new_tokens: int = 16,
     ks: Sequence[int] = (1, 3),
-) -> pd.DataFrame:  # One row a bug and ranking, with hits; the ranking `chance` beside them
+) -> pd.DataFrame:  # One row a bug and ranking, `chance` among them: `asked`, and hits, NaN where the line is not asked
     "How often each ranking puts the faulty line among the first."
     rows = []
     for bug in bugs:
-        lines, scores = rank_lines(lm, bug, style, max_new_tokens)
-        index = lines.index(bug.line)
-        for name, values in (scores | {"chance": np.zeros(len(lines))}).items():
-            hits = {f"hit@{k}": hit_rate(values, index, k) for k in ks}
-            row = {"program": bug.intended.program.name, "kind": bug.kind, "line": bug.line, "lines": len(lines)}
+        lines = asked_lines(bug)
+        row = {"program": bug.intended.program.name, "kind": bug.kind, "line": bug.line}
+        row |= {"lines": len(lines), "asked": bug.line in lines}
+        for name, hits in _bug_hits(lm, bug, style, max_new_tokens, ks).items():
             rows.append(row | {"ranking": name, **hits})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #5193a25e
+_BUG_KEY = ["program", "kind", "line"]
+
+
+def _gain_over(table: pd.DataFrame, group: pd.DataFrame, ranking: str, hit: str) -> tuple[float, float, float]:
+    "How much more often rows hit than a ranking does on the same bugs, with an interval over programs."
+    if group.empty:
+        return np.nan, np.nan, np.nan
+    baseline = table[table["ranking"] == ranking].set_index(_BUG_KEY)[hit]
+    rows = group.set_index(_BUG_KEY)[hit]
+    gain = rows.to_numpy(float) - baseline.reindex(rows.index).to_numpy(float)
+    low, high = bootstrap_interval(gain, group["program"].to_numpy())
+    return float(gain.mean()), float(low), float(high)
+
+
 def bug_summary(
     table: pd.DataFrame,  # From `bug_table`
     by: Sequence[str] = ("ranking",),
-) -> pd.DataFrame:  # Hits with bootstrap intervals over programs, and the gain over chance
-    "Hits of each ranking."
-    hits = [name for name in table if name.startswith("hit@")]
-    key = ["program", "kind", "line"]
-    chance = table[table["ranking"] == "chance"].set_index(key)[hits]
+) -> pd.DataFrame:  # Hits with bootstrap intervals over programs, and the gains over chance and over `improbable line`
+    "Hits of each ranking on the `n` bugs whose line is asked about."
     rows = []
-    for values, group in table.groupby(list(by), sort=False):
-        row = dict(zip(by, values)) | {"n": len(group), "programs": group["program"].nunique()}
-        gain = group.set_index(key)[hits] - chance.reindex(group.set_index(key).index)
-        for name in hits:
-            gain_low, gain_high = bootstrap_interval(gain[name].to_numpy(), group["program"].to_numpy())
+    for values, whole_group in table.groupby(list(by), sort=False):
+        group = whole_group[whole_group["asked"].astype(bool)]
+        row = dict(zip(by, values)) | {"n": len(group), "n_not_asked": len(whole_group) - len(group)}
+        row |= {"programs": group["program"].nunique()}
+        for name in [column for column in table if column.startswith("hit@")]:
             row |= share_over_programs(group[name], group["program"], name)
-            row |= {
-                f"{name} over chance": gain[name].mean(),
-                f"{name}_gain_low": float(gain_low),
-                f"{name}_gain_high": float(gain_high),
-            }
+            columns = (f"{name} over chance", f"{name}_gain_low", f"{name}_gain_high")
+            row |= dict(zip(columns, _gain_over(table, group, "chance", name)))
+            columns = [f"{name} over improbable line{end}" for end in ("", "_low", "_high")]
+            row |= dict(zip(columns, _gain_over(table, group, "improbable line", name)))
         rows.append(row)
     return pd.DataFrame(rows)

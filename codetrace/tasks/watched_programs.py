@@ -160,18 +160,20 @@ def _reason_to_leave_out(execution: Execution, chosen: WatchedSource) -> str:
 # %% ../../nbs/tasks/watched_programs.ipynb #369de4a8
 def load_watched_executions(
     chosen: WatchedSource,
-) -> tuple[list[Execution], dict[str, int]]:  # And how many were left out, by reason
+) -> tuple[list[Execution], dict[str, int]]:  # And how many were left out, by reason, or are missing
     "Programs of a source, run in the sandbox."
     look_up_name(chosen.source, PROGRAM_SOURCES, "source of programs")
     programs = PROGRAM_SOURCES[chosen.source](chosen)
     executions = []
     left_out: Counter[str] = Counter()
-    for start in range(0, len(programs), 200):
+    start = 0
+    while start < len(programs) and len(executions) < chosen.count:
         part = programs[start : start + min(200, 2 * (chosen.count - len(executions)))]
+        start += len(part)
         for execution in record_executions(part, TraceLimits(steps=chosen.steps)):
-            reason = _reason_to_leave_out(execution, chosen)
             if len(executions) >= chosen.count:
-                return executions, dict(left_out)
+                break
+            reason = _reason_to_leave_out(execution, chosen)
             if reason:
                 left_out[reason] += 1
             else:
@@ -180,4 +182,6 @@ def load_watched_executions(
         raise BadInput(
             f"no program of {chosen.source!r} can be watched: {dict(left_out) or 'there is none'}; give more steps"
         )
+    if len(executions) < chosen.count:
+        left_out["missing"] = chosen.count - len(executions)
     return executions, dict(left_out)

@@ -10,7 +10,7 @@ __all__ = ['STATE_RULES', 'SHALLOW_STATE_RULES', 'ERROR_KINDS', 'rule_answers', 
 import ast
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +18,56 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.progress import Progress, no_progress
-from ..core.python_source import parse_source, read_literal
+from ..core.python_source import parse_expression, parse_source, read_literal
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, check_execution, record_executions
-from .state_questions import StateAnswer, StateQuestion, ask_states, read_said_value, state_questions
+from codetrace.tasks.state_questions import (
+    StateAnswer,
+    StateQuestion,
+    ask_states,
+    is_same_value,
+    read_said_value,
+    state_questions,
+    statement_steps,
+)
 
 # %% ../../nbs/tasks/watching.ipynb #2d9d9392
-STATE_RULES = ("previous", "last_constant", "line_constant", "first_constant", "iteration", "propagation")
-SHALLOW_STATE_RULES = STATE_RULES[:5]
+STATE_RULES = (
+    "previous",
+    "last_constant",
+    "line_constant",
+    "first_constant",
+    "iteration",
+    "call_constant",
+    "propagation",
+)
+SHALLOW_STATE_RULES = STATE_RULES[:6]
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 _LARGEST = 10**12  # Of the numbers that are computed with
 
 
+def _literal_text(node: ast.expr) -> str | None:
+    "What a constant, or a list, tuple or dict that is written out, is as `repr` writes it; None of all else."
+    if not isinstance(node, ast.Constant | ast.UnaryOp | ast.List | ast.Tuple | ast.Dict):
+        return None
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return repr(value) if value is not ... else None
+
+
 def _constants(tree: ast.AST) -> list[tuple[int, str]]:
-    "The constants of a program in their order, each with its line, as `repr` writes it; descriptions are none."
+    "The constants of a program by where they end, each with its line; what is in a list comes before it, and descriptions are none."
     skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    constants = {}
+    constants = []
     for node in ast.walk(tree):
-        match node:
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                constants[_position(node)] = repr(-number)
-                skipped.add(id(node.operand))
-            case ast.Constant(value=value) if value is not ... and id(node) not in skipped:
-                constants[_position(node)] = repr(value)
-    return [(line, constants[line, column]) for line, column in sorted(constants)]
+        text = _literal_text(node) if isinstance(node, ast.expr) and id(node) not in skipped else None
+        if text is not None:
+            constants.append((node.lineno, node.end_col_offset or 0, -node.col_offset, text))
+            skipped.update(id(inner) for inner in ast.iter_child_nodes(node) if isinstance(node, ast.UnaryOp))
+    return [(line, text) for line, *_, text in sorted(constants)]
 
 
 def _position(node: ast.expr | ast.stmt) -> tuple[int, int]:
@@ -68,21 +93,56 @@ def _folded(node: ast.expr, values: dict):
     raise TypeError
 
 # %% ../../nbs/tasks/watching.ipynb #fe463542
+def _assigned_pairs(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[str, ast.expr | None]]:
+    "The names that a target gives a value, each with its expression; None where that is a part of something else."
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple | ast.List):
+        parts = value.elts if isinstance(value, ast.Tuple | ast.List) else []
+        is_paired = len(parts) == len(target.elts) and not any(isinstance(e, ast.Starred) for e in target.elts)
+        for i, element in enumerate(target.elts):
+            yield from _assigned_pairs(element, parts[i] if is_paired else None)
+    elif isinstance(target, ast.Starred):
+        yield from _assigned_pairs(target.value, None)
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[int, dict[str, ast.expr | None]]]:
+    "The line of every assignment in the order of the text, and what it gives to which names."
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.For)]
+    for node in sorted(nodes, key=_position):
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                pairs = [pair for target in targets for pair in _assigned_pairs(target, value)]
+            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
+                pairs = [(name, ast.BinOp(ast.Name(name), op, value))]
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                pairs = list(_assigned_pairs(target, value))
+            case ast.For(target=target):
+                pairs = list(_assigned_pairs(target, None))
+            case _:
+                pairs = []
+        yield node.lineno, dict(pairs)
+
+# %% ../../nbs/tasks/watching.ipynb #f71a6108
+def _folded_or_unknown(node: ast.expr | None, values: dict) -> list:
+    "The value of an expression, in a list; nothing where it is not known."
+    try:
+        return [_folded(node, values)] if node is not None else []
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError):
+        return []
+
+
 def _propagated(tree: ast.AST, arguments: dict[str, str]) -> dict[int, dict[str, str]]:
     "By line that assigns: all values known after it, when each line is followed once."
     values = {name: read_literal(text) for name, text in arguments.items()}
     known = {}
-    assignments = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign))]
-    for node in sorted(assignments, key=_position):
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        if not isinstance(target, ast.Name):
-            continue
-        value = node.value if isinstance(node, ast.Assign) else ast.BinOp(ast.Name(target.id), node.op, node.value)
-        try:
-            values[target.id] = _folded(value, values)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError):
-            values.pop(target.id, None)
-        known[node.lineno] = {name: repr(value) for name, value in values.items()}
+    for line, assigned in _assignments(tree):
+        results = {name: _folded_or_unknown(node, values) for name, node in assigned.items()}
+        for name, result in results.items():
+            values.pop(name, None)
+            if result:
+                values[name] = result[0]
+        known[line] = {name: repr(value) for name, value in values.items()}
     return known
 
 # %% ../../nbs/tasks/watching.ipynb #2a884d5c
@@ -104,6 +164,26 @@ def _last_up_to(by_line: dict, line: int):
     return by_line[max(lines)] if lines else None
 
 # %% ../../nbs/tasks/watching.ipynb #438c2704
+def _turns(execution: Execution, loops: Mapping[int, int]) -> dict[int, str]:  # By step
+    "How often the body of a `for` has been entered since the loop began, at each execution of its line."
+    turns: dict[int, str] = {}
+    count: dict[tuple[int, int], int] = {}
+    line_before: dict[int, int] = {}  # By frame
+    for step in execution.steps:
+        if step.line in loops:
+            is_inside = step.line <= line_before.get(step.frame, 0) <= loops[step.line]
+            count[step.frame, step.line] = count[step.frame, step.line] + 1 if is_inside else 0
+            turns[step.step] = str(count[step.frame, step.line])
+        line_before[step.frame] = step.line
+    return turns
+
+
+def _first_argument(call: str) -> str | None:
+    "The first argument of a call, where it is a constant."
+    node = parse_expression(call) if call else None
+    return _literal_text(node.args[0]) if isinstance(node, ast.Call) and node.args else None
+
+# %% ../../nbs/tasks/watching.ipynb #24f45a7e
 def rule_answers(
     execution: Execution,
     questions: Sequence[StateQuestion],
@@ -114,16 +194,22 @@ def rule_answers(
     constants = dict(in_order)  # the last of each line
     arguments = _literal_arguments(execution)
     known = {0: arguments} | _propagated(tree, arguments)
-    loops = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.For)}
+    assigned = {(line, name): node for line, pairs in _assignments(tree) for name, node in pairs.items() if node}
+    loops = {node.lineno: node.end_lineno or 0 for node in ast.walk(tree) if isinstance(node, ast.For)}
+    turns = _turns(execution, loops)
+    first_argument = _first_argument(execution.program.call)
     rows = []
     for question in questions:
+        line = question.step.line
         before = question.step.before.get(question.variable)
+        node = assigned.get((line, question.variable))
         row = {"previous": before.text if before else None}
-        row["last_constant"] = _last_up_to(constants, question.step.line)
-        row["line_constant"] = constants.get(question.step.line)
+        row["last_constant"] = _last_up_to(constants, line)
+        row["line_constant"] = (_literal_text(node) if node else None) or constants.get(line)
         row["first_constant"] = in_order[0][1] if in_order else None
-        row["iteration"] = str(question.step.visit - 1) if question.step.line in loops else None
-        row["propagation"] = (_last_up_to(known, question.step.line) or {}).get(question.variable)
+        row["iteration"] = turns.get(question.step.step)
+        row["call_constant"] = first_argument
+        row["propagation"] = (_last_up_to(known, line) or {}).get(question.variable)
         rows.append(row)
     return pd.DataFrame(rows, columns=list(STATE_RULES), dtype=object)
 
@@ -139,7 +225,7 @@ def error_kind(
 ) -> str:  # One of `ERROR_KINDS`, empty where the answer is right
     "What kind of error an answer is."
     truth = question.truth.text
-    if answer_value == truth:
+    if is_same_value(answer_value, truth):
         return ""
     if answer_value in earlier:
         return "stale"
@@ -175,7 +261,7 @@ def watch_table(
         row |= {
             "changed": question.variable in step.changed,
             "said": answer_value,
-            "correct": answer_value == question.truth.text,
+            "correct": is_same_value(answer_value, question.truth.text),
         }
         row |= {"probability": float(np.exp(answer.log_prob)), "rank": answer.rank, "one_token": answer.one_token}
         row |= {"said_probability": float(np.exp(answer.said_log_prob))}
@@ -228,7 +314,8 @@ def watch_execution(
     if not questions:
         expected = "expected numbers, booleans, None, short strings, lists or dicts"
         hint = "" if execution.program.call else "; call a function of the program with --call 'f(1)'"
-        raise BadInput(f"no variable holds a value that can be asked for: {expected}{hint}")
+        ended = f"the program ended by {execution.ending}" + (f" ({execution.detail})" if execution.detail else "")
+        raise BadInput(f"no variable holds a value that can be asked for: {expected}; {ended}{hint}")
     answers = ask_states(lm, execution, questions, style, max_new_tokens=max_new_tokens, progress=progress)
     return watch_table(execution, questions, answers)
 
@@ -242,7 +329,7 @@ def watch_listing(
     lines = execution.program.code.split("\n")
     divergence = first_divergence(table)
     rows = []
-    for step in execution.steps:
+    for step in statement_steps(execution):
         cells = table[table["step"] == step.step]
         if only_changed:
             cells = cells[cells["changed"] | ~cells["correct"]]
