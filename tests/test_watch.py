@@ -163,7 +163,8 @@ def study_claims(seed: int) -> pd.DataFrame:
     lm = random_weights_model(load_binding_model(), seed)
     executions, _ = load_watched_executions(WatchedSource(count=32, lines=(9,), max_depth=2, seed=seed))
     read = read_target(lm, executions, ReadOptions(per_program=9, seed=seed), random_weights_model(lm, seed + 1000))
-    claims = [*said_claims(count_said(said_of(lm, executions))), read_claim(read)]
+    of_places = [place for place in (read, read.in_program) if place is not None]
+    claims = [*said_claims(count_said(said_of(lm, executions))), *map(read_claim, of_places)]
     cases = swap_cases(lm, executions[:12], seed=seed)
     claims += used_claims(use_states(lm, cases, seed)) if cases else []
     return adjust_claims(pd.DataFrame(claims))

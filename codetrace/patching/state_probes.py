@@ -27,7 +27,7 @@ from ..core.progress import Progress, no_progress
 from ..core.stats import SIGNIFICANCE_LEVEL, bootstrap_interval
 from ..models.lm import LM
 from .probes import fit_linear_probe
-from .state_sites import STATE_PLACES, PlacedStates, place_states
+from .state_sites import PROGRAM_PLACES, STATE_PLACES, PlacedStates, place_states
 from ..tasks.changed_operators import changed_operator_labels
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
 from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
@@ -326,13 +326,18 @@ def probe_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/patching/state_probes.ipynb #3063af69
+def _can_choose(table: pd.DataFrame, places: Sequence[str]) -> bool:
+    "Is any row of these places, of the programs that choose, beyond rules?"
+    return bool(table["when_chosen"][table["place"].isin(list(places))].notna().any())
+
+
 def choose_probe_cell(
     table: pd.DataFrame,  # From `probe_table`
     places: Sequence[str] = STATE_PLACES,
 ) -> pd.Series:  # The row of the chosen place and layer
     "The place and layer that read best on the programs that choose; of equal ones the lowest layer."
     candidates = table[table["place"].isin(list(places))].sort_values("layer", kind="stable")
-    if not candidates["when_chosen"].notna().any():
+    if not _can_choose(table, places):
         raise BadInput("no row of the programs that choose is beyond rules: give more programs, or longer ones")
     return candidates.loc[candidates["when_chosen"].idxmax()]
 
@@ -511,6 +516,9 @@ class ReadResult:
     cell: pd.Series  # The chosen place and layer, with what it reads
     gains: pd.DataFrame  # Over every baseline
     chosen: pd.DataFrame  # Predictions of the chosen probe on the rows that judge
+    in_program: "ReadResult | None" = (
+        None  # The same at the places of the program alone, where the chosen one is the question's
+    )
 
 # %% ../../nbs/patching/state_probes.ipynb #3de84d97
 def read_target(
@@ -529,9 +537,16 @@ def read_target(
     cell = choose_probe_cell(table)
     random_data = collect_probe_data(random_lm, executions, *collected, progress) if random_lm else None
     other_labels = other_meaning_labels(data.rows, executions) if options.target == "value" else None
-    baselines = baseline_predictions(data, part, predictions, cell, random_data, other_labels)
-    is_chosen = (predictions["place"] == cell["place"]) & (predictions["layer"] == cell["layer"])
-    chosen = predictions[is_chosen & (predictions["part"] == "judge")]
+
+    def judged(cell: pd.Series, in_program: ReadResult | None = None) -> ReadResult:
+        baselines = baseline_predictions(data, part, predictions, cell, random_data, other_labels)
+        is_chosen = (predictions["place"] == cell["place"]) & (predictions["layer"] == cell["layer"])
+        chosen = predictions[is_chosen & (predictions["part"] == "judge")]
+        return ReadResult(options.target, table, cell, probe_gains(chosen, baselines), chosen, in_program)
+
+    in_program = None
+    if cell["place"] not in PROGRAM_PLACES and _can_choose(table, PROGRAM_PLACES):
+        in_program = judged(choose_probe_cell(table, PROGRAM_PLACES))
     if options.target == "value":
         table = table.merge(lens_table(lm, data, part, options.style), how="left", on=["place", "layer"])
-    return ReadResult(options.target, table, cell, probe_gains(chosen, baselines), chosen)
+    return judged(cell, in_program)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_MORE_THAN_CONSTANT', 'NOT_MORE_THAN_BASELINES', 'NOT_USED', 'WATCH', 'style_of_answers', 'try_question_styles',
            'answer_length', 'say_states', 'SaidResult', 'count_said', 'beyond_rules_test', 'said_sentence',
-           'said_claims', 'watch_claims', 'watch_limitations', 'read_sentence', 'used_verdict', 'used_sentence',
-           'bugs_sentence', 'dreval_sentence', 'mark_dreval', 'watch_headline', 'read_claim', 'used_claims',
-           'watch_answers', 'read_and_used_percent', 'with_read_and_used', 'agreement_table', 'listing_rows']
+           'said_claims', 'watch_claims', 'watch_limitations', 'read_sentence', 'used_verdict', 'swapped_where_read',
+           'used_sentence', 'mark_dreval', 'watch_headline', 'read_claim', 'used_claims', 'watch_answers',
+           'read_and_used_percent', 'with_read_and_used', 'agreement_table', 'listing_rows']
 
 # %% ../../nbs/phases/14_watch.ipynb #e0031ca6
 import re
@@ -323,50 +323,26 @@ def _place_sentence(result: UsedResult, place: str) -> str:
     return f"{place}, layer {layer}: {rate:.2f} of {gains['n'].max()} flip ({flips}{kept}), {used_verdict(gains, cell)}"
 
 
+def swapped_where_read(
+    read: ReadResult,
+    used: UsedResult | None,
+) -> str:  # Empty where nothing is swapped there
+    "What the other run's state does at the place and layer where a probe reads."
+    table = used.table if used is not None and used.n_known else pd.DataFrame(columns=["place", "layer"])
+    at_cell = table[(table["place"] == read.cell["place"]) & (table["layer"] == read.cell["layer"])]
+    if at_cell.empty or not at_cell["n_used"].iloc[0]:
+        return ""
+    cell = at_cell.iloc[0]
+    share = format_with_interval(*cell[["used", "used_low", "used_high"]])
+    return f" Swapped there, {share} of {cell['n_used']} answers flip."
+
+
 def used_sentence(result: UsedResult) -> str:
     "What swaps do at the chosen layer of each place, on the programs that judge."
     if not len(result.gains):
         return f"Used: {result.n_known} of {result.n_cases} swapped pairs of runs are both answered right, too few to judge."
     places = [_place_sentence(result, place) for place in result.gains["place"].unique()]
     return f"Used ({result.n_known} of {result.n_cases} pairs of runs known): {'; '.join(places)}."
-
-# %% ../../nbs/phases/14_watch.ipynb #1454eeec
-def bugs_sentence(
-    summary: pd.DataFrame,  # From `bug_summary`
-) -> str:
-    "How often what is said points at a faulty line."
-    rows = summary.set_index("ranking")
-    divergence = rows.loc["divergence"]
-    not_asked = f"{divergence['n_not_asked']:.0f} are on lines at which nothing is asked"
-    if not divergence["n"]:
-        return f"Seeded bugs: none can be judged, {not_asked}."
-    hit = format_with_interval(*divergence[["hit@1", "hit@1_low", "hit@1_high"]])
-    others = ", ".join(f"{name} {rows.loc[name, 'hit@1']:.2f}" for name in rows.index if name != "divergence")
-    points = "more" if divergence["hit@1_gain_low"] > 0 else "not measurably more"
-    over = "hit@1 over improbable line"
-    gain = format_with_interval(*divergence[[over, f"{over}_low", f"{over}_high"]])
-    counted = f"{divergence['n']:.0f} seeded bugs in {divergence['programs']:.0f} programs"
-    return (
-        f"Of {counted} ({not_asked}) the first divergence is at the faulty line in {hit} ({others}), "
-        f"{points} often than chance; {gain} more often than the line that it finds least probable."
-    )
-
-
-def dreval_sentence(
-    scores: pd.DataFrame,  # From `dreval_scores`
-    shallow: pd.DataFrame,  # Of answers that no program was run for
-    in_form: Mapping[str, float],  # From `in_form_percent`
-    left_out: int,  # Inputs that cannot be run
-) -> str:
-    "The row of DREval's table, beside what the text alone gives."
-    without_running = shallow.set_index("score")["value"]
-    parts = [
-        f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}] (without running {without_running[row.score]:.1f})"
-        for row in scores.dropna().itertuples()
-    ]
-    counted = f"{scores['programs'].iloc[0]} programs, {scores['n'].max()} questions, {left_out} inputs left out"
-    form = ", ".join(f"{name} {value:.0f}" for name, value in in_form.items())
-    return f"DREval, {counted}, percent: {', '.join(parts)}. In the form that was asked for are of the answers, percent: {form}."
 
 # %% ../../nbs/phases/14_watch.ipynb #d2e7a102
 _DREVAL_INPUTS_PER_UNIT = 10
@@ -400,7 +376,11 @@ def watch_headline(
     further: Sequence[str] = (),  # Sentences about bugs and DREval
 ) -> str:
     "What is said, read and used, in one line."
-    sentences = [said_sentence(said_result), *map(read_sentence, read)]
+    sentences = [said_sentence(said_result)]
+    for result in read:
+        sentences.append(read_sentence(result))
+        if result.in_program is not None:
+            sentences.append(read_sentence(result.in_program) + swapped_where_read(result.in_program, used))
     if used:
         sentences.append(used_sentence(used))
     return " ".join([*sentences, *further])
@@ -468,7 +448,8 @@ def _study_row(claims: Sequence[Mapping]) -> dict[str, str]:
         if claim["claim"].startswith(_SAID_BEYOND_RULES):
             row["said"] = f"{_claimed(claim)}{claim['claim'].removeprefix(_SAID_BEYOND_RULES)}: {claim['verdict']}"
         elif match := _READ_CLAIM.fullmatch(claim["claim"]):
-            row["read"] = f"{match[1]}: {_claimed(claim)}{match['n'] or ''}: {claim['verdict']}"
+            text = f"{match[1]}: {_claimed(claim)}{match['n'] or ''}: {claim['verdict']}"
+            row["read"] = "; ".join(filter(None, (row["read"], text)))
         elif match := _USED_CLAIM.fullmatch(claim["claim"]):
             is_claimed = claim["verdict"].startswith("used")
             share = format_with_interval(claim["number"], claim["low"], claim["high"])

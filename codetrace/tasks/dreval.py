@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NIL', 'DREVAL_PROMPTS', 'DREVAL_PUBLISHED', 'DREvalInput', 'is_class', 'load_dreval', 'DREvalTruth', 'dreval_truth',
            'record_dreval', 'dreval_prompt', 'coverage_is_right', 'path_is_right', 'state_is_right', 'output_code',
-           'pass_outputs', 'incremental_consistency', 'dreval_scores', 'in_form_percent', 'beside_published',
-           'mark_answers', 'answer_dreval', 'shallow_marks']
+           'pass_outputs', 'incremental_consistency', 'dreval_scores', 'in_form_percent', 'dreval_sentence',
+           'beside_published', 'mark_answers', 'answer_dreval', 'shallow_marks']
 
 # %% ../../nbs/tasks/dreval.ipynb #5bbd75c5
 import ast
@@ -411,6 +411,23 @@ def in_form_percent(
 ) -> dict[str, float]:  # By score
     "Which share of the answers is in the form that was asked for, right or wrong."
     return {name: float(100 * marks[f"{name}_in_form"].mean()) for name in ("state", "path")}
+
+# %% ../../nbs/tasks/dreval.ipynb #144f4187
+def dreval_sentence(
+    scores: pd.DataFrame,  # From `dreval_scores`
+    shallow: pd.DataFrame,  # Of answers that no program was run for
+    in_form: Mapping[str, float],  # From `in_form_percent`
+    left_out: int,  # Inputs that cannot be run
+) -> str:
+    "The row of DREval's table, beside what the text alone gives."
+    without_running = shallow.set_index("score")["value"]
+    parts = [
+        f"{row.score} {row.value:.1f} [{row.low:.1f}, {row.high:.1f}] (without running {without_running[row.score]:.1f})"
+        for row in scores.dropna().itertuples()
+    ]
+    counted = f"{scores['programs'].iloc[0]} programs, {scores['n'].max()} questions, {left_out} inputs left out"
+    form = ", ".join(f"{name} {value:.0f}" for name, value in in_form.items())
+    return f"DREval, {counted}, percent: {', '.join(parts)}. In the form that was asked for are of the answers, percent: {form}."
 
 # %% ../../nbs/tasks/dreval.ipynb #bce4e90a
 DREVAL_PUBLISHED: dict[str, dict[str, float]] = {  # Percent

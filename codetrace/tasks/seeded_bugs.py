@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUG_KINDS', 'LINE_RANKINGS', 'TextEdit', 'apply_edits', 'operator_edits', 'candidate_bugs', 'SeededBug', 'seed_bugs',
-           'asked_lines', 'line_log_probs', 'rank_lines', 'hit_rate', 'bug_table', 'bug_summary']
+           'asked_lines', 'line_log_probs', 'rank_lines', 'hit_rate', 'bug_table', 'bug_summary', 'bugs_sentence']
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #e8557ca3
 import ast
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..core.python_source import column_of, parse_source
-from ..core.stats import bootstrap_interval
+from ..core.stats import bootstrap_interval, format_with_interval
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .state_accuracy import share_over_programs
@@ -325,3 +325,24 @@ def bug_summary(
             row |= dict(zip(columns, _gain_over(table, group, "improbable line", name)))
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/tasks/seeded_bugs.ipynb #26982583
+def bugs_sentence(
+    summary: pd.DataFrame,  # From `bug_summary`
+) -> str:
+    "How often what is said points at a faulty line."
+    rows = summary.set_index("ranking")
+    divergence = rows.loc["divergence"]
+    not_asked = f"{divergence['n_not_asked']:.0f} are on lines at which nothing is asked"
+    if not divergence["n"]:
+        return f"Seeded bugs: none can be judged, {not_asked}."
+    hit = format_with_interval(*divergence[["hit@1", "hit@1_low", "hit@1_high"]])
+    others = ", ".join(f"{name} {rows.loc[name, 'hit@1']:.2f}" for name in rows.index if name != "divergence")
+    points = "more" if divergence["hit@1_gain_low"] > 0 else "not measurably more"
+    over = "hit@1 over improbable line"
+    gain = format_with_interval(*divergence[[over, f"{over}_low", f"{over}_high"]])
+    counted = f"{divergence['n']:.0f} seeded bugs in {divergence['programs']:.0f} programs"
+    return (
+        f"Of {counted} ({not_asked}) the first divergence is at the faulty line in {hit} ({others}), "
+        f"{points} often than chance; {gain} more often than the line that it finds least probable."
+    )
