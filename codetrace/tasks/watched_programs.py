@@ -20,7 +20,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.python_source import parse_source
 from .dreval import DREvalInput, is_class, load_dreval
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
-from .execution_programs import draw_execution_program
+from .execution_programs import draw_execution_program, is_held_out_program
 from .generators import GENERATORS, draw_program
 from .problems import Problem, _read_rows, load_problems
 from .program_drawing import keyed_rng
@@ -55,8 +55,10 @@ def _draw_watched(chosen: WatchedSource, number: int) -> TracedProgram:
     seq_len = chosen.lines[number // len(chosen.generators) % len(chosen.lines)]
     rng = keyed_rng(chosen.seed, name, seq_len, None, number)
     if name in EXECUTION_OPTIONS:
-        draw = partial(draw_execution_program, **EXECUTION_OPTIONS[name])
-        code, _ = draw(seq_len, rng, constants=max(2, min(4, seq_len // 2)), max_depth=chosen.max_depth)
+        options = EXECUTION_OPTIONS[name] | {"constants": max(2, min(4, seq_len // 2)), "max_depth": chosen.max_depth}
+        code, _ = draw_execution_program(seq_len, rng, **options)
+        while name == "execution" and not is_held_out_program(code):
+            code, _ = draw_execution_program(seq_len, rng, **options)
         return TracedProgram(code, "", f"{name}/{number}")
     generator = GENERATORS[name]
     if name == "variable_binding":
