@@ -12,6 +12,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from codetrace.core.stats import format_with_interval
+from codetrace.sae.score_tables import auroc_table, scores_beyond
+
 HOME = Path(__file__).resolve().parents[1]
 NOTEBOOKS = HOME / "nbs"
 FOLDERS = {  # In the order in which they import from each other
@@ -176,21 +179,28 @@ def share(row: dict) -> str:
     return f"{row['in_seeds']} of {row['seeds']} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
+def stored_aurocs(name: str, set_name: str) -> dict[str, str]:
+    "AUROCs of a record's stored scores, with intervals; also beyond prompt length and difficulty."
+    scores = pd.read_parquet(RECORDS / name / "scores.parquet").query("set == @set_name").reset_index(drop=True)
+    columns = scores[["probe", "entropy of the first token"]]
+    beyond = scores_beyond(scores, columns, ["prompt_tokens", "difficulty"])
+    texts = {"n": str(len(scores))}
+    for measure, table in {"": columns, " beyond": beyond}.items():
+        for row in auroc_table(scores, {measure: table}).itertuples():
+            texts[f"{row.name}{measure}"] = format_with_interval(row.value, row.low, row.high)
+    return texts
+
+
 def pregeneration_finding(name: str) -> str:
     "What a state before the first token foretells."
     manifest = record(name)
     area = re.search(r"AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks", manifest["headline"])
     difference = re.search(r"the strongest is (.*?), difference ([\d.]+ \[[^\]]*\])", manifest["headline"])
-    probe = (
-        r"the probe [^.]* on transfer: AUROC ([\d.]+ \[[^\]]*\]) on (\d+) tasks, p = [\d.]+, ([\d.]+ \[[^\]]*\]) beyond"
-    )
-    elsewhere = re.search(probe, manifest["headline"])
-    low, high = map(float, re.findall(r"[\d.]+", elsewhere[3])[1:])
-    is_chance = ", which cannot be told from chance," if low <= 0.5 <= high else ""
+    elsewhere = stored_aurocs(name, "transfer")
     return (
         f"**A code model knows before it writes, on problems like those that a probe was fitted to.** The state of Qwen2.5-Coder-0.5B at the last token of a prompt foretells whether its answer will pass the tests: "
-        f"AUROC {area[1]} on {area[2]} MBPP problems that had no part in the fit, {difference[2]} above {difference[1]}. The same probe has {elsewhere[1]} on the {elsewhere[2]} problems of HumanEval, "
-        f"and {elsewhere[3]}{is_chance} beyond prompt length and difficulty ({record_link(name, 'record')})."
+        f"AUROC {area[1]} on {area[2]} MBPP problems that had no part in the fit, {difference[2]} above {difference[1]}. On the {elsewhere['n']} problems of HumanEval, whose prompts are of another form, the same probe has {elsewhere['probe']}, "
+        f"and {elsewhere['probe beyond']} beyond prompt length and difficulty; there the entropy of the first token, which needs no probe, has {elsewhere['entropy of the first token']} ({record_link(name, 'record')})."
     )
 
 

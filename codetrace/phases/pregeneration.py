@@ -45,6 +45,7 @@ from codetrace.sae.score_tables import (
     baseline_scores,
     difference_table,
     scores_beyond,
+    with_signs_of,
 )
 from ..sae.separation import encode_active_latents
 from ..tasks.verbalised_confidence import ask_yes_no
@@ -225,7 +226,9 @@ def judge_scores(
     for name, activations in judged.items():
         rows = activations.rows
         scores = scored.judged[name]
-        beyond = scores_beyond(fitting.rows, scored.fitting, rows, scores, COVARIATES)
+        beyond = scores_beyond(rows, scores, COVARIATES)
+        of_fit = scores_beyond(fitting.rows, scored.fitting[scored.baselines], COVARIATES)
+        beyond[scored.baselines] = with_signs_of(fitting.rows, of_fit, beyond[scored.baselines])
         measures = {"AUROC": scores, BEYOND: beyond}
         areas.append(auroc_table(rows, measures, n_resamples, seed).assign(set=name))
         pairs = difference_table(rows, measures, scored.predictors, scored.baselines, n_resamples, seed)
@@ -288,6 +291,9 @@ def pregeneration_sentence(
     gaps = _rows_where(result.gaps, key | {"measure": "AUROC"})
     closest = gaps.loc[gaps["value"].fillna(np.inf).idxmin()]
     difference = format_with_interval(closest["value"], closest["low"], closest["high"])
+    if np.isnan(area["low"]):
+        what = f"Before a token is written, {_described_choice(name, choice)}"
+        return f"{what} {verdict} on {set_name}: it is the same in all {area['tasks']:.0f} tasks."
     p_text = "labels cannot be permuted" if np.isnan(p) else f"p = {p:.3f}"
     beyond = format_with_interval(*areas.loc[BEYOND, ["value", "low", "high"]])
     return (
@@ -314,15 +320,16 @@ def pregeneration_claims(
         closest = pairs.loc[pairs["value"].fillna(np.inf).idxmin()]
         difference = format_with_interval(closest["value"], closest["low"], closest["high"])
         verdict = _foretells(area["low"], area["high"], null["p"])
+        against = f"; {verdict_on_baselines(pairs)}" if np.isfinite(area["low"]) else ": it is the same in all rows"
         claims.append(
             claim_row(
                 f"AUROC of the {null['name']} before a token is written, on {null['set']}",
                 area["value"],
                 (area["low"], area["high"]),
-                f"{verdict}; {verdict_on_baselines(pairs)}",
+                verdict + against,
                 baseline=f"the strongest, {closest['baseline']}: difference {difference}",
                 null=f"{null['null_high']:.2f} once in twenty, by permuted labels",
-                p=null["p"],
+                p=null["p"] if np.isfinite(area["low"]) else np.nan,
                 without_verdict="does not measurably foretell",
             )
         )
