@@ -191,10 +191,10 @@ def saes_headline(
 ) -> str:
     "How well each layer's SAE reconstructs held-out states, beside a random one."
     trained = quality[quality["sae"] != "random"].groupby("layer").first()
-    random = quality[quality["sae"] == "random"].set_index("layer")["explained_variance"]
+    random = quality[quality["sae"] == "random"].set_index("layer")
     return "; ".join(
-        f"layer {layer}: explained variance {row.explained_variance:.2f} (random {random[layer]:.2f}), "
-        f"L0 {row.l0:.0f}, {row.dead:.0%} dead of {d_sae}, loss recovered {row.loss_recovered:.2f}"
+        f"layer {layer}: explained variance {row.explained_variance:.2f} (random {random.explained_variance[layer]:.2f}), "
+        f"L0 {row.l0:.0f}, {row.dead:.0%} dead of {d_sae}, loss recovered {row.loss_recovered:.2f} (random {random.loss_recovered[layer]:.2f})"
         for layer, row in trained.iterrows()
     )
 

@@ -506,13 +506,15 @@ def tuning_headline(
     n_evaluations: int,
     details: str = "",  # Gate and digest
 ) -> str:
-    "Which pushes were chosen, out of how many, and whether they beat no push."
+    "Which pushes were chosen, out of how many, and whether they beat no push on the tasks that they were chosen on."
     chosen = []
     for goal, row in best.items():
         push = f"{row['direction']} at {row['coefficient']:+.2f}"
         caveat = "" if choice["goals"][goal]["better"] else ", no better than no push"
-        chosen.append(f"to {goal}: {push}, net {row['net']:+.2f} of {int(row['n'])} tuning tasks{caveat}")
-    return "; ".join([*chosen, f"{n_evaluations} evaluations", *([details] if details else [])])
+        net = f"{row['net']:+.2f} [{row['net_low']:+.2f}, {row['net_high']:+.2f}]"
+        chosen.append(f"to {goal}: {push}, net {net} of {int(row['n'])} tuning tasks{caveat}")
+    counted = f"the best of {n_evaluations} evaluations on these tasks, so no evidence by itself"
+    return "; ".join([*chosen, counted, *([details] if details else [])])
 
 # %% ../../nbs/phases/26_tuning.ipynb #be57ad42
 TUNING = Phase(

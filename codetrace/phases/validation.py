@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALIDATION_MEASURES', 'VALIDATION', 'predictor_measures', 'validation_table', 'baselines_to_beat',
            'baseline_difference_table', 'strongest_baseline', 'validation_sentences', 'auroc_by_group',
-           'validation_claims', 'validation_headline', 'validation_limitations']
+           'label_permutation_p', 'validation_claims', 'validation_headline', 'validation_limitations']
 
 # %% ../../nbs/phases/25_validation.ipynb #93bef715
 import itertools
@@ -43,6 +43,7 @@ from codetrace.sae.predictors import (
     orient_score,
     target_mask,
 )
+from ..sae.score_tables import auroc_null
 from ..sae.separation import encode_active_latents
 
 # %% ../../nbs/phases/25_validation.ipynb #b0a62f6e
@@ -160,29 +161,39 @@ def strongest_baseline(
     return rows.loc[rows["value"].fillna(np.inf).idxmin()].to_dict(), verdict_on_baselines(rows)
 
 # %% ../../nbs/phases/25_validation.ipynb #4e4df9a1
-def _against_chance(low: float, high: float) -> str:
-    "What the interval of an AUROC says."
-    if low > 0.5:
+def _against_chance(area: Sequence[float], beyond: Sequence[float]) -> str:  # Value, low and high of each
+    "What the intervals of an AUROC say, and of that beyond length."
+    if area[1] <= 0.5:
+        return "points the wrong way" if area[2] < 0.5 else "cannot be told from chance"
+    if beyond[1] > 0.5:
         return "tells them apart"
-    return "points the wrong way" if high < 0.5 else "cannot be told from chance"
+    is_reversed = beyond[2] < 0.5
+    return f"tells them apart by length alone{', beyond which it points the wrong way' if is_reversed else ''}"
 
 
-def _validation_sentence(gap: Mapping, verdict: str, measures: pd.DataFrame, judging: LabelledActivations) -> str:
-    "What validation says of one latent; `gap` is to the strongest baseline, `measures` its rows of `validation_table`."
-    name = gap["name"]
+def _validation_sentence(gaps: pd.DataFrame, name: str, measures: pd.DataFrame, judging: LabelledActivations) -> str:
+    "What validation says of one latent; `measures` are its rows of `validation_table`."
+    gap, verdict = strongest_baseline(gaps, name)
     target = gap["target"]
     n = len(judging.rows)
     share = float(target_mask(judging.rows["label"].to_numpy(), target).mean())
     area = tuple(measures.loc["AUROC", ["value", "low", "high"]])
     if np.isnan(area[1]):
         return f"On validation {name} cannot be judged: {share:.0%} of {n} solutions are {target}."
-    sample = f"{n} solutions of {judging.rows['task_id'].nunique()} tasks, {share:.0%} {target}"
-    alone = f"{name} {_against_chance(*area[1:])}: AUROC {format_with_interval(*area)}"
+    rows = judging.rows
+    sample = f"{n} solutions of {rows['task_id'].nunique()} tasks in {rows['group'].nunique()} groups of near-duplicates, {share:.0%} {target}"
+    beyond = tuple(measures.loc["AUROC beyond length", ["value", "low", "high"]])
+    alone = f"{name} {_against_chance(area, beyond)}: AUROC {format_with_interval(*area)}"
     difference = format_with_interval(gap["value"], gap["low"], gap["high"])
-    beyond = format_with_interval(*measures.loc["AUROC beyond length", ["value", "low", "high"]])
-    compared = f"It {verdict}; the strongest is {gap['baseline']}, difference {difference}"
+    left, verdict_left = strongest_baseline(gaps, name, "AUROC beyond length")
+    difference_left = format_with_interval(left["value"], left["low"], left["high"])
+    compared = (
+        f"It {verdict}; the strongest is {gap['baseline']}, difference {difference}. "
+        f"Beyond length it {verdict_left}; the strongest is {left['baseline']}, difference {difference_left}"
+    )
     warning = trivial_f1_warning(tuple(measures.loc["F1", ["value", "low", "high"]]), share, target)
-    return f"On validation ({sample}) {alone}, beyond length {beyond}. {compared}. {warning}".rstrip()
+    text = f"On validation ({sample}) {alone}, beyond length {format_with_interval(*beyond)}. {compared}. {warning}"
+    return text.rstrip()
 
 # %% ../../nbs/phases/25_validation.ipynb #6eea3042
 def validation_sentences(
@@ -193,9 +204,9 @@ def validation_sentences(
     "What validation says of each latent."
     sentences = []
     for name in gaps["name"].unique():
-        gap, verdict = strongest_baseline(gaps, name)
-        rows = result[(result["target"] == gap["target"]) & (result["name"] == name)]
-        sentences.append(_validation_sentence(gap, verdict, rows.set_index("measure"), judging))
+        target = gaps[gaps["name"] == name]["target"].iloc[0]
+        rows = result[(result["target"] == target) & (result["name"] == name)]
+        sentences.append(_validation_sentence(gaps, name, rows.set_index("measure"), judging))
     return sentences
 
 # %% ../../nbs/phases/25_validation.ipynb #75ae507b
@@ -217,6 +228,17 @@ def auroc_by_group(
         key = {"name": predictor.name, "group": str(group), "n": len(members.rows)}
         rows.append(key | {"value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/phases/25_validation.ipynb #aeeeae6e
+def label_permutation_p(
+    predictor: Predictor,  # Of one score
+    judging: LabelledActivations,
+    n_shuffles: int = 1000,
+    seed: int = 0,
+) -> float:  # One-sided; NaN where labels cannot be permuted
+    "Whether a latent knows more of the labels than chance."
+    p, _ = auroc_null(judging.rows, predictor.score(judging)[0], n_shuffles, seed)
+    return p
 
 # %% ../../nbs/phases/25_validation.ipynb #18f6ace0
 def _matched_random_latents(choice: Mapping, choices: Sequence[Mapping], areas: pd.DataFrame) -> str:
@@ -240,6 +262,7 @@ def _validation_claim(choice: Mapping, areas: pd.DataFrame, gaps: pd.DataFrame, 
         verdict,
         baseline=f"the strongest, {gap['baseline']}: difference {difference}",
         null=null,
+        without_verdict="not measurably more than permuted labels give",
     )
 
 # %% ../../nbs/phases/25_validation.ipynb #a742882a
@@ -251,6 +274,7 @@ def validation_claims(
     result = pd.read_parquet(folder / "validation.parquet")
     gaps = pd.read_parquet(folder / "differences.parquet")
     sentences = read_json(folder / "verdict.json")
+    p_by_name = read_json(folder / "p.json") if (folder / "p.json").is_file() else {}  # records until November 2026
     claims = []
     choices = read_json(folder / "choice.json")
     for choice in choices:
@@ -258,7 +282,8 @@ def validation_claims(
             verdict = next((sentence for sentence in sentences if choice["name"] in sentence), "")
             areas = result[(result["target"] == choice["predicts"]) & (result["measure"] == "AUROC")]
             null = _matched_random_latents(choice, choices, areas)
-            claims.append(_validation_claim(choice, areas, gaps, verdict, null))
+            claim = _validation_claim(choice, areas, gaps, verdict, null)
+            claims.append(claim | {"p": p_by_name.get(choice["name"], np.nan)})
     return claims
 
 # %% ../../nbs/phases/25_validation.ipynb #dd921ce5

@@ -10,6 +10,7 @@ __all__ = ['DETECTION_TARGETS', 'BASELINE_FEATURES', 'target_mask', 'orient_scor
 # %% ../../nbs/sae/predictors.ipynb #c55f94c8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,14 @@ BASELINE_FEATURES: dict[str, str] = {
     "prompt length": "prompt_tokens",
     "completion length": "generated_tokens",
     "mean log-probability": "mean_logprob",
+    "total log-probability": "total_logprob",
 }
+
+
+def _features(samples: LabelledActivations) -> pd.DataFrame:
+    "The columns of `BASELINE_FEATURES`."
+    total = samples.rows["mean_logprob"] * samples.rows["generated_tokens"]
+    return samples.rows.assign(total_logprob=total)[list(BASELINE_FEATURES.values())].astype(float)
 
 
 def _constant_score(samples: LabelledActivations) -> Float[np.ndarray, "1 rows"]:
@@ -103,13 +111,30 @@ def _constant_score(samples: LabelledActivations) -> Float[np.ndarray, "1 rows"]
 def _column_predictor(name: str, column: str, choosing: LabelledActivations) -> Predictor:
     "A column of the samples as a predictor, with the sign that is better on the choosing rows."
     label = choosing.rows["label"].to_numpy()
-    sign = 1.0 if auroc(label, choosing.rows[column]) >= 0.5 else -1.0
+    sign = 1.0 if auroc(label, _features(choosing)[column]) >= 0.5 else -1.0
 
     def score(samples: LabelledActivations) -> Float[np.ndarray, "1 rows"]:
-        return sign * samples.rows[column].to_numpy(float)[None]
+        return sign * _features(samples)[column].to_numpy()[None]
 
     details = {"baseline": True, "column": column, "sign": sign}
     return Predictor(name, score, float(auroc(label, score(choosing)[0])), details)
+
+# %% ../../nbs/sae/predictors.ipynb #8103a488
+def _all_columns_predictor(choosing: LabelledActivations, measure: str) -> Predictor:
+    "A logistic regression of all columns; thresholds come from its out-of-fold scores."
+    x = _features(choosing).to_numpy()
+    label = choosing.rows["label"].to_numpy()
+    group = choosing.rows["group"].to_numpy()
+    fit = partial(logistic_probe, penalties=(0.1,))
+    out_of_fold = out_of_fold_scores(row_fitter(fit, x, label, group), label, group)
+    probe = fit(x, label, group)
+    reference = probe(x)
+
+    def score(samples: LabelledActivations) -> Float[np.ndarray, "1 rows"]:
+        return scores_like(reference, probe(_features(samples).to_numpy()))[None]
+
+    predictor = Predictor("all columns together", score, float(auroc(label, out_of_fold)), {"baseline": True})
+    return calibrate_predictor(predictor, out_of_fold[None], choosing.rows, measure)
 
 
 def simple_baselines(
@@ -120,7 +145,8 @@ def simple_baselines(
     predictors = [Predictor("always the same", _constant_score, 0.5, {"baseline": True})]
     for name, column in BASELINE_FEATURES.items():
         predictors.append(_column_predictor(name, column, choosing))
-    return [calibrate_predictor(p, p.score(choosing), choosing.rows, measure) for p in predictors]
+    calibrated = [calibrate_predictor(p, p.score(choosing), choosing.rows, measure) for p in predictors]
+    return [*calibrated, _all_columns_predictor(choosing, measure)]
 
 # %% ../../nbs/sae/predictors.ipynb #55f30b59
 def _fit_logistic_probe(x: np.ndarray, label: np.ndarray, task: np.ndarray) -> Callable:
