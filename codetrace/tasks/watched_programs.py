@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,10 @@ def _draw_watched(chosen: WatchedSource, number: int) -> TracedProgram:
     seq_len = chosen.lines[number // len(chosen.generators) % len(chosen.lines)]
     rng = keyed_rng(chosen.seed, name, seq_len, None, number)
     if name in EXECUTION_OPTIONS:
-        options = EXECUTION_OPTIONS[name] | {"constants": max(2, min(4, seq_len // 2)), "max_depth": chosen.max_depth}
+        options: dict[str, Any] = EXECUTION_OPTIONS[name] | {
+            "constants": max(2, min(4, seq_len // 2)),
+            "max_depth": chosen.max_depth,
+        }
         code, _ = draw_execution_program(seq_len, rng, **options)
         while name == "execution" and not is_held_out_program(code):
             code, _ = draw_execution_program(seq_len, rng, **options)
