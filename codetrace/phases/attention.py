@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT_PARTS', 'ATTENTION', 'prompt_token_parts', 'prompt_attention_shares', 'attention_changes',
-           'null_attention_changes', 'random_pushes_of_same_norm', 'attention_change_p', 'attention_change_sentence',
-           'component_contributions', 'contribution_table', 'contribution_sentence', 'attention_change_claim',
-           'contribution_claim', 'attention_claims', 'attention_headline']
+           'random_attention_changes', 'random_pushes_of_same_norm', 'attention_change_p', 'attention_change_sentence',
+           'component_contributions', 'contribution_table', 'judged_share', 'contribution_sentence',
+           'attention_change_claim', 'contribution_claim', 'attention_claims', 'attention_headline']
 
 # %% ../../nbs/phases/28_attention.ipynb #01913010
 from collections.abc import Mapping, Sequence
@@ -155,8 +155,10 @@ def _mean_intervals(wide: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarr
 def attention_changes(
     table: pd.DataFrame,  # From `prompt_attention_shares`
     seed: int = 0,
+    first_layer: int = 0,  # Layers before it, which no push can reach, are left out
 ) -> pd.DataFrame:  # One row a layer, head and part: `n, attention, pushed_attention, change, low, high, p, q`; p is NaN where the tasks are too few
     "How much a push changes the attention of each head to each part."
+    table = table[table["layer"] >= first_layer]
     table = table.assign(change=table["pushed_attention"] - table["attention"])
     keys = ["layer", "head", "part"]
     wide = table.pivot(index="task_id", columns=keys, values="change")
@@ -169,17 +171,25 @@ def attention_changes(
     return changes.assign(q=benjamini_hochberg(changes["p"])).reset_index()
 
 # %% ../../nbs/phases/28_attention.ipynb #f66e3b84
-def null_attention_changes(
+def random_attention_changes(
     lm: LM,
     problems: Sequence[Problem],
     pushes: Sequence[Push],  # Random directions, as `random_pushes_of_same_norm` gives them
+    first_layer: int,  # Whose attention reads what is pushed
     style: str = DEFAULT_PROMPT_STYLE,
     progress: Progress = no_progress,
     seed: int = 0,
-) -> list[int]:  # For each push: heads and parts with q below 0.05
-    "How many heads and parts random pushes change."
-    tables = _attention_under_pushes(lm, problems, pushes, style, progress)
-    return [int((attention_changes(table, seed)["q"] < 0.05).sum()) for table in tables]
+) -> (
+    pd.DataFrame
+):  # One row a push: `direction`, `n_changed` (heads and parts with q below 0.05), `largest_change, total_change`
+    "How much random pushes change."
+    rows = []
+    for push, table in zip(pushes, _attention_under_pushes(lm, problems, pushes, style, progress)):
+        changes = attention_changes(table, seed, first_layer)
+        row = {"direction": push.direction.name, "n_changed": int((changes["q"] < SIGNIFICANCE_LEVEL).sum())}
+        sizes = changes["change"].abs()
+        rows.append(row | {"largest_change": float(sizes.max()), "total_change": float(sizes.sum())})
+    return pd.DataFrame(rows, columns=["direction", "n_changed", "largest_change", "total_change"])
 
 # %% ../../nbs/phases/28_attention.ipynb #a77e0002
 def random_pushes_of_same_norm(
@@ -192,40 +202,46 @@ def random_pushes_of_same_norm(
 
 # %% ../../nbs/phases/28_attention.ipynb #2911c794
 def attention_change_p(
-    n_changed: int,  # Heads and parts that the push changes
-    random_counts: Sequence[int],  # From `null_attention_changes`
+    changes: pd.DataFrame,  # From `attention_changes`
+    random: pd.DataFrame,  # From `random_attention_changes`
 ) -> float:  # NaN for fewer than `MIN_RANDOM_DIRECTIONS`
-    "The share of pushes, the chosen one among them, that change as many heads and parts."
-    if len(random_counts) < MIN_RANDOM_DIRECTIONS:
+    "The share of pushes, the chosen one among them, whose largest change is as large."
+    if len(random) < MIN_RANDOM_DIRECTIONS:
         return np.nan
-    return (1 + sum(count >= n_changed for count in random_counts)) / (1 + len(random_counts))
+    largest = changes["change"].abs().max()
+    return float((1 + (random["largest_change"] >= largest).sum()) / (1 + len(random)))
 
 # %% ../../nbs/phases/28_attention.ipynb #1f9d0bca
 def attention_change_sentence(
     changes: pd.DataFrame,  # From `attention_changes`
-    random_counts: Sequence[int],  # From `null_attention_changes`
+    random: pd.DataFrame,  # From `random_attention_changes`
     kept: bool = True,  # Whether the verdict holds together with all others
 ) -> str:
-    "What a number of changed heads and parts says beside what random pushes change."
+    "What changes of attention say beside those that random pushes make."
     n_tasks = int(changes["n"].max())
     if changes["p"].isna().all():
         return f"not tested: {n_tasks} tasks cannot give a p below {smallest_sign_flip_p(n_tasks):.2g}"
     n_changed = int((changes["q"] < SIGNIFICANCE_LEVEL).sum())
     few = f" (only {n_tasks} tasks)" if n_tasks < 10 else ""
-    sentence = f"{n_changed} of {len(changes)} heads and parts change at a false discovery rate of 5%{few}"
-    if not n_changed or not random_counts:
+    sentence = (
+        f"{n_changed} of {len(changes)} heads and parts behind the push change at a false discovery rate of 5%{few}"
+    )
+    if not n_changed or random.empty:
         return sentence
-    random = f"{len(random_counts)} random pushes as strong change {min(random_counts)} to {max(random_counts)}"
-    p = attention_change_p(n_changed, random_counts)
+    most = random["largest_change"]
+    counts = random["n_changed"]
+    others = f"{len(random)} random pushes as strong change {counts.min()} to {counts.max()}, by {most.min():.2f} to {most.max():.2f} at most"
+    largest = f"the largest change, {changes['change'].abs().max():.2f},"
+    p = attention_change_p(changes, random)
     if np.isnan(p):
-        return f"{sentence}; no verdict, as {random} and {MIN_RANDOM_DIRECTIONS} such are needed"
+        return f"{sentence}; no verdict, as {others} and {MIN_RANDOM_DIRECTIONS} such are needed"
     if p > SIGNIFICANCE_LEVEL:
-        return f"{sentence}, no more than random pushes do: {random}"
+        return f"{sentence}; {largest} is no larger than random pushes make: {others}"
     if not kept:
         return (
-            f"{sentence}; no verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims; {random}"
+            f"{sentence}; no verdict, as p is above {SIGNIFICANCE_LEVEL} when adjusted for the other claims; {others}"
         )
-    return f"{sentence}, more than random pushes do: {random}"
+    return f"{sentence}; {largest} is larger than random pushes make: {others}"
 
 # %% ../../nbs/phases/28_attention.ipynb #9bc71bd1
 def _head_contributions(
@@ -306,6 +322,29 @@ def contribution_table(
     return components.loc[order].reset_index(drop=True)
 
 
+def judged_share(
+    table: pd.DataFrame,  # From `component_contributions`
+    seed: int = 0,
+) -> dict:  # `part, layer, head`, `share, low, high`, and `n`: the tasks that judge
+    "The component with the largest share of the variation over half of the tasks, and its share over the other half."
+    wide = table.pivot(index="task_id", columns=["part", "layer", "head"], values="value")
+    order = np.random.default_rng([seed, 28]).permutation(len(wide))
+    halves = [wide.iloc[order[start::2]] for start in (0, 1)]
+    centred = halves[0] - halves[0].mean()
+    component = centred.mul(centred.sum(axis=1), axis=0).sum().abs().idxmax()
+    values = np.stack([halves[1][component].to_numpy(), halves[1].sum(axis=1).to_numpy()])
+    n = values.shape[1]
+    draws = np.random.default_rng(seed).integers(n, size=(1000, n))
+    sampled = values[:, draws] - values[:, draws].mean(-1, keepdims=True)  # [component or sum, draw, task]
+    of_all = values - values.mean(-1, keepdims=True)
+    varies = (sampled[1] ** 2).sum(-1) > 1e-6 * (of_all[1] ** 2).sum()  # not one task, drawn again and again
+    shares = (sampled[0] * sampled[1]).sum(-1) / np.where(varies, (sampled[1] ** 2).sum(-1), np.nan)
+    share = float((of_all[0] * of_all[1]).sum() / (of_all[1] ** 2).sum())
+    low, high = np.nanquantile(shares, [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
+    key = dict(zip(("part", "layer", "head"), component))
+    return key | {"share": share, "low": float(low), "high": float(high), "n": n}
+
+
 def contribution_sentence(
     share: float,  # Shares add up to 1, and some may be below 0
 ) -> str:
@@ -327,37 +366,35 @@ def _component_name(row: Mapping) -> str:
 def attention_change_claim(
     changes: pd.DataFrame,  # From `attention_changes`
     largest: Mapping,  # Its row with the largest change
-    random_counts: Sequence[int],  # From `null_attention_changes`
+    random: pd.DataFrame,  # From `random_attention_changes`
 ) -> dict:  # As `claim_row` gives it
-    "The largest change of attention, with how many heads and parts change at all."
-    p = attention_change_p(int((changes["q"] < SIGNIFICANCE_LEVEL).sum()), random_counts)
+    "The largest change of attention, beside the largest that random pushes make."
+    p = attention_change_p(changes, random)
     return claim_row(
         f"change of attention to {largest['part']} by {_component_name(largest)}, the largest of {len(changes)} (its own interval)",
         largest["change"],
         (largest["low"], largest["high"]),
-        attention_change_sentence(changes, random_counts),
+        attention_change_sentence(changes, random),
         baseline=f"{largest['attention']:.2f} unpushed",
-        null="–" if np.isnan(largest["q"]) else f"q = {largest['q']:.2g} over {len(changes)} heads and parts",
+        null="–" if random.empty else f"{random['largest_change'].quantile(0.95):.2f} by one random push of twenty",
         p=p,
-        without_verdict=attention_change_sentence(changes, random_counts, False) if p <= SIGNIFICANCE_LEVEL else "",
+        without_verdict=attention_change_sentence(changes, random, False) if p <= SIGNIFICANCE_LEVEL else "",
     )
 
 # %% ../../nbs/phases/28_attention.ipynb #e5c5c8b4
 def contribution_claim(
-    contributions: pd.DataFrame,  # From `contribution_table`
-    latent: str,  # What is read
+    judged: Mapping,  # From `judged_share`
+    n_components: int,
+    reading: str,  # What is read, such as `latent 7 of layer 3`
 ) -> dict:  # As `claim_row` gives it
-    "What the component with the largest share of a latent's variation writes into it."
-    first = contributions.iloc[0]
-    component = _component_name(first)
-    even_share = 1 / len(contributions)
+    "Which share of what differs between tasks in a reading one component writes."
+    component = _component_name(judged)
     return claim_row(
-        f"what {component} writes into {latent}, the component with the largest share of its variation",
-        first["value"],
-        (first["low"], first["high"]),
-        f"{component} {contribution_sentence(first['share'])}",
-        baseline="0",
-        null=f"share {first['share']:.2f} of the variation over tasks; evenly it would be {even_share:.2f}",
+        f"share of {component} in what differs between tasks in {reading}, chosen of {n_components} on other tasks, n = {judged['n']}",
+        judged["share"],
+        (judged["low"], judged["high"]),
+        f"{component} {contribution_sentence(judged['share'])} in {reading}",
+        baseline=f"{1 / n_components:.3f} if all carried as much",
     )
 
 
