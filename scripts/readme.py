@@ -113,13 +113,14 @@ def random_swaps(name: str, place: str) -> float:
     return float(gains.set_index(["place", "control"]).loc[(place, "random"), "flips"])
 
 
-def read_at(name: str, place: str) -> str:
-    "What a probe reads beyond rules at a place, at the layer chosen on other programs, beside its control task."
-    read = pd.read_parquet(RECORDS / name / "read_value.parquet").query("place == @place").reset_index(drop=True)
-    cell = read.loc[read["when_chosen"].idxmax()]
-    accuracy = f"{cell['accuracy']:.2f} [{cell['accuracy_low']:.2f}, {cell['accuracy_high']:.2f}]"
-    counted = f"{cell['n_beyond']:.0f} values of {cell['programs']:.0f} programs"
-    return f"{accuracy} at layer {cell['layer']:.0f}, {counted}; control task {cell['control_accuracy']:.2f}"
+def read_in_program(name: str) -> str:
+    "What a probe reads beyond rules in the program, where that is more than every baseline; else empty."
+    for claim in read(RECORDS / name / "claims.json"):
+        place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
+        if place and claim["verdict"] == "more than every baseline":
+            share = format_with_interval(claim["number"], claim["low"], claim["high"])
+            return f", though a probe reads {share} of {place[3]} at the {place[1]}, layer {place[2]}"
+    return ""
 
 
 def code_model_sentence(name: str) -> str:
@@ -145,7 +146,7 @@ def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     return (
         f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
         f"in programs of {long} lines (always the commonest value: {commonest_before}; n = {n_before}); taught to follow references, {after} in programs of {short} ({commonest_after}; n = {n_after}). Put another run's state at the last token (layer {last['layer']:.0f}), "
-        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}, though a probe reads the value there ({read_at(taught, 'line')}). {code_model_sentence(code_model)} "
+        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}{read_in_program(taught)}. {code_model_sentence(code_model)} "
         f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
     )
 

@@ -81,7 +81,7 @@ def plot_roc_curves(
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=2.5)
         ax.set(xlabel="false positive rate", ylabel="true positive rate")
         range_frame(ax, (0, 1), (0, 1))
-        caption_below(fig, f"{caption} Band: 95%, bootstrap over tasks.".strip())
+        caption_below(fig, f"{caption} Band: 95%, bootstrap over groups of near-duplicate tasks.".strip())
         plt.close(fig)
     return fig
 
@@ -97,9 +97,7 @@ def plot_metric_by_group(
     groups = list(dict.fromkeys(table["group"]))
     positions = range(len(groups))
     counts = table.drop_duplicates("group").set_index("group")["n"]
-    caption = (
-        f"95% bootstrap intervals over tasks; n = {', '.join(f'{counts[g]} ({g})' for g in groups)}. Grey: chance."
-    )
+    caption = f"95% bootstrap intervals over groups of near-duplicate tasks; n = {', '.join(f'{counts[g]} ({g})' for g in groups)}. Grey: chance."
     with panel_grid(len(panels), 5, 1.5, 1.3, caption) as axes:
         for ax, (name, rows) in zip(axes.flat, panels):
             rows = rows.set_index("group").reindex(groups)
@@ -120,7 +118,10 @@ def _label_levels(ax, levels: pd.DataFrame):
     heights = spread_labels(ordered["value"].tolist(), 0.045)
     for value, height, name in zip(ordered["value"], heights, ordered["name"]):
         ax.axhline(value, color=GREY, lw=0.6, ls=":", zorder=0)
-        ax.annotate(f"{name} {value:.2f}", (1.02, height), xycoords=("axes fraction", "data"), fontsize=6, va="center")
+        coordinates = ("axes fraction", "data")
+        leader = {"arrowstyle": "-", "color": GREY, "lw": 0.4, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        place = {"xytext": (1.06, height), "xycoords": coordinates, "textcoords": coordinates, "arrowprops": leader}
+        ax.annotate(f"{name} {value:.2f}", (1.0, value), fontsize=6, va="center", **place)
 
 # %% ../../nbs/plots/latents.ipynb #e5eaac43
 def plot_auroc_by_layer(
@@ -246,7 +247,7 @@ def plot_predictor_metrics(
     panels = list(table.groupby("measure", sort=False))
     lowest = min(0.0, table["low"].min(), table["value"].min())
     height = 0.17 * len(names) + 0.2
-    caption = f"{caption} 95% bootstrap intervals over tasks.\nGrey: what a trivial predictor has.".strip()
+    caption = f"{caption} 95% bootstrap intervals over groups of near-duplicate tasks.\nGrey: what a trivial predictor has.".strip()
     with panel_grid(len(panels), len(panels), 1.35, height, caption) as axes:
         for ax, (measure, rows) in zip(axes.flat, panels):
             rows = rows.set_index("name").reindex(names)
@@ -256,7 +257,7 @@ def plot_predictor_metrics(
             ax.plot(rows["value"], y, "o", color="k", ms=3)
             ax.set_yticks(y, names, fontsize=7)
             ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(lowest - 0.03, 1.03), xticks=[0, 0.5, 1])
-            ax.set_title(measure, pad=3)
+            ax.set_title(textwrap.fill(measure, 15), pad=3)  # a long title would make all panels narrow
             ax.spines["left"].set_visible(False)
             ax.tick_params(axis="y", length=0)
     return axes[0, 0].figure
