@@ -216,7 +216,7 @@ def write_findings() -> None:
         watch_finding(
             "watch/20261129T035747375Z-e239d719",
             "watch/20261130T085827709Z-9bc66ca7",
-            "watch/20261130T065031736Z-b739e8e9",
+            "watch/20261130T151435150Z-3676aaa1",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
         pregeneration_finding("pregeneration/20261129T071236797Z-af66d7a9"),

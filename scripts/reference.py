@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from codetrace.core.files import atomic_write, file_sha256, read_json, write_json
+from codetrace.core.files import atomic_write, file_sha256, read_json, small_parquet_options, write_json
 from codetrace.core.records import Records, read_records
 from codetrace.runs.manifest import resolve_run, stored_manifest
 from codetrace.runs.record_layout import lay_out_record, record_title
@@ -117,9 +117,9 @@ def facts_of(path: Path) -> dict:
 
 
 def merge_tables(folder: Path, outputs: dict) -> dict:
-    "Facts about a record's outputs with each table in one part, which replaces the many."
+    "Facts about a record's outputs with each table in one part, written anew."
     tables = {(folder / name).parent for name in outputs if "/part-" in name}
-    for table in sorted(table for table in tables if len(list(table.glob("part-*.parquet"))) > 1):
+    for table in sorted(table for table in tables if list(table.glob("part-*.parquet"))):
         merge_parts(table)
         name = str(table.relative_to(folder))
         outputs = {output: facts for output, facts in outputs.items() if not output.startswith(f"{name}/")}
@@ -135,7 +135,7 @@ def compress_tables(folder: Path, outputs: dict) -> dict:
         path = folder / name
         if path.is_file():
             table, packed = pq.read_table(path), io.BytesIO()
-            pq.write_table(table, packed, compression="zstd", compression_level=19)
+            pq.write_table(table, packed, compression_level=19, **small_parquet_options(table.schema))
             if len(packed.getvalue()) < path.stat().st_size:
                 atomic_write(path, packed.getvalue())
                 outputs[name] = facts_of(path)

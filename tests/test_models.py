@@ -835,6 +835,6 @@ def test_what_the_names_check_knows_is_what_is_loaded():
     from codetrace.models import folders
     from codetrace.models.tiny import TINY_CONFIGS, TINY_LAYERS
 
-    assert folders._OWN_LAYERS == {"smollm2": 30, "binding": 30} | {
+    assert folders._OWN_LAYERS == {"smollm2": 30, "binding": 30, "execution": 30} | {
         f"tiny:{name}": TINY_LAYERS for name in TINY_CONFIGS
     }

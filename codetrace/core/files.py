@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StorageError', 'storage_errors', 'visible_text', 'replaced_when_whole', 'atomic_write', 'read_json', 'write_json',
-           'read_json_lines', 'write_torch', 'write_parquet', 'visible_value', 'file_sha256', 'cached_file_sha256',
-           'digest_values']
+           'read_json_lines', 'write_torch', 'small_parquet_options', 'write_parquet', 'visible_value', 'file_sha256',
+           'cached_file_sha256', 'digest_values']
 
 # %% ../../nbs/core/files.ipynb #198e6710
 import errno
@@ -176,6 +176,17 @@ def write_torch(
     data = io.BytesIO()
     torch.save(state, data)
     return atomic_write(path, data.getvalue())
+
+# %% ../../nbs/core/files.ipynb #28ae6db7
+def small_parquet_options(
+    schema,  # Of an arrow table
+) -> dict[str, Any]:  # Of `pyarrow.parquet.write_table`
+    "How a table takes little room, with every bit as it is."
+    import pyarrow as pa
+
+    fractions = [field.name for field in schema if pa.types.is_floating(field.type)]
+    others = [field.name for field in schema if field.name not in fractions]
+    return {"compression": "zstd", "use_dictionary": others, "use_byte_stream_split": fractions}
 
 # %% ../../nbs/core/files.ipynb #87043ab9
 def write_parquet(

@@ -28,6 +28,7 @@ from codetrace.core.files import (
     atomic_write,
     digest_values,
     read_json,
+    small_parquet_options,
     storage_errors,
     write_json,
 )
@@ -70,7 +71,8 @@ def _part_bytes(rows: list[dict[str, Any]], key: tuple[str, ...], kinds: dict[st
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
-    pq.write_table(_arrow_table(rows, key, kinds), out, compression="zstd", write_page_checksum=True)
+    table = _arrow_table(rows, key, kinds)
+    pq.write_table(table, out, write_page_checksum=True, **small_parquet_options(table.schema))
     return out.getvalue()
 
 # %% ../../nbs/core/records.ipynb #1d46bac2

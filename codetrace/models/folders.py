@@ -86,7 +86,10 @@ def check_model_folder(
     return config
 
 # %% ../../nbs/models/folders.ipynb #6a366cc3
-SHIPPED_ADAPTERS = {"binding": "follow references"}  # Of SmolLM2, in the package: what each was trained to do
+SHIPPED_ADAPTERS = {  # Of SmolLM2, in the package: what each was trained to do
+    "binding": "follow references",
+    "execution": "say what any variable holds after any line of short programs",
+}
 _ADAPTER_OPTIONS_REFUSED = ("auto_mapping", "megatron_config", "corda_config", "eva_config", "loftq_config")
 
 

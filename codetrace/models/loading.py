@@ -317,7 +317,7 @@ def _load_with_adapter(request: _LoadRequest, adapter: Path) -> LM:
 
 # %% ../../nbs/models/loading.ipynb #4e0a8df1
 def load(
-    name: str = "smollm2",  # `smollm2`, `binding`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
+    name: str = "smollm2",  # `smollm2`, `binding`, `execution`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
     dtype: str | torch.dtype = "auto",  # `auto`: bfloat16 where it is fast, else float32, and float32 for tiny models
     device: str | torch.device | None = None,  # None: `CODETRACE_DEVICE`, else cuda, mps, cpu, the first there is
     device_map: str | dict | None = None,  # Passed to accelerate, for a model larger than one device
