@@ -214,7 +214,7 @@ def write_findings() -> None:
     (NOTEBOOKS / "finding.png").write_bytes(base64.b64decode("".join(image)))
     findings = [
         watch_finding(
-            "watch/20261129T035747375Z-e239d719",
+            "watch/20261130T154533959Z-fbb89dcb",
             "watch/20261130T085827709Z-9bc66ca7",
             "watch/20261130T151435150Z-3676aaa1",
         ),
