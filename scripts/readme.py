@@ -131,7 +131,7 @@ def code_model_sentence(name: str) -> str:
     _, at_line = strongest_swap(name, ("variable", "line", "line end"))
     return (
         f"Qwen2.5-Coder-0.5B, which nobody taught, says {share} in programs of {lines} ({commonest}; n = {n}), from the same place: another run's state brings its value in "
-        f"{at_last} of {last['programs_used']:.0f} programs at the last token (layer {last['layer']:.0f} of 0 to 23), and in {at_line} at the variable's line"
+        f"{at_last} of {last['programs_used']:.0f} programs at the last token (layer {last['layer']:.0f} of 0 to 23), and in {at_line} at the variable's line{read_in_program(name)}"
     )
 
 

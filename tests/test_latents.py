@@ -140,7 +140,7 @@ def test_phase_3_judges_it_beside_its_baselines(study, search_and_validation):
     name = f"latent {made.latent} of layer {made.layer} (correct)"
     row = table[(table["name"] == name) & (table["target"] == "correct") & (table["measure"] == "AUROC")].iloc[0]
     assert row["low"] <= 0.8 <= row["high"] and row["low"] > 0.55
-    assert table["name"].nunique() == 16 and table["measure"].nunique() == 8
+    assert table["name"].nunique() == 18 and table["measure"].nunique() == 8
     assert (
         inputs_of(three).keys() == {"input", "splits", "saes", "latents", "sampled"}
         and inputs_of(three)["latents"] == search_and_validation[0]["run_id"]

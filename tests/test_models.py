@@ -688,7 +688,7 @@ def test_no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(NoNetwork, match="work offline: smollm2, binding, tiny:llama"):
+    with pytest.raises(NoNetwork, match="work offline: smollm2, binding, execution, tiny:llama"):
         models.load("google/gemma-2-2b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NoNetwork, match="work offline"):
