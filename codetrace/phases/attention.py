@@ -321,7 +321,7 @@ def contribution_table(
     order = components["share"].abs().sort_values(ascending=False, kind="stable").index
     return components.loc[order].reset_index(drop=True)
 
-
+# %% ../../nbs/phases/28_attention.ipynb #83056caf
 def judged_share(
     table: pd.DataFrame,  # From `component_contributions`
     seed: int = 0,
@@ -332,6 +332,9 @@ def judged_share(
     halves = [wide.iloc[order[start::2]] for start in (0, 1)]
     centred = halves[0] - halves[0].mean()
     component = centred.mul(centred.sum(axis=1), axis=0).sum().abs().idxmax()
+    named = dict(zip(("part", "layer", "head"), component))
+    if len(wide) < 4:
+        return named | {"share": np.nan, "low": np.nan, "high": np.nan, "n": len(halves[1])}
     values = np.stack([halves[1][component].to_numpy(), halves[1].sum(axis=1).to_numpy()])
     n = values.shape[1]
     draws = np.random.default_rng(seed).integers(n, size=(1000, n))
@@ -340,15 +343,16 @@ def judged_share(
     varies = (sampled[1] ** 2).sum(-1) > 1e-6 * (of_all[1] ** 2).sum()  # not one task, drawn again and again
     shares = (sampled[0] * sampled[1]).sum(-1) / np.where(varies, (sampled[1] ** 2).sum(-1), np.nan)
     share = float((of_all[0] * of_all[1]).sum() / (of_all[1] ** 2).sum())
-    low, high = np.nanquantile(shares, [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
-    key = dict(zip(("part", "layer", "head"), component))
-    return key | {"share": share, "low": float(low), "high": float(high), "n": n}
+    low, high = np.nanquantile(shares, [0.025, 0.975])
+    return named | {"share": share, "low": float(low), "high": float(high), "n": n}
 
-
+# %% ../../nbs/phases/28_attention.ipynb #611f6179
 def contribution_sentence(
     share: float,  # Shares add up to 1, and some may be below 0
 ) -> str:
     "What a component's share of the variation over tasks says."
+    if np.isnan(share):
+        return "is not judged, as that takes four tasks or more"
     if share < 0:
         return f"works against what differs between tasks, {share:.0%} of it, which others outweigh"
     sentence = f"carries {share:.0%} of what differs between tasks"

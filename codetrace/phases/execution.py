@@ -14,13 +14,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.progress import Progress, no_progress
-from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
+from ..core.stats import format_with_interval
 from ..models.lm import LM
 from ..plots.mechanism import plot_shares_by_step
 from ..runs.claims import claim_row, read_stored_claims
 from ..runs.phases import ParameterRule, Phase
 from ..tasks.execution_training import draw_evaluation_executions, execution_answers
-from ..tasks.state_accuracy import constant_marks, gain_p, share_over_programs, state_accuracy
+from codetrace.tasks.state_accuracy import (
+    NOT_MORE_THAN_CONSTANT,
+    constant_marks,
+    constant_verdict,
+    gain_p,
+    share_over_programs,
+    state_accuracy,
+)
 
 # %% ../../nbs/phases/16_execution.ipynb #37156b74
 def held_out_answers(
@@ -54,9 +61,6 @@ def execution_accuracy_table(
     return pd.concat(tables).sort_values("part", kind="stable", ignore_index=True)
 
 # %% ../../nbs/phases/16_execution.ipynb #a581b561
-_NO_MORE = "not told apart from always saying the best constant"
-
-
 _BEYOND = {  # Columns of `state_accuracy`'s rows
     "beyond": "no shallow rule is right",
     "beyond_propagation": "neither a rule nor following each line once is right",
@@ -82,18 +86,18 @@ def execution_claim_rows(
         constant = constant_marks(rows)
         share = share_over_programs(rows["correct"].astype(float), rows["program"], "said")
         p = gain_p(rows["correct"].astype(float) - constant, rows["program"].to_numpy())
-        is_more = share["said"] > constant.mean() and p <= SIGNIFICANCE_LEVEL
+
         before_training = _judged_rows(before, part, beyond)["correct"].mean()
         claims.append(
             claim_row(
                 f"said where {_BEYOND[beyond]}, programs {part}, n = {len(rows)} in {rows['program'].nunique()} programs",
                 share["said"],
                 (share["said_low"], share["said_high"]),
-                "more often than the best constant" if is_more else _NO_MORE,
+                constant_verdict(share["said"], float(constant.mean()), p),
                 baseline=f"{constant.mean():.2f}, the best constant; {before_training:.2f} before training",
                 null="signs of whole programs flipped",
                 p=p,
-                without_verdict=_NO_MORE,
+                without_verdict=NOT_MORE_THAN_CONSTANT,
             )
         )
     return claims

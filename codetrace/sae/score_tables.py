@@ -81,7 +81,7 @@ def with_signs_of(
     "Each column with the sign with which it is higher for right answers on the fitting rows."
     return scores * _column_signs(fit_scores.assign(label=fitting["label"]), list(scores.columns))
 
-
+# %% ../../nbs/sae/score_tables.ipynb #1f0f2276
 def auroc_table(
     judged: pd.DataFrame,  # `label, group, task_id`
     scores: Mapping[str, pd.DataFrame],  # By measure, such as `AUROC`: a column a predictor

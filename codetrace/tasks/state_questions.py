@@ -14,7 +14,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from operator import attrgetter
 
@@ -74,7 +74,7 @@ def _header_end(node: ast.stmt) -> int:
     return max([node.lineno, *ends])
 
 
-@cache
+@lru_cache(maxsize=1000)
 def statement_spans(
     code: str,
 ) -> dict[int, tuple[int, int]]:  # By line; both from 1

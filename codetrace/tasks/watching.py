@@ -169,7 +169,7 @@ def _turns(execution: Execution, loops: Mapping[int, int]) -> dict[int, str]:  #
     turns: dict[int, str] = {}
     count: dict[tuple[int, int], int] = {}
     line_before: dict[int, int] = {}  # By frame
-    for step in execution.steps:
+    for step in statement_steps(execution):
         if step.line in loops:
             is_inside = step.line <= line_before.get(step.frame, 0) <= loops[step.line]
             count[step.frame, step.line] = count[step.frame, step.line] + 1 if is_inside else 0
