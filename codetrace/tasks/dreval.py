@@ -193,9 +193,9 @@ def record_dreval(
 
 # %% ../../nbs/tasks/dreval.ipynb #7d1c0a60
 DREVAL_PROMPTS = {
-    "coverage": "Is line {line} (`{text}`) executed when the code above is run? Say YES or NO.",
-    "state": "What is `{variable}` right after line {line} (`{text}`) has been executed, and of which type? Say `value; type`, or Nil if the line is not executed or the variable does not exist.",
-    "path": "Which line is executed right after line {line} (`{text}`)? Say the text of that line, or -1 if line {line} is not executed or is the last one.",
+    "coverage": "Is line {line} (`{text}`) executed?",
+    "state": "What is the value of `{variable}` after line {line} (`{text}`), and what is its type?",
+    "path": "Line {line} is `{text}`. Which line of the code is executed next, or -1 where it is not executed?",
     "output": "Replace ?? by what makes the code above pass, and say that code again.",
 }
 _LINE_KINDS: tuple[str, ...] = ("coverage", "state", "path")
@@ -218,38 +218,68 @@ def _question_block(dreval_input: DREvalInput, kind: str, line: int, variable: s
     return DREVAL_PROMPTS[kind].format(line=line, text=text, variable=variable) + "\n[ANSWER]"
 
 # %% ../../nbs/tasks/dreval.ipynb #7d1c0a62
-_EXAMPLE_CODE = (
+@dataclass(frozen=True)
+class _Example:
+    "A run, and the questions that are answered about it."
+
+    code: str
+    call: str
+    output: str
+    answers: dict[tuple[int, str], dict[str, str]]  # By line and variable
+
+    @property
+    def dreval_input(self) -> DREvalInput:
+        program = TracedProgram(self.code, self.call, "example")
+        question = f"assert {self.call} == ??"
+        return DREvalInput("example", self.code, program, self.call, question, tuple(self.answers))
+
+
+_LARGEST = (
     "def largest(xs):\n    best = xs[0]\n    for x in xs:\n        if x > best:\n            best = x\n    return best"
 )
-_EXAMPLE_QUESTION = (5, "best")
-_EXAMPLE_ANSWERS = {
-    "largest([3, 8, 5])": {"coverage": "YES", "state": "8; int", "path": "for x in xs:", "output": "8"},
-    "largest([4, 1])": {"coverage": "NO", "state": NIL, "path": "-1", "output": "4"},
-}
+_JOIN = "def join(words):\n    text = ''\n    seen = []\n    for word in words:\n        if word in seen:\n            continue\n        text += word\n        seen.append(word)\n    return text"
+_EXAMPLES = [
+    _Example(
+        _LARGEST,
+        "largest([3, 8, 5])",
+        "8",
+        {(5, "best"): {"coverage": "YES", "state": "8; int", "path": "for x in xs:"}},
+    ),
+    _Example(_LARGEST, "largest([4, 1])", "4", {(5, "best"): {"coverage": "NO", "state": NIL, "path": "-1"}}),
+    _Example(
+        _JOIN,
+        "join(['ab', 'c'])",
+        "'abc'",
+        {
+            (7, "text"): {"coverage": "YES", "state": "'abc'; str", "path": "seen.append(word)"},
+            (8, "seen"): {"coverage": "YES", "state": "['ab', 'c']; list", "path": "for word in words:"},
+            (6, "word"): {"coverage": "NO", "state": NIL, "path": "-1"},
+        },
+    ),
+]
 
-
-def _example_inputs() -> list[DREvalInput]:
-    "The example, with its two calls."
-    programs = [TracedProgram(_EXAMPLE_CODE, call, "example") for call in _EXAMPLE_ANSWERS]
-    return [
-        DREvalInput(
-            "example", _EXAMPLE_CODE, program, program.call, f"assert {program.call} == ??", (_EXAMPLE_QUESTION,)
-        )
-        for program in programs
-    ]
+# %% ../../nbs/tasks/dreval.ipynb #9d952dc6
+def _answered_block(example: _Example) -> str:
+    "A run, with its questions and answers."
+    dreval_input = example.dreval_input
+    parts = [_shown_code(example.call)]
+    for question, answers in example.answers.items():
+        for kind in _LINE_KINDS:
+            parts.append(_question_block(dreval_input, kind, *question) + answers[kind] + "[/ANSWER]\n")
+    parts.append(_shown_code(dreval_input.output_question) + _question_block(dreval_input, "output", 1, ""))
+    parts.append(dreval_input.output_question.replace("??", example.output) + "[/ANSWER]\n")
+    return "".join(parts)
 
 
 def _example_text() -> str:
-    "The example with all its questions and answers."
-    examples = _example_inputs()
-    parts = [_program_block(examples[0])]
-    for example in examples:
-        answers = _EXAMPLE_ANSWERS[example.invocation]
-        parts.append(_shown_code(example.invocation))
-        for kind in _LINE_KINDS:
-            parts.append(_question_block(example, kind, *_EXAMPLE_QUESTION) + answers[kind] + "[/ANSWER]\n")
-        parts.append(_shown_code(example.output_question) + _question_block(example, "output", 1, ""))
-        parts.append(example.output_question.replace("??", answers["output"]) + "[/ANSWER]\n")
+    "All examples: a program and its runs, then the next program."
+    parts = []
+    shown = ""
+    for example in _EXAMPLES:
+        if example.code != shown:
+            parts.append(("\n" if shown else "") + _program_block(example.dreval_input))
+            shown = example.code
+        parts.append(_answered_block(example))
     return "".join(parts)
 
 # %% ../../nbs/tasks/dreval.ipynb #7d1c0a64
