@@ -10,20 +10,16 @@ import pytest
 import torch
 
 from codetrace.core.errors import BadInput
-from codetrace.patching.state_probes import (
-    ReadOptions,
-    is_read,
-    random_weights_model,
-    read_target,
-)
-from codetrace.patching.state_swaps import is_used, swap_cases, use_states
+from codetrace.patching.state_probes import is_read, random_weights_model
+from codetrace.patching.state_reading import ReadOptions, read_target
+from codetrace.patching.state_swaps import is_used, use_states
+from codetrace.patching.swap_cases import swap_cases
 from codetrace.phases.watch import (
     beyond_rules_test,
     count_said,
     mark_dreval,
     read_claim,
     said_claims,
-    try_question_styles,
     used_claims,
     watch_limitations,
 )
@@ -34,6 +30,7 @@ from codetrace.tasks.dreval import DREvalInput, dreval_truth, load_dreval, recor
 from codetrace.tasks.execution import Execution, TracedProgram, record_executions
 from codetrace.tasks.state_accuracy import state_accuracy, with_line_facts
 from codetrace.tasks.state_questions import StateAnswer, pack_questions, state_questions
+from codetrace.tasks.style_choice import try_question_styles
 from codetrace.tasks.watched_programs import WatchedSource, load_watched_executions
 from codetrace.tasks.watching import watch_execution, watch_table
 
@@ -58,7 +55,7 @@ def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right
         rows = {"changed": [True, True, False], "correct": [style.startswith("comment"), style != "hash", True]}
         return pd.DataFrame(rows).assign(program=execution.program.name)
 
-    monkeypatch.setattr("codetrace.phases.watch.watch_execution", answer)
+    monkeypatch.setattr("codetrace.tasks.style_choice.watch_execution", answer)
     kinds = WatchedSource(count=40, generators=("boolean", "copies"), lines=(3, 4, 5, 6), max_depth=2)
     watched, _ = load_watched_executions(kinds)
     styles = try_question_styles(None, kinds, watched, 16)
@@ -68,7 +65,7 @@ def test_the_way_of_asking_is_chosen_on_other_programs_by_what_is_answered_right
     assert styles["accuracy"].tolist() == [1, 0.5, 0.5, 0]
     assert set(styles["programs"]) == {len(asked_code)} and set(styles["n"]) == {2 * len(asked_code)}
     assert asked_code and not asked_code & {execution.program.code for execution in watched}
-    monkeypatch.setattr("codetrace.phases.watch.load_watched_executions", lambda chosen: (watched[:2], {}))
+    monkeypatch.setattr("codetrace.tasks.style_choice.load_watched_executions", lambda chosen: (watched[:2], {}))
     with pytest.raises(BadInput, match="give style=print"):
         try_question_styles(None, kinds, watched, 1)
 
@@ -194,7 +191,7 @@ def test_of_a_hundred_studies_of_random_weights_at_most_five_claim_anything():
 def test_a_study_of_the_planted_model_reads_at_the_layers_where_it_was_planted(hold_out):
     lm = load_binding_model()
     executions, _ = load_watched_executions(WatchedSource(count=160, lines=(8, 9, 10, 11), max_depth=2))
-    read = read_target(lm, executions, ReadOptions(hold_out=hold_out), random_weights_model(lm))
+    read = read_target(lm, executions, ReadOptions(), random_weights_model(lm), hold_out)
     table = read.table.set_index(["place", "layer"])["accuracy"]
     assert is_read(read.gains)
     assert min(table["line"][2], table["line end"][3], table["query"][4], table["final"][5]) > 0.9
@@ -269,7 +266,7 @@ def test_dreval_goes_on_where_it_was(tmp_path, monkeypatch):
         for program in programs
     ]
     asked = []
-    texts = {"Is line": "YES", "What is": "3; int", "Which line": "return y", "Replace": "assert f(3) == 3"}
+    texts = {"Is line": "YES", "What is": "3; int", "Line 2": "return y", "Replace": "assert f(3) == 3"}
 
     def answer(lm, prompts, max_new_tokens, stop, shares_prefixes):
         if len(asked) == 40:  # the questions about ten inputs
