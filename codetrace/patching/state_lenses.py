@@ -106,7 +106,7 @@ def patchscope_answers(
     return answers
 
 # %% ../../nbs/patching/state_lenses.ipynb #9075b460
-_PATCHSCOPE_ROWS = 60  # Of a place, at most
+_PATCHSCOPE_ROWS = 30  # Of a place, at most
 
 
 def patchscope_table(

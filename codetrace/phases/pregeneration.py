@@ -6,7 +6,7 @@
 __all__ = ['PROMPT_BASELINES', 'COVARIATES', 'POSITION', 'PROBE', 'LATENT', 'BEYOND', 'PREGENERATION', 'read_prompts',
            'baseline_columns', 'choose_before_answer', 'probe_scores_by_layer', 'latent_scores', 'ScoredSets',
            'score_sets', 'PregenerationResult', 'judge_scores', 'pregeneration_sentence', 'pregeneration_claims',
-           'refuse_shared_prompts', 'pregeneration_headline']
+           'refuse_shared_prompts', 'pregeneration_headline', 'pregeneration_limitations']
 
 # %% ../../nbs/phases/30_pregeneration.ipynb #007fd5c2
 from collections.abc import Mapping, Sequence
@@ -356,6 +356,24 @@ def pregeneration_headline(
     "What was found, in one line."
     return " ".join(sentences)
 
+
+def pregeneration_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "How small a difference these tasks can show, and what was asked of them."
+    table = pd.DataFrame(manifest["summary"])
+    widths = (table["high"] - table["low"])[table["high"] > table["low"]]
+    limitations = ["One greedy answer a task was judged: what is foretold is whether that answer is right."]
+    if len(widths):
+        limitations.append(
+            f"An AUROC is known to about ± {widths.median() / 2:.2f} here: smaller differences cannot be shown."
+        )
+    if any(read.get("parameter") == "transfer" for read in manifest.get("inputs", [])):
+        limitations.append(
+            "The other problem set may differ in the form of its prompts as well as in its problems: what does not carry over may be the form."
+        )
+    return limitations
+
 # %% ../../nbs/phases/30_pregeneration.ipynb #191c2491
 PREGENERATION = Phase(
     name="pregeneration",
@@ -374,6 +392,7 @@ PREGENERATION = Phase(
     ),
     figures=("layers.png", "predictors.png"),
     claims="pregeneration_claims",
+    limitations="pregeneration_limitations",
     study="correctness",
     made_up={"input": ""},
     checks=("check_shuffles",),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANKING', 'score_answers', 'code_digest', 'read_own_verdicts', 'refuse_shared_groups', 'ranker_p_values',
-           'ranking_sentence', 'ranking_claims', 'ranking_headline']
+           'ranking_sentence', 'cheap_differences', 'cheap_sentence', 'ranking_claims', 'ranking_headline',
+           'ranking_limitations']
 
 # %% ../../nbs/phases/31_ranking.ipynb #73faddce
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
 from ..models.lm import LM
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
-from ..sae.answer_rankers import choice_null
+from ..sae.answer_rankers import COLUMN_RANKERS, choice_null
+from ..sae.baseline_differences import simultaneous_differences, verdict_on_baselines
 from ..tasks.answer_choice import ORACLE, RANDOM_CHOICE
 from ..tasks.problems import Problem
 from ..tasks.verbalised_confidence import ask_yes_no, question_after_answer, task_statement
@@ -125,6 +127,39 @@ def ranking_sentence(
         f"gain {gain}{room}{p_text}."
     )
 
+# %% ../../nbs/phases/31_ranking.ipynb #7f88a888
+def _mean_rate(rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    "The mean over problems, from how often each counts."
+    return (weights * rates).sum(-1) / weights.sum(-1)
+
+
+def cheap_differences(
+    rates: pd.DataFrame,  # From `choice_rates`
+    name: str,  # Of the ranker
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:  # One row a ranker without states: `baseline, value, low, high`
+    "A ranker's pass@1 less that of each that needs no states, at the largest k, with simultaneous intervals."
+    of_k = rates[rates["k"] == rates["k"].max()]
+    cheap = [other for other in COLUMN_RANKERS if other in of_k and other != name]
+    means = {other: partial(_mean_rate, of_k[other].to_numpy()) for other in cheap}
+    return simultaneous_differences(
+        partial(_mean_rate, of_k[name].to_numpy()), means, of_k["group"], n_resamples, seed=seed
+    )
+
+
+def cheap_sentence(
+    name: str,
+    differences: pd.DataFrame,  # From `cheap_differences`
+) -> str:  # Empty where there is nothing to compare with
+    "Is a ranker worth its states?"
+    if differences.empty:
+        return ""
+    closest = differences.loc[differences["value"].idxmin()]
+    difference = format_with_interval(*closest[["value", "low", "high"]])
+    verdict = verdict_on_baselines(differences).replace("baselines", "rankers that need no states")
+    return f"The choice by {name} {verdict}; the strongest is {closest['baseline']}, difference {difference}."
+
 # %% ../../nbs/phases/31_ranking.ipynb #a461f293
 def ranking_claims(
     manifest: Mapping,  # Of a run of this phase
@@ -154,10 +189,23 @@ def ranking_claims(
 
 # %% ../../nbs/phases/31_ranking.ipynb #ecfd4f01
 def ranking_headline(
-    sentence: str,  # Of the ranker that was best when fitted
+    *sentences: str,  # Of the ranker that was best when fitted, and what it is worth beside cheaper ones
 ) -> str:
     "What the recommended order is worth."
-    return sentence
+    return " ".join(filter(None, sentences))
+
+
+def ranking_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "How small a gain these problems can show, and which answers were chosen among."
+    summary = pd.DataFrame(manifest["summary"])
+    widths = (summary["gain_high"] - summary["gain_low"])[summary["gain_high"] > summary["gain_low"]]
+    known = [f"a gain is known to about ± {widths.median() / 2:.2f}"] if len(widths) else []
+    return [
+        f"Answers were chosen among samples to {summary['problems'].max()} problems; {', '.join([*known, 'smaller gains cannot be shown'])}.",
+        "Rankers were fitted on greedy answers and order sampled ones, which may be of another kind.",
+    ]
 
 # %% ../../nbs/phases/31_ranking.ipynb #f32a1c3b
 RANKING = Phase(
@@ -183,6 +231,7 @@ RANKING = Phase(
     ),
     figures=("choice.png",),
     claims="ranking_claims",
+    limitations="ranking_limitations",
     study="correctness",
     made_up={"input": ""},
     checks=("check_shuffles",),
