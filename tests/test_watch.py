@@ -16,11 +16,13 @@ from codetrace.patching.state_swaps import is_used, use_states
 from codetrace.patching.swap_cases import swap_cases
 from codetrace.phases.watch import (
     beyond_rules_test,
+    confined_claims,
     count_said,
     mark_dreval,
     read_claim,
     said_claims,
     used_claims,
+    used_sentence,
     watch_limitations,
 )
 from codetrace.planted.binding import D_HEAD, load_binding_model
@@ -155,6 +157,21 @@ def test_what_is_read_and_not_used_is_told_from_what_is_used():
     assert used.table.dropna(subset=["others_kept"])["others_kept"].min() == 1
 
 
+@pytest.mark.slow
+def test_what_a_probe_of_the_planted_model_reads_is_what_is_used():
+    lm = load_binding_model()
+    executions, _ = load_watched_executions(WatchedSource(count=80, lines=(8,), max_depth=2, seed=3))
+    read = read_target(lm, executions, ReadOptions(), random_weights_model(lm))
+    used = use_states(lm, swap_cases(lm, executions[:24]), directions_of=read.directions)
+    claims = pd.DataFrame(confined_claims(used)).set_index("claim")
+    assert len(claims) == 3 and set(claims["verdict"]) == {"what the probe reads is used"}
+    assert claims["number"].min() == 1 and used.read_gains["flips"].max() < 0.25
+    at_used = used.read_gains[used.read_gains["place"] != "line end"]
+    assert at_used["without"].max() == 0
+    whole = use_states(lm, swap_cases(lm, executions[:24]))
+    assert confined_claims(whole) == [] and "what the probe reads of it alone 1.00" in used_sentence(used)
+
+
 def study_claims(seed: int) -> pd.DataFrame:
     "All claims of a small study of a model whose weights are random."
     lm = random_weights_model(load_binding_model(), seed)
@@ -163,7 +180,7 @@ def study_claims(seed: int) -> pd.DataFrame:
     of_places = [place for place in (read, read.in_program) if place is not None]
     claims = [*said_claims(count_said(said_of(lm, executions))), *map(read_claim, of_places)]
     cases = swap_cases(lm, executions[:12], seed=seed)
-    claims += used_claims(use_states(lm, cases, seed)) if cases else []
+    claims += used_claims(use_states(lm, cases, seed, directions_of=read.directions)) if cases else []
     return adjust_claims(pd.DataFrame(claims))
 
 
@@ -171,7 +188,15 @@ def claims_anything(claims: pd.DataFrame) -> bool:
     "Is any verdict one that something was found?"
     return bool(
         claims["verdict"]
-        .isin(["used", "more than every baseline", "more often than the best constant", "more than the best rule"])
+        .isin(
+            [
+                "used",
+                "what the probe reads is used",
+                "more than every baseline",
+                "more often than the best constant",
+                "more than the best rule",
+            ]
+        )
         .any()
     )
 
@@ -248,6 +273,11 @@ def test_what_a_record_says_is_in_its_tables(manifest):
         ].dropna()  # a control is compared on the cases that have it
         assert len(both) == row.n
         assert [row.used, row.flips] == pytest.approx(both.mean().tolist())
+    if (folder / "swap_read_gains.parquet").is_file():  # records since the evening of 30 November 2026
+        for row in pd.read_parquet(folder / "swap_read_gains.parquet").itertuples():
+            kinds = ["what is read", "read of permuted labels", "all but what is read", "other run"]
+            shares = wide.loc[row.place][kinds].dropna().mean().tolist()
+            assert [row.used, row.flips, row.without, row.whole] == pytest.approx(shares)
 
 
 def test_what_the_record_of_dreval_says_is_in_its_table():

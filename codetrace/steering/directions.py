@@ -46,7 +46,9 @@ class Direction:
     kind: str  # A key of `DIRECTION_KINDS`
     layer: int  # From 0
     vector: Float[Tensor, "d_model"]  # float32, of length 1
-    max_activation_norm: float = float("nan")  # Of a latent: length of what its largest activation adds
+    max_activation_norm: float = float(
+        "nan"
+    )  # Of a latent: length of what its largest activation adds, on the states it was chosen on
     metadata: dict = field(default_factory=dict)  # Where it comes from
     site: str = "resid_post"  # Where in the layer, one of `RESIDUAL_SITES`
 
@@ -233,7 +235,7 @@ class Push:
 
     @property
     def activation_multiple(self) -> float:
-        "Of what the latent's largest activation does; NaN for what is no latent."
+        "Of what the latent's largest activation does on the states it was chosen on, which are means over tokens; NaN for what is no latent."
         return self.added_norm / self.direction.max_activation_norm
 
 # %% ../../nbs/steering/directions.ipynb #03391ce4
