@@ -77,6 +77,8 @@ def test_limitations_name_the_way_of_asking_that_was_taken():
     manifest = {"parameters": {"style": "auto"}, "question_styles": styles}
     assert "in one way (comment, the best of 4 on 48 values of other programs)" in watch_limitations(manifest)[1]
     assert "in one way (hash)" in watch_limitations({"parameters": {"style": "hash"}})[1]
+    left_out = {"parameters": {"style": "hash"}, "targets_left_out": {"iterations": "no row is beyond rules"}}
+    assert watch_limitations(left_out)[0] == "iterations is not read: no row is beyond rules."
 
 
 @torch.no_grad()

@@ -228,8 +228,10 @@ def watch_limitations(
     choice = f", the best of {len(STYLES_TRIED)} on {asked['n']} values of other programs" if "n" in asked else ""
     missing = manifest.get("programs_left_out", {}).get("missing", 0)
     wanted = [f"{missing} programs fewer could be watched than were wanted."] if missing else []
+    not_read = [f"{target} is not read: {why}." for target, why in manifest.get("targets_left_out", {}).items()]
     return [
         *wanted,
+        *not_read,
         "What a probe reads linearly and a swap moves is found at five places; a model may hold a value elsewhere, or spread over several tokens.",
         f"Variables are asked for in one way ({asked['style']}{choice}); asked otherwise a model may say otherwise.",
         "Only numbers, booleans, None, and short strings, lists, tuples and dicts are asked for; what is longer is not counted.",

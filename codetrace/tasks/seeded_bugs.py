@@ -20,7 +20,7 @@ from ..core.stats import bootstrap_interval, format_with_interval
 from ..models.lm import LM
 from .execution import Execution, TracedProgram, TraceLimits, record_executions
 from .state_accuracy import share_over_programs
-from .state_questions import StateQuestion, ask_states, read_said_value, state_questions
+from .state_questions import StateQuestion, ask_states, read_said_value, state_questions, statement_spans
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #6eb879a1
 BUG_KINDS = ("operator", "comparison", "constant", "off by one", "wrong variable")
@@ -180,6 +180,11 @@ def _bug_questions(bug: SeededBug) -> list[StateQuestion]:
     return [question for question in state_questions(bug.intended) if question.variable in question.step.changed]
 
 
+def _statement_line(code: str, line: int) -> int:
+    "The line that a statement over several lines is asked at: its first."
+    return statement_spans(code).get(line, (line, line))[0]
+
+
 def asked_lines(
     bug: SeededBug,
 ) -> list[int]:  # In the order of the text
@@ -201,13 +206,18 @@ def _asked_of_bug(lm: LM, bug: SeededBug, style: str, max_new_tokens: int) -> pd
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #4840a9f4
 def _executed_divergence(bug: SeededBug, run: Execution) -> dict[int, int]:
-    "The line at which a run of the buggy program first leaves the intended states or lines, and when."
+    "The statement at which a run of the buggy program first leaves the intended states or lines, and when."
     for step, intended in zip(run.steps, bug.intended.steps):
         if step.line != intended.line:
-            return {bug.intended.steps[max(0, intended.step - 2)].line: intended.step}
+            return {_line_asked(bug, bug.intended.steps[max(0, intended.step - 2)].line): intended.step}
         if step.after != intended.after:
-            return {step.line: step.step}
-    return {bug.intended.steps[min(len(run.steps), len(bug.intended.steps)) - 1].line: len(run.steps)}
+            return {_line_asked(bug, step.line): step.step}
+    last = min(len(run.steps), len(bug.intended.steps)) - 1
+    return {_line_asked(bug, bug.intended.steps[last].line): len(run.steps)}
+
+
+def _line_asked(bug: SeededBug, line: int) -> int:
+    return _statement_line(bug.buggy.code, line)
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #70612061
 @torch.no_grad()
@@ -229,6 +239,15 @@ def line_log_probs(
     return {line: float(np.mean(values)) for line, values in by_line.items()}
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #fa6ed740
+def _statement_log_probs(lm: LM, code: str) -> dict[int, float]:
+    "By the line that a statement is asked at: the lowest of the log-probabilities of its lines."
+    lowest: dict[int, float] = {}
+    for line, log_prob in line_log_probs(lm, code).items():
+        asked = _statement_line(code, line)
+        lowest[asked] = min(log_prob, lowest.get(asked, log_prob))
+    return lowest
+
+
 def rank_lines(
     lm: LM,
     bug: SeededBug,
@@ -241,7 +260,7 @@ def rank_lines(
     first_wrong = table[~table["is_intended"].astype(bool)].groupby("line")["step"].min()
     log_prob = table.groupby("line")["log_prob"].mean()
     (run,) = record_executions([bug.buggy], TraceLimits(steps=1000))
-    written = line_log_probs(lm, bug.buggy.code)
+    written = _statement_log_probs(lm, bug.buggy.code)
     scores = {
         "divergence": _first_wrong_steps(lines, first_wrong.to_dict()),
         "surprise": -log_prob.reindex(lines).fillna(0).to_numpy(float),
@@ -267,10 +286,11 @@ def _bug_hits(
     lm: LM, bug: SeededBug, style: str, max_new_tokens: int, ks: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     "By ranking: is the faulty line among the first k? NaN where nothing is asked at it."
-    if bug.line not in asked_lines(bug):
+    faulty = _statement_line(bug.buggy.code, bug.line)
+    if faulty not in asked_lines(bug):
         return {name: {f"hit@{k}": np.nan for k in ks} for name in (*LINE_RANKINGS, "chance")}
     lines, scores = rank_lines(lm, bug, style, max_new_tokens)
-    index = lines.index(bug.line)
+    index = lines.index(faulty)
     scores |= {"chance": np.zeros(len(lines))}
     return {name: {f"hit@{k}": hit_rate(values, index, k) for k in ks} for name, values in scores.items()}
 
@@ -287,7 +307,7 @@ def bug_table(
     for bug in bugs:
         lines = asked_lines(bug)
         row = {"program": bug.intended.program.name, "kind": bug.kind, "line": bug.line}
-        row |= {"lines": len(lines), "asked": bug.line in lines}
+        row |= {"lines": len(lines), "asked": _statement_line(bug.buggy.code, bug.line) in lines}
         for name, hits in _bug_hits(lm, bug, style, max_new_tokens, ks).items():
             rows.append(row | {"ranking": name, **hits})
     return pd.DataFrame(rows)
