@@ -19,6 +19,7 @@ from itertools import product, takewhile
 import numpy as np
 import pandas as pd
 import torch
+from ..tasks.target_rules import statement_depths, types_by_expression
 from jaxtyping import Float
 
 from ..core.errors import BadInput, look_up_name
@@ -46,7 +47,8 @@ class ProbeQuestion:
     question: StateQuestion
     label: str
     places: tuple[str, ...]  # Of `STATE_PLACES`
-    beyond: bool  # Is no shallow rule right?
+    beyond: bool  # Is no shallow rule right? Of targets with few labels one always is: there `rule` is a baseline
+    rule: str = ""  # What a shallow rule says of the label; empty: there is none, or `beyond` leaves its hits out
 
 
 def _last_visits(questions: Sequence[StateQuestion]) -> list[StateQuestion]:
@@ -55,14 +57,26 @@ def _last_visits(questions: Sequence[StateQuestion]) -> list[StateQuestion]:
     return list(by_place.values())
 
 
-def _value_questions(execution: Execution, by_type: bool) -> list[ProbeQuestion]:
-    "Variables that their line changed."
+def _value_questions(execution: Execution) -> list[ProbeQuestion]:
+    "Values of variables that their line changed."
     questions = _last_visits([q for q in state_questions(execution) if q.variable in q.step.changed])
     rules = rule_answers(execution, questions)[list(SHALLOW_STATE_RULES)]
     rows = []
     for question, (_, by_rule) in zip(questions, rules.iterrows()):
-        label = question.truth.type if by_type else question.truth.text
-        rows.append(ProbeQuestion(question, label, STATE_PLACES, by_type or not (by_rule == label).any()))
+        label = question.truth.text
+        rows.append(ProbeQuestion(question, label, STATE_PLACES, not (by_rule == label).any()))
+    return rows
+
+
+def _type_questions(execution: Execution) -> list[ProbeQuestion]:
+    "Types of variables that their line changed, beside what the line's own expression says."
+    questions = _last_visits([q for q in state_questions(execution) if q.variable in q.step.changed])
+    assigned = types_by_expression(execution.program.code)
+    rows = []
+    for question in questions:
+        before = question.step.before.get(question.variable)
+        rule = assigned.get((question.step.line, question.variable), before.type if before else "")
+        rows.append(ProbeQuestion(question, question.truth.type, STATE_PLACES, True, rule))
     return rows
 
 # %% ../../nbs/patching/state_probes.ipynb #18375ac1
@@ -80,8 +94,15 @@ def _bound_questions(execution: Execution) -> list[ProbeQuestion]:
         for is_bound, group in zip((True, False), groups):
             if group and all(groups) and step.complete:
                 question = StateQuestion(step, group[int(rng.integers(len(group)))], _UNBOUND, read[step.step])
-                rows.append(ProbeQuestion(question, str(is_bound), _QUESTION_PLACES, True))
+                rule = str(_is_written(execution.program.code, question))
+                rows.append(ProbeQuestion(question, str(is_bound), _QUESTION_PLACES, True, rule))
     return rows
+
+
+def _is_written(code: str, question: StateQuestion) -> bool:
+    "Does the variable's name stand in the text that has been read?"
+    text = "\n".join(code.split("\n")[: question.last_line])
+    return re.search(rf"(?<!\w){re.escape(question.variable)}(?!\w)", text) is not None
 
 # %% ../../nbs/patching/state_probes.ipynb #b9746f60
 _KINDS_OF_TARGET = {"branch": ("branch", "loop"), "iterations": ("loop",)}
@@ -89,22 +110,24 @@ _KINDS_OF_TARGET = {"branch": ("branch", "loop"), "iterations": ("loop",)}
 
 def _line_questions(execution: Execution, target: str) -> list[ProbeQuestion]:
     "What is asked of lines: was it executed, was its body entered, how often will it be run?"
-    last_step = execution.steps[-1]
-    visited = {step.line: step for step in execution.steps}
+    steps = statement_steps(execution)
+    visited = {step.line: step for step in steps}
     kinds = line_kinds(execution.program.code)
+    depths = statement_depths(execution.program.code, within_functions=bool(execution.program.call))
     rows = []
-    for line in sorted(kinds):
+    for line in sorted(depths):
         if target in _KINDS_OF_TARGET and (kinds[line] not in _KINDS_OF_TARGET[target] or line not in visited):
             continue
-        branches = [step.branch for step in execution.steps if step.line == line]
+        branches = [step.branch for step in steps if step.line == line]
         label = {
             "executed": str(bool(branches)),
             "branch": str(any(branches)),
             "iterations": str(_leading_entries(branches)),
         }[target]
+        rule = {"executed": str(not depths[line]), "branch": "True"}.get(target, "")
         is_beyond = target != "iterations" or label not in _numbers_of_line(execution, line)
-        question = StateQuestion(_at_line(visited.get(line, last_step), line), "_", _UNBOUND, line)
-        rows.append(ProbeQuestion(question, label, _LINE_PLACES, is_beyond))
+        question = StateQuestion(_at_line(visited.get(line, execution.steps[-1]), line), "_", _UNBOUND, line)
+        rows.append(ProbeQuestion(question, label, _LINE_PLACES, is_beyond, rule))
     return rows
 
 
@@ -129,16 +152,15 @@ def target_questions(
 ) -> list[ProbeQuestion]:
     "The rows of a target in one program."
     look_up_name(target, PROBE_TARGETS, "target of a probe")
-    if target in ("value", "type"):
-        return _value_questions(execution, by_type=target == "type")
-    return _bound_questions(execution) if target == "bound" else _line_questions(execution, target)
+    of_variables = {"value": _value_questions, "type": _type_questions, "bound": _bound_questions}
+    return of_variables[target](execution) if target in of_variables else _line_questions(execution, target)
 
 # %% ../../nbs/patching/state_probes.ipynb #bc44dfce
 @dataclass(frozen=True, eq=False)
 class ProbeData:
     "States with labels, a row a place of a question."
 
-    rows: pd.DataFrame  # `program, lines, step, line, variable, place, label, beyond, question`
+    rows: pd.DataFrame  # `program, lines, step, line, variable, place, label, rule, beyond, question`
     states: Float[np.ndarray, "layer rows d_model"]
     tokens: list[Counter]  # By question: the tokens of the program up to its line, and the variable
 
@@ -153,7 +175,7 @@ def _program_rows(
         step = probed.question.step
         row = {"program": execution.program.name or str(number), "lines": execution.program.code.count("\n") + 1}
         row |= {"step": step.step, "line": step.line, "variable": probed.question.variable, "place": place}
-        row |= {"label": probed.label, "beyond": probed.beyond, "question": int(index)}
+        row |= {"label": probed.label, "rule": probed.rule, "beyond": probed.beyond, "question": int(index)}
         rows.append(row | {"is_kept": place in probed.places})
     return pd.DataFrame(rows)
 
@@ -475,6 +497,8 @@ def baseline_predictions(
     commonest = _commonest_label(data, part, place)
     tables = {"commonest label": first.assign(correct=first["label"] == commonest)}
     tables |= {"layer 0": first, "bag of tokens": _bag_predictions(data, part, place)}
+    if "rule" in first and first["rule"].any():
+        tables["rule"] = first.assign(correct=first["rule"] == first["label"])
     if random_data is not None:
         tables["random weights"] = _best_random_predictions(random_data, part, place)
     if other_labels is not None:

@@ -29,15 +29,35 @@ from .state_sites import PROGRAM_PLACES, STATE_PLACES
 from .swap_cases import SwapCase, swap_cases
 from ..tasks.execution import Execution
 from ..tasks.state_accuracy import gain_p, share_over_programs
+from ..tasks.state_questions import read_said_value
 
 # %% ../../nbs/patching/state_swaps.ipynb #e5fd7a10
-def _tops_and_differences(lm: LM, cases: Sequence[SwapCase]) -> tuple[np.ndarray, np.ndarray]:
-    "Top tokens of both plain runs of each case, and the logit difference of its answers."
+def _said_whole(lm: LM, case: SwapCase, run: Sequence[int], answer: Sequence[int], text: str, ends: bool) -> bool:
+    "Does the model, unswapped, say all of an answer, and then stop?"
+    shared = case.shared
+    ids = [*run[: len(run) - shared], *answer]
+    tops = lm.logits([ids], last=False)[0].argmax(-1).tolist()[len(run) - shared - 1 :]
+    if tops[:-1] != list(answer):
+        return False
+    return not ends or read_said_value(lm.tokenizer.decode([*answer, tops[-1]])) == text
+
+
+def _known_cases(lm: LM, cases: Sequence[SwapCase]) -> list[bool]:
+    "Are both plain runs answered right, each with the whole of its answer?"
+    ends = any(len(answer) > 1 for case in cases for answer in case.answers)  # Else values are digits
+    known = []
+    for case in cases:
+        runs = zip((case.base, case.source), case.answers, case.texts)
+        known.append(all(_said_whole(lm, case, run, answer, text, ends) for run, answer, text in runs))
+    return known
+
+
+def _plain_differences(lm: LM, cases: Sequence[SwapCase]) -> np.ndarray:
+    "The logit difference of the two answers in both plain runs of each case."
     logits = lm.logits([list(run) for case in cases for run in (case.base, case.source)]).double().cpu()
     ids = torch.tensor([case.answer_ids for case in cases for _ in range(2)])
     values = logits.gather(1, ids)
-    difference = (values[:, 1] - values[:, 0]).reshape(-1, 2).numpy()
-    return logits.argmax(-1).reshape(-1, 2).numpy(), difference
+    return (values[:, 1] - values[:, 0]).reshape(-1, 2).numpy()
 
 # %% ../../nbs/patching/state_swaps.ipynb #fdfbaa96
 def _swept_answers(lm: LM, cases: Sequence[SwapCase]) -> list[Float[Tensor, "layer head position metric"]]:
@@ -82,12 +102,13 @@ def run_state_swaps(
     cases: Sequence[SwapCase],
 ) -> pd.DataFrame:  # One row a case, place and layer: `flips, effect, others_kept, distance, known`
     "Swap the residual stream at every place and layer."
-    tops, plain = _tops_and_differences(lm, cases)
+    plain = _plain_differences(lm, cases)
+    known = _known_cases(lm, cases)
     grids = _swept_answers(lm, cases)
     kept = _others_kept(lm, cases)
     rows = []
     for i, (case, grid) in enumerate(zip(cases, grids)):
-        facts = _case_facts(i, case) | {"known": bool((tops[i] == case.answer_ids).all())}
+        facts = _case_facts(i, case) | {"known": known[i]}
         distances = _state_distances(lm, case)
         program_place = 0
         for column, place in enumerate(case.positions):
@@ -372,9 +393,8 @@ def used_layers(
     rows = []
     for case in progress(sorted(cases, key=attrgetter("question.step.step")), desc="swaps"):
         of_case = run_state_swaps(lm, [case])
-        answers = [lm.tokenizer.decode([token]) for token in case.answer_ids]
         row = {"line": case.question.step.line, "run": case.question.step.visit, "variable": case.question.variable}
-        row |= {"answer": answers[0], "of the other run": answers[1]}
+        row |= {"true": case.texts[0], "in the other run": case.texts[1]}
         row["both are said"] = "yes" if of_case["known"].iloc[0] else "no"
         for place in STATE_PLACES:
             flipping = of_case[(of_case["place"] == place) & of_case["flips"]]["layer"]

@@ -81,10 +81,17 @@ class SwapCase:
     base: tuple[int, ...]  # Token ids of program and question, and of what both answers begin with
     source: tuple[int, ...]  # The same of the run with the other input
     answer_ids: tuple[int, int]  # The next token of each run's answer
+    answers: tuple[tuple[int, ...], tuple[int, ...]]  # All tokens of each
+    texts: tuple[str, str]  # What is true in each run
     positions: dict[str, int]  # By place
     other_base: tuple[int, ...]  # With a question about another variable; empty: there is none
     other_source: tuple[int, ...]
     other_position: int  # Where the other variable's line ends; -1: nowhere, or the variable is made from it
+
+    @property
+    def shared(self) -> int:
+        "How many tokens both answers begin with."
+        return next(k for k, (ours, theirs) in enumerate(zip(*self.answers)) if ours != theirs)
 
     @property
     def pair(self) -> PatchPair:
@@ -212,6 +219,8 @@ def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[s
         base=(*prompts.base, *shared_ids),
         source=(*prompts.source, *shared_ids),
         answer_ids=answer_ids,
+        answers=(tuple(prompts.base_answer), tuple(prompts.source_answer)),
+        texts=(pair.step.after[variable].text, pair.source_step.after[variable].text),
         positions=positions,
         other_base=other_base,
         other_source=other_source,

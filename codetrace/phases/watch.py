@@ -242,6 +242,9 @@ def watch_limitations(
 NOT_MORE_THAN_BASELINES = "not measurably more than what can be read without the model's computation"
 
 
+_BEYOND_TARGETS = ("value", "iterations")  # Of the others a rule is one of the baselines
+
+
 def read_sentence(result: ReadResult) -> str:
     "What the chosen probe reads, beside its strongest baseline."
     cell = result.cell
@@ -249,9 +252,10 @@ def read_sentence(result: ReadResult) -> str:
     accuracy = format_with_interval(*cell[["accuracy", "accuracy_low", "accuracy_high"]])
     gain = format_with_interval(*closest[["gain", "gain_low", "gain_high"]])
     verdict = "more than every baseline" if is_read(result.gains) else NOT_MORE_THAN_BASELINES
-    number = f"{cell['n_beyond']} rows in {result.chosen['program'].nunique()} programs"
+    beyond = result.chosen[result.chosen["beyond"].astype(bool)]
+    number = f"{'beyond rules ' if result.target in _BEYOND_TARGETS else ''}of {len(beyond)} rows in {beyond['program'].nunique()} programs"
     return (
-        f"Read ({result.target}{_held_out(result)}, {cell['place']}, layer {cell['layer']}): {accuracy} beyond rules of {number}, "
+        f"Read ({result.target}{_held_out(result)}, {cell['place']}, layer {cell['layer']}): {accuracy} {number}, "
         f"control task {cell['control_accuracy']:.2f}; {verdict} ({_strongest_baseline(closest)}, gain {gain})."
     )
 
@@ -367,9 +371,10 @@ def watch_headline(
 def read_claim(result: ReadResult) -> dict:
     "What the chosen probe reads beyond rules."
     cell = result.cell
+    where = "where no shallow rule is right, " if result.target in _BEYOND_TARGETS else ""
     closest = result.gains.loc[result.gains["gain"].fillna(np.inf).idxmin()]
     return claim_row(
-        f"{result.target} read at {cell['place']}, layer {cell['layer']}{_held_out(result)}, where no shallow rule is right, n = {cell['n_beyond']}",
+        f"{result.target} read at {cell['place']}, layer {cell['layer']}{_held_out(result)}, {where}n = {cell['n_beyond']}",
         cell["accuracy"],
         (cell["accuracy_low"], cell["accuracy_high"]),
         "more than every baseline" if is_read(result.gains) else NOT_MORE_THAN_BASELINES,

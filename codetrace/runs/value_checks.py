@@ -341,6 +341,10 @@ def check_watched_programs(phase: str, values: Mapping) -> None:
         raise BadParameter(
             f"program_lines={values['program_lines']}: give {_FEWEST_WATCHED_LINES} or more, for two constants and a line that reads one"
         )
+    if "lengths" in values["hold_out"] and values["source"] == "generated" and len(set(values["program_lines"])) < 3:
+        raise BadParameter(
+            f"hold_out={values['hold_out']}, program_lines={values['program_lines']}: lengths that fit, choose and judge must differ; give three or more, such as program_lines=6,8,10"
+        )
 
 # %% ../../nbs/runs/value_checks.ipynb #da94ea14
 def check_failure_reasons(phase: str, values: Mapping) -> None:

@@ -6,6 +6,8 @@
 __all__ = ['WATCH_EXAMPLES', 'watch_command']
 
 # %% ../../nbs/runs/watch_command.ipynb #e95c9489
+import ast
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,13 +17,14 @@ import typer
 
 from ..core.errors import BadInput, look_up_name
 from ..core.progress import progress_bar
-from .listing import print_table
+from ..core.python_source import parse_source
+from .listing import print_table, printable
 from .phases import runs_root
 from ..tasks.question_styles import QUESTION_STYLES
 
 if TYPE_CHECKING:  # torch is imported last
     from codetrace.models.lm import LM
-    from codetrace.tasks.execution import Execution, TraceLimits
+    from codetrace.tasks.execution import Execution, TracedProgram, TraceLimits
 
 # %% ../../nbs/runs/watch_command.ipynb #fd075c99
 WATCH_EXAMPLES = (
@@ -48,6 +51,14 @@ def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str
     print_table(rows)
 
 # %% ../../nbs/runs/watch_command.ipynb #3f60ac29
+def _functions_of(program: "TracedProgram") -> str:
+    "The functions that could be called, with their parameters."
+    tree = parse_source(program.code)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    texts = [f"{node.name}({ast.unparse(node.args)})" for node in functions]
+    return f"; the program defines {', '.join(texts)}" if texts else ""
+
+
 def _check_some_line(execution: "Execution", limits: "TraceLimits") -> None:
     "Refuse a run that ended before a line was done with a variable: it says how it ended."
     if execution.ending == "return" or any(step.complete and step.after for step in execution.steps):
@@ -55,8 +66,14 @@ def _check_some_line(execution: "Execution", limits: "TraceLimits") -> None:
     recorded = f"at most {limits.steps} lines, and {limits.depth} calls in one another, are recorded"
     raise BadInput(
         f"no line of the program was done with a variable before it ended by {execution.ending} ({execution.detail}); "
-        f"{recorded}, and nobody types what it reads: give another --call"
+        f"{recorded}, and nobody types what it reads: give another --call{_functions_of(execution.program)}"
     )
+
+
+def _record_name(program: "TracedProgram", model: str) -> str:
+    "A folder's name that programs of one name, other calls and other models do not share."
+    digest = hashlib.sha256("\0".join((program.code, program.call, model)).encode()).hexdigest()
+    return f"{program.name}-{digest[:8]}"
 
 
 def _check_record_folder(folder: Path) -> None:
@@ -94,17 +111,24 @@ def watch_command(
     (execution,) = record_executions([traced], limits)
     check_execution(execution, variable or ())
     _check_some_line(execution, limits)
-    folder = out or runs_root() / "watched" / traced.name
+    folder = out or runs_root() / "watched" / _record_name(traced, model)
     _check_record_folder(folder)
 
-    from codetrace.models.loading import load  # what is wrong is said before torch is imported
-    from codetrace.tasks.watching import watch_execution, watch_listing, watch_summary, write_watch_record
+    from codetrace.models.loading import load  # what is wrong with the program is said before torch is imported
+    from codetrace.tasks.watching import (
+        questions_to_ask,
+        watch_execution,
+        watch_listing,
+        watch_summary,
+        write_watch_record,
+    )
 
+    questions_to_ask(execution, variable or ())
     lm = load(model)
     table = watch_execution(lm, execution, variable or (), style, progress_bar)
     print_table(watch_listing(execution, table, only_changed=not whole))
     paths = write_watch_record(table, folder)
-    print(watch_summary(execution, table))
+    print(printable(watch_summary(execution, table)))
     if used:
         _print_used_layers(lm, execution, variable or (), style)
     print(f"record: {paths[0]} and {paths[1].name}")

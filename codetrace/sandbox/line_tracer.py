@@ -20,6 +20,7 @@ import typing
 from _blake2 import blake2b
 from collections.abc import Callable
 from json.encoder import c_make_encoder, encode_basestring_ascii
+from opcode import opmap
 from typing import Any
 
 from .protocol import from_json, receive_frame
@@ -38,6 +39,12 @@ _CONTAINERS = frozenset(map(id, _ENDS))
 _mro_of = type.__dict__["__mro__"].__get__
 _name_of = type.__dict__["__name__"].__get__
 _dict_of = type.__dict__["__dict__"].__get__
+
+
+def _class_name(kind: type) -> str:
+    "The name of a class; what is no name is quoted, so that it cannot pass for a value or a terminal's command."
+    name = str.__str__(_name_of(kind))
+    return name if str.isidentifier(name) else f"<{name!a}>"
 
 
 def _plain_base(kind: type) -> type | None:
@@ -134,12 +141,12 @@ def _value_text(value: Any, room: int, depth: int = 0) -> tuple[str, int]:
         text, room = _container_text(value, base, room, depth)
     else:
         text, room = _atom_text(value, base, room)
-    return (text if kind is base else f"{_name_of(kind)}({text})"), room
+    return (text if kind is base else f"{_class_name(kind)}({text})"), room
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #105b2d4f
 def _object_text(value: Any, kind: type, room: int, depth: int) -> tuple[str, int]:
     "The text of a value whose type is not Python's own: the class, and arguments or attributes."
-    name = _name_of(kind)
+    name = _class_name(kind)
     if kind is types.FunctionType or issubclass(kind, type):
         return f"<{name}>", room
     if issubclass(kind, BaseException):
@@ -161,7 +168,7 @@ def describe_value(
 ) -> list:  # The name of its type, its text, and whether the text is whole
     "Write a value down without running any code of its class."
     text, room = _value_text(value, longest)
-    return [str.__str__(_name_of(type(value))), text, room >= 0]
+    return [_class_name(type(value)), text, room >= 0]
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #817e3fd3
 def _refuse_value(value: object):
@@ -201,6 +208,8 @@ def message_hash(
 # %% ../../nbs/sandbox/line_tracer.ipynb #7f9dfc94
 _NOT_VARIABLES = (types.FunctionType, types.ModuleType, types.BuiltinFunctionType, type)
 _NEW_LOCALS = 0x2  # inspect.CO_NEWLOCALS: importing inspect would take longer than most programs run
+_YIELD_VALUE = opmap["YIELD_VALUE"]
+_SEND = opmap["SEND"]  # Of `yield from` and `await`, which hear a StopIteration
 _GOES_ON = 0x20 | 0x80 | 0x200  # inspect.CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 
 
@@ -212,7 +221,7 @@ def _variables(frame: types.FrameType, longest: int) -> dict[str, list]:
         return {}
     described = {}
     for name, value in dict.items(variables):
-        if type(name) is not str or name[:2] == "__" or name[:1] == ".":
+        if type(name) is not str or not str.isidentifier(name) or (name[:2] == "__" and name[-2:] == "__"):
             continue
         if not is_function and issubclass(type(value), _NOT_VARIABLES):
             continue
@@ -230,8 +239,15 @@ def _emit_after(known: dict, frame: types.FrameType, longest: int, emit: Callabl
     unbound = [name for name in before if name not in now]
     step = known["step"]
     known["step"] = None
+    known["begun"] = step, before
     known["shown"] = now
     return emit(["after", step, changed, unbound])
+
+
+def _go_on(known: dict):
+    "A line with `yield` or `await` is not done when it is left: what arrives belongs to it."
+    known["suspended"] = False
+    known["step"], known["shown"] = known["begun"]
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #e28570e4
 def _enter_frame(state: dict, frame: types.FrameType) -> dict:
@@ -240,7 +256,7 @@ def _enter_frame(state: dict, frame: types.FrameType) -> dict:
     if known is None:
         state["count"] += 1
         shown = _variables(frame, state["longest"])
-        known = {"number": state["count"], "step": None, "shown": shown}
+        known = {"number": state["count"], "step": None, "shown": shown, "suspended": False}
         state["frames"][frame] = known
         code = frame.f_code
         state["emit"](["call", known["number"], code.co_name, code.co_firstlineno, shown])
@@ -264,13 +280,15 @@ def _leave_frame(state: dict, frame: types.FrameType):
     state["open"] -= 1
     if not frame.f_code.co_flags & _GOES_ON:
         del state["frames"][frame]
+    elif frame.f_code.co_code[frame.f_lasti] == _YIELD_VALUE and state["frames"][frame].get("begun"):
+        state["frames"][frame]["suspended"] = True
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #65785dad
 def _make_tracer(state: dict) -> Callable:
     "A trace function for the frames of the program."
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != "<program>" or state["ended"]:
+        if id(frame.f_code) not in state["codes"] or state["ended"]:
             return None
         try:
             record(state, frame, event, argument)
@@ -289,7 +307,11 @@ def _record_event(state: dict, frame: types.FrameType, event: str, argument: Any
         _enter_frame(state, frame)
         return
     known = state["frames"][frame]
+    if known["suspended"]:
+        _go_on(known)
     if event == "exception":
+        if frame.f_code.co_code[frame.f_lasti] == _SEND and issubclass(argument[0], StopIteration):
+            return
         state["emit"](["raise", known["step"] or 0, *_describe_exception(argument[1] or argument[0])])
         return
     has_room = _emit_after(known, frame, state["longest"], state["emit"])
@@ -304,8 +326,8 @@ def _record_event(state: dict, frame: types.FrameType, event: str, argument: Any
 def _describe_exception(error: Any) -> list[str]:
     "Type and arguments of an exception, without asking it."
     if issubclass(type(error), type):
-        return [_name_of(error), "()"]
-    name = _name_of(type(error))
+        return [_class_name(error), "()"]
+    name = _class_name(type(error))
     return [name, _value_text(error, 200)[0][len(name) :]]
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #f398dd1b
@@ -337,7 +359,7 @@ def _make_audit_hook(finish: Callable, askers: frozenset, get_frame: Callable) -
     asking = []  # is the hook itself asking for a frame?
 
     def audit(event, arguments):
-        if event[:7] == "ctypes." or event == "_thread.start_new_thread":
+        if event[:7] == "ctypes." or event == "_thread.start_new_thread" or event == "signal.refused":
             finish(["end", "tampering", event, ""])
         if event not in watched or asking:
             return
@@ -365,6 +387,11 @@ def _create_builtin(create: Callable, finish: Callable):
         made = create(spec)
 
 # %% ../../nbs/sandbox/line_tracer.ipynb #83c227ed
+def _refuse_signal(*_, **__):
+    "What sets no handler: it would be given frames."
+    sys.audit("signal.refused")
+
+
 def _refuse_thread(*_, **__):
     "What starts no thread: a program is one line after the other."
     sys.audit("_thread.start_new_thread")
@@ -375,7 +402,7 @@ def _take_away(finish: Callable):
     for module in (signal, sys.modules["_signal"]):
         for name in list(vars(module)):
             if callable(getattr(module, name)) and not name.startswith("__"):
-                delattr(module, name)
+                setattr(module, name, _refuse_signal)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
         vars(sys.modules.pop(name)).clear()
     gc.disable()
@@ -418,6 +445,8 @@ def _run_program(request: dict, namespace: dict) -> list:
         program, call = _compile_request(request)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return ["end", "syntax", *_describe_exception(error)]
+    codes = _codes_within(program)
+    state["codes"] = frozenset(map(id, codes))  # they live as long as the program
     _take_away(finish)
     sys.addaudithook(hook)
     return finish(_run_traced(program, call, namespace, state, lambda: set_trace(tracer)))
@@ -427,6 +456,14 @@ def _compile_request(request: dict) -> tuple[types.CodeType, types.CodeType | No
     "The program, and the call of one of its functions, if there is one."
     code = compile(request["code"], "<program>", "exec", dont_inherit=True)
     return code, compile(request["call"], "<call>", "eval", dont_inherit=True) if request["call"] else None
+
+
+def _codes_within(code: types.CodeType) -> list[types.CodeType]:
+    "A program's own code: what it compiles itself, or moves to other lines, has no lines of its text."
+    codes = [code]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if type(constant) is types.CodeType]
+    return codes
 
 
 def _run_traced(program, call, namespace: dict, state: dict, start: Callable) -> list:

@@ -189,6 +189,17 @@ class _Branch:
     is_for: bool
 
 
+def _first_line(node: ast.stmt) -> int:
+    "Where a statement begins to be executed: with its decorators, if it has any."
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+
+
+def _leaves_no_trace(node: ast.stmt) -> bool:
+    "Is this a statement for which no line is executed?"
+    is_bare = isinstance(node, ast.AnnAssign) and node.value is None and isinstance(node.target, ast.Name)
+    return is_bare or isinstance(node, (ast.Global, ast.Nonlocal))
+
+
 def _branches_by_line(code: str) -> dict[int, _Branch]:
     "The branches of a program, by each line of their headers."
     try:
@@ -198,11 +209,11 @@ def _branches_by_line(code: str) -> dict[int, _Branch]:
     branches = {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.If, ast.While, ast.For)):
-            first = node.body[0].lineno
+            first = _first_line(node.body[0])
             tested = node.iter if isinstance(node, ast.For) else node.test
             header = range(node.lineno, (tested.end_lineno or node.lineno) + 1)
             body = range(first, (node.body[-1].end_lineno or first) + 1)
-            if first not in header:
+            if first not in header and not all(map(_leaves_no_trace, node.body)):
                 branches |= dict.fromkeys(header, _Branch(header, body, isinstance(node, ast.For)))
     return branches
 
@@ -280,6 +291,8 @@ def watchable_program(
     "A user's program; a text is taken for a file where it has one line and no more than a name."
     path = Path(program)
     is_name = "\n" not in program and (program.endswith(".py") or program.replace("/", "").isidentifier())
+    if "\n" not in program and len(program) < 255 and path.is_dir():
+        raise BadInput(f"{program} is a folder: give a Python file, or the text of a program")
     if not is_name:
         return TracedProgram(_checked_source(program, "the program"), _checked_call(call), "program")
     try:
@@ -293,7 +306,7 @@ def watchable_program(
 # %% ../../nbs/tasks/execution.ipynb #1370d49f
 def _checked_source(source: str, what: str, mode: str = "exec") -> str:
     "A text that is Python; else it says where it is not."
-    source = source.replace("\r\n", "\n")
+    source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not source.strip():
         raise BadInput(f"{what} is empty: expected Python source")
     try:
@@ -305,13 +318,15 @@ def _checked_source(source: str, what: str, mode: str = "exec") -> str:
 
 
 def _checked_call(call: str) -> str:
-    return _checked_source(call, f"the call {call!r}", "eval") if call else ""
+    return _checked_source(call.strip(), f"the call {call!r}", "eval") if call else ""
 
 # %% ../../nbs/tasks/execution.ipynb #f55bb388
 def check_execution(execution: Execution, variables: Iterable[str] = ()) -> None:
     "Refuse what was not run, and variables that the program does not have."
     if execution.ending in ("syntax", "runner_error", "forged", "tampering") or not execution.steps:
         reason = execution.detail or "no line of its functions was executed: call one with --call 'f(1)'"
+        if execution.ending == "tampering":
+            reason += "; what starts threads, asks for frames or signals, or loads C libraries (numpy, asyncio, logging) would escape the recorder: watch a program without it"
         raise BadInput(f"{execution.program.name or 'the program'} was not watched ({execution.ending}): {reason}")
     names = dict.fromkeys(name for step in execution.steps for name in step.after)
     for name in variables:

@@ -79,11 +79,17 @@ def statement_spans(
     code: str,
 ) -> dict[int, tuple[int, int]]:  # By line; both from 1
     "The first and the last line of the statement, or of its header, that a line belongs to."
-    spans = {}
+    spans: dict[int, tuple[int, int]] = {}
+    by_itself = set()  # Lines of statements that begin where another one stands
     for node in ast.walk(parse_source(code)):
         if isinstance(node, ast.stmt):
             span = (node.lineno, _header_end(node))
-            spans |= dict.fromkeys(range(span[0], span[1] + 1), span)
+            lines = range(span[0], span[1] + 1)
+            earlier = spans.get(node.lineno)
+            if earlier and max(earlier[1], span[1]) > node.lineno:
+                by_itself.update(lines)
+            spans |= dict.fromkeys(lines, span)
+    spans |= {line: (line, line) for line in by_itself}
     return spans
 
 # %% ../../nbs/tasks/state_questions.ipynb #bf0cd134

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE_RULES', 'SHALLOW_STATE_RULES', 'ERROR_KINDS', 'rule_answers', 'error_kind', 'watch_table', 'first_divergence',
-           'watch_program', 'watch_execution', 'watch_listing', 'watch_summary', 'write_watch_record']
+           'watch_program', 'questions_to_ask', 'watch_execution', 'watch_listing', 'watch_summary',
+           'write_watch_record']
 
 # %% ../../nbs/tasks/watching.ipynb #60e83657
 import ast
@@ -301,6 +302,20 @@ def watch_program(
     return execution, watch_execution(lm, execution, variables, style, progress)
 
 # %% ../../nbs/tasks/watching.ipynb #c6351e7e
+def questions_to_ask(
+    execution: Execution,
+    variables: Sequence[str] = (),  # Only these; none: all
+) -> list[StateQuestion]:
+    "What can be asked of a run; refuses one of which nothing can."
+    questions = state_questions(execution, variables)
+    if not questions:
+        expected = "expected numbers, booleans, None, short strings, lists or dicts"
+        hint = "" if execution.program.call else "; call a function of the program with --call 'f(1)'"
+        ended = f"the program ended by {execution.ending}" + (f" ({execution.detail})" if execution.detail else "")
+        raise BadInput(f"no variable holds a value that can be asked for: {expected}; {ended}{hint}")
+    return questions
+
+
 def watch_execution(
     lm: LM,
     execution: Execution,
@@ -310,12 +325,7 @@ def watch_execution(
     max_new_tokens: int = 16,  # Of an answer
 ) -> pd.DataFrame:
     "Ask a model about every variable after every line of a run that is recorded."
-    questions = state_questions(execution, variables)
-    if not questions:
-        expected = "expected numbers, booleans, None, short strings, lists or dicts"
-        hint = "" if execution.program.call else "; call a function of the program with --call 'f(1)'"
-        ended = f"the program ended by {execution.ending}" + (f" ({execution.detail})" if execution.detail else "")
-        raise BadInput(f"no variable holds a value that can be asked for: {expected}; {ended}{hint}")
+    questions = questions_to_ask(execution, variables)
     answers = ask_states(lm, execution, questions, style, max_new_tokens=max_new_tokens, progress=progress)
     return watch_table(execution, questions, answers)
 
