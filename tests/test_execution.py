@@ -308,7 +308,7 @@ HOSTILE = {
     "objects": ("import gc\ndef f():\n    gc.get_objects()", "tampering"),
     "ctypes": ("def f():\n    import ctypes", "tampering"),
     "hook": ("import sys\ndef f():\n    sys.addaudithook(print)", "tampering"),
-    "signal": ("import signal\ndef f():\n    signal.signal(14, print)", "exception"),
+    "signal": ("import signal\ndef f():\n    signal.signal(14, print)", "tampering"),
     "gettrace": ("import sys\ndef f():\n    return sys.gettrace()", "exception"),
     "made anew": ("import _imp, sys\ndef f():\n    _imp.create_builtin(sys.__spec__)", "tampering"),
     "reloaded": ("import importlib, sys\ndef f():\n    return importlib.reload(sys).gettrace()", "exception"),

@@ -19,7 +19,6 @@ from itertools import product, takewhile
 import numpy as np
 import pandas as pd
 import torch
-from ..tasks.target_rules import statement_depths, types_by_expression
 from jaxtyping import Float
 
 from ..core.errors import BadInput, look_up_name
@@ -32,6 +31,7 @@ from ..tasks.changed_operators import changed_operator_labels
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
 from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
 from ..tasks.state_questions import StateQuestion, lines_read, pack_questions, state_questions, statement_steps
+from ..tasks.target_rules import statement_depths, types_by_expression
 from ..tasks.watching import SHALLOW_STATE_RULES, rule_answers
 
 # %% ../../nbs/patching/state_probes.ipynb #e1fc0f86

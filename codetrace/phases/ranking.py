@@ -141,8 +141,8 @@ def cheap_differences(
 ) -> pd.DataFrame:  # One row a ranker without states: `baseline, value, low, high`
     "A ranker's pass@1 less that of each that needs no states, at the largest k, with simultaneous intervals."
     of_k = rates[rates["k"] == rates["k"].max()]
-    cheap = [other for other in COLUMN_RANKERS if other in of_k and other != name]
-    means = {other: partial(_mean_rate, of_k[other].to_numpy()) for other in cheap}
+    cheap = [ranker for ranker in COLUMN_RANKERS if ranker in of_k and ranker != name]
+    means = {ranker: partial(_mean_rate, of_k[ranker].to_numpy()) for ranker in cheap}
     return simultaneous_differences(
         partial(_mean_rate, of_k[name].to_numpy()), means, of_k["group"], n_resamples, seed=seed
     )
