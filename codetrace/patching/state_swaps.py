@@ -42,13 +42,14 @@ def _said_whole(lm: LM, case: SwapCase, run: Sequence[int], answer: Sequence[int
     return not ends or read_said_value(lm.tokenizer.decode([*answer, tops[-1]])) == text
 
 
-def _known_cases(lm: LM, cases: Sequence[SwapCase]) -> list[bool]:
-    "Are both plain runs answered right, each with the whole of its answer?"
-    ends = any(len(answer) > 1 for case in cases for answer in case.answers)  # Else values are digits
+def _known_cases(lm: LM, cases: Sequence[SwapCase], max_new_tokens: int) -> list[bool]:
+    "Are both plain runs answered right, each with the whole of its answer? After an answer of one token nothing is asked."
+    ends = max_new_tokens > 1
     known = []
     for case in cases:
         runs = zip((case.base, case.source), case.answers, case.texts)
-        known.append(all(_said_whole(lm, case, run, answer, text, ends) for run, answer, text in runs))
+        fits = all(len(answer) <= max_new_tokens for answer in case.answers)
+        known.append(fits and all(_said_whole(lm, case, run, answer, text, ends) for run, answer, text in runs))
     return known
 
 
@@ -100,10 +101,11 @@ def _state_distances(lm: LM, case: SwapCase) -> Float[Tensor, "layer position"]:
 def run_state_swaps(
     lm: LM,
     cases: Sequence[SwapCase],
+    max_new_tokens: int = 1,  # Of an answer
 ) -> pd.DataFrame:  # One row a case, place and layer: `flips, effect, others_kept, distance, known`
     "Swap the residual stream at every place and layer."
     plain = _plain_differences(lm, cases)
-    known = _known_cases(lm, cases)
+    known = _known_cases(lm, cases, max_new_tokens)
     grids = _swept_answers(lm, cases)
     kept = _others_kept(lm, cases)
     rows = []
@@ -343,9 +345,10 @@ def use_states(
     seed: int = 0,
     progress: Progress = no_progress,
     directions_of: DirectionsOf | None = None,  # What a probe reads
+    max_new_tokens: int = 1,  # Of an answer
 ) -> UsedResult:
     "Sweep all places and layers, choose the layers, and run the controls on the programs that judge."
-    swaps = run_state_swaps(lm, cases)
+    swaps = run_state_swaps(lm, cases, max_new_tokens)
     layers, judging = choose_swap_layers(swaps)
     known = set(swaps["case"][swaps["known"]])
     numbers = [i for i, case in enumerate(cases) if case.program in judging and i in known]
@@ -386,13 +389,14 @@ def used_layers(
     variables: Sequence[str] = (),  # Of all: those that another input changes
     style: str = "print",
     progress: Progress = no_progress,
+    max_new_tokens: int = 16,  # Of an answer
 ) -> list[dict]:  # One row a variable and line: both runs' answers, the layers at which each place is used
     "Where a program's states, swapped with a run of another input, bring that run's answer; nothing where the model does not give both answers unswapped."
     cases = swap_cases(lm, [execution], style, per_program=None)
     cases = [case for case in cases if not variables or case.question.variable in variables]
     rows = []
     for case in progress(sorted(cases, key=attrgetter("question.step.step")), desc="swaps"):
-        of_case = run_state_swaps(lm, [case])
+        of_case = run_state_swaps(lm, [case], max_new_tokens)
         row = {"line": case.question.step.line, "run": case.question.step.visit, "variable": case.question.variable}
         row |= {"true": case.texts[0], "in the other run": case.texts[1]}
         row["both are said"] = "yes" if of_case["known"].iloc[0] else "no"
