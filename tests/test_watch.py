@@ -275,11 +275,25 @@ def test_what_a_record_says_is_in_its_tables(manifest):
         ].dropna()  # a control is compared on the cases that have it
         assert len(both) == row.n
         assert [row.used, row.flips] == pytest.approx(both.mean().tolist())
-    if (folder / "swap_read_gains.parquet").is_file():  # records since the evening of 30 November 2026
-        for row in pd.read_parquet(folder / "swap_read_gains.parquet").itertuples():
-            kinds = ["what is read", "read of permuted labels", "all but what is read", "other run"]
-            shares = wide.loc[row.place][kinds].dropna().mean().tolist()
-            assert [row.used, row.flips, row.without, row.whole] == pytest.approx(shares)
+
+
+CONFINED = [m for m in reference_runs("watch") if (Path(m["folder"]) / "swap_read_gains.parquet").is_file()]
+
+
+@pytest.mark.parametrize("manifest", CONFINED, ids=lambda manifest: manifest["run_id"])
+def test_what_a_record_says_of_confined_swaps_is_in_its_tables(manifest):
+    "Counted again with pandas alone."
+    controls = pd.read_parquet(Path(manifest["folder"]) / "swap_controls.parquet")
+    wide = controls.pivot(index=["place", "program", "case"], columns="kind", values="flips").astype(float)
+    gains = pd.read_parquet(Path(manifest["folder"]) / "swap_read_gains.parquet")
+    kinds = ["what is read", "read of permuted labels", "all but what is read", "other run"]
+    assert len(gains) >= 4
+    for row in gains.itertuples():
+        shares = wide.loc[row.place][kinds].dropna().mean().tolist()
+        assert [row.used, row.flips, row.without, row.whole] == pytest.approx(shares)
+        if row.whole > 0.5:
+            told = f"alone {row.used:.2f}, all but that {row.without:.2f}, permuted labels {row.flips:.2f}"
+            assert told in manifest["headline"]
 
 
 def test_what_the_record_of_dreval_says_is_in_its_table():
