@@ -23,7 +23,6 @@ from ..core.errors import BadInput
 from ..core.files import StorageError, file_sha256, read_json
 from ..core.python_source import parse_source
 from ..models.limits import MemoryLimits, memory_limits_from_environment
-from .checks import check_run
 from .launchers import kernel_variables
 from .manifest import RunInterrupted
 from .parameters import phase_values
@@ -204,6 +203,8 @@ def execute_phase(
     memory_limits: MemoryLimits | None = None,  # Default: `memory_limits_from_environment()`
 ) -> dict:  # The manifest of the complete run
     "Run a phase in batch. Raises `BadInput` for the user's mistakes and `RunFailed` for ours."
+    from codetrace.runs.checks import check_run  # which loads more than a help text needs
+
     declaration = find_phase(phase)
     values = phase_values(phase, parameters or {})
     check_run(declaration.name, values, root)
