@@ -11,7 +11,7 @@ import torch
 
 from codetrace.core.errors import BadInput
 from codetrace.patching.state_probes import is_read, random_weights_model
-from codetrace.patching.state_reading import ReadOptions, read_target
+from codetrace.patching.state_reading import ReadOptions, collect_target, judge_target, read_directions, read_target
 from codetrace.patching.state_swaps import is_used, use_states
 from codetrace.patching.swap_cases import swap_cases
 from codetrace.phases.watch import (
@@ -163,8 +163,9 @@ def test_what_is_read_and_not_used_is_told_from_what_is_used():
 def test_what_a_probe_of_the_planted_model_reads_is_what_is_used():
     lm = load_binding_model()
     executions, _ = load_watched_executions(WatchedSource(count=80, lines=(8,), max_depth=2, seed=3))
-    read = read_target(lm, executions, ReadOptions(), random_weights_model(lm))
-    used = use_states(lm, swap_cases(lm, executions[:24]), directions_of=read.directions)
+    swapped = [execution.program.name for execution in executions[:24]]
+    directions_of = read_directions(collect_target(lm, executions), without=swapped)
+    used = use_states(lm, swap_cases(lm, executions[:24]), directions_of=directions_of)
     claims = pd.DataFrame(confined_claims(used)).set_index("claim")
     assert len(claims) == 3 and set(claims["verdict"]) == {"what the probe reads is used"}
     assert claims["number"].min() == 1 and used.read_gains["flips"].max() < 0.25
@@ -178,11 +179,24 @@ def study_claims(seed: int) -> pd.DataFrame:
     "All claims of a small study of a model whose weights are random."
     lm = random_weights_model(load_binding_model(), seed)
     executions, _ = load_watched_executions(WatchedSource(count=32, lines=(9,), max_depth=2, seed=seed))
-    read = read_target(lm, executions, ReadOptions(per_program=9, seed=seed), random_weights_model(lm, seed + 1000))
+    options = ReadOptions(per_program=9, seed=seed)
+    collected = collect_target(lm, executions, options, random_weights_model(lm, seed + 1000))
+    read = judge_target(collected)
     of_places = [place for place in (read, read.in_program) if place is not None]
     claims = [*said_claims(count_said(said_of(lm, executions))), *map(read_claim, of_places)]
     cases = swap_cases(lm, executions[:12], seed=seed)
-    claims += used_claims(use_states(lm, cases, seed, directions_of=read.directions)) if cases else []
+    claims += (
+        used_claims(
+            use_states(
+                lm,
+                cases,
+                seed,
+                directions_of=read_directions(collected, without=[e.program.name for e in executions[:12]]),
+            )
+        )
+        if cases
+        else []
+    )
     return adjust_claims(pd.DataFrame(claims))
 
 
@@ -284,7 +298,8 @@ CONFINED = [m for m in reference_runs("watch") if (Path(m["folder"]) / "swap_rea
 def test_what_a_record_says_of_confined_swaps_is_in_its_tables(manifest):
     "Counted again with pandas alone."
     controls = pd.read_parquet(Path(manifest["folder"]) / "swap_controls.parquet")
-    wide = controls.pivot(index=["place", "program", "case"], columns="kind", values="flips").astype(float)
+    controls["flips"] = controls["flips"].astype(float)
+    wide = controls.groupby(["place", "program", "case", "kind"])["flips"].mean().unstack()
     gains = pd.read_parquet(Path(manifest["folder"]) / "swap_read_gains.parquet")
     kinds = ["what is read", "read of permuted labels", "all but what is read", "other run"]
     assert len(gains) >= 4

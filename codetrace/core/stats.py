@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PerCell', 'SIGNIFICANCE_LEVEL', 'SMALL_SAMPLE', 'wilson', 'share_with_interval', 'bootstrap_interval', 'effective_df',
            'share_interval', 'sign_flip_p', 'smallest_sign_flip_p', 'benjamini_hochberg', 'holm', 'mcnemar_exact',
-           'needed_sample_size', 'format_with_interval', 'p_in_words', 'format_count']
+           'needed_sample_size', 'format_with_interval', 'p_in_words', 'median_half_width', 'format_count']
 
 # %% ../../nbs/core/stats.ipynb #37a1bfc4
 import math
@@ -320,6 +320,16 @@ def format_with_interval(
 def p_in_words(p: float) -> str:
     "A p, with three decimals."
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+# %% ../../nbs/core/stats.ipynb #1e12a924
+def median_half_width(
+    low: ArrayLike,  # Ends of intervals
+    high: ArrayLike,
+) -> float:  # NaN where none has a width
+    "How closely numbers are known: half of what their intervals span, in the median."
+    widths = np.asarray(high, float) - np.asarray(low, float)
+    widths = widths[widths > 0]
+    return float(np.median(widths) / 2) if len(widths) else np.nan
 
 # %% ../../nbs/core/stats.ipynb #63275cf1
 SMALL_SAMPLE: int = 10  # Fewer programs, or tasks, are said to be few wherever a share of them is told

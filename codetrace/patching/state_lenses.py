@@ -115,7 +115,7 @@ def patchscope_table(
     part: np.ndarray,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> pd.DataFrame:  # One row a place and layer: `patchscope` accuracy beyond rules with interval
+) -> pd.DataFrame:  # One row a place and layer: `patchscope` accuracy beyond rules with interval; `answers_said`: 1 where the state changes nothing
     "What patchscopes read, on rows that judge and whose label is one token."
     known = one_token_labels(lm, sorted(data.rows["label"].unique()))
     is_judged = _judged_rows(data, part, list(known))
@@ -127,8 +127,9 @@ def patchscope_table(
             rows = group.sample(min(_PATCHSCOPE_ROWS, len(group)), random_state=seed)
             answers = patchscope_answers(lm, prompt, data.states[:, rows.index], list(known.values()))
             read = np.array(list(known), object)[answers]
-            for layer, of_layer in enumerate(read == rows["label"].to_numpy(object)):
-                share = share_over_programs(pd.Series(of_layer, rows.index), rows["program"], "patchscope")
-                tables.append({"place": place, "layer": layer, "n_patchscope": len(rows), **share})
-    columns = ["place", "layer", "n_patchscope", "patchscope", "patchscope_low", "patchscope_high"]
+            for layer, of_layer in enumerate(read):
+                correct = pd.Series(of_layer == rows["label"].to_numpy(object), rows.index)
+                row = {"place": place, "layer": layer, "n_patchscope": len(rows), "answers_said": len(set(of_layer))}
+                tables.append(row | share_over_programs(correct, rows["program"], "patchscope"))
+    columns = ["place", "layer", "n_patchscope", "answers_said", "patchscope", "patchscope_low", "patchscope_high"]
     return pd.DataFrame(tables, columns=None if tables else columns)

@@ -31,7 +31,7 @@ from ..tasks.changed_operators import changed_operator_labels
 from ..tasks.execution import Execution, ExecutionStep, TracedValue
 from ..tasks.state_accuracy import gain_p, line_kinds, share_over_programs
 from ..tasks.state_questions import StateQuestion, lines_read, pack_questions, state_questions, statement_steps
-from ..tasks.target_rules import statement_depths, types_by_expression
+from ..tasks.target_rules import statement_depths, type_by_rule
 from ..tasks.watching import SHALLOW_STATE_RULES, rule_answers
 
 # %% ../../nbs/patching/state_probes.ipynb #e1fc0f86
@@ -50,7 +50,7 @@ class ProbeQuestion:
     beyond: bool  # Is no shallow rule right? Of targets with few labels one always is: there `rule` is a baseline
     rule: str = ""  # What a shallow rule says of the label; empty: there is none, or `beyond` leaves its hits out
 
-
+# %% ../../nbs/patching/state_probes.ipynb #83e4c0b9
 def _last_visits(questions: Sequence[StateQuestion]) -> list[StateQuestion]:
     "Of each line and variable the last question: the program's text holds one state for all visits."
     by_place = {(question.step.line, question.variable): question for question in questions}
@@ -71,11 +71,10 @@ def _value_questions(execution: Execution) -> list[ProbeQuestion]:
 def _type_questions(execution: Execution) -> list[ProbeQuestion]:
     "Types of variables that their line changed, beside what the line's own expression says."
     questions = _last_visits([q for q in state_questions(execution) if q.variable in q.step.changed])
-    assigned = types_by_expression(execution.program.code)
     rows = []
     for question in questions:
-        before = question.step.before.get(question.variable)
-        rule = assigned.get((question.step.line, question.variable), before.type if before else "")
+        known = {name: value.type for name, value in question.step.before.items()}
+        rule = type_by_rule(execution.program.code, question.step.line, question.variable, known)
         rows.append(ProbeQuestion(question, question.truth.type, STATE_PLACES, True, rule))
     return rows
 
@@ -340,9 +339,8 @@ class ProbeDirections:
         return self.patterns @ (self.weights.T @ shift)
 
 
-def _directions_of(x: Float[np.ndarray, "rows d_model"], labels: np.ndarray) -> ProbeDirections:
-    "Weights and patterns of a probe, in the units of the states."
-    scaler, probe = (step for _, step in fit_linear_probe(x, labels).steps)
+def _directions_of(x: Float[np.ndarray, "rows d_model"], scaler, probe) -> ProbeDirections:
+    "Weights and patterns of a fitted probe, in the units of the states."
     _, sizes, directions = np.linalg.svd(np.atleast_2d(probe.coef_).astype(np.float64), full_matrices=False)
     weights = (directions[sizes > 1e-6 * sizes[0]] / scaler.scale_).T
     weights = np.linalg.qr(weights / np.linalg.norm(weights, axis=0))[0]
@@ -351,6 +349,9 @@ def _directions_of(x: Float[np.ndarray, "rows d_model"], labels: np.ndarray) -> 
     return ProbeDirections(weights, patterns @ np.linalg.inv(weights.T @ patterns))
 
 # %% ../../nbs/patching/state_probes.ipynb #46cf5087
+_PERMUTATIONS = 3
+
+
 def probe_directions(
     data: ProbeData,
     part: np.ndarray,  # From `split_probe_rows`
@@ -358,19 +359,26 @@ def probe_directions(
     layer: int,
     seed: int = 0,
 ) -> (
-    tuple[ProbeDirections, ProbeDirections] | None
-):  # The second with permuted labels; None: no two labels, or a quarter of all directions or more
-    "What the probe of one place and layer reads, and one of labels that mean nothing."
+    tuple[ProbeDirections, list[ProbeDirections]] | None
+):  # None: no two labels, or a quarter of all directions or more
+    "What the probe of one place and layer reads; and what probes of permuted labels do, as strongly regularised."
+    from sklearn.linear_model import RidgeClassifier
+
     is_fitted = (data.rows["place"] == place).to_numpy() & (part == "fit")
     labels = data.rows["label"].to_numpy(object)[is_fitted]
     if not 0 < len(set(labels)) - 1 < data.states.shape[-1] / 4:
         return None
     x = data.states[layer][is_fitted]
-    permuted = np.random.default_rng([seed, layer]).permutation(labels)
-    return _directions_of(x, labels), _directions_of(x, permuted)
+    scaler, probe = (step for _, step in fit_linear_probe(x, labels).steps)
+    rng = np.random.default_rng([seed, layer, zlib.crc32(place.encode())])
+    scaled = scaler.transform(x).astype(np.float64)
+    permuted = [RidgeClassifier(alpha=probe.alpha_).fit(scaled, rng.permutation(labels)) for _ in range(_PERMUTATIONS)]
+    return _directions_of(x, scaler, probe), [_directions_of(x, scaler, of_permuted) for of_permuted in permuted]
 
 
-DirectionsOf = Callable[[str, int], tuple[ProbeDirections, ProbeDirections] | None]  # By place and layer
+DirectionsOf = Callable[
+    [str, int], tuple[ProbeDirections, list[ProbeDirections]] | None
+]  # By place and layer, as `probe_directions` gives them
 
 # %% ../../nbs/patching/state_probes.ipynb #7abb56b1
 def probe_table(

@@ -32,33 +32,31 @@ from ..tasks.state_accuracy import gain_p, share_over_programs
 from ..tasks.state_questions import read_said_value
 
 # %% ../../nbs/patching/state_swaps.ipynb #e5fd7a10
-def _said_whole(lm: LM, case: SwapCase, run: Sequence[int], answer: Sequence[int], text: str, ends: bool) -> bool:
-    "Does the model, unswapped, say all of an answer, and then stop?"
-    shared = case.shared
-    ids = [*run[: len(run) - shared], *answer]
-    tops = lm.logits([ids], last=False)[0].argmax(-1).tolist()[len(run) - shared - 1 :]
-    if tops[:-1] != list(answer):
+def _answer_logits(lm: LM, case: SwapCase) -> list[Float[Tensor, "token vocab"]]:
+    "By run, unswapped: the logits for each token of its true answer, and for the one after it."
+    logits = []
+    for run, answer in zip((case.base, case.source), case.answers):
+        prompt = run[: len(run) - case.shared]
+        logits.append(lm.logits([[*prompt, *answer]], last=False)[0, len(prompt) - 1 :])
+    return logits
+
+
+def _says_answer(lm: LM, tops: Sequence[int], answer: Sequence[int], text: str, max_new_tokens: int) -> bool:
+    "Do the most probable tokens say all of an answer, and then stop? After an answer of one token nothing is asked."
+    if len(answer) > max_new_tokens or tops[:-1] != [*answer]:
         return False
-    return not ends or read_said_value(lm.tokenizer.decode([*answer, tops[-1]])) == text
+    return max_new_tokens == 1 or read_said_value(lm.tokenizer.decode([*answer, tops[-1]])) == text
 
 
-def _known_cases(lm: LM, cases: Sequence[SwapCase], max_new_tokens: int) -> list[bool]:
-    "Are both plain runs answered right, each with the whole of its answer? After an answer of one token nothing is asked."
-    ends = max_new_tokens > 1
-    known = []
-    for case in cases:
-        runs = zip((case.base, case.source), case.answers, case.texts)
-        fits = all(len(answer) <= max_new_tokens for answer in case.answers)
-        known.append(fits and all(_said_whole(lm, case, run, answer, text, ends) for run, answer, text in runs))
-    return known
-
-
-def _plain_differences(lm: LM, cases: Sequence[SwapCase]) -> np.ndarray:
-    "The logit difference of the two answers in both plain runs of each case."
-    logits = lm.logits([list(run) for case in cases for run in (case.base, case.source)]).double().cpu()
-    ids = torch.tensor([case.answer_ids for case in cases for _ in range(2)])
-    values = logits.gather(1, ids)
-    return (values[:, 1] - values[:, 0]).reshape(-1, 2).numpy()
+def _plain_answers(lm: LM, case: SwapCase, max_new_tokens: int) -> tuple[bool, list[float]]:
+    "Of a case's unswapped runs: are both answered right, and how much more is the other's answer said?"
+    logits = _answer_logits(lm, case)
+    tops = [of_run.argmax(-1).tolist() for of_run in logits]
+    runs = zip(tops, case.answers, case.texts)
+    is_known = all(_says_answer(lm, of_run, answer, text, max_new_tokens) for of_run, answer, text in runs)
+    base_id, source_id = case.answer_ids
+    at_difference = [of_run[case.shared].double() for of_run in logits]
+    return is_known, [float(of_run[source_id] - of_run[base_id]) for of_run in at_difference]
 
 # %% ../../nbs/patching/state_swaps.ipynb #fdfbaa96
 def _swept_answers(lm: LM, cases: Sequence[SwapCase]) -> list[Float[Tensor, "layer head position metric"]]:
@@ -104,13 +102,12 @@ def run_state_swaps(
     max_new_tokens: int = 1,  # Of an answer
 ) -> pd.DataFrame:  # One row a case, place and layer: `flips, effect, others_kept, distance, known`
     "Swap the residual stream at every place and layer."
-    plain = _plain_differences(lm, cases)
-    known = _known_cases(lm, cases, max_new_tokens)
     grids = _swept_answers(lm, cases)
     kept = _others_kept(lm, cases)
     rows = []
     for i, (case, grid) in enumerate(zip(cases, grids)):
-        facts = _case_facts(i, case) | {"known": known[i]}
+        is_known, plain = _plain_answers(lm, case, max_new_tokens)
+        facts = _case_facts(i, case) | {"known": is_known}
         distances = _state_distances(lm, case)
         program_place = 0
         for column, place in enumerate(case.positions):
@@ -119,7 +116,7 @@ def run_state_swaps(
             for layer in range(lm.n_layers):
                 top, difference = grid[layer, 0, column].tolist()
                 row = {"place": place, "layer": layer, "flips": int(top) == case.answer_ids[1]}
-                row["effect"] = (difference - plain[i, 0]) / (plain[i, 1] - plain[i, 0])
+                row["effect"] = (difference - plain[0]) / (plain[1] - plain[0])
                 row["others_kept"] = float(others[layer]) if others is not None else np.nan
                 row["distance"] = float(distances[layer, column])
                 rows.append(facts | row)
@@ -165,8 +162,13 @@ def choose_swap_layers(
 
 # %% ../../nbs/patching/state_swaps.ipynb #502f710d
 SWAP_KINDS = ("other run", "random", "same answer", "another variable's place")
-READ_SWAP_KINDS = ("what is read", "read of permuted labels", "all but what is read")
-ReadDirections = Mapping[str, tuple[ProbeDirections, ProbeDirections]]  # By place; the second of permuted labels
+READ_SWAP_KINDS = (
+    "what is read",
+    "read of permuted labels",
+    "all but what is read",
+    "all but read of permuted labels",
+)
+ReadDirections = Mapping[str, tuple[ProbeDirections, list[ProbeDirections]]]  # By place, from `probe_directions`
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,13 +196,16 @@ def _same_answer_state(lm: LM, cases: Sequence[SwapCase], i: int, place: str, la
 def _read_swaps(
     here: _ControlledSwap,  # The base's own state
     state: Float[Tensor, "d_model"],  # The other run's
-    directions: tuple[ProbeDirections, ProbeDirections],
+    directions: tuple[ProbeDirections, list[ProbeDirections]],
 ) -> Iterator[_ControlledSwap]:
     "The base's state, moved towards the other run's."
     shift = (state - here.state).double().cpu().numpy()
-    read, permuted = (of_probe.part_of(shift) for of_probe in directions)
-    for kind, move in zip(READ_SWAP_KINDS, (read, permuted, shift - read)):
-        yield replace(here, kind=kind, state=here.state + torch.from_numpy(move).to(here.state))
+    of_labels, of_permuted = directions
+    for kinds, probes in ((READ_SWAP_KINDS[::2], [of_labels]), (READ_SWAP_KINDS[1::2], of_permuted)):
+        for probe in probes:
+            read = probe.part_of(shift)
+            for kind, move in zip(kinds, (read, shift - read)):
+                yield replace(here, kind=kind, state=here.state + torch.from_numpy(move).to(here.state))
 
 # %% ../../nbs/patching/state_swaps.ipynb #6d2081e3
 def _swaps_of_case(
@@ -279,29 +284,32 @@ def swap_gains(
     "The other run's state against each control, on the same cases."
     rows = []
     for place, group in controls.groupby("place", sort=False):
-        flips = group.pivot(index=["program", "case"], columns="kind", values="flips").astype(float)
+        of_states = group[group["kind"].isin(SWAP_KINDS)]
+        flips = of_states.pivot(index=["program", "case"], columns="kind", values="flips").astype(float)
         place_and_layer = {"place": place, "layer": int(group["layer"].iloc[0])}
         measured = [kind for kind in SWAP_KINDS[1:] if kind in flips]
         rows += [place_and_layer | _gain_over_control(flips, kind) for kind in measured]
     columns = "place layer control n programs used flips gain gain_low gain_high p".split()
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../nbs/patching/state_swaps.ipynb #6d602c0f
 def read_swap_gains(
     controls: pd.DataFrame,  # From `run_swap_controls`
-) -> (
-    pd.DataFrame
-):  # As `swap_gains` gives it, with `whole` and `without`: flips of the whole state, and of all but what is read
+) -> pd.DataFrame:  # As `swap_gains` gives it, with `whole, without, without_permuted`: flips of the whole state, and of all but what is read
     "What a probe reads against what one of permuted labels reads, on the same cases."
     rows = []
     for place, group in controls.groupby("place", sort=False):
-        flips = group.pivot(index=["program", "case"], columns="kind", values="flips").astype(float)
-        if set(READ_SWAP_KINDS) <= set(flips):
-            flips = flips.dropna(subset=list(READ_SWAP_KINDS))
-            shares = {"whole": flips["other run"].mean(), "without": flips[READ_SWAP_KINDS[2]].mean()}
+        mean = group.pivot_table(index=["program", "case"], columns="kind", values="flips", aggfunc="mean")
+        if set(READ_SWAP_KINDS) <= set(mean):
+            flips = mean.astype(float).dropna(subset=list(READ_SWAP_KINDS))
+            read, permuted, without, without_permuted = READ_SWAP_KINDS
+            shares = {"whole": flips["other run"].mean(), "without": flips[without].mean()}
+            shares["without_permuted"] = flips[without_permuted].mean()
             place_and_layer = {"place": place, "layer": int(group["layer"].iloc[0])}
-            rows.append(place_and_layer | _gain_over_control(flips, READ_SWAP_KINDS[1], READ_SWAP_KINDS[0]) | shares)
-    columns = "place layer control n programs used flips gain gain_low gain_high p whole without".split()
+            rows.append(place_and_layer | _gain_over_control(flips, permuted, read) | shares)
+    columns = (
+        "place layer control n programs used flips gain gain_low gain_high p whole without without_permuted".split()
+    )
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/patching/state_swaps.ipynb #4d4d2107

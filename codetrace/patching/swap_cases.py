@@ -71,6 +71,11 @@ def other_inputs(
     return others
 
 # %% ../../nbs/patching/swap_cases.ipynb #65a5a9a9
+def _shared_tokens(first: Sequence[int], second: Sequence[int]) -> int | None:
+    "How many tokens two answers begin with; None where one is the beginning of the other."
+    return next((k for k, (ours, theirs) in enumerate(zip(first, second)) if ours != theirs), None)
+
+
 @dataclass(frozen=True, eq=False)
 class SwapCase:
     "Two runs of a program, and questions about them, as tokens."
@@ -80,8 +85,7 @@ class SwapCase:
     depth: int  # Of its value
     base: tuple[int, ...]  # Token ids of program and question, and of what both answers begin with
     source: tuple[int, ...]  # The same of the run with the other input
-    answer_ids: tuple[int, int]  # The next token of each run's answer
-    answers: tuple[tuple[int, ...], tuple[int, ...]]  # All tokens of each
+    answers: tuple[tuple[int, ...], tuple[int, ...]]  # Tokens of each run's answer
     texts: tuple[str, str]  # What is true in each run
     positions: dict[str, int]  # By place
     other_base: tuple[int, ...]  # With a question about another variable; empty: there is none
@@ -91,7 +95,15 @@ class SwapCase:
     @property
     def shared(self) -> int:
         "How many tokens both answers begin with."
-        return next(k for k, (ours, theirs) in enumerate(zip(*self.answers)) if ours != theirs)
+        shared = _shared_tokens(*self.answers)
+        assert shared is not None, "answers of a case differ"
+        return shared
+
+    @property
+    def answer_ids(self) -> tuple[int, int]:
+        "The first token of each run's answer that is not the other's."
+        base, source = self.answers
+        return base[self.shared], source[self.shared]
 
     @property
     def pair(self) -> PatchPair:
@@ -121,14 +133,6 @@ def _steps_in_both(base: Execution, swapped: Execution) -> Iterator[tuple[Execut
             return
         if step.complete and swapped_step.complete:
             yield step, swapped_step
-
-
-def _one_token_apart(first: Sequence[int], second: Sequence[int]) -> tuple[list[int], tuple[int, int]] | None:
-    "What two answers begin with, and the tokens by which they differ; None where one is the beginning of the other."
-    for k, pair in enumerate(zip(first, second)):
-        if pair[0] != pair[1]:
-            return list(first[:k]), pair
-    return None
 
 
 def _last_line_of(execution: Execution, step: ExecutionStep, variable: str) -> int:
@@ -203,10 +207,10 @@ def _other_question(
 def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[str], style: str) -> SwapCase | None:
     "A case, or None where the two runs do not line up."
     prompts = pair.prompts(lm, variable, style)
-    difference = _one_token_apart(prompts.base_answer, prompts.source_answer)
-    if difference is None or len(prompts.base) != len(prompts.source):
+    shared = _shared_tokens(prompts.base_answer, prompts.source_answer)
+    if shared is None or len(prompts.base) != len(prompts.source):
         return None
-    shared_ids, answer_ids = difference
+    shared_ids = prompts.base_answer[:shared]
     start = len(prompts.base) - len(prompts.question_ids)
     positions = program_places(lm, pair.base, style, pair.step.line, variable)
     positions["query"] = start + query_token(lm, prompts.question_ids, variable)
@@ -218,7 +222,6 @@ def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[s
         depth=depth,
         base=(*prompts.base, *shared_ids),
         source=(*prompts.source, *shared_ids),
-        answer_ids=answer_ids,
         answers=(tuple(prompts.base_answer), tuple(prompts.source_answer)),
         texts=(pair.step.after[variable].text, pair.source_step.after[variable].text),
         positions=positions,

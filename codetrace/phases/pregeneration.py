@@ -22,7 +22,7 @@ from ..core.errors import BadInput
 from ..core.metrics import auroc, auroc_interval
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
-from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
+from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval, median_half_width
 from ..models.lm import LM
 from ..models.prompt_likelihoods import prompt_likelihoods
 from ..runs.claims import claim_row
@@ -362,12 +362,10 @@ def pregeneration_limitations(
 ) -> list[str]:
     "How small a difference these tasks can show, and what was asked of them."
     table = pd.DataFrame(manifest["summary"])
-    widths = (table["high"] - table["low"])[table["high"] > table["low"]]
+    half_width = median_half_width(table["low"], table["high"])
     limitations = ["One greedy answer a task was judged: what is foretold is whether that answer is right."]
-    if len(widths):
-        limitations.append(
-            f"An AUROC is known to about ± {widths.median() / 2:.2f} here: smaller differences cannot be shown."
-        )
+    if not np.isnan(half_width):
+        limitations.append(f"An AUROC is known to about ± {half_width:.2f} here: smaller differences cannot be shown.")
     if any(read.get("parameter") == "transfer" for read in manifest.get("inputs", [])):
         limitations.append(
             "The other problem set may differ in the form of its prompts as well as in its problems: what does not carry over may be the form."

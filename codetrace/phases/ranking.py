@@ -36,7 +36,7 @@ from functools import partial
 
 from ..core.progress import Progress, no_progress
 from ..core.records import compute_missing_units
-from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval
+from ..core.stats import SIGNIFICANCE_LEVEL, format_with_interval, median_half_width
 from ..models.lm import LM
 from ..runs.claims import claim_row
 from ..runs.phases import Phase, PhaseInput, PhaseNumber
@@ -200,8 +200,8 @@ def ranking_limitations(
 ) -> list[str]:
     "How small a gain these problems can show, and which answers were chosen among."
     summary = pd.DataFrame(manifest["summary"])
-    widths = (summary["gain_high"] - summary["gain_low"])[summary["gain_high"] > summary["gain_low"]]
-    known = [f"a gain is known to about ± {widths.median() / 2:.2f}"] if len(widths) else []
+    half_width = median_half_width(summary["gain_low"], summary["gain_high"])
+    known = [] if np.isnan(half_width) else [f"a gain is known to about ± {half_width:.2f}"]
     return [
         f"Answers were chosen among samples to {summary['problems'].max()} problems; {', '.join([*known, 'smaller gains cannot be shown'])}.",
         "Rankers were fitted on greedy answers and order sampled ones, which may be of another kind.",

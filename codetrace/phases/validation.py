@@ -28,7 +28,7 @@ from codetrace.core.metrics import (
     mcc,
 )
 from ..core.progress import Progress, no_progress
-from ..core.stats import format_with_interval
+from ..core.stats import format_with_interval, median_half_width
 from ..runs.claims import claim_row
 from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..sae.baseline_differences import simultaneous_differences, verdict_on_baselines
@@ -299,11 +299,11 @@ def validation_limitations(
 ) -> list[str]:
     "How small a difference these tasks can show, and which answers were judged."
     summary = pd.DataFrame(manifest["summary"])
-    widths = (summary["high"] - summary["low"])[summary["high"] > summary["low"]]
+    half_width = median_half_width(summary["low"], summary["high"])
     limitations = []
-    if len(widths):
+    if not np.isnan(half_width):
         limitations.append(
-            f"With {summary['n'].max()} answers on validation an AUROC is known to about ± {widths.median() / 2:.2f}: smaller differences cannot be shown."
+            f"With {summary['n'].max()} answers on validation an AUROC is known to about ± {half_width:.2f}: smaller differences cannot be shown."
         )
     if "sampled" not in [read.get("parameter") for read in manifest.get("inputs", [])]:
         limitations.append(

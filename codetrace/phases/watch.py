@@ -296,10 +296,10 @@ def _place_sentence(result: UsedResult, place: str) -> str:
     return f"{place}, layer {layer}: {rate:.2f} of {gains['n'].max()} flip ({flips}{kept}), {verdict}"
 
 
-def _confined_phrase(result: UsedResult, place: str, is_used: bool) -> str:
+def _confined_phrase(result: UsedResult, place: str, whole_is_used: bool) -> str:
     "What is left of a used state when only what a probe reads is swapped; empty where no probe was given."
     of_place = result.read_gains[result.read_gains["place"] == place]
-    if of_place.empty or not is_used:
+    if of_place.empty or not whole_is_used:
         return ""
     row = of_place.iloc[0]
     return f" (what the probe reads of it alone {row['used']:.2f}, all but that {row['without']:.2f}, permuted labels {row['flips']:.2f})"
@@ -390,12 +390,13 @@ def _used_rate(result: UsedResult, place: str) -> dict[str, float]:
     judged = result.controls[(result.controls["place"] == place) & (result.controls["kind"] == "other run")]
     return share_over_programs(judged["flips"].astype(float), judged["program"], "used")
 
-
+# %% ../../nbs/phases/14_watch.ipynb #cfdb5938
 NOT_WHAT_IS_READ = "what the probe reads is not measurably what is used"
 
 
-def confined_claims(result: UsedResult) -> list[dict]:
+def confined_claims(result: UsedResult, read: ReadResult | None = None) -> list[dict]:
     "Where the whole state is used: is what a probe reads of it enough?"
+    accuracy = {} if read is None else read.table.set_index(["place", "layer"])["accuracy"].to_dict()
     claims = []
     for row in result.read_gains.itertuples():
         gains = result.gains[result.gains["place"] == row.place]
@@ -412,7 +413,7 @@ def confined_claims(result: UsedResult) -> list[dict]:
                 rate["used"],
                 (rate["used_low"], rate["used_high"]),
                 "what the probe reads is used" if is_more else NOT_WHAT_IS_READ,
-                baseline=f"{row.flips:.2f} by a probe of permuted labels; {row.without:.2f} all but what is read; {row.whole:.2f} the whole state",
+                baseline=f"{row.flips:.2f} what probes of permuted labels read; {row.without:.2f} all but what is read, {row.without_permuted:.2f} all but what those read; the probe is right of {accuracy.get((row.place, row.layer), np.nan):.2f} there",
                 null="signs of whole programs flipped",
                 p=row.p,
                 without_verdict=NOT_WHAT_IS_READ,
@@ -420,10 +421,10 @@ def confined_claims(result: UsedResult) -> list[dict]:
         )
     return claims
 
-
-def used_claims(result: UsedResult) -> list[dict]:
+# %% ../../nbs/phases/14_watch.ipynb #03b3c4d6
+def used_claims(result: UsedResult, read: ReadResult | None = None) -> list[dict]:
     "What swaps of the state do at each place."
-    claims = confined_claims(result)
+    claims = confined_claims(result, read)
     for place, gains in result.gains.groupby("place", sort=False):
         nulls = gains[gains["control"].isin(USED_NULLS)]
         rate = _used_rate(result, place)
@@ -444,7 +445,9 @@ def used_claims(result: UsedResult) -> list[dict]:
     return claims
 
 # %% ../../nbs/phases/14_watch.ipynb #ea16a473
-_READ_CLAIM = re.compile(r"value read at (.+, layer \d+), where no shallow rule is right(?P<n>, n = .+)?")
+_READ_CLAIM = re.compile(
+    r"value read at (.+, layer \d+(?:, \w+ held out)?), where no shallow rule is right(?P<n>, n = .+)?"
+)
 _USED_CLAIM = re.compile(r"the other run's state at (.+), layer (\d+), brings its value(?P<n>, n = .+)?")
 
 

@@ -85,6 +85,21 @@ def _check_record_folder(folder: Path) -> None:
     except OSError as error:
         raise BadInput(f"cannot write the record to {folder}: {error.strerror}; give another folder by --out") from None
 
+# %% ../../nbs/runs/watch_command.ipynb #88a55815
+def _record_checked(program: str, call: str, model: str, style: str, variables: Sequence[str]) -> "Execution":
+    "Run a program in the sandbox, after all that can be wrong with what was typed."
+    from codetrace.models.folders import check_model_name
+    from codetrace.tasks.execution import TraceLimits, check_execution, record_executions, watchable_program
+
+    traced = watchable_program(program, call)
+    check_model_name(model)
+    look_up_name(style, QUESTION_STYLES, "question style")
+    limits = TraceLimits(steps=1000)
+    (execution,) = record_executions([traced], limits)
+    check_execution(execution, variables)
+    _check_some_line(execution, limits)
+    return execution
+
 # %% ../../nbs/runs/watch_command.ipynb #c2f6fa44
 def watch_command(
     program: Annotated[str, typer.Argument(metavar="FILE.py", help="A Python file, or the text of a program.")],
@@ -101,17 +116,8 @@ def watch_command(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,
 ):
     "Watch a program's variables: what is true after each line, what a model says, and whether it uses its states."
-    from codetrace.models.folders import check_model_name
-    from codetrace.tasks.execution import TraceLimits, check_execution, record_executions, watchable_program
-
-    traced = watchable_program(program, call)
-    check_model_name(model)
-    look_up_name(style, QUESTION_STYLES, "question style")
-    limits = TraceLimits(steps=1000)
-    (execution,) = record_executions([traced], limits)
-    check_execution(execution, variable or ())
-    _check_some_line(execution, limits)
-    folder = out or runs_root() / "watched" / _record_name(traced, model)
+    execution = _record_checked(program, call, model, style, variable or ())
+    folder = out or runs_root() / "watched" / _record_name(execution.program, model)
     _check_record_folder(folder)
 
     from codetrace.models.loading import load  # what is wrong with the program is said before torch is imported

@@ -194,7 +194,9 @@ def _first_line(node: ast.stmt) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
 
 
-def _leaves_no_trace(node: ast.stmt) -> bool:
+def leaves_no_trace(
+    node: ast.stmt,
+) -> bool:
     "Is this a statement for which no line is executed?"
     is_bare = isinstance(node, ast.AnnAssign) and node.value is None and isinstance(node.target, ast.Name)
     return is_bare or isinstance(node, (ast.Global, ast.Nonlocal))
@@ -213,7 +215,7 @@ def _branches_by_line(code: str) -> dict[int, _Branch]:
             tested = node.iter if isinstance(node, ast.For) else node.test
             header = range(node.lineno, (tested.end_lineno or node.lineno) + 1)
             body = range(first, (node.body[-1].end_lineno or first) + 1)
-            if first not in header and not all(map(_leaves_no_trace, node.body)):
+            if first not in header and not all(map(leaves_no_trace, node.body)):
                 branches |= dict.fromkeys(header, _Branch(header, body, isinstance(node, ast.For)))
     return branches
 

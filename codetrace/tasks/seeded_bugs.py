@@ -10,6 +10,7 @@ __all__ = ['BUG_KINDS', 'LINE_RANKINGS', 'TextEdit', 'apply_edits', 'operator_ed
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -207,17 +208,14 @@ def _asked_of_bug(lm: LM, bug: SeededBug, style: str, max_new_tokens: int) -> pd
 # %% ../../nbs/tasks/seeded_bugs.ipynb #4840a9f4
 def _executed_divergence(bug: SeededBug, run: Execution) -> dict[int, int]:
     "The statement at which a run of the buggy program first leaves the intended states or lines, and when."
+    line_asked = partial(_statement_line, bug.buggy.code)
     for step, intended in zip(run.steps, bug.intended.steps):
         if step.line != intended.line:
-            return {_line_asked(bug, bug.intended.steps[max(0, intended.step - 2)].line): intended.step}
+            return {line_asked(bug.intended.steps[max(0, intended.step - 2)].line): intended.step}
         if step.after != intended.after:
-            return {_line_asked(bug, step.line): step.step}
+            return {line_asked(step.line): step.step}
     last = min(len(run.steps), len(bug.intended.steps)) - 1
-    return {_line_asked(bug, bug.intended.steps[last].line): len(run.steps)}
-
-
-def _line_asked(bug: SeededBug, line: int) -> int:
-    return _statement_line(bug.buggy.code, line)
+    return {line_asked(bug.intended.steps[last].line): len(run.steps)}
 
 # %% ../../nbs/tasks/seeded_bugs.ipynb #70612061
 @torch.no_grad()

@@ -86,8 +86,8 @@ def statement_spans(
             span = (node.lineno, _header_end(node))
             lines = range(span[0], span[1] + 1)
             earlier = spans.get(node.lineno)
-            if earlier and max(earlier[1], span[1]) > node.lineno:
-                by_itself.update(lines)
+            if earlier and min(earlier[0], span[0]) < max(earlier[1], span[1]):
+                by_itself.update(lines, range(earlier[0], earlier[1] + 1))
             spans |= dict.fromkeys(lines, span)
     spans |= {line: (line, line) for line in by_itself}
     return spans
