@@ -497,6 +497,7 @@ def test_what_the_checks_know_is_what_the_phases_take():
     from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS
     from codetrace.patching.alignment import PATCH_DIRECTIONS
     from codetrace.patching.cases import COUNTERFACTUAL_CHANGES
+    from codetrace.models.loading import DTYPES
     from codetrace.patching.engine import ENGINES
     from codetrace.patching.sweep import _EXAMPLE_POSITIONS, _POSITION_NAME
     from codetrace.planted import steering as planted_steering
@@ -529,6 +530,7 @@ def test_what_the_checks_know_is_what_the_phases_take():
         "tracking.generators": GENERATORS,
         "watch.generators": ["copies", "execution", *GENERATORS],
         "watch.style": ["auto", *QUESTION_STYLES],
+        "generation.dtype": DTYPES,
         "generation.prompt": PROMPT_STYLES,
         "steering.prompts": PROMPT_STYLES,
     }

@@ -25,7 +25,7 @@ from ..core.errors import BadInput, look_up_name
 from .architectures import RESIDUAL_SITES, Place, residual_places
 from .graphed_step import GraphedStep, can_be_graphed
 from .interventions import register_hook
-from .limits import free_memory, is_out_of_memory
+from .limits import is_out_of_memory, remaining_memory
 from .lm import LM
 from .onednn import PackedLinears
 from .sampling import next_token_logits, random_stream, sample_tokens
@@ -371,10 +371,8 @@ def _admit(self: Decoder, slot: int, request: Request, hooks: _LayerHooks) -> _A
 def _release(self: Decoder, slot: int) -> Continuation:
     "The finished answer of a slot, which is free from now on."
     answer = self.answers[slot]
-    self.answers[slot] = None
-    self.cache.lengths[slot] = 0
     logprob, entropy = np.mean(answer.choices, 0).tolist()
-    return Continuation(
+    finished = Continuation(
         request=answer.request,
         tokens=answer.tokens,
         text=self._text(answer),
@@ -385,6 +383,9 @@ def _release(self: Decoder, slot: int) -> Continuation:
         per_token=self._states_by_token(answer),
         seconds=answer.seconds | {"generation": time.perf_counter() - answer.began},
     )
+    self.answers[slot] = None  # not before: memory may run out while states are copied, and the answer is written again
+    self.cache.lengths[slot] = 0
+    return finished
 
 # %% ../../nbs/models/decoding.ipynb #41bbda56
 @patch
@@ -560,7 +561,8 @@ def __iter__(self: Decoder) -> Iterator[Continuation]:
                     if self.step_count % 64 == 63:
                         self._tidy()
                     self._step(hooks)
-                    done += [self._release(slot) for slot in self._finished()]
+                    for slot in self._finished():
+                        done.append(self._release(slot))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -581,6 +583,6 @@ def slots_that_fit(
     "How many answers to write at a time."
     keys_and_values = columns * 2 * lm.n_layers * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize
     logits = 4 * 4 * lm.hf.config.vocab_size
-    fitting = int(0.5 * free_memory(lm.device) / (keys_and_values + logits))
+    fitting = int(0.5 * remaining_memory(lm.device, lm.limits) / (keys_and_values + logits))
     n = min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted)
     return n if n < SLOTS_PER_BLOCK else n // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL_LIMITS', 'NotEnoughMemory', 'MemoryLimits', 'memory_limits_from_environment', 'free_memory', 'process_memory',
-           'peak_memory', 'is_out_of_memory']
+           'remaining_memory', 'peak_memory', 'is_out_of_memory']
 
 # %% ../../nbs/models/limits.ipynb #a8fe6c20
 import os
@@ -107,6 +107,21 @@ def process_memory(
 
     return psutil.Process().memory_info().rss if device.type == "cpu" else 0
 
+
+def remaining_memory(
+    device: "torch.device",
+    limits: MemoryLimits = USUAL_LIMITS,
+) -> float:  # Bytes, at least 0
+    "What this process may still take of a device: what is free there, within its limit."
+    import torch
+
+    held = process_memory(device)
+    free = free_memory(device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - held  # PyTorch keeps what was freed
+    return max(min(free, limits.allowance(device) - held), 0)
+
 # %% ../../nbs/models/limits.ipynb #9ea40002
 def peak_memory() -> dict[str, float]:
     "Largest memory use of this process so far, in GB: `host`, and `gpu` where there is one."
@@ -121,7 +136,7 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 # %% ../../nbs/models/limits.ipynb #7afa6353
-_OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

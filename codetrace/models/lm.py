@@ -70,9 +70,21 @@ def dtype(self: LM) -> torch.dtype:
 
 @patch(as_prop=True)
 def device(self: LM) -> torch.device:
-    "Where the model computes."
+    "Where the model's inputs go: the device of its first weights that are not offloaded."
     hf: Any = self.hf
-    return hf.device
+    return next((p.device for p in self.hf.parameters() if not p.is_meta), hf.device)
+
+
+@patch(as_prop=True)
+def is_spread(self: LM) -> bool:
+    "Do the weights lie on several devices?"
+    return getattr(self.hf, "hf_device_map", {"": 0}).keys() != {""}
+
+
+@patch(as_prop=True)
+def memory_limit(self: LM) -> float:  # Bytes
+    "What the model and passes through it may take of the devices that it lies on."
+    return self.limits.allowance(self.device, self.is_spread)
 
 
 @patch
@@ -243,12 +255,11 @@ def capture(
     table, exists = resolve_positions(positions, batch.lengths)
     modules = {tuple(key): self.site_module(*key) for key in sites}
     captured = {}
-    offloaded = getattr(self.hf, "hf_device_map", {"": 0}).keys() != {""}
 
     def keep(key: tuple[str, int], x: Tensor) -> None:
-        x = take_positions(x, batch.start, table, exists)
+        x = take_positions(x, batch.start, table, exists).to(self.device)
         captured[key] = x.unflatten(-1, (self.n_heads, self.d_head)) if key[0] == "head_out" else x
-        if len(captured) == len(modules) and not offloaded:  # accelerate's own hooks must run to the end
+        if len(captured) == len(modules) and not self.is_spread:  # accelerate's own hooks must run to the end
             raise _AllCaptured
 
     with ExitStack() as stack, suppress(_AllCaptured):
@@ -372,7 +383,7 @@ def _continue(self: LM, prompts: list[list[int]], max_new_tokens: int, stop: tup
         # rows keep their numbers while interventions are on, which may count them
         keep = [row for row, i in enumerate(running) if i not in done or self._interventions]
         if len(keep) < len(running):
-            cache.batch_select_indices(torch.tensor(keep, device=self.device))
+            cache.batch_select_indices(torch.tensor(keep))
             running = [running[row] for row in keep]
         inputs = _next_step_inputs(inputs, token, keep)
     return [_cut_at_stop(self._text(prompt, tokens), stop) for prompt, tokens in zip(prompts, new)]

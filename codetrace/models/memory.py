@@ -151,12 +151,13 @@ def check_memory_estimate(
     remedy: str = "give fewer slots or a smaller max_new_tokens",
 ) -> dict:  # The estimate, in GB, for the manifest
     "Refuse what takes more than the limit: `NotEnoughMemory`."
-    limit = lm.limits.allowance(lm.device)
+    limit = lm.memory_limit
     if estimate.total * 1e9 > limit:
         parts = ", ".join(f"{name} {gb:.1f}" for name, gb in asdict(estimate).items() if gb >= 0.05)
-        option = lm.limits.option(lm.device)
+        option = lm.limits.option(lm.device, lm.is_spread)
+        place = "all devices together" if lm.is_spread else lm.device
         raise NotEnoughMemory(
-            f"{work} need about {estimate.total:.1f} GB ({parts or 'each part little'}), the limit is {limit / 1e9:g} GB on {lm.device}; "
+            f"{work} need about {estimate.total:.1f} GB ({parts or 'each part little'}), the limit is {limit / 1e9:g} GB on {place}; "
             f"{remedy}, or raise the limit: {option} {int(estimate.total) + 1}"
         )
     return {name: round(gb, 3) for name, gb in asdict(estimate).items()} | {"total": round(estimate.total, 3)}

@@ -32,6 +32,8 @@ def next_token_logits(
 ) -> Float[Tensor, "rows vocab"]:
     "Logits, in float32 where it matters: for the tokens that may be the likeliest."
     head = lm.hf.get_output_embeddings()
+    if not head.weight.is_meta:  # weights that are offloaded come to the states
+        hidden = hidden.to(head.weight.device)
     logits = head(hidden).float()
     if hidden.dtype != torch.float32 and head.weight.is_floating_point() and not head.weight.is_meta:
         top = logits.amax(-1, keepdim=True)

@@ -62,8 +62,9 @@ def token_choices(
     "The log-probability of each token, and the entropy of what it was chosen from."
     choices = []
     for start in range(0, len(tokens), _POSITIONS_AT_A_TIME):
-        chosen = torch.tensor(tokens[start : start + _POSITIONS_AT_A_TIME], device=hidden.device)
-        logprobs = next_token_logits(lm, hidden[start : start + len(chosen)]).log_softmax(-1)
+        part = list(tokens[start : start + _POSITIONS_AT_A_TIME])
+        logprobs = next_token_logits(lm, hidden[start : start + len(part)]).log_softmax(-1)
+        chosen = torch.tensor(part, device=logprobs.device)
         entropy = torch.special.entr(logprobs.exp()).sum(-1)
         choices += zip(logprobs.gather(-1, chosen[:, None])[:, 0].tolist(), entropy.tolist())
     return choices
@@ -73,6 +74,9 @@ class WrongServedModel(BadInput):
     "The server's log-probabilities are not those of the model here."
 
 # %% ../../nbs/models/served_decoder.ipynb #a74d33ad
+_TOKENS_TO_JUDGE = 32  # In bfloat16 a single token may differ by more than the mean of many
+
+
 @dataclass
 class ServerAgreement:
     "How far the server's log-probabilities are from those of the model here."
@@ -82,25 +86,29 @@ class ServerAgreement:
     total: float = 0.0  # Of differences
     largest: float = 0.0
     recent: list[float] = field(default_factory=list)  # Not judged yet
+    before: list[float] = field(default_factory=list)  # The last that were judged, beside which a few more are
 
     def add(self, served: Sequence[float], expected: Sequence[float]) -> None:
         "Compare the tokens of an answer."
         self.recent += np.abs(np.subtract(served, expected)).tolist()
 
-    def check(self, at_least: int = 32) -> bool:  # False: there are not enough tokens yet
+    def check(self, at_least: int = _TOKENS_TO_JUDGE) -> bool:  # False: there are not enough tokens yet
         "Raise `WrongServedModel` where what was added differs too much."
         if len(self.recent) < max(at_least, 1):
             return False
-        mean = float(np.mean(self.recent))
-        if not mean <= self.tolerance:
+        judged = self.recent if len(self.recent) >= _TOKENS_TO_JUDGE else [*self.recent, *self.before]
+        mean = float(np.mean(judged))
+        tolerance = self.tolerance * max(1.0, _TOKENS_TO_JUDGE / len(judged)) ** 0.5  # a mean of few scatters more
+        if not mean <= tolerance:
             raise WrongServedModel(
                 f"the server's log-probabilities are {mean:.2f} nats from those of this model, on average of "
-                f"{len(self.recent)} tokens; at most {self.tolerance:g} passes. It serves another model, or this one "
+                f"{len(judged)} tokens; at most {tolerance:.2g} passes. It serves another model, or this one "
                 "quantised, or cuts the distribution: serve it with codetrace serve, or give its own file with --model"
             )
         self.n_tokens += len(self.recent)
         self.total += sum(self.recent)
         self.largest = max(self.largest, *self.recent)
+        self.before = [*self.before, *self.recent][-_TOKENS_TO_JUDGE:]
         self.recent.clear()
         return True
 
@@ -228,7 +236,7 @@ def __iter__(self: ServedDecoder) -> Iterator[Continuation]:
             asked |= {pool.submit(self._ask, request) for request in islice(waiting, len(done))}
             for future in done:
                 unjudged.append(self._read(*future.result()))
-            if self.agreement.check(at_least=1 if not asked else 32):
+            if self.agreement.check(at_least=1 if not asked else _TOKENS_TO_JUDGE):
                 yield from unjudged
                 unjudged = []
         yield from unjudged  # answers without a token

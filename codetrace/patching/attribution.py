@@ -58,7 +58,7 @@ def _state_gradient_products(lm: LM, aligned: AlignedPair, sites: Sequence[str])
     base, gradient = _gradients(lm, aligned, keys)
     source, _ = _gradients(lm, replace(aligned, base=aligned.source), keys)
     positions = aligned.roles["position"].tolist()
-    return {key: ((source[key] - base[key]) * gradient[key])[0, positions] for key in keys}
+    return {key: ((source[key] - base[key]) * gradient[key])[0, positions].to(lm.device) for key in keys}
 
 
 def _site_attribution(

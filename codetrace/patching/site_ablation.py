@@ -73,7 +73,7 @@ def prompted_program(lm: LM, case: TraceCase) -> PromptedProgram:
 # %% ../../nbs/patching/site_ablation.ipynb #72dee1dd
 def named_site_states(lm: LM, program: PromptedProgram, site: str) -> NamedStates:
     "A site's states at a program's named positions."
-    states = torch.stack(_site_states(lm, program.token_ids, site))
+    states = torch.stack([x.to(lm.device) for x in _site_states(lm, program.token_ids, site)])
     return {name: states[:, position] for name, position in program.positions.items()}
 
 

@@ -62,7 +62,7 @@ def lens_table(
     tables = []
     for layer, states in enumerate(data.states):
         hidden = norm.forward(torch.from_numpy(states[is_judged]).to(lm.device, lm.dtype)).float()
-        read = np.array(list(known), object)[(hidden @ weights.T).argmax(-1).cpu().numpy()]
+        read = np.array(list(known), object)[(hidden.to(weights.device) @ weights.T).argmax(-1).cpu().numpy()]
         correct = pd.Series(read == rows["label"].to_numpy(object), rows.index)
         for place, group in rows.groupby("place", sort=False):
             share = share_over_programs(correct[group.index], group["program"], "lens")

@@ -90,7 +90,7 @@ def _state_distances(lm: LM, case: SwapCase) -> Float[Tensor, "layer position"]:
     "How far the states of the two runs are apart at each place, as a share of the base's length."
     tokens = list(case.positions.values())
     base, source = [
-        torch.stack([states[tokens, 0] for states in _site_states(lm, run, "resid_pre")]).float().cpu()
+        torch.stack([states[tokens, 0].float().cpu() for states in _site_states(lm, run, "resid_pre")])
         for run in (case.base, case.source)
     ]
     return (source - base).norm(dim=-1) / base.norm(dim=-1)

@@ -22,7 +22,7 @@ SHARED_RULES = {  # By parameter; the words that need torch to be imported are h
     "coefficients": ParameterRule(at_least=None, distinct=True),
     "components": ParameterRule(at_least=1, filled=True, distinct=True),
     "depths": ParameterRule(at_least=1, distinct=True),
-    "dtype": ParameterRule(choices=("auto", "float32", "bfloat16", "float16")),
+    "dtype": ParameterRule(choices=("auto", "float32", "bfloat16", "float16", "8bit", "4bit")),
     "generator": ParameterRule(choices=tuple(GENERATORS)),
     "generators": ParameterRule(choices=tuple(GENERATORS), label="generator", filled=True, distinct=True),
     "layers": ParameterRule(distinct=True, label="layer"),

@@ -534,7 +534,7 @@ def plan_decoding_slots(
     prompt_length = max(map(len, lm.ids(prompts)))
     estimate = partial(_estimate_for_slots, lm, prompt_length, options)
     slots = options.slots or max(1, slots_that_fit(lm, prompt_length + options.max_new_tokens, len(items)))
-    while not options.slots and slots > 1 and estimate(slots).total * 1e9 > lm.limits.allowance(lm.device):
+    while not options.slots and slots > 1 and estimate(slots).total * 1e9 > lm.memory_limit:
         slots //= 2
     description = f"{slots} answers of {options.max_new_tokens} tokens at a time by {lm.name!r}"
     return slots, check_memory_estimate(lm, estimate(slots), description)
