@@ -377,10 +377,17 @@ def check_sweep(twins: Twins, dtype: str, site: str, pair: PatchPair, layers: li
 
 def worst(measurements: dict[str, Measurement]) -> Measurement:
     "The measurement that is nearest to failing, with all errors as values."
-    name = max(measurements, key=lambda key: np.nan_to_num(measurements[key].error, nan=np.inf))
+    name = max(measurements, key=lambda key: _share_of_tolerance(measurements[key]))
     measurement = measurements[name]
     errors = {key: m.error for key, m in measurements.items()}
     return Measurement(measurement.error, measurement.tolerance, f"{measurement.note}; worst: {name}", errors)
+
+
+def _share_of_tolerance(measurement: Measurement) -> float:
+    "Above 1 where it fails."
+    if measurement.tolerance > 0:
+        return float(np.nan_to_num(measurement.error / measurement.tolerance, nan=np.inf))
+    return 0.0 if measurement.error == 0 else math.inf
 
 
 def check_tiny_sweep(twins: Twins, dtype: str, quick: bool) -> Measurement:
@@ -408,11 +415,26 @@ def check_decoding(lm: LM, n: int, new: int, slots: int) -> Measurement:
 
 
 def check_graphed(lm: LM, n: int, new: int, slots: int) -> Measurement:
-    "Steps that are replayed (on a processor: done again) into the same memory, against steps that are not; states are kept."
-    prompts = random_prompts(lm, prompt_lengths(n))
-    plain = write_in_slots(lm, prompts, new, slots, layers=None)
-    graphed = write_in_slots(lm, prompts, new, slots, layers=None, graphed=True)
-    return compare_answers(lm, prompts, [answer.tokens for answer in graphed], [answer.tokens for answer in plain])
+    "Steps that are replayed (on a processor: done again) into the same memory, against steps that are not, states and all."
+    lengths = [length + 60 * (i % 2) for i, length in enumerate(prompt_lengths(n))]  # across the end of a recording
+    prompts = random_prompts(lm, lengths)
+    options = dict(layers=None, per_token=range(lm.n_layers))
+    plain, graphed = (write_in_slots(lm, prompts, new, slots, graphed=on, **options) for on in (False, True))
+    tokens = compare_answers(lm, prompts, [answer.tokens for answer in graphed], [answer.tokens for answer in plain])
+    return worst({"tokens": tokens, "states": compare_kept_states(lm, graphed, plain)})
+
+
+def compare_kept_states(lm: LM, answers: list[Continuation], plain: list[Continuation]) -> Measurement:
+    "How far states are apart in answers of the same tokens."
+    note = "largest difference of states, over their root mean square"
+    same = [(a, b) for a, b in zip(answers, plain) if a.tokens == b.tokens and a.tokens]
+    if not same:
+        return Measurement(math.nan, 0.0, f"{note}: no two answers are the same")
+    errors = []
+    for pair in same:
+        one, two = (states_in_slots(lm, answer) for answer in pair)
+        errors += [float((one[kind] - two[kind]).abs().max()) / root_mean_square(two[kind]) for kind in one]
+    return Measurement(float(np.max(errors)), 1e-3 if lm.dtype == torch.float32 else 0.25, note)
 
 
 def teacher_forced_states(lm: LM, answer: Continuation, edit: Callable = no_edit) -> dict[str, Tensor]:
@@ -650,7 +672,7 @@ def spread_model(hf: torch.nn.Module, device: str) -> torch.nn.Module:
     (name,) = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList)]
     layers = parts.pop(name)
     places = {f"{prefix}.{name}.{i}": first_device if i < len(layers) // 2 else device for i in range(len(layers))}
-    places |= {f"{prefix}.{part}": device for part in parts}
+    places |= {f"{prefix}.{part}": first_device if "norm" in part else device for part in parts}  # away from the head
     places |= {part: device for part, _ in hf.named_children() if part != prefix}
     return dispatch_model(hf, places, main_device=device, force_hooks=True)
 
@@ -671,6 +693,14 @@ def check_spread(twins: Twins, device: str, size: tuple[int, int, int]) -> Measu
         states = [torch.stack([answer.states[kind].float().cpu() for answer in of_lm]) for of_lm in answers]
         errors[kind] = float((states[0] - states[1]).abs().max())
     return Measurement(float(np.max(list(errors.values()))), 1e-3, "largest difference", errors)
+
+
+def check_spread_answers(lm: LM, device: str, size: tuple[int, int, int]) -> Measurement:
+    "Answers of a model on two devices and of the same on one, in bfloat16, where near ties are scored again."
+    spread = wrap_model(lm.name, spread_model(lm.hf, device))
+    prompts = random_prompts(lm, prompt_lengths(size[0]))
+    whole, apart = ([answer.tokens for answer in write_in_slots(model, prompts, *size[1:])] for model in (lm, spread))
+    return compare_answers(lm, prompts, apart, whole)
 
 
 def check_quantized(twins: Twins, device: str, bits: str, size: tuple[int, int, int]) -> Measurement:
@@ -698,6 +728,8 @@ def check_other_forms(checks: Checks, options: argparse.Namespace) -> None:
             continue
         twins = tiny_twins(family, attentions(family, options.quick)[0], options.device)
         checks.run(f"two devices {family}", partial(check_spread, twins, options.device, size))
+        answers = partial(check_spread_answers, twins.bfloat16, options.device, size)
+        checks.run(f"two devices {family} bfloat16", answers)
     for bits in ("8bit", "4bit"):
         name = f"quantised {bits} llama"
         if missing_packages(("bitsandbytes",)):
@@ -1011,11 +1043,11 @@ def main() -> int:
     try:
         check_saes(checks, options)
         check_other_forms(checks, options)
+        check_tiny_models(checks, options)
         small = options.quick or options.device == "cpu"
         checks.run("bench sae", partial(bench_sae, options.device, small))
         checks.run("bench latents", partial(bench_latents, options.device, small))
         check_real_shapes(checks, options)
-        check_tiny_models(checks, options)
     finally:
         write_report(checks, machine, path)
     return 1 if print_summary(checks, path) else 0

@@ -24,7 +24,7 @@ VIEW_DEFAULTS: dict[str, dict[str, str]] = {
         "call": "count_even([4, 7, 2])",
         "variables": "",
         "model": "",
-        "style": "print",
+        "style": "auto",
     },
     "records": {"search": "", "phase": "", "model": "", "status": "", "run": "", "compare": ""},
     "trace": {

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .typed_programs import RefusedProgram, check_typed_program, check_typed_size, plain_source
 from .view_links import view_link
-from ..core.errors import BadInput, look_up_name
+from ..core.errors import BadInput
 from ..models.lm import LM
 from ..models.memory import check_pass_memory
 from codetrace.tasks.execution import (
@@ -24,7 +24,7 @@ from codetrace.tasks.execution import (
     record_executions,
     watchable_program,
 )
-from ..tasks.question_styles import QUESTION_STYLES
+from ..tasks.question_styles import way_of_asking
 from codetrace.tasks.state_questions import (
     StateQuestion,
     ask_states,
@@ -47,10 +47,10 @@ class WatchRequest:
     call: str = ""  # What is called of it; empty: its own lines are watched
     variables: str = ""  # Names with commas between them; empty: all
     model: str = "binding"
-    style: str = "print"  # A key of `QUESTION_STYLES`
+    style: str = "auto"  # A key of `QUESTION_STYLES`, or `auto`: as the model was taught, else `print`
 
     def __post_init__(self):
-        look_up_name(self.style, QUESTION_STYLES, "question style")
+        way_of_asking(self.model, self.style)
         check_typed_size(len(self.program), _LONGEST_PROGRAM, "characters")
 
     @property
@@ -124,10 +124,11 @@ def watch_steps(
     progress = WatchProgress(request, lm.name, execution, len(questions), n_left_out)
     yield progress
     answers = []
+    style, most_tokens = way_of_asking(request.model, request.style)
     while len(answers) < len(questions):
         count = _QUESTIONS_AT_ONCE if answers else _FIRST_QUESTIONS
         part = questions[len(answers) : len(answers) + count]
-        answers += ask_states(lm, execution, part, request.style)
+        answers += ask_states(lm, execution, part, style, max_new_tokens=most_tokens)
         progress = replace(progress, table=watch_table(execution, questions[: len(answers)], answers))
         yield progress
 
@@ -154,7 +155,11 @@ def trace_program(
     lines = progress.execution.program.code.split("\n")[: step.line]
     if lines[-1] != lines[-1].lstrip():
         return ""  # the question would stand inside of a block
-    question = f"#{variable}:" if progress.request.style == "hash" else f"print({variable})  # prints "
+    question = (
+        f"#{variable}:"
+        if way_of_asking(progress.request.model, progress.request.style)[0] == "hash"
+        else f"print({variable})  # prints "
+    )
     program = "\n".join([*lines, question])
     try:
         check_typed_program(program)

@@ -21,7 +21,7 @@ from .view_links import VIEW_DEFAULTS
 from .watch_steps import WatchProgress, WatchRequest, record_request, trace_address, watch_steps
 from ..models.lm import LM
 from ..tasks.execution import ENDINGS, ExecutionStep
-from ..tasks.question_styles import QUESTION_STYLES
+from ..tasks.question_styles import QUESTION_STYLES, way_of_asking
 from ..tasks.watching import STATE_RULES, first_divergence
 
 # %% ../../nbs/app/watch_tab.ipynb #2bf20ff8
@@ -185,7 +185,7 @@ from codetrace.tasks.execution import TracedProgram
 from codetrace.tasks.watching import watch_program
 
 program = TracedProgram({source!r}, {call!r})
-execution, table = watch_program(load({model!r}, dtype="float32"), program, {names!r}, {style!r})
+execution, table = watch_program(load({model!r}, dtype="float32"), program, {names!r}, {style!r}, max_new_tokens={most_tokens})
 table"""
 
 
@@ -198,8 +198,15 @@ def watch_snippet(**values: str) -> str:
     for name in request.names:
         words += ["--variable", name]
     command = " ".join(map(shlex.quote, words))
+    style, most_tokens = way_of_asking(request.model, request.style)
     return _WATCH_CODE.format(
-        command=command, source=request.source, call=call, model=request.model, names=request.names, style=request.style
+        command=command,
+        source=request.source,
+        call=call,
+        model=request.model,
+        names=request.names,
+        style=style,
+        most_tokens=most_tokens,
     )
 
 # %% ../../nbs/app/watch_tab.ipynb #dcdab1ad
@@ -254,7 +261,7 @@ def watch_tab(
             variables = gradio.Textbox(label="Variables, such as a, b; empty: all")
             with gradio.Row():
                 model = gradio.Dropdown(list(models), value=models[0], label="Model")
-                style = gradio.Dropdown(list(QUESTION_STYLES), value=default["style"], label="Asked as")
+                style = gradio.Dropdown(["auto", *QUESTION_STYLES], value=default["style"], label="Asked as")
     example.input(_fill_watch_example, [example, program, call], [program, call], queue=False, api_visibility="private")
     fields = {"program": program, "call": call, "variables": variables, "model": model, "style": style}
     show = _watch_runner(jobs, load)

@@ -405,8 +405,8 @@ def used_layers(
     rows = []
     for case in progress(sorted(cases, key=attrgetter("question.step.step")), desc="swaps"):
         of_case = run_state_swaps(lm, [case], max_new_tokens)
-        row = {"line": case.question.step.line, "run": case.question.step.visit, "variable": case.question.variable}
-        row |= {"true": case.texts[0], "in the other run": case.texts[1]}
+        row = {"line": case.question.step.line, "visit": case.question.step.visit, "variable": case.question.variable}
+        row |= {"true": case.texts[0], "other run": case.other_run, "true there": case.texts[1]}
         row["both are said"] = "yes" if of_case["known"].iloc[0] else "no"
         for place in STATE_PLACES:
             flipping = of_case[(of_case["place"] == place) & of_case["flips"]]["layer"]

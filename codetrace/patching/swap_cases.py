@@ -91,6 +91,7 @@ class SwapCase:
     other_base: tuple[int, ...]  # With a question about another variable; empty: there is none
     other_source: tuple[int, ...]
     other_position: int  # Where the other variable's line ends; -1: nowhere, or the variable is made from it
+    other_run: str  # The call of the run with the other input, or its lines that differ
 
     @property
     def shared(self) -> int:
@@ -167,6 +168,14 @@ class _RunPair:
         "What the variable is in the base run."
         return StateQuestion(self.step, variable, self.step.after[variable], self.last_line)
 
+    def other_run(self) -> str:
+        "What the other run was given, in words."
+        base, source = self.base.program, self.source.program
+        if base.call != source.call:
+            return source.call
+        lines = zip(base.code.split("\n"), source.code.split("\n"))
+        return "; ".join(other.strip() for line, other in lines if line != other)
+
     def prompts(self, lm: LM, variable: str, style: str) -> _RunPrompts:
         "The question about a variable, put to both runs."
         source_truth = self.source_step.after[variable]
@@ -228,6 +237,7 @@ def _swap_case(lm: LM, pair: _RunPair, variable: str, depth: int, sources: set[s
         other_base=other_base,
         other_source=other_source,
         other_position=other_position,
+        other_run=pair.other_run(),
     )
 
 # %% ../../nbs/patching/swap_cases.ipynb #0118ad76

@@ -248,7 +248,7 @@ def parse_parameters(
     return values | typed
 
 # %% ../../nbs/runs/parameters.ipynb #c40a0806
-COUNT_PARAMETERS = ("num_seqs", "num_programs", "num_problems")
+COUNT_PARAMETERS = ("num_seqs", "num_programs", "num_problems", "count")
 
 
 _OPTION_NAMES = {  # Of an option: the parameters that it may stand for, where it is not named like one
@@ -270,7 +270,7 @@ def shorthand_parameters(
         names = _OPTION_NAMES.get(option, (option,))
         name = next((name for name in names if name in declared), None)
         if name is None:
-            raise UnknownName(f"this phase takes no {names[0]!r}; its parameters are {', '.join(declared)}")
+            raise UnknownName(f"this phase takes no {' or '.join(names)}; its parameters are {', '.join(declared)}")
         values[name] = value
     return values
 

@@ -6,7 +6,6 @@
 __all__ = ['WATCH_EXAMPLES', 'watch_command']
 
 # %% ../../nbs/runs/watch_command.ipynb #e95c9489
-import ast
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import BadInput, look_up_name
+from ..core.errors import BadInput
 from ..core.progress import progress_bar
-from ..core.python_source import parse_source
 from .listing import print_table, printable
 from .phases import runs_root
-from ..tasks.question_styles import QUESTION_STYLES
+from ..tasks.question_styles import QUESTION_STYLES, way_of_asking
 
 if TYPE_CHECKING:  # torch is imported last
     from codetrace.models.lm import LM
@@ -34,11 +32,13 @@ WATCH_EXAMPLES = (
 )
 
 # %% ../../nbs/runs/watch_command.ipynb #a6ca2492
-def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str], style: str) -> None:
+def _print_used_layers(
+    lm: "LM", execution: "Execution", variables: Sequence[str], style: str, most_tokens: int
+) -> None:
     "At which layers the states of a run with another input bring its answers."
     from codetrace.patching.state_swaps import used_layers
 
-    rows = used_layers(lm, execution, variables, style, progress_bar)
+    rows = used_layers(lm, execution, variables, style, progress_bar, most_tokens)
     if not rows:
         print(
             "used: nothing to swap: another input must change a value that can be asked for and is not written on its own line, "
@@ -49,16 +49,10 @@ def _print_used_layers(lm: "LM", execution: "Execution", variables: Sequence[str
         "used: layers at which the other run's state at a place brings its answer, where both are said unswapped (one program: no interval)"
     )
     print_table(rows)
+    if not any(row["both are said"] == "yes" for row in rows):
+        print("used: of none of these does the model say both values unswapped, so that no swap can be judged")
 
 # %% ../../nbs/runs/watch_command.ipynb #3f60ac29
-def _functions_of(program: "TracedProgram") -> str:
-    "The functions that could be called, with their parameters."
-    tree = parse_source(program.code)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    texts = [f"{node.name}({ast.unparse(node.args)})" for node in functions]
-    return f"; the program defines {', '.join(texts)}" if texts else ""
-
-
 def _check_some_line(execution: "Execution", limits: "TraceLimits") -> None:
     "Refuse a run that ended before a line was done with a variable: it says how it ended."
     if execution.ending == "return" or any(step.complete and step.after for step in execution.steps):
@@ -66,13 +60,13 @@ def _check_some_line(execution: "Execution", limits: "TraceLimits") -> None:
     recorded = f"at most {limits.steps} lines, and {limits.depth} calls in one another, are recorded"
     raise BadInput(
         f"no line of the program was done with a variable before it ended by {execution.ending} ({execution.detail}); "
-        f"{recorded}, and nobody types what it reads: give another --call{_functions_of(execution.program)}"
+        f"{recorded}, and nobody types what it reads: give another --call"
     )
 
 
-def _record_name(program: "TracedProgram", model: str) -> str:
-    "A folder's name that programs of one name, other calls and other models do not share."
-    digest = hashlib.sha256("\0".join((program.code, program.call, model)).encode()).hexdigest()
+def _record_name(program: "TracedProgram", asked: Sequence[str]) -> str:
+    "A folder's name that programs of one name, other calls and other questions do not share."
+    digest = hashlib.sha256("\0".join((program.code, program.call, *asked)).encode()).hexdigest()
     return f"{program.name}-{digest[:8]}"
 
 
@@ -86,18 +80,21 @@ def _check_record_folder(folder: Path) -> None:
         raise BadInput(f"cannot write the record to {folder}: {error.strerror}; give another folder by --out") from None
 
 # %% ../../nbs/runs/watch_command.ipynb #88a55815
-def _record_checked(program: str, call: str, model: str, style: str, variables: Sequence[str]) -> "Execution":
+def _record_checked(program: str, call: str, model: str, variables: Sequence[str], steps: int) -> "Execution":
     "Run a program in the sandbox, after all that can be wrong with what was typed."
     from codetrace.models.folders import check_model_name
     from codetrace.tasks.execution import TraceLimits, check_execution, record_executions, watchable_program
 
     traced = watchable_program(program, call)
     check_model_name(model)
-    look_up_name(style, QUESTION_STYLES, "question style")
-    limits = TraceLimits(steps=1000)
+    limits = TraceLimits(steps=steps)
     (execution,) = record_executions([traced], limits)
     check_execution(execution, variables)
     _check_some_line(execution, limits)
+    if execution.ending != "return":
+        lines = f"the {len(execution.steps)} lines before are watched"
+        more = f"; for more give --steps {10 * steps}" if execution.detail == "steps" else ""
+        print(printable(f"it ended by {execution.ending} ({execution.detail}): {lines}{more}"))
     return execution
 
 # %% ../../nbs/runs/watch_command.ipynb #c2f6fa44
@@ -108,16 +105,23 @@ def watch_command(
     ] = "",
     model: Annotated[str, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")] = "smollm2",
     variable: Annotated[list[str] | None, typer.Option(metavar="X", help="Only this variable; repeatable.")] = None,
-    style: Annotated[str, typer.Option(metavar="S", help=f"How it is asked: {', '.join(QUESTION_STYLES)}.")] = "print",
-    whole: Annotated[bool, typer.Option("--all", help="Also what a line does not change.")] = False,
+    style: Annotated[
+        str, typer.Option(metavar="S", help=f"How it is asked: auto, {', '.join(QUESTION_STYLES)}.")
+    ] = "auto",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="How many executed lines are recorded at most.")] = 200,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Also what a line does not change; without, only where that is said wrong.")
+    ] = False,
     used: Annotated[
         bool, typer.Option("--used", help="Also swap states with a run of another input: is what they hold used?")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where states.parquet and .csv go.")] = None,
 ):
     "Watch a program's variables: what is true after each line, what a model says, and whether it uses its states."
-    execution = _record_checked(program, call, model, style, variable or ())
-    folder = out or runs_root() / "watched" / _record_name(execution.program, model)
+    style, most_tokens = way_of_asking(model, style)
+    variables = variable or ()
+    execution = _record_checked(program, call, model, variables, steps)
+    folder = out or runs_root() / "watched" / _record_name(execution.program, (model, style, str(steps), *variables))
     _check_record_folder(folder)
 
     from codetrace.models.loading import load  # what is wrong with the program is said before torch is imported
@@ -129,12 +133,12 @@ def watch_command(
         write_watch_record,
     )
 
-    questions_to_ask(execution, variable or ())
+    questions_to_ask(execution, variables)
     lm = load(model)
-    table = watch_execution(lm, execution, variable or (), style, progress_bar)
+    table = watch_execution(lm, execution, variables, style, progress_bar, most_tokens)
     print_table(watch_listing(execution, table, only_changed=not whole))
-    paths = write_watch_record(table, folder)
+    paths = write_watch_record(table.assign(model=lm.name, style=style), folder)
     print(printable(watch_summary(execution, table)))
     if used:
-        _print_used_layers(lm, execution, variable or (), style)
+        _print_used_layers(lm, execution, variables, style, most_tokens)
     print(f"record: {paths[0]} and {paths[1].name}")

@@ -9,6 +9,7 @@ __all__ = ['ENDINGS', 'TraceLimits', 'TracedProgram', 'TracedValue', 'ExecutionS
 # %% ../../nbs/tasks/execution.ipynb #b8496609
 import ast
 import os
+import re
 import secrets
 import struct
 from collections import Counter
@@ -290,9 +291,9 @@ def watchable_program(
     program: str,  # A Python file, or the text of a program
     call: str = "",  # An expression; without one the program's own lines are traced
 ) -> TracedProgram:
-    "A user's program; a text is taken for a file where it has one line and no more than a name."
+    "A user's program; a text is taken for a file where it is no more than a name or a path."
     path = Path(program)
-    is_name = "\n" not in program and (program.endswith(".py") or program.replace("/", "").isidentifier())
+    is_name = re.fullmatch(r"[\w./~-]+", program) is not None or (program.endswith(".py") and "\n" not in program)
     if "\n" not in program and len(program) < 255 and path.is_dir():
         raise BadInput(f"{program} is a folder: give a Python file, or the text of a program")
     if not is_name:
@@ -323,14 +324,34 @@ def _checked_call(call: str) -> str:
     return _checked_source(call.strip(), f"the call {call!r}", "eval") if call else ""
 
 # %% ../../nbs/tasks/execution.ipynb #f55bb388
+def _callable_functions(program: TracedProgram) -> str:
+    "The functions that could be called, with their parameters."
+    tree = parse_source(program.code)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    texts = [f"{node.name}({ast.unparse(node.args)})" for node in functions]
+    return f"; the program defines {', '.join(texts)}" if texts else ""
+
+
+def _why_nothing_ran(execution: Execution) -> str:
+    "What to type where no line was executed."
+    if execution.ending == "tampering":
+        return f"{execution.detail}; what starts threads, asks for frames or signals, or loads C libraries (numpy, asyncio, logging) would escape the recorder: watch a program without it"
+    if execution.detail:
+        return execution.detail + _callable_functions(execution.program)
+    if execution.value is not None and execution.value.type in ("generator", "coroutine", "async_generator"):
+        return f"the call gave a {execution.value.type}, whose lines run only when it is read: try --call 'list({execution.program.call})'"
+    return f"no line of its functions was executed: call one with --call 'f(1)'{_callable_functions(execution.program)}"
+
+# %% ../../nbs/tasks/execution.ipynb #794a06f6
 def check_execution(execution: Execution, variables: Iterable[str] = ()) -> None:
     "Refuse what was not run, and variables that the program does not have."
     if execution.ending in ("syntax", "runner_error", "forged", "tampering") or not execution.steps:
-        reason = execution.detail or "no line of its functions was executed: call one with --call 'f(1)'"
-        if execution.ending == "tampering":
-            reason += "; what starts threads, asks for frames or signals, or loads C libraries (numpy, asyncio, logging) would escape the recorder: watch a program without it"
-        raise BadInput(f"{execution.program.name or 'the program'} was not watched ({execution.ending}): {reason}")
+        what = execution.program.name or "the program"
+        raise BadInput(f"{what} was not watched ({execution.ending}): {_why_nothing_ran(execution)}")
     names = dict.fromkeys(name for step in execution.steps for name in step.after)
     for name in variables:
         if name not in names:
-            raise BadInput(f"unknown variable {name!r}: the lines that were executed have {', '.join(names)}")
+            there = f"the lines that were executed have {', '.join(names) or 'none'}"
+            ended = "" if execution.ending == "return" else f"; it ended by {execution.ending} ({execution.detail})"
+            hint = "" if execution.program.call else "; functions are watched with --call 'f(1)'"
+            raise BadInput(f"unknown variable {name!r}: {there}{ended}{hint}")

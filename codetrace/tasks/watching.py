@@ -295,11 +295,12 @@ def watch_program(
     style: str = "assertion",  # A key of `QUESTION_STYLES`
     limits: TraceLimits = TraceLimits(steps=1000),
     progress: Progress = no_progress,
+    max_new_tokens: int = 16,  # Of an answer
 ) -> tuple[Execution, pd.DataFrame]:  # And the table
     "Run a program in the sandbox, and ask a model about every variable after every line."
     (execution,) = record_executions([program], limits)
     check_execution(execution, variables)
-    return execution, watch_execution(lm, execution, variables, style, progress)
+    return execution, watch_execution(lm, execution, variables, style, progress, max_new_tokens)
 
 # %% ../../nbs/tasks/watching.ipynb #c6351e7e
 def questions_to_ask(
@@ -343,7 +344,12 @@ def watch_listing(
         cells = table[table["step"] == step.step]
         if only_changed:
             cells = cells[cells["changed"] | ~cells["correct"]]
-        text = {"line": str(step.line), "visit": str(step.visit), "code": lines[step.line - 1][:60]}
+        text = {
+            "step": str(step.step),
+            "line": str(step.line),
+            "visit": str(step.visit),
+            "code": lines[step.line - 1][:60],
+        }
         rows += _listing_rows(text, cells, step.step == divergence)
     return rows
 
@@ -367,7 +373,15 @@ def watch_summary(execution: Execution, table: pd.DataFrame) -> str:
     line = table[table["step"] == step]["line"].iloc[0] if step is not None else None
     where = f"first divergence in step {step}, line {line}" if step is not None else "no divergence"
     ended = execution.ending + (f" ({execution.detail})" if execution.detail else "")
-    return "; ".join([*parts, where, "one program: no interval", f"it ended by {ended}"])
+    last = [f"it ended by {ended}", *_unasked_summary(execution, table)]
+    return "; ".join([*parts, where, "one program: no interval", *last])
+
+
+def _unasked_summary(execution: Execution, table: pd.DataFrame) -> list[str]:
+    "The variables that were never asked for, since they hold nothing that can be said in few tokens."
+    asked = set(table["variable"])
+    types = {name: value.type for step in execution.steps for name, value in step.after.items() if name not in asked}
+    return ["not asked: " + ", ".join(f"{name} ({type_name})" for name, type_name in types.items())] if types else []
 
 
 def _group_summary(rows: pd.DataFrame) -> str:
@@ -381,7 +395,7 @@ def _group_summary(rows: pd.DataFrame) -> str:
 
 # %% ../../nbs/tasks/watching.ipynb #5d161874
 def write_watch_record(
-    table: pd.DataFrame,  # From `watch_table`
+    table: pd.DataFrame,  # From `watch_table`, with any further columns
     folder: Path,
 ) -> tuple[Path, Path]:
     "Write a table as Parquet and as CSV."
