@@ -37,7 +37,7 @@ def _answer_logits(lm: LM, case: SwapCase) -> list[Float[Tensor, "token vocab"]]
     logits = []
     for run, answer in zip((case.base, case.source), case.answers):
         prompt = run[: len(run) - case.shared]
-        logits.append(lm.logits([[*prompt, *answer]], last=False)[0, len(prompt) - 1 :])
+        logits.append(lm.logits([[*prompt, *answer]], last=False, progress=no_progress)[0, len(prompt) - 1 :])
     return logits
 
 
@@ -73,7 +73,11 @@ def _swept_answers(lm: LM, cases: Sequence[SwapCase]) -> list[Float[Tensor, "lay
 def _others_kept(lm: LM, cases: Sequence[SwapCase]) -> dict[int, Float[Tensor, "layer position"]]:
     "By number of the case: is the other variable's answer on top what it was?"
     numbers = [i for i, case in enumerate(cases) if case.other_base]
-    plain = lm.logits([list(cases[i].other_base) for i in numbers]).argmax(-1).tolist() if numbers else []
+    plain = (
+        lm.logits([list(cases[i].other_base) for i in numbers], progress=no_progress).argmax(-1).tolist()
+        if numbers
+        else []
+    )
     pairs = []
     for i in numbers:
         places = [cases[i].positions[place] for place in PROGRAM_PLACES if place in cases[i].positions]

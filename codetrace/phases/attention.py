@@ -6,7 +6,8 @@
 __all__ = ['PROMPT_PARTS', 'ATTENTION', 'prompt_token_parts', 'prompt_attention_shares', 'attention_changes',
            'random_attention_changes', 'random_pushes_of_same_norm', 'attention_change_p', 'attention_change_sentence',
            'component_contributions', 'contribution_table', 'judged_share', 'contribution_sentence',
-           'attention_change_claim', 'contribution_claim', 'attention_claims', 'attention_headline']
+           'attention_change_claim', 'contribution_claim', 'attention_claims', 'attention_headline',
+           'attention_limitations']
 
 # %% ../../nbs/phases/28_attention.ipynb #01913010
 from collections.abc import Mapping, Sequence
@@ -181,15 +182,16 @@ def random_attention_changes(
     seed: int = 0,
 ) -> (
     pd.DataFrame
-):  # One row a push: `direction`, `n_changed` (heads and parts with q below 0.05), `largest_change, total_change`
+):  # One row a push: `direction, kind`, `n_changed` (heads and parts with q below 0.05), `largest_change, total_change`
     "How much random pushes change."
     rows = []
     for push, table in zip(pushes, _attention_under_pushes(lm, problems, pushes, style, progress)):
         changes = attention_changes(table, seed, first_layer)
-        row = {"direction": push.direction.name, "n_changed": int((changes["q"] < SIGNIFICANCE_LEVEL).sum())}
+        direction = {"direction": push.direction.name, "kind": push.direction.kind}
+        row = direction | {"n_changed": int((changes["q"] < SIGNIFICANCE_LEVEL).sum())}
         sizes = changes["change"].abs()
         rows.append(row | {"largest_change": float(sizes.max()), "total_change": float(sizes.sum())})
-    return pd.DataFrame(rows, columns=["direction", "n_changed", "largest_change", "total_change"])
+    return pd.DataFrame(rows, columns=["direction", "kind", "n_changed", "largest_change", "total_change"])
 
 # %% ../../nbs/phases/28_attention.ipynb #a77e0002
 def random_pushes_of_same_norm(
@@ -204,12 +206,11 @@ def random_pushes_of_same_norm(
 def attention_change_p(
     changes: pd.DataFrame,  # From `attention_changes`
     random: pd.DataFrame,  # From `random_attention_changes`
-) -> float:  # NaN for fewer than `MIN_RANDOM_DIRECTIONS`
-    "The share of pushes, the chosen one among them, whose largest change is as large."
-    if len(random) < MIN_RANDOM_DIRECTIONS:
-        return np.nan
+) -> float:  # NaN where no kind of direction has `MIN_RANDOM_DIRECTIONS`
+    "The share of pushes, the chosen one among them, whose largest change is as large; of the kind of random directions of which more are."
     largest = changes["change"].abs().max()
-    return float((1 + (random["largest_change"] >= largest).sum()) / (1 + len(random)))
+    of_kinds = [group["largest_change"] for _, group in random.groupby("kind") if len(group) >= MIN_RANDOM_DIRECTIONS]
+    return max((float((1 + (of_kind >= largest).sum()) / (1 + len(of_kind))) for of_kind in of_kinds), default=np.nan)
 
 # %% ../../nbs/phases/28_attention.ipynb #1f9d0bca
 def attention_change_sentence(
@@ -234,7 +235,7 @@ def attention_change_sentence(
     largest = f"the largest change, {changes['change'].abs().max():.2f},"
     p = attention_change_p(changes, random)
     if np.isnan(p):
-        return f"{sentence}; no verdict, as {others} and {MIN_RANDOM_DIRECTIONS} such are needed"
+        return f"{sentence}; no verdict, as {others} and {MIN_RANDOM_DIRECTIONS} of one kind are needed"
     if p > SIGNIFICANCE_LEVEL:
         return f"{sentence}; {largest} is no larger than random pushes make: {others}"
     if not kept:
@@ -415,6 +416,16 @@ def attention_headline(
     "What a push changes in attention, and which components feed the latent."
     return "; ".join(claim["verdict"] for claim in claims)
 
+
+def attention_limitations(
+    manifest: Mapping,  # Of a run of this phase
+) -> list[str]:
+    "Where the push is added, and where its strength was chosen."
+    return [
+        "Attention was read on prompts, with the push added to their tokens; its strength was chosen while answers were written.",
+        f"A head may attend elsewhere in answers, which were not read: {manifest['problems']['n']} prompts were.",
+    ]
+
 # %% ../../nbs/phases/28_attention.ipynb #ff9a17d5
 ATTENTION = Phase(
     name="attention",
@@ -431,6 +442,7 @@ ATTENTION = Phase(
     ),
     figures=("attention.png",),
     claims="attention_claims",
+    limitations="attention_limitations",
     study="correctness",
     made_up={"input": ""},
 )

@@ -111,9 +111,14 @@ def latent_claims(
 def latent_limitations(
     manifest: Mapping,  # Of a run of this phase; its summary is its table of the best latents
 ) -> list[str]:
-    "What could not be permuted."
+    "What could not be permuted, and what was read as the SAEs were not trained to."
     best = pd.DataFrame(manifest["summary"])
     limitations = []
+    if (best["position"] == "mean_generated").any():
+        limitations.append(
+            "SAEs were trained on states of single tokens, and some of these latents are read from a mean over the tokens of an answer: "
+            "how well the SAEs explain such means was not measured."
+        )
     if best["family_wise_p_all_positions"].isna().any():
         limitations.append(
             "The search for latents has no null where labels could not be permuted: its ranking there is no evidence."

@@ -267,7 +267,7 @@ def _foretells(low: float, high: float, p: float) -> str:
         return "cannot be judged"
     if high < 0.5:
         return "points the wrong way"
-    is_beyond_chance = low > 0.5 and not p > SIGNIFICANCE_LEVEL
+    is_beyond_chance = low > 0.5 and p <= SIGNIFICANCE_LEVEL
     return "foretells" if is_beyond_chance else "does not measurably foretell"
 
 

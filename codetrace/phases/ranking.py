@@ -103,7 +103,7 @@ def _gain_verdict(row: Mapping, p: float) -> str:
     "What a choice gains over random choice, in words."
     if row["gain_high"] < 0:
         return "is worse than taking any answer"
-    if row["gain_low"] > 0 and not p > SIGNIFICANCE_LEVEL:
+    if row["gain_low"] > 0 and p <= SIGNIFICANCE_LEVEL:
         return "is better than taking any answer"
     return "is not measurably better than taking any answer"
 

@@ -155,8 +155,8 @@ def report_headline(
     n_phases: int,  # Phases that are complete
 ) -> str:
     "The verdicts of validation and steering; where there are none, how far the study is."
-    judged = claims[claims["phase"].isin(["3", "3.2"])]
-    return " ".join(judged["verdict"].head(3)) or f"{len(claims)} claims of {n_phases} phases"
+    judged = claims[claims["phase"].isin(["3", "3.2"])].groupby("phase", sort=False).head(2)
+    return " ".join(judged["verdict"]) or f"{len(claims)} claims of {n_phases} phases"
 
 # %% ../../nbs/phases/29_report.ipynb #51c63aa0
 REPORT = Phase(

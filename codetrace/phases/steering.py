@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEERING', 'choice_directions', 'choice_gate', 'ControlConfig', 'steering_settings', 'setting_effects_table',
-           'resampling_table', 'add_prompt_gated_settings', 'matched_null_rows', 'steering_claims_table', 'task_slopes',
-           'evaluation_problems', 'open_evaluation', 'steering_claims', 'steering_headline', 'steering_limitations']
+           'resampling_table', 'add_prompt_gated_settings', 'matched_null_rows', 'strictest_null',
+           'steering_claims_table', 'task_slopes', 'evaluation_problems', 'open_evaluation', 'steering_claims',
+           'steering_headline', 'steering_limitations']
 
 # %% ../../nbs/phases/27_steering.ipynb #a541eb2d
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from ..runs.phases import ParameterRule, Phase, PhaseInput, PhaseNumber
 from ..steering.directions import Direction, Gate, Push, make_push
 from ..steering.freeze import read_frozen_choice
 from codetrace.steering.outcomes import (
+    MIN_RANDOM_DIRECTIONS,
     net_change_interval,
     pair_with_baseline,
     steering_effects,
@@ -290,6 +292,26 @@ def matched_null_rows(
     same_place = (null["erased"] == 0) & (null["layer"] == row["layer"]) & (null["gated"] == row["gated"])
     return null[same_place & np.isclose(null["coefficient"], row["coefficient"])]
 
+
+_KIND_WORDS = {"random latent": "random latents", "gaussian": "random directions"}
+
+
+def strictest_null(
+    effects: pd.DataFrame,  # From `setting_effects_table`
+    row: Mapping | pd.Series,  # One of them
+) -> tuple[list[float], str]:  # Net changes, and what these random directions are
+    "The kind of random directions that leaves the least of a setting: latents and Gaussians are not mixed, which would dilute the stronger control."
+    rows = matched_null_rows(effects, row).dropna(subset="net")
+    kinds = {kind: group["net"].tolist() for kind, group in rows.groupby("kind")}
+    enough = {kind: null for kind, null in kinds.items() if len(null) >= MIN_RANDOM_DIRECTIONS}
+    if not kinds:
+        return [], _KIND_WORDS["gaussian"]
+    if enough:
+        kind = max(enough, key=lambda kind: (steering_p(row, enough[kind]), kind))
+    else:
+        kind = max(kinds, key=lambda kind: len(kinds[kind]))
+    return kinds[kind], _KIND_WORDS.get(str(kind), _KIND_WORDS["gaussian"])
+
 # %% ../../nbs/phases/27_steering.ipynb #42eb3282
 _CLAIM_WORDS = {
     "chosen": "pushed to {goal}: {name}",
@@ -298,7 +320,7 @@ _CLAIM_WORDS = {
     "erased": "{name} from the weights",
     "prompt": "asked in other words: {name}",
 }
-_NULL_WORDS = {"erased": "random directions erased alike", "selective": "random pushes behind the same gate"}
+_NULL_WORDS = {"erased": "erased alike", "selective": "pushed behind the same gate"}
 
 
 def _claimed_settings(effects: pd.DataFrame) -> pd.DataFrame:
@@ -318,11 +340,11 @@ def _text_loss_clause(row: Mapping | pd.Series) -> str:
     return f" Loss on general text: {increase} nats a token more than unpushed."
 
 
-def _steering_claim(row: Mapping | pd.Series, null: Sequence[float], resampled: str) -> dict:
+def _steering_claim(row: Mapping | pd.Series, null: Sequence[float], null_kind: str, resampled: str) -> dict:
     "The claim of one setting, beside the net changes of its random directions."
     claim = _CLAIM_WORDS[row["role"]].format(**row)
     subject = claim[0].upper() + claim[1:] + ":"
-    null_name = _NULL_WORDS.get(row["role"], "random pushes as strong")
+    null_name = f"{null_kind} {_NULL_WORDS.get(row['role'], 'pushed as hard')}"
     baseline = f"0 unpushed (pass@1 {row['right']}/{row['n']})"
     cost = _text_loss_clause(row)
     p = steering_p(row, null)
@@ -335,7 +357,7 @@ def _steering_claim(row: Mapping | pd.Series, null: Sequence[float], resampled: 
         (row["net_low"], row["net_high"]),
         steering_sentence(row, subject, null, null_name) + cost,
         baseline=f"{baseline}; {resampled}" if resampled else baseline,
-        null=f"{min(null):+.2f} to {max(null):+.2f}, {len(null)} random" if null else "–",
+        null=f"{min(null):+.2f} to {max(null):+.2f}, {len(null)} {null_kind}" if null else "–",
         p=p,
         without_verdict=without_verdict,
     )
@@ -352,10 +374,8 @@ def steering_claims_table(
         resampled.append(f"temperature {row.temperature:g}: {net}")
     claims = []
     for row in _claimed_settings(effects).to_dict("records"):
-        null = []
-        if row["role"] != "prompt":
-            null = matched_null_rows(effects, row)["net"].dropna().tolist()
-        claims.append(_steering_claim(row, null, "; ".join(resampled)))
+        null = ([], "") if row["role"] == "prompt" else strictest_null(effects, row)
+        claims.append(_steering_claim(row, *null, "; ".join(resampled)))
     return adjust_claims(pd.DataFrame(claims, columns=CLAIM_COLUMNS[1:]))
 
 # %% ../../nbs/phases/27_steering.ipynb #b3e34acd
@@ -455,7 +475,10 @@ def steering_limitations(
 ) -> list[str]:
     "Which effects these problems are too few for, and how many it would take."
     n_tasks = manifest["problems"]["n"]
-    limitations = [f"Strengths and gate were chosen once, on other problems; they were judged on {n_tasks}."]
+    limitations = [
+        f"Strengths and gate were chosen once, on other problems; they were judged on {n_tasks}.",
+        "Random directions were pushed as hard as the chosen one and not tuned: more than they do may be more than untuned ones do.",
+    ]
     for claim in read_stored_claims(manifest):
         number, low, high = (float(claim[name]) for name in ("number", "low", "high"))
         if low <= 0 <= high and number:

@@ -293,14 +293,16 @@ def choose_gate(
 def _random_directions(
     choosing: LabelledActivations, latents: Sequence[Direction], layer: int, n: int, seed: int
 ) -> list[Direction]:
-    "Latents as dense as the first of some, and Gaussian directions."
-    random = []
-    if latents:
-        latent = latents[0].metadata["latent"]
-        states = choosing.states(latents[0].metadata["position"], layer)
-        random += density_matched_directions(choosing.sae(layer), latent, layer, states, n, seed, choosing.site)
+    "Latents as dense as each of some, and Gaussian directions."
+    random = {}
+    chosen = {d.metadata["latent"] for d in latents}
+    for direction in latents:
+        states = choosing.states(direction.metadata["position"], layer)
+        latent = direction.metadata["latent"]
+        drawn = density_matched_directions(choosing.sae(layer), latent, layer, states, n, seed, choosing.site)
+        random |= {one.name: one for one in drawn if one.metadata["latent"] not in chosen}
     d_model = choosing.sae(layer).d_model
-    return random + gaussian_directions(d_model, layer, n, seed, choosing.site)
+    return [*random.values(), *gaussian_directions(d_model, layer, n, seed, choosing.site)]
 
 # %% ../../nbs/phases/26_tuning.ipynb #a4c1ecea
 def control_directions(
@@ -314,8 +316,9 @@ def control_directions(
     "Directions that should have no effect."
     null = []
     for layer in sorted({d.layer for d in picked}):
-        latents = [d for d in (*picked, *directions) if d.kind == "latent" and d.layer == layer]
-        null += _random_directions(choosing, latents, layer, n_random, seed)
+        picked_latents = list({d.name: d for d in picked if d.kind == "latent" and d.layer == layer}.values())
+        candidates = [d for d in directions if d.kind == "latent" and d.layer == layer]
+        null += _random_directions(choosing, picked_latents or candidates[:1], layer, n_random, seed)
     if n_layers == 1:
         return null, []
     distance = max(1, n_layers // 2)

@@ -305,10 +305,9 @@ def validation_limitations(
         limitations.append(
             f"With {summary['n'].max()} answers on validation an AUROC is known to about ± {half_width:.2f}: smaller differences cannot be shown."
         )
-    if "sampled" not in [read.get("parameter") for read in manifest.get("inputs", [])]:
-        limitations.append(
-            "One greedy answer a task was judged: whether the latents tell apart answers to the same task is not known."
-        )
+    limitations.append(
+        "Answers of all tasks are judged together: whether the latents tell apart answers to the same task is not known."
+    )
     return limitations
 
 # %% ../../nbs/phases/25_validation.ipynb #00f68f19

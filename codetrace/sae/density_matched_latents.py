@@ -10,16 +10,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # %% ../../nbs/sae/density_matched_latents.ipynb #5cf91052
+_MOST_TIMES = 2.0  # As often, or as rarely
+
+
 def density_matched_latents(
     count: ArrayLike,  # [d_sae]: in how many rows each latent is active
     latent: int,  # The one to match
     n: int = 20,
     seed: int = 0,
-) -> np.ndarray:  # Latents, at random from the `5 n` that are nearest in activity, among those that are ever active
-    "Random latents of about the same density."
+) -> np.ndarray:  # At most `n`: fewer where fewer are active at least half and at most twice as often
+    "Random latents of about the same density, from the `5 n` nearest."
     count = np.asarray(count, float)
-    candidates = np.flatnonzero(count > 0)
+    wanted = max(count[latent], 1)
+    candidates = np.flatnonzero((count >= wanted / _MOST_TIMES) & (count <= wanted * _MOST_TIMES))
     candidates = candidates[candidates != latent]
-    distance = np.abs(np.log(count[candidates]) - np.log(max(count[latent], 1)))
+    distance = np.abs(np.log(count[candidates]) - np.log(wanted))
     nearest = candidates[np.argsort(distance, kind="stable")[: 5 * n]]
     return np.random.default_rng(seed).choice(nearest, min(n, len(nearest)), replace=False)
