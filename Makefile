@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-watch bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
+.PHONY: help setup demo study app test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-watch bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,13 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 
 demo: $(READY)  ## the main job, small: variables tracked and traced, problems solved, latents judged and pushed
 	@python scripts/demo.py
+
+study: $(READY)  ## the same at the size of a study (hours)
+	@python scripts/demo.py --study
+
+app: $(READY)  ## the page, to click on (ARGS="--model binding --port 7860"); installs gradio once
+	@python -c 'import gradio' 2>/dev/null || python -m pip install -q -c constraints.txt -e '.[app]'
+	@codetrace app $(ARGS)
 
 test: $(READY)  ## all checks, in about seven minutes
 	@python scripts/check.py

@@ -1,4 +1,4 @@
-"""The main job, small: the steps of recipes/demo.yaml, its two halves at the same time.
+"""The main job, small: the steps of recipes/demo.yaml, its two halves at the same time. With --study: those of recipes/study.yaml.
 
 Variables are watched, tracked and traced; beside that SmolLM2 solves problems, latents that separate right from wrong are found and judged on other
 problems, and the model is steered along one of them. Each step says its finding as it ends; a table of all of them, and where the records are, closes it.
@@ -22,8 +22,8 @@ from codetrace.runs.phases import find_phase, runs_root
 from codetrace.runs.warm_kernels import warm_kernels
 
 HOME = Path(__file__).resolve().parents[1]
-STEPS = HOME / "recipes" / "demo.yaml"
-OPEN_PAGE = "pip install -c constraints.txt -e '.[app]' && codetrace app"
+STEPS = HOME / "recipes" / ("study.yaml" if "--study" in sys.argv else "demo.yaml")
+OPEN_PAGE = "make app"
 
 
 def say(text: str) -> None:
@@ -64,7 +64,7 @@ def run_half(half: str, began: float, results: Path) -> int:
         row["seconds"] = round(time.time() - start)
         shown = row.pop("shown", [])
         title = f"[{time.time() - began:3.0f} s] {row['step']}: {step['purpose']}"
-        say("\n".join([title, *shown, textwrap.fill(row["finding"], 140, initial_indent="  ", subsequent_indent="  ")]))
+        say("\n".join([title, *shown, "  " + textwrap.shorten(row["finding"], 180, placeholder=" …")]))
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return 0
@@ -90,7 +90,8 @@ def main() -> int:
     with warm_kernels(), tempfile.TemporaryDirectory(prefix="codetrace-demo-") as folder:
         results = Path(folder) / "results.jsonl"
         results.touch()
-        commands = [[sys.executable, __file__, half, str(began), str(results)] for half in halves]
+        study = ["--study"] if "--study" in sys.argv else []
+        commands = [[sys.executable, __file__, half, str(began), str(results), *study] for half in halves]
         processes = [subprocess.Popen(command, cwd=HOME) for command in commands]
         failures = [process.wait() for process in processes]
         close(results, began)
@@ -98,6 +99,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        sys.exit(run_half(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--study"]
+    if arguments:
+        half, began, results = arguments
+        sys.exit(run_half(half, float(began), Path(results)))
     sys.exit(main())

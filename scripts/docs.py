@@ -6,7 +6,6 @@ set it as a PDF where they are installed.
 """
 
 import multiprocessing
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ from api_index import write_api_page
 from offline import make_offline
 from pdf import NoTypesetter, require_typesetter, write_pdf
 from readme import FOLDERS, linked
+
+from codetrace.runs.record_layout import with_live_links
 
 HOME = Path(__file__).resolve().parents[1]
 PROJECT = HOME / "_proc" / "site"
@@ -35,20 +36,6 @@ def as_website(config: dict) -> dict:
     side = [e if isinstance(e, str) else {"section": e["part"], "contents": e["chapters"]} for e in book["chapters"]]
     website = {"title": book["title"], "description": book["description"], "sidebar": {"contents": side}}
     return config | {"project": config["project"] | {"type": "website"}, "website": website, "book": None}
-
-
-def relinked(text: str, name: str) -> str:
-    "Links of a record, to runs from its own folder and to chapters from nbs/phases/; what is not there is no link."
-    folder = (HOME / name).parent
-
-    def link(match: re.Match) -> str:
-        for home in (folder, HOME / "nbs" / "phases"):
-            target = (home / match[2]).resolve()
-            if target.is_file():
-                return f"[{match[1]}]({os.path.relpath(target, folder)})"
-        return match[1]
-
-    return re.sub(r"\[([^\[\]]*)\]\(([\w./-]+\.ipynb)\)", link, text)
 
 
 def process_notebooks(folder: Path) -> Path:
@@ -79,7 +66,7 @@ def assemble(quarto: bool) -> Path:
         if name == "index.ipynb":  # stands beside nbs/, not in it
             text = linked(text)
         if name.startswith("runs/"):
-            text = relinked(text, name)
+            text = with_live_links(text, (HOME / name).parent)
         (PROJECT / name).write_text(text, encoding="utf-8")
         for drawing in (HOME / name).parent.glob("*.svg") if name.startswith("runs/") else ():
             shutil.copy(drawing, (PROJECT / name).parent / drawing.name)

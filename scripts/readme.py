@@ -99,12 +99,13 @@ def beyond_rules(name: str) -> tuple[str, str, str]:
     return match[1], match[2], match[3]
 
 
-def strongest_swap(name: str, places: tuple[str, ...]) -> tuple[pd.Series, str]:
-    "The cell of some places whose swap changes most answers, and its share with the interval."
-    used = pd.read_parquet(RECORDS / name / "used.parquet")
-    used = used[used["place"].isin(places)].reset_index(drop=True)
-    cell = used.loc[used["used"].idxmax()]
-    return cell, f"{cell['used']:.2f} [{cell['used_low']:.2f}, {cell['used_high']:.2f}]"
+def swap_share(name: str, places: tuple[str, ...]) -> tuple[str, str]:
+    "Of the pairs of runs that judge a swap at some places, the largest share that it flips, with its interval; and how many pairs."
+    pattern = re.compile(r"the other run's state at (.+), layer \d+, brings its value, n = (\d+)")
+    claims = [(pattern.match(claim["claim"]), claim) for claim in read(RECORDS / name / "claims.json")]
+    judged = [(claim, match) for match, claim in claims if match and match[1] in places]
+    claim, match = max(judged, key=lambda pair: pair[0]["number"])
+    return format_with_interval(claim["number"], claim["low"], claim["high"]), match[2]
 
 
 def random_swaps(name: str, place: str) -> float:
@@ -117,36 +118,26 @@ def read_in_program(name: str) -> str:
     "What a probe reads beyond rules in the program, where that is more than every baseline; else empty."
     for claim in read(RECORDS / name / "claims.json"):
         place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
-        if place and claim["verdict"] == "more than every baseline":
-            share = format_with_interval(claim["number"], claim["low"], claim["high"])
-            return f", though a probe reads {share} of {place[3]} at the {place[1]}, layer {place[2]}"
+        if place and claim["verdict"] == "more than every baseline" and "held out" not in claim["claim"]:
+            return f", though a probe reads {format_with_interval(claim['number'], claim['low'], claim['high'])} of {place[3]} there"
     return ""
-
-
-def code_model_sentence(name: str) -> str:
-    "What a code model says of variables, and which states its answer comes from."
-    share, n, commonest = beyond_rules(name)
-    lines = record(name)["parameters"]["program_lines"][0]
-    last, at_last = strongest_swap(name, ("final",))
-    _, at_line = strongest_swap(name, ("variable", "line", "line end"))
-    return (
-        f"Qwen2.5-Coder-0.5B, which nobody taught, says {share} in programs of {lines} ({commonest}; n = {n}), from the same place: another run's state brings its value in "
-        f"{at_last} of {last['programs_used']:.0f} programs at the last token (layer {last['layer']:.0f} of 0 to 23), and in {at_line} at the variable's line{read_in_program(name)}"
-    )
 
 
 def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     "What SmolLM2 says of variables before and after it was taught, and a code model; and which states the answer comes from."
-    before, n_before, commonest_before = beyond_rules(untaught)
-    after, n_after, commonest_after = beyond_rules(taught)
-    long, short = (record(name)["parameters"]["program_lines"][0] for name in (untaught, taught))
-    last, at_last = strongest_swap(taught, ("final",))
-    _, at_line = strongest_swap(taught, ("variable", "line", "line end"))
-    noise = f"{random_swaps(taught, 'final'):.2f}"
+    before, _, commonest_before = beyond_rules(untaught)
+    after, _, commonest_after = beyond_rules(taught)
+    of_code_model, _, commonest = beyond_rules(code_model)
+    swaps = {}
+    for name in (taught, code_model):
+        at_last, n_last = swap_share(name, ("final",))
+        at_line, _ = swap_share(name, ("variable", "line", "line end"))
+        swaps[name] = (at_last, n_last, at_line)
     return (
-        f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** Asked after each line, SmolLM2 says {before} of the values that no shallow rule gives "
-        f"in programs of {long} lines (always the commonest value: {commonest_before}; n = {n_before}); taught to follow references, {after} in programs of {short} ({commonest_after}; n = {n_after}). Put another run's state at the last token (layer {last['layer']:.0f}), "
-        f"and the taught model gives that run's value in {at_last} of {last['programs_used']:.0f} programs (a random state: {noise}); put it at the variable's line, at any layer, in {at_line}{read_in_program(taught)}. {code_model_sentence(code_model)} "
+        f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** SmolLM2, taught to follow references, says {after} of the values that no shallow rule gives "
+        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state brings that run's value in {swaps[taught][0]} of {swaps[taught][1]} pairs of runs at the last token (a random state: {random_swaps(taught, 'final'):.2f}), "
+        f"and in {swaps[taught][2]} at the line that set it{read_in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught: {of_code_model} said (the commonest value: {commonest}), {swaps[code_model][0]} of {swaps[code_model][1]} at the last token, "
+        f"{swaps[code_model][2]} at the line{read_in_program(code_model)} "
         f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
     )
 

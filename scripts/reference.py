@@ -2,7 +2,7 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-Pictures are left out, for the record shows them, in 32 colours; and what the patterns name (large weights, the rows of a
+Pictures are left out, for the record shows them, in 64 colours; and what the patterns name (large weights, the rows of a
 training). What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
 A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be. A record
 that is a reference already is thinned where it is.
@@ -24,7 +24,7 @@ from PIL import Image
 from codetrace.core.files import atomic_write, file_sha256, read_json, small_parquet_options, write_json
 from codetrace.core.records import Records, read_records
 from codetrace.runs.manifest import resolve_run, stored_manifest
-from codetrace.runs.record_layout import lay_out_record, record_title
+from codetrace.runs.record_layout import lay_out_record, record_title, with_live_links
 
 HOME = Path(__file__).resolve().parents[1]
 PICTURES = ("*.png", "*.svg")
@@ -59,7 +59,7 @@ def without_folders(notebook: dict, manifest: dict) -> dict:
     folders |= {folder.replace(str(Path.home()), "~", 1) for folder in folders}
     for folder in folders:
         for cell in notebook["cells"]:
-            if cell["id"] == "record-inputs":
+            if cell["id"].startswith("record-") or "injected-parameters" in cell["metadata"].get("tags", []):
                 cell["source"] = "".join(cell["source"]).replace(folder, "")
             for data in (output.get("data", {}) for output in cell.get("outputs", [])):
                 for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
@@ -67,7 +67,18 @@ def without_folders(notebook: dict, manifest: dict) -> dict:
     return notebook
 
 
-_COLOURS = 32
+def with_links_that_lead(notebook: dict, folder: Path) -> dict:
+    "A record whose links lead from where it is kept."
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_live_links("".join(cell["source"]), folder)
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if "text/markdown" in data:
+                data["text/markdown"] = with_live_links("".join(data["text/markdown"]), folder)
+    return notebook
+
+
+_COLOURS = 64
 
 
 def in_few_colours(png: str) -> str:
@@ -78,7 +89,8 @@ def in_few_colours(png: str) -> str:
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture.convert("RGBA"))
     written = io.BytesIO()
-    white.convert("RGB").quantize(_COLOURS).save(written, "PNG", optimize=True)
+    palette = Image.Quantize.FASTOCTREE  # keeps a colour of few pixels, such as a red digit; the usual one does not
+    white.convert("RGB").quantize(_COLOURS, palette).save(written, "PNG", optimize=True)
     small = base64.b64encode(written.getvalue()).decode()
     return small if len(small) < len(png) else png
 
@@ -166,7 +178,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     if record.is_file():
         lay_out_record(folder, manifest)
         shown = without_folders(with_its_title(without_example_outputs(read_json(record)), manifest), manifest)
-        atomic_write(record, in_little_room(with_small_pictures(shown)))
+        atomic_write(record, in_little_room(with_small_pictures(with_links_that_lead(shown, folder))))
         changes["notebook"] = {"sha256": file_sha256(record)}
     atomic_write(folder / "run.json", in_few_lines(read_json(folder / "run.json") | changes))
     return left_out

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from shards import kernel_of, wait_for, write_phase
 
 from codetrace.core.environment import KERNELS_VARIABLE
@@ -495,9 +496,9 @@ def test_what_does_not_fit_the_runs_that_are_read_is_said_at_once(study):
 def test_what_the_checks_know_is_what_the_phases_take():
     "Words that the checks list, because the modules they belong to need torch."
     from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS
+    from codetrace.models.loading import DTYPES
     from codetrace.patching.alignment import PATCH_DIRECTIONS
     from codetrace.patching.cases import COUNTERFACTUAL_CHANGES
-    from codetrace.models.loading import DTYPES
     from codetrace.patching.engine import ENGINES
     from codetrace.patching.sweep import _EXAMPLE_POSITIONS, _POSITION_NAME
     from codetrace.planted import steering as planted_steering
@@ -548,6 +549,32 @@ def test_what_the_checks_know_is_what_the_phases_take():
     assert value_checks._MADE_UP_LAYERS == planted_steering._N_LAYERS
     loading = [name for name, phase in declared.items() if "load_model_or_planted" in phase.notebook.read_text()]
     assert loading == [name for name, phase in declared.items() if phase.planted_models]
+
+
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_steps_of_make_demo_and_make_study_are_phases_with_parameters_that_they_take(name):
+    from codetrace.runs.parameters import phase_values
+    from codetrace.runs.phases import package_home
+
+    halves = yaml.safe_load((package_home() / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    steps = [step for half in halves.values() for step in half]
+    assert len(halves) == 2 and all(step["purpose"] for step in steps)
+    for step in steps:
+        if "phase" in step:
+            assert phase_values(step["phase"], step.get("parameters", {})).items() >= step.get("parameters", {}).items()
+
+
+def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
+    from codetrace.core.errors import BadInput
+    from codetrace.runs.parameters import parse_parameters
+
+    monkeypatch.chdir(tmp_path)
+    assert parse_parameters([], Path("recipes/binding.yaml"))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "binding.yaml").write_text("seed: 77")
+    assert parse_parameters([], Path("recipes/binding.yaml")) == {"seed": 77}
+    with pytest.raises(BadInput, match="cannot read parameters from recipes/nothing"):
+        parse_parameters([], Path("recipes/nothing.yaml"))
 
 
 def test_a_rule_that_phases_share_is_one_of_several_phases():

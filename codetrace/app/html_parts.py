@@ -93,11 +93,11 @@ def _table_cell(value: object) -> str:
 
 # %% ../../nbs/app/html_parts.ipynb #dcfd8c40
 def html_figure(
-    path: Path,  # A PNG
+    png: Path | bytes,  # A file, or what stands in one
     description: str,  # For those who do not see it
 ) -> Markup:
     "A figure of a run."
-    data = base64.b64encode(Path(path).read_bytes()).decode()
+    data = base64.b64encode(png if isinstance(png, bytes) else Path(png).read_bytes()).decode()
     return Markup(f'<figure><img src="data:image/png;base64,{data}" alt="{escape_text(description)}"></figure>')
 
 

@@ -24,11 +24,16 @@ from ..runs.manifest import NoInputRun, all_runs
 # %% ../../nbs/app/latent_tab.ipynb #a030d7df
 def complete_runs_of(
     phase: str,
+    needed: Sequence[
+        str
+    ] = (),  # Files without which a tab has nothing to show; a reference record leaves large ones out
 ) -> list[dict]:  # Manifests, the newest first; none raises `NoInputRun`
     "The complete runs of a phase that a tab can show."
     runs = [m for m in all_runs() if m["phase"] == phase and m["status"] == "complete"]
+    runs = [m for m in runs if all((Path(m["folder"]) / name).is_file() for name in needed)]
     if not runs:
-        raise NoInputRun(f"no complete run of phase {phase} yet; make one: codetrace run {phase}")
+        lacking = f" with its {' and '.join(needed)}" if needed else ""
+        raise NoInputRun(f"no complete run of phase {phase}{lacking} yet; make one: codetrace run {phase}")
     return runs[::-1]
 
 
@@ -78,18 +83,27 @@ _NULL_NAMES = {
 
 
 def _null_rows(card: Mapping, folder: Path) -> list[dict]:
-    "The card's score beside the largest scores that permuted labels gave."
-    path = folder / "null.parquet"
-    null = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["position", "p", "largest"])
+    "The card's scores beside the largest that permuted labels gave."
+    null = pd.read_parquet(folder / "null.parquet")
+    statistics = {"family_wise_p": card["score"], "family_wise_p_of_t": abs(card["t"])}
     rows = []
     for name, draws in null[null["position"] == card["position"]].groupby("p", sort=False):
         p = card.get(f"{name}_all_positions", card.get(name))
         quantiles = draws["largest"].quantile([0.5, 0.95])
-        statistic = abs(card["t"]) if name.endswith("_of_t") else card["score"]
+        statistic = statistics.get(name, card.get("separation_within_tasks"))  # older cards lack it
         row = {"null of the maximum": _NULL_NAMES.get(name, name), "this latent": statistic}
         row["median by chance"] = quantiles[0.5]
         rows.append(row | {"95% by chance": quantiles[0.95], "permutations": len(draws), "p, all positions": p})
     return rows
+
+
+def _null_table(card: Mapping, folder: Path) -> Markup:
+    "What permuted labels gave, or why it is not shown."
+    if not (folder / "null.parquet").is_file():
+        return html_note("The table of permuted labels was left out of this record: codetrace rerun makes it again.")
+    return html_table(
+        _null_rows(card, folder), "What the best of all latents at this position reaches when labels are permuted"
+    )
 
 # %% ../../nbs/app/latent_tab.ipynb #c11236ba
 def _score_rows(card: Mapping) -> list[dict]:
@@ -143,9 +157,7 @@ def show_latent(run: str, card: str) -> Markup:
         f"<h2>{escape_text(place)}: predicts {escape_text(shown['predicts'])} answers</h2>",
         html_note(f"An example on {example}: no result of a study.") if example else "",
         html_table(_score_rows(shown), "On the split it was found on, so its numbers are optimistic"),
-        html_table(
-            _null_rows(shown, folder), "What the best of all latents at this position reaches when labels are permuted"
-        ),
+        _null_table(shown, folder),
         "<h3>Top contexts</h3>",
         *(contexts or [html_note("none kept: made-up activations have no text")]),
         _elsewhere(shown),

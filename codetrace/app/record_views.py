@@ -7,6 +7,7 @@ __all__ = ['record_rows', 'filter_records', 'records_csv', 'records_table', 'nam
            'compare_records']
 
 # %% ../../nbs/app/record_views.ipynb #e3c84449
+import base64
 import csv
 import io
 import json
@@ -120,13 +121,24 @@ def _title(manifest: Mapping) -> str:
 
 
 def _figures(manifest: Mapping) -> list[Markup]:
-    "The figures of a run, as far as they are there."
+    "The figures of a run; where their files were left out of a record, those that its notebook shows."
     figures = []
     for name in manifest.get("outputs", {}):
         path = Path(manifest["folder"]) / name
         if path.suffix == ".png" and path.parent == Path(manifest["folder"]) and path.is_file():
             figures.append(html_figure(path, f"Figure {path.stem.replace('_', ' ')} of this run"))
-    return figures
+    return figures or _figures_of_notebook(Path(manifest["folder"]) / "notebook.ipynb")
+
+
+def _figures_of_notebook(record: Path) -> list[Markup]:
+    "The pictures among the outputs of an executed notebook."
+    try:
+        cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return []
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    pictures = ["".join(data["image/png"]) for data in outputs if "image/png" in data]
+    return [html_figure(base64.b64decode(png), f"Figure {i} of this record") for i, png in enumerate(pictures, 1)]
 
 # %% ../../nbs/app/record_views.ipynb #f54be1d6
 def _findings(manifest: Mapping) -> list[Markup]:

@@ -55,11 +55,14 @@ class FrozenChoice:
         return next(direction for direction in self.random if direction.layer == layer)
 
 # %% ../../nbs/app/steer_tab.ipynb #797a3c60
+_FROZEN_FILES = ("choice.json", "vectors.safetensors")
+
+
 def open_frozen_choice(
     run: str,  # Id of a run of phase tuning; empty: the newest
 ) -> FrozenChoice:
     "Read a frozen choice, its hash checked."
-    manifest = named_run(run or complete_runs_of("tuning")[0]["run_id"])
+    manifest = named_run(run or complete_runs_of("tuning", _FROZEN_FILES)[0]["run_id"])
     if manifest["phase"] != "tuning":
         raise BadInput(f"run {manifest['run_id']} is of phase {manifest['phase']}: expected one of phase tuning")
     choice, vectors, _ = read_frozen_choice(manifest["folder"])
@@ -202,7 +205,7 @@ def steer_snippet(**values: str) -> str:
 def steer_choices() -> dict[str, list]:
     "The frozen choices there are."
     try:
-        runs = complete_runs_of("tuning")
+        runs = complete_runs_of("tuning", _FROZEN_FILES)
     except NoInputRun:
         runs = []
     return {"run": [("the newest", ""), *((run_label(run), run["run_id"]) for run in runs)]}

@@ -118,12 +118,12 @@ def plot_calibration(
     return axes[0, 0].figure
 
 # %% ../../nbs/plots/watching.ipynb #169379dc
-_LAYER_LINES = (
-    ("accuracy", "k", "-"),
-    ("control_accuracy", GREY, "-."),
-    ("lens", "k", ":"),
-    ("used", "tab:blue", "--"),
-)
+_LAYER_LINES = {  # By column: how it is drawn, and what it is
+    "accuracy": ("k", "-", "black: accuracy of a linear probe beyond rules"),
+    "control_accuracy": (GREY, "-.", "dash-dotted: the control task"),
+    "lens": ("k", ":", "dotted: the logit lens"),
+    "used": ("tab:blue", "--", "blue, dashed: swaps of the state that bring the other run's value"),
+}
 
 
 def plot_read_and_used(
@@ -133,14 +133,12 @@ def plot_read_and_used(
     "What a probe reads and what a swap of the same state does, by layer and place."
     panels = list(table.groupby("place", sort=False))
     last = int(table["layer"].max())
-    text = (
-        f"{caption} Black: accuracy of a linear probe beyond rules; dash-dotted: the control task; "
-        "dotted: the logit lens; blue, dashed: swaps of the state that bring the other run's value. "
-        "95% bootstrap intervals over programs."
-    )
+    drawn = {name: line for name, line in _LAYER_LINES.items() if name in table and table[name].notna().any()}
+    words = "; ".join(words for _, _, words in drawn.values())
+    text = f"{caption} {words[:1].upper()}{words[1:]}. 95% bootstrap intervals over programs."
     with panel_grid(len(panels), 3, 1.9, 1.6, text) as axes:
         for ax, (name, rows) in zip(axes.flat, panels):
-            for value, color, style in _LAYER_LINES:
+            for value, (color, style, _) in drawn.items():
                 _draw_layer_line(ax, rows, value, color, style)
             ax.set_title(name, pad=3)
             ax.set(yticks=[0, 0.5, 1], ylim=(-0.05, 1.05), xticks=sorted({0, last // 2, last}))

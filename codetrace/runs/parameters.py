@@ -220,6 +220,13 @@ def _read_yaml(text: str) -> object:
         raise BadInput(" ".join(str(error).split())) from None
 
 # %% ../../nbs/runs/parameters.ipynb #791b061c
+def _recipe_file(file: Path) -> Path:
+    "A file as typed; where there is no such file, the recipe of that name that comes with codetrace."
+    if file.exists() or file.parts[:1] != ("recipes",):
+        return file
+    return package_home() / file
+
+
 def parse_parameters(
     pairs: list[str],  # `name=value`, as typed
     file: Path | None = None,  # A YAML file of names and values
@@ -229,7 +236,7 @@ def parse_parameters(
     typed = {}
     if file is not None:
         try:
-            values = _read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+            values = _read_yaml(_recipe_file(Path(file)).read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, BadInput) as error:
             raise BadInput(f"cannot read parameters from {file}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

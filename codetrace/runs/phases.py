@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MADE_UP_DATA', 'PhaseInput', 'PhaseNumber', 'ParameterRule', 'Phase', 'notebook_cells', 'parse_cell',
-           'read_declaration', 'repository_root', 'runs_root', 'phase_folders', 'phases', 'find_phase',
+           'read_declaration', 'repository_root', 'package_home', 'runs_root', 'phase_folders', 'phases', 'find_phase',
            'preset_parameters', 'identifying_parameters', 'is_phase', 'study_numbers', 'studies', 'phase_function']
 
 # %% ../../nbs/runs/phases.ipynb #57133f43
@@ -178,6 +178,11 @@ def _repository_of(package: str) -> Path | None:
     return home if (home / "nbs").is_dir() and (home / "settings.ini").is_file() else None
 
 
+def package_home() -> Path:
+    "The folder with `nbs/phases` and `recipes`: the repository, or the installed package."
+    return repository_root() or Path(codetrace.__file__).resolve().parent
+
+
 def runs_root() -> Path:
     "The folder that holds all runs, or mirrors them where they lie in an object store."
     if (store := remote_runs()) is not None:
@@ -187,9 +192,8 @@ def runs_root() -> Path:
 
 def phase_folders() -> list[Path]:
     "Folders with phase notebooks: the package's own first, then the user's."
-    home = repository_root() or Path(codetrace.__file__).resolve().parent
     user_folder = os.environ.get("CODETRACE_NOTEBOOKS")
-    return [home / "nbs" / "phases", *([Path(user_folder).absolute()] if user_folder else [])]
+    return [package_home() / "nbs" / "phases", *([Path(user_folder).absolute()] if user_folder else [])]
 
 # %% ../../nbs/runs/phases.ipynb #6ded8577
 @cache

@@ -132,6 +132,7 @@ def latent_card(
     _, low_chosen, high_chosen = auroc_interval(target, activation, context.task, level)
     row = sae.W_dec[latent].numpy()
     return {key: scores[key] for key in SCORE_COLUMNS} | {
+        "separation_within_tasks": scores.get("separation_within_tasks"),
         "auroc": area,
         "low": low,
         "high": high,

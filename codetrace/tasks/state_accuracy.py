@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINE_KINDS', 'NOT_MORE_THAN_CONSTANT', 'line_kinds', 'state_depths', 'with_line_facts', 'share_over_programs',
            'gain_p', 'constant_marks', 'constant_verdict', 'state_accuracy', 'error_shares', 'divergence_table',
-           'state_calibration']
+           'program_to_show', 'state_calibration']
 
 # %% ../../nbs/tasks/state_accuracy.ipynb #f59694c9
 import ast
@@ -250,6 +250,17 @@ def divergence_table(
             row |= wrong.iloc[0][["step", "line", "variable", "kind", "depth", "error", "changed"]].to_dict()
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/tasks/state_accuracy.ipynb #d523c999
+def program_to_show(
+    states: pd.DataFrame,  # One row a (program, step, variable)
+) -> str:  # Its name
+    "The program whose listing says most: one with values that were read, and used, then the latest to diverge."
+    columns = states.reindex(columns=["program", "read", "used"]).assign(program=states["program"].astype(str))
+    n_filled = columns.groupby("program", sort=False)[["read", "used"]].count().gt(0).sum(axis=1)
+    candidates = states[states["program"].astype(str).isin(n_filled.index[n_filled == n_filled.max()])]
+    divergences = divergence_table(candidates)
+    return str(divergences.loc[divergences["step"].fillna(0).idxmax(), "program"])
 
 # %% ../../nbs/tasks/state_accuracy.ipynb #f3f4d3da
 def state_calibration(
