@@ -206,7 +206,7 @@ def write_findings() -> None:
     findings = [
         watch_finding(
             "watch/20261130T154533959Z-fbb89dcb",
-            "watch/20261130T191644696Z-2b507672",
+            "watch/20261130T202019703Z-844ae287",
             "watch/20261130T151435150Z-3676aaa1",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),

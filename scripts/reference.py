@@ -4,7 +4,7 @@ python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
 Pictures are left out, for the record shows them, in 64 colours; and what the patterns name (large weights, the rows of a
 training). What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
-A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be. A record
+A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be, JSON on one line. A record
 that is a reference already is thinned where it is.
 """
 
@@ -59,7 +59,7 @@ def without_folders(notebook: dict, manifest: dict) -> dict:
     folders |= {folder.replace(str(Path.home()), "~", 1) for folder in folders}
     for folder in folders:
         for cell in notebook["cells"]:
-            if cell["id"].startswith("record-") or "injected-parameters" in cell["metadata"].get("tags", []):
+            if cell["id"].startswith("record-") or "injected-parameters" in cell.get("metadata", {}).get("tags", []):
                 cell["source"] = "".join(cell["source"]).replace(folder, "")
             for data in (output.get("data", {}) for output in cell.get("outputs", [])):
                 for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
@@ -154,6 +154,19 @@ def compress_tables(folder: Path, outputs: dict) -> dict:
     return outputs
 
 
+def compact_json(folder: Path, outputs: dict) -> dict:
+    "Facts about a record's outputs with its JSON files on one line."
+    outputs = dict(outputs)
+    for name in sorted(name for name in outputs if name.endswith(".json") and "/" not in name):
+        path = folder / name
+        if path.is_file():
+            packed = json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":"), allow_nan=True) + "\n"
+            if len(packed.encode()) < path.stat().st_size:
+                atomic_write(path, packed)
+                outputs[name] = facts_of(path)
+    return outputs
+
+
 def in_little_room(notebook: dict) -> str:
     "A record as JSON on one line, without the hour at which each cell began and ended."
     for cell in notebook["cells"]:
@@ -173,7 +186,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
         if not any(path.iterdir()):
             path.rmdir()
     changes: dict[str, object] = {"left_out": left_out} if left_out else {}
-    changes["outputs"] = compress_tables(folder, merge_tables(folder, manifest["outputs"]))
+    changes["outputs"] = compact_json(folder, compress_tables(folder, merge_tables(folder, manifest["outputs"])))
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)

@@ -1,10 +1,14 @@
 """What makes a run a reference record, and puts an adapter into the package."""
 
+import base64
+import io
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from codetrace.core.files import file_sha256, read_json
@@ -33,10 +37,35 @@ def test_a_record_names_files_without_their_folders():
     output = {"data": {"text/plain": ["read /data/mine/m.gguf and ~/x/p.jsonl"]}}
     inputs = {"id": "record-inputs", "source": ["* model=/data/mine/m.gguf"]}
     code = {"id": "code", "source": ["model = '/data/mine/m.gguf'"], "outputs": [output]}
+    typed = code | {"metadata": {"tags": ["injected-parameters"]}, "outputs": []}
     manifest = {"parameters": {"model": "/data/mine/m.gguf", "dreval": [f"{Path.home()}/x/p.jsonl"], "count": 3}}
-    shown = reference.without_folders({"cells": [inputs, code]}, manifest)["cells"]
+    shown = reference.without_folders({"cells": [inputs, code, typed]}, manifest)["cells"]
     assert shown[0]["source"] == "* model=m.gguf" and shown[1]["source"] == ["model = '/data/mine/m.gguf'"]
     assert shown[1]["outputs"][0]["data"]["text/plain"] == "read m.gguf and p.jsonl"
+    assert shown[2]["source"] == "model = 'm.gguf'"
+
+
+def test_a_picture_keeps_a_colour_of_few_pixels():
+    picture = Image.new("RGB", (120, 90), "white")
+    draw = ImageDraw.Draw(picture)
+    for i in range(60):  # more shades of grey than the palette has room for
+        draw.line([(0, i), (119, i)], fill=(4 * i, 4 * i, 4 * i))
+    draw.point([(5, 70), (6, 70)], fill=(214, 39, 40))
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    small = reference.in_few_colours(base64.b64encode(written.getvalue()).decode())
+    red, green, blue = Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB").getpixel((5, 70))
+    assert red > 150 and max(green, blue) < 100
+
+
+def test_json_on_one_line_is_the_same(tmp_path):
+    values = {"a": [1, None, "ü"], "b": {"c": 0.1}}
+    (tmp_path / "cards.json").write_text(json.dumps(values, indent=2))
+    outputs = reference.compact_json(tmp_path, {"cards.json": {}, "gone.json": {"sha256": "x"}})
+    assert read_json(tmp_path / "cards.json") == values and (tmp_path / "cards.json").read_text().count("\n") == 1
+    assert outputs["cards.json"]["sha256"] == file_sha256(tmp_path / "cards.json") and outputs["gone.json"] == {
+        "sha256": "x"
+    }
 
 
 def test_an_adapter_in_eight_bits_is_nearly_the_same(tmp_path):
