@@ -60,11 +60,7 @@ def _print_version(is_asked: bool):
 
 
 @app.callback()
-def common_options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
-    ] = False,
-):
+def common_options(version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)] = False):
     "What stands before a command."
 
 # %% ../nbs/cli.ipynb #c1702298

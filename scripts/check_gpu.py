@@ -432,8 +432,10 @@ def compare_kept_states(lm: LM, answers: list[Continuation], plain: list[Continu
         return Measurement(math.nan, 0.0, f"{note}: no two answers are the same")
     errors = []
     for pair in same:
-        one, two = (states_in_slots(lm, answer) for answer in pair)
-        errors += [float((one[kind] - two[kind]).abs().max()) / root_mean_square(two[kind]) for kind in one]
+        replayed, expected = (states_in_slots(lm, answer) for answer in pair)
+        errors += [
+            float((x - expected[kind]).abs().max()) / root_mean_square(expected[kind]) for kind, x in replayed.items()
+        ]
     return Measurement(float(np.max(errors)), 1e-3 if lm.dtype == torch.float32 else 0.25, note)
 
 

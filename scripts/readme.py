@@ -207,7 +207,7 @@ def write_findings() -> None:
         watch_finding(
             "watch/20261130T154533959Z-fbb89dcb",
             "watch/20261130T202019703Z-844ae287",
-            "watch/20261130T151435150Z-3676aaa1",
+            "watch/20261130T212713071Z-fb028413",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
         pregeneration_finding("pregeneration/20261129T071236797Z-af66d7a9"),

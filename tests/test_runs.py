@@ -572,7 +572,7 @@ def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
     assert parse_parameters([], Path("recipes/binding.yaml"))
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "binding.yaml").write_text("seed: 77")
-    assert parse_parameters([], Path("recipes/binding.yaml")) == {"seed": 77}
+    assert parse_parameters([], Path("recipes/binding.yaml")) == {"seed": "77"}
     with pytest.raises(BadInput, match="cannot read parameters from recipes/nothing"):
         parse_parameters([], Path("recipes/nothing.yaml"))
 

@@ -280,7 +280,8 @@ def test_what_a_record_says_is_in_its_tables(manifest):
         told = f"of {len(beyond)} in {beyond['program'].nunique()} programs (the best constant {constant:.2f})"
     assert f"beyond rules {beyond['correct'].mean():.2f} [" in manifest["headline"] and told in manifest["headline"]
     controls = pd.read_parquet(folder / "swap_controls.parquet")
-    wide = controls.pivot(index=["place", "program", "case"], columns="kind", values="flips").astype(float)
+    controls["flips"] = controls["flips"].astype(float)
+    wide = controls.groupby(["place", "program", "case", "kind"])["flips"].mean().unstack()
     gains = pd.read_parquet(folder / "swap_gains.parquet")
     assert len(gains) >= 8 or (gains.empty and "too few to judge" in manifest["headline"])
     for row in gains.itertuples():
@@ -302,7 +303,7 @@ def test_what_a_record_says_of_confined_swaps_is_in_its_tables(manifest):
     wide = controls.groupby(["place", "program", "case", "kind"])["flips"].mean().unstack()
     gains = pd.read_parquet(Path(manifest["folder"]) / "swap_read_gains.parquet")
     kinds = ["what is read", "read of permuted labels", "all but what is read", "other run"]
-    assert len(gains) >= 4
+    assert len(gains) >= 4 or (gains.empty and "too few to judge" in manifest["headline"])
     for row in gains.itertuples():
         shares = wide.loc[row.place][kinds].dropna().mean().tolist()
         assert [row.used, row.flips, row.without, row.whole] == pytest.approx(shares)

@@ -174,7 +174,7 @@ class _RunPair:
         if base.call != source.call:
             return source.call
         lines = zip(base.code.split("\n"), source.code.split("\n"))
-        return "; ".join(other.strip() for line, other in lines if line != other)
+        return "; ".join(source_line.strip() for line, source_line in lines if line != source_line)
 
     def prompts(self, lm: LM, variable: str, style: str) -> _RunPrompts:
         "The question about a variable, put to both runs."

@@ -300,7 +300,7 @@ def _random_directions(
         states = choosing.states(direction.metadata["position"], layer)
         latent = direction.metadata["latent"]
         drawn = density_matched_directions(choosing.sae(layer), latent, layer, states, n, seed, choosing.site)
-        random |= {one.name: one for one in drawn if one.metadata["latent"] not in chosen}
+        random |= {d.name: d for d in drawn if d.metadata["latent"] not in chosen}
     d_model = choosing.sae(layer).d_model
     return [*random.values(), *gaussian_directions(d_model, layer, n, seed, choosing.site)]
 

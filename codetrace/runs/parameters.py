@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from ..core.errors import BadInput, UnknownName, suggest_names
-from .phases import find_phase, notebook_cells, parse_cell, preset_parameters
+from .phases import find_phase, notebook_cells, package_home, parse_cell, preset_parameters
 
 # %% ../../nbs/runs/parameters.ipynb #73925612
 @dataclass(frozen=True)

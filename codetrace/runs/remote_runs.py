@@ -169,15 +169,17 @@ def names(self: RemoteRuns, folder: str = "", everything: bool = False) -> list[
     return [path.rstrip("/")[start:] for path in paths if len(path.rstrip("/")) > len(place)]
 
 # %% ../../nbs/runs/remote_runs.ipynb #5e0e0009
+def _stamp(path: Path) -> list[int]:
+    "Time and size of a file."
+    facts = path.stat()
+    return [facts.st_mtime_ns, facts.st_size]
+
+
 def _local_files(folder: Path) -> dict[str, list[int]]:
     "Time and size of each file of a run that belongs into the store, by name."
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {
-        name: [path.stat().st_mtime_ns, path.stat().st_size]
-        for name, path in sorted(names.items())
-        if not _STAYS_HERE.search(name)
-    }
+    return {name: _stamp(path) for name, path in sorted(names.items()) if not _STAYS_HERE.search(name)}
 
 
 def _pushed_files(folder: Path) -> dict[str, list[int]]:
@@ -258,10 +260,10 @@ def _upload(store: RemoteRuns, folder: Path, names: Sequence[str]) -> None:
 # %% ../../nbs/runs/remote_runs.ipynb #9debbd86
 def _push_again(store: RemoteRuns, folder: Path) -> None:
     "Finish the last push of a complete run, with nothing but what its manifest vouches for; nothing is removed."
-    files = _local_files(folder)
     pushed = _pushed_files(folder)
-    if pushed.get(_MANIFEST) == files.get(_MANIFEST):  # it was pushed last: all else was pushed before it
+    if pushed.get(_MANIFEST) == _stamp(folder / _MANIFEST):  # it was pushed last: all else was pushed before it
         return
+    files = _local_files(folder)
     seen = _seen_in_store(store, folder)
     if seen == "taken over":  # what another machine has made of it counts
         _pull_manifest(store, store.name_of(folder))
@@ -286,8 +288,12 @@ def _is_final(folder: Path) -> bool:
 
 def _pull_manifest(store: RemoteRuns, name: str) -> None:
     "Bring the manifest of a run here, unless what is here is as new."
+    _keep_manifest(store, name, _remote_manifest(store, name))
+
+
+def _keep_manifest(store: RemoteRuns, name: str, data: bytes) -> None:
+    "Write a manifest of the store, unless what is here is as new."
     folder = store.root / name
-    data = _remote_manifest(store, name)
     if (folder / _MANIFEST).is_file():
         if (folder / _MANIFEST).read_bytes() == data or _is_newer_here(store, folder, data):
             return
@@ -315,6 +321,20 @@ def _remote_manifest(store: RemoteRuns, name: str) -> bytes:
     "The manifest of a run as the store has it; `FileNotFoundError` where there is none."
     filesystem, _ = _open_store(store.url)
     return filesystem.cat_file(store.remote_path(f"{name}/{_MANIFEST}"))
+
+
+def _remote_manifests(store: RemoteRuns, names: Sequence[str]) -> dict[str, bytes]:
+    "The manifests of many runs by name, asked for at the same time; a run without one is left out."
+    filesystem, _ = _open_store(store.url)
+    paths = {filesystem._strip_protocol(store.remote_path(f"{name}/{_MANIFEST}")): name for name in names}
+    manifests = {}
+    for path, data in filesystem.cat(list(paths), on_error="return").items() if paths else ():
+        if isinstance(data, FileNotFoundError):
+            continue
+        if isinstance(data, Exception):
+            raise data
+        manifests[paths[filesystem._strip_protocol(path)]] = data
+    return manifests
 
 
 def _is_newer_here(store: RemoteRuns, folder: Path, data: bytes) -> bool:
@@ -358,12 +378,14 @@ def _pull_manifests(store: RemoteRuns, is_held: Callable[[Path], bool]) -> None:
     here = ["/".join(path.parts[-3:-1]) for path in root.glob(f"[!.]*/*/{_MANIFEST}")]  # before the store is asked
     phases = [name for name in store.names() if not name.startswith(".") and name != "scratch"]
     in_store = {name for phase in phases for name in store.names(phase)}
-    for name in sorted(in_store):
-        folder = root / name
-        if _is_final(folder) or (folder.is_dir() and is_held(folder)):
-            continue
-        with suppress(FileNotFoundError):  # a run that has no manifest yet
-            _pull_manifest(store, name)
+    wanted = [
+        name
+        for name in sorted(in_store)
+        if not (_is_final(root / name) or ((root / name).is_dir() and is_held(root / name)))
+    ]
+    for name, data in _remote_manifests(store, wanted).items():
+        if not ((root / name).is_dir() and is_held(root / name)):  # by now
+            _keep_manifest(store, name, data)
     for name in here:
         if name not in in_store and not is_held(root / name) and _was_removed(store, name):
             (root / name / _MANIFEST).replace(root / name / _REMOVED)

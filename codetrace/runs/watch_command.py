@@ -93,8 +93,8 @@ def _record_checked(program: str, call: str, model: str, variables: Sequence[str
     _check_some_line(execution, limits)
     if execution.ending != "return":
         lines = f"the {len(execution.steps)} lines before are watched"
-        more = f"; for more give --steps {10 * steps}" if execution.detail == "steps" else ""
-        print(printable(f"it ended by {execution.ending} ({execution.detail}): {lines}{more}"))
+        advice = f"; for more give --steps {10 * steps}" if execution.detail == "steps" else ""
+        print(printable(f"it ended by {execution.ending} ({execution.detail}): {lines}{advice}"))
     return execution
 
 # %% ../../nbs/runs/watch_command.ipynb #c2f6fa44

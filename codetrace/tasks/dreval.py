@@ -471,10 +471,11 @@ DREVAL_PUBLISHED: dict[str, dict[str, float]] = {  # Percent
 def beside_published(
     scores: pd.DataFrame,  # From `dreval_scores`
     name: str,  # Of the model
-    shallow: pd.DataFrame,  # From `dreval_scores`, of `shallow_marks`
+    shallow: pd.DataFrame | None = None,  # From `dreval_scores`, of `shallow_marks`
 ) -> pd.DataFrame:
     "A model's row below the published ones, and that of the text alone."
-    rows = {title: of.set_index("score")["value"].round(1) for title, of in ((name, scores), ("no run", shallow))}
+    of_both = {name: scores} if shallow is None else {name: scores, "no run": shallow}
+    rows = {title: of.set_index("score")["value"].round(1) for title, of in of_both.items()}
     table = pd.DataFrame(DREVAL_PUBLISHED).T
     return pd.concat([table, pd.DataFrame(rows).T])[["coverage", "state", "path", "output", "consistency"]]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.progress import no_progress
 from ..core.python_source import column_of, parse_source
 from ..core.stats import bootstrap_interval, format_with_interval
 from ..models.lm import LM
@@ -226,7 +227,7 @@ def line_log_probs(
     "The mean log-probability of the tokens of each line, read from the top."
     encoded = lm.tokenizer(code, return_offsets_mapping=True)
     ids = torch.tensor(encoded["input_ids"])
-    log_probs = lm.logits([ids.tolist()], last=False)[0].log_softmax(-1)[:-1]
+    log_probs = lm.logits([ids.tolist()], last=False, progress=no_progress)[0].log_softmax(-1)[:-1]
     of_token = log_probs.gather(1, ids[1:, None].to(log_probs.device))[:, 0].tolist()
     by_line: dict[int, list[float]] = {}
     for (start, end), log_prob in zip(encoded["offset_mapping"][1:], of_token):
