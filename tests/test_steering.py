@@ -243,7 +243,7 @@ def judged(tmp_path_factory):
         pool,
         folder / "choice",
         study.problems["hyperparams"],
-        TuningConfig(coefficients=(-0.7, 0.7), n_random=10, slots=16),
+        TuningConfig(coefficients=(-0.7, 0.7), n_random=20, slots=16),
         problems=STEERING_STUDY_NAME,
     )
     choice, vectors, _ = read_frozen_choice(folder / "choice")

@@ -277,7 +277,9 @@ def shorthand_parameters(
         names = _OPTION_NAMES.get(option, (option,))
         name = next((name for name in names if name in declared), None)
         if name is None:
-            raise UnknownName(f"this phase takes no {' or '.join(names)}; its parameters are {', '.join(declared)}")
+            raise UnknownName(
+                f"this phase takes no {' or '.join(map(repr, names))}; its parameters are {', '.join(declared)}"
+            )
         values[name] = value
     return values
 
