@@ -14,7 +14,7 @@ import fnmatch
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,30 +140,26 @@ def merge_tables(folder: Path, outputs: dict) -> dict:
     return outputs
 
 
-def compress_tables(folder: Path, outputs: dict) -> dict:
-    "Facts about a record's outputs with its other tables compressed as far as they can be."
-    outputs = dict(outputs)
-    for name in sorted(name for name in outputs if name.endswith(".parquet") and "/" not in name):
-        path = folder / name
-        if path.is_file():
-            table, packed = pq.read_table(path), io.BytesIO()
-            pq.write_table(table, packed, compression_level=19, **small_parquet_options(table.schema))
-            if len(packed.getvalue()) < path.stat().st_size:
-                atomic_write(path, packed.getvalue())
-                outputs[name] = facts_of(path)
-    return outputs
+def packed_table(path: Path) -> bytes:
+    "A table compressed as far as it can be."
+    table, packed = pq.read_table(path), io.BytesIO()
+    pq.write_table(table, packed, compression_level=19, **small_parquet_options(table.schema))
+    return packed.getvalue()
 
 
-def compact_json(folder: Path, outputs: dict) -> dict:
-    "Facts about a record's outputs with its JSON files on one line."
+def packed_json(path: Path) -> bytes:
+    "A JSON file on one line."
+    return (json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def pack_files(folder: Path, outputs: dict, suffix: str, packed: Callable[[Path], bytes]) -> dict:
+    "Facts about a record's outputs with its files of one kind packed, where that makes them smaller."
     outputs = dict(outputs)
-    for name in sorted(name for name in outputs if name.endswith(".json") and "/" not in name):
+    for name in sorted(name for name in outputs if name.endswith(suffix) and "/" not in name):
         path = folder / name
-        if path.is_file():
-            packed = json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":"), allow_nan=True) + "\n"
-            if len(packed.encode()) < path.stat().st_size:
-                atomic_write(path, packed)
-                outputs[name] = facts_of(path)
+        if path.is_file() and len(data := packed(path)) < path.stat().st_size:
+            atomic_write(path, data)
+            outputs[name] = facts_of(path)
     return outputs
 
 
@@ -186,7 +182,9 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
         if not any(path.iterdir()):
             path.rmdir()
     changes: dict[str, object] = {"left_out": left_out} if left_out else {}
-    changes["outputs"] = compact_json(folder, compress_tables(folder, merge_tables(folder, manifest["outputs"])))
+    outputs = merge_tables(folder, manifest["outputs"])
+    outputs = pack_files(folder, outputs, ".parquet", packed_table)
+    changes["outputs"] = pack_files(folder, outputs, ".json", packed_json)
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)

@@ -61,7 +61,9 @@ def test_a_picture_keeps_a_colour_of_few_pixels():
 def test_json_on_one_line_is_the_same(tmp_path):
     values = {"a": [1, None, "ü"], "b": {"c": 0.1}}
     (tmp_path / "cards.json").write_text(json.dumps(values, indent=2))
-    outputs = reference.compact_json(tmp_path, {"cards.json": {}, "gone.json": {"sha256": "x"}})
+    outputs = reference.pack_files(
+        tmp_path, {"cards.json": {}, "gone.json": {"sha256": "x"}}, ".json", reference.packed_json
+    )
     assert read_json(tmp_path / "cards.json") == values and (tmp_path / "cards.json").read_text().count("\n") == 1
     assert outputs["cards.json"]["sha256"] == file_sha256(tmp_path / "cards.json") and outputs["gone.json"] == {
         "sha256": "x"

@@ -24,9 +24,7 @@ from ..runs.manifest import NoInputRun, all_runs
 # %% ../../nbs/app/latent_tab.ipynb #a030d7df
 def complete_runs_of(
     phase: str,
-    needed: Sequence[
-        str
-    ] = (),  # Files without which a tab has nothing to show; a reference record leaves large ones out
+    needed: Sequence[str] = (),  # Files to show, which a reference record may leave out
 ) -> list[dict]:  # Manifests, the newest first; none raises `NoInputRun`
     "The complete runs of a phase that a tab can show."
     runs = [m for m in all_runs() if m["phase"] == phase and m["status"] == "complete"]

@@ -155,11 +155,8 @@ def trace_program(
     lines = progress.execution.program.code.split("\n")[: step.line]
     if lines[-1] != lines[-1].lstrip():
         return ""  # the question would stand inside of a block
-    question = (
-        f"#{variable}:"
-        if way_of_asking(progress.request.model, progress.request.style)[0] == "hash"
-        else f"print({variable})  # prints "
-    )
+    style, _ = way_of_asking(progress.request.model, progress.request.style)
+    question = f"#{variable}:" if style == "hash" else f"print({variable})  # prints "
     program = "\n".join([*lines, question])
     try:
         check_typed_program(program)

@@ -342,11 +342,8 @@ def _load_with_adapter(request: _LoadRequest, adapter: Path) -> LM:
 # %% ../../nbs/models/loading.ipynb #4e0a8df1
 def load(
     name: str = "smollm2",  # `smollm2`, `binding`, `execution`, `tiny:<family>`, a hub name (`google/gemma-2-2b`), a folder of a model or adapter, or a GGUF file
-    dtype: str
-    | torch.dtype = "auto",  # `auto`: bfloat16 where it is fast, else float32, and float32 for tiny models. `8bit` and `4bit`: as `quantize`
-    device: str
-    | torch.device
-    | None = None,  # `auto`: spread over all devices. None: `CODETRACE_DEVICE`, else cuda, mps, cpu, the first there is
+    dtype: str | torch.dtype = "auto",  # One of `DTYPES`; `auto` is bfloat16 where it is fast, float32 for tiny models
+    device: str | torch.device | None = None,  # `auto`: all there are. None: `CODETRACE_DEVICE`, else the best there is
     device_map: str | dict | None = None,  # Passed to accelerate, for a model larger than one device
     quantize: str | None = None,  # `8bit` or `4bit`, through bitsandbytes
     attn: str = "auto",  # `sdpa` or `eager`. `auto`: sdpa, but eager where attention is soft-capped
