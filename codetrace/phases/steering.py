@@ -9,6 +9,7 @@ __all__ = ['STEERING', 'choice_directions', 'choice_gate', 'ControlConfig', 'ste
            'steering_headline', 'steering_limitations']
 
 # %% ../../nbs/phases/27_steering.ipynb #a541eb2d
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ class ControlConfig:
     samples: int = 1  # At each of them
     styles: Sequence[str] = ()  # Of the prompt-only baseline
     erase: bool = True  # Also with directions erased from the weights
-    dose_directions: int = 5  # Random directions of each kind at other coefficients than the chosen ones, and erased
+    dose_directions: int = 5  # Random directions of each kind and layer at other coefficients than the chosen ones
+    erased_directions: int = MIN_RANDOM_DIRECTIONS  # Random directions of each kind erased as the chosen ones are
 
 # %% ../../nbs/phases/27_steering.ipynb #ec1595f5
 def _goals_by_coefficient(choice: Mapping, direction_index: int) -> dict[float, str]:
@@ -166,23 +168,23 @@ def _chosen_settings(
 def _null_settings(
     choice: Mapping, vectors: Mapping[str, torch.Tensor], norms: np.ndarray, doses: set[float], config: ControlConfig
 ) -> list[SteeringSetting]:
-    "Random directions: all of them as strong as a chosen push of their layer; the first of each kind at the doses, and erased."
+    "Random directions: all of them as strong as a chosen push of their layer; the first of each kind at the doses too, or erased."
     picked, _, null = choice_directions(choice, vectors)
     chosen_coefficients = {}
     for index, direction in enumerate(picked):
         chosen_coefficients.setdefault(direction.layer, set()).update(_goals_by_coefficient(choice, index))
     settings = []
-    counts = {}
+    pushed_counts, erased_counts = Counter(), Counter()
     for direction in null:
         coefficients = chosen_coefficients.get(direction.layer)
         if coefficients is None:
             continue
-        key = (direction.layer, direction.kind)
-        counts[key] = counts.get(key, 0) + 1
-        is_first = counts[key] <= config.dose_directions
-        tried_coefficients = coefficients | doses if is_first else coefficients
+        pushed_counts[direction.layer, direction.kind] += 1
+        has_doses = pushed_counts[direction.layer, direction.kind] <= config.dose_directions
+        tried_coefficients = coefficients | doses if has_doses else coefficients
         settings += _push_settings(direction, "null", dict.fromkeys(tried_coefficients, ""), norms, choice["where"])
-        if config.erase and is_first:
+        if config.erase and erased_counts[direction.kind] < config.erased_directions:
+            erased_counts[direction.kind] += 1
             settings.append(_erasing_setting(direction, "null"))
     return settings
 
@@ -502,6 +504,7 @@ STEERING = Phase(
                 "samples": 3,
                 "prompts": ["three_shot"],
                 "dose_directions": 5,
+                "erased_directions": 19,
                 "text_tokens": 4096,
             },
             inputs={"input": "3.1", "splits": "0.1"},
