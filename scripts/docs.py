@@ -59,6 +59,7 @@ def assemble(quarto: bool) -> Path:
     ) as pool:  # each shell that ends in order collects garbage: a minute
         processed = pool.apply(process_notebooks, [HOME / "_proc"])
     shutil.rmtree(PROJECT, ignore_errors=True)
+    config["book"]["chapters"][0] = "index.ipynb"  # in place of the root's index.qmd: nbdev has processed that notebook
     for name in chapters(config["book"]["chapters"]):
         (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
         source = HOME / name if name.startswith("runs/") else processed / name.removeprefix("nbs/")

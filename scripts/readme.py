@@ -229,7 +229,7 @@ def write_quarto() -> None:
         for title, paths in chapters().items()
     ]
     pages = [f"nbs/{name}.ipynb" for name in PAGES[1:]]
-    block = yaml.safe_dump({"chapters": ["index.ipynb", *pages, *listed, *records]}, sort_keys=False, width=200)
+    block = yaml.safe_dump({"chapters": ["index.qmd", *pages, *listed, *records]}, sort_keys=False, width=200)
     block = re.sub(r"^", "  ", block, flags=re.M).rstrip() + "\n"
     head, _, tail = text.partition("  chapters:\n")
     after = tail[tail.index("\nformat:") :]

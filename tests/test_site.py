@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME / "scripts"))
 offline = importlib.import_module("offline")
 pdf = importlib.import_module("pdf")
+docs = importlib.import_module("docs")
 api_index = importlib.import_module("api_index")
 CDN = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 
@@ -64,6 +66,27 @@ def test_a_book_is_read_as_quarto_and_as_smalldocs_have_it():
     website = {"title": "t", "description": "d", "sidebar": {"contents": contents}}
     parts = [("", ["index.ipynb"]), ("Core", ["a.ipynb"])]
     assert pdf.book_of({"book": book})[1] == parts == pdf.book_of({"website": website})[1]
+
+
+# What quarto's schema (src/resources/schema/project.yml and book-schema of quarto-dev/quarto-cli) lets these hold
+PROJECT_KEYS = {"title", "type", "render", "execute-dir", "output-dir", "lib-dir", "resources", "preview"}
+PROJECT_KEYS |= {"pre-render", "post-render", "detect"}
+CHAPTER_KEYS = {"part", "chapters"}
+
+
+def test_quarto_finds_all_pages_from_the_root():
+    config = yaml.safe_load((HOME / "_quarto.yml").read_text(encoding="utf-8"))
+    assert set(config) == {"project", "book", "format"}
+    assert config["project"]["type"] == "book" and set(config["project"]) <= PROJECT_KEYS
+    entries = config["book"]["chapters"]
+    assert entries[0] == "index.qmd"  # a book begins with a page of this name beside its configuration
+    for entry in entries:
+        assert isinstance(entry, str) or (
+            set(entry) == CHAPTER_KEYS and all(isinstance(e, str) for e in entry["chapters"])
+        )
+    missing = [name for name in docs.chapters(entries) if not (HOME / name).is_file()]
+    included = re.findall(r"{{< include (\S+) >}}", (HOME / "index.qmd").read_text(encoding="utf-8"))
+    assert not missing and included == ["README.md"] and (HOME / "README.md").is_file()
 
 
 def test_pandoc_gets_a_notebook_that_it_can_read():
