@@ -123,13 +123,27 @@ def _join_states(parts: Sequence[tuple[np.ndarray, pd.DataFrame]]) -> LabelledSt
     )
 
 # %% ../../nbs/patching/probes.ipynb #2dd66589
+_CONSTANT = 0.01  # Of the usual spread: what varies less on the fitting rows is taken as constant there
+
+
+def _fit_scaler(x: Float[np.ndarray, "rows d_model"]):
+    "Means and spreads of all dimensions; the usual spread where one hardly varies, for other rows may differ in it."
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    usual = np.median(scaler.scale_)
+    scaler.scale_ = np.where(scaler.scale_ < _CONSTANT * usual, usual, scaler.scale_)
+    return scaler
+
+
 def fit_linear_probe(x: Float[np.ndarray, "rows d_model"], values: Shaped[np.ndarray, "rows"]):
     "A linear probe for the value."
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6))).fit(x, values)
+    scaler = _fit_scaler(x)
+    probe = RidgeClassifierCV(alphas=np.logspace(0, 5, 6)).fit(scaler.transform(x), values)
+    return make_pipeline(scaler, probe)
 
 
 def _probe_predictions(
