@@ -16,7 +16,7 @@ from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.records import read_records
 from codetrace.core.stats import wilson
-from codetrace.models.folders import adapters_by_step
+from codetrace.models.folders import adapter_folder, adapters_by_step
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
 from codetrace.patching.sweep import PatchSweepOptions, average_by_position, run_sweep
 from codetrace.phases.binding import (
@@ -43,7 +43,8 @@ from codetrace.tasks.model_training import TrainingOptions, add_lora_adapter, tr
 from codetrace.tasks.packed_binding_queries import predict_digits, prediction_table, rule_is_right
 
 HOME = Path(__file__).resolve().parents[1]
-ADAPTER = HOME / "codetrace" / "data" / "binding"
+SHIPPED = HOME / "codetrace" / "data" / "binding"
+ADAPTER = adapter_folder("binding")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_two_thousand_at_every_depth(taught, depth):
 
 
 def test_what_is_shipped_is_small():
-    assert sum(p.stat().st_size for p in ADAPTER.iterdir()) < 12e6
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 4e6
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=HOME, capture_output=True, text=True, check=True).stdout
     paths = [HOME / name for name in tracked.split("\0") if name]
     assert sum(path.stat().st_size for path in paths if path.is_file()) <= 25e6

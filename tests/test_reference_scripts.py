@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.records import Records, read_records
+from codetrace.models import folders
 from codetrace.models.folders import adapter_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -82,3 +84,15 @@ def test_an_adapter_in_eight_bits_is_nearly_the_same(tmp_path):
             alpha * state[name_b].float() @ state[name_a].float() for alpha, state in zip(alphas, (whole, small))
         )
         assert float((rounded - exact).norm()) == pytest.approx(0, abs=0.06 * float(exact.norm()))
+
+
+def test_packed_weights_are_the_same_when_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
+    weights = (tmp_path / "mine" / "adapter_model.safetensors").read_bytes()
+    ship_adapter.pack_weights(tmp_path / "mine")
+    packed = tmp_path / "mine" / "adapter_model.safetensors.xz"
+    assert packed.stat().st_size < 0.8 * len(weights) and not packed.with_suffix("").exists()
+    unpacked = folders._unpacked_adapter(tmp_path / "mine")
+    assert unpacked.parent == tmp_path / "cache" and (unpacked / packed.stem).read_bytes() == weights
+    assert folders.check_adapter_folder(unpacked) == "smollm2"

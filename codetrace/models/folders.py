@@ -9,7 +9,9 @@ __all__ = ['SHIPPED_ADAPTERS', 'NotAModel', 'NoNetwork', 'indexed_files', 'has_w
 
 # %% ../../nbs/models/folders.ipynb #dbb6e104
 import json
+import lzma
 import os
+import shutil
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from pathlib import Path
 
 import codetrace
 from ..core.errors import BadInput, UnknownName, look_up_name, suggest_names
-from ..core.files import read_json
+from ..core.files import file_sha256, read_json
 from .architectures import ARCHITECTURES, UnsupportedArchitecture
+from .built_folders import cached_folder
 from .gguf_header import check_gguf_file, is_gguf_name
 
 # %% ../../nbs/models/folders.ipynb #de819158
@@ -113,6 +116,25 @@ def check_adapter_folder(
         raise NotAModel(f"{folder} was made for {base!r}, which is an adapter itself: name a whole model there")
     return base
 
+# %% ../../nbs/models/folders.ipynb #02041cb0
+_PACKED_WEIGHTS = "adapter_model.safetensors.xz"
+
+
+def _unpacked_adapter(
+    shipped: Path,  # A folder of the package, with packed weights
+) -> Path:
+    "The same adapter in the cache, as it was before it was packed."
+    packed = shipped / _PACKED_WEIGHTS
+    digest = file_sha256(packed)
+
+    def unpack(folder: Path) -> dict:
+        shutil.copy(shipped / "adapter_config.json", folder)
+        with lzma.open(packed) as source, open(folder / packed.stem, "wb") as target:
+            shutil.copyfileobj(source, target)
+        return {"packed_sha256": digest}
+
+    return cached_folder(f"{shipped.name}-adapter-{digest[:16]}", unpack)
+
 # %% ../../nbs/models/folders.ipynb #63d1d53c
 _MAKE_STEPS = (
     "codetrace run binding -f recipes/binding.yaml makes it in an hour; then "
@@ -133,7 +155,7 @@ def adapter_folder(
 ) -> Path | None:
     "The folder of the adapter that a name stands for, None where it stands for none."
     if name in SHIPPED_ADAPTERS:
-        return Path(codetrace.__file__).resolve().parent / "data" / name
+        return _unpacked_adapter(Path(codetrace.__file__).resolve().parent / "data" / name)
     if name.startswith("binding@"):
         folders: dict[str, Path] = {f"binding@{step}": folder for step, folder in adapters_by_step().items()}
         if not folders:
