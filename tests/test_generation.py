@@ -25,11 +25,12 @@ from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256
 from codetrace.core.records import read_records
 from codetrace.core.shards import shard_range
-from codetrace.models import slot_cache
+from codetrace.models import sampling, slot_cache
 from codetrace.models.activations import read_states
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit
 from codetrace.models.interventions import Intervention
-from codetrace.models.sampling import random_stream, sample_tokens
+from codetrace.models.lm import soft_cap_logits
+from codetrace.models.sampling import next_token_logits, random_stream, sample_tokens
 from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.phases.generation import generation_headline, pass_at_k_table
@@ -110,6 +111,17 @@ def test_text_and_states_are_those_of_one_pass(tiny, arch):
         torch.testing.assert_close(got[i].per_token["resid_post", 1], forced["each"][1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_ties_are_scored_again_alike_where_a_gpu_is_not_waited_for(arch, monkeypatch):
+    lm = models.load(f"tiny:{arch}", dtype="bfloat16", device="cpu")
+    hidden = 3 * torch.randn(40, lm.d_model, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded = soft_cap_logits(lm.hf.get_output_embeddings()(hidden).float(), lm.hf.config)
+    waited_for = next_token_logits(lm, hidden)
+    assert not torch.equal(waited_for, rounded)
+    monkeypatch.setattr(sampling, "_reaching", sampling._likeliest)
+    assert torch.equal(next_token_logits(lm, hidden), waited_for)
+
+
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
 def test_a_sliding_window_is_seen(tiny, arch):
     "The check above can fail: a model whose windows are ignored has other states."
@@ -118,8 +130,8 @@ def test_a_sliding_window_is_seen(tiny, arch):
     with pytest.MonkeyPatch.context() as patch:
         plain = slot_cache._SlotBlock.of.__func__
 
-        def blind(cls, slots, position, windows, like):
-            block = plain(cls, slots, position, {None}, like)
+        def blind(cls, slots, lengths, columns, windows, like):
+            block = plain(cls, slots, lengths, columns, {None}, like)
             block.masks = dict.fromkeys(windows, block.masks[None])
             return block
 

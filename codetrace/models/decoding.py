@@ -28,6 +28,7 @@ from .interventions import register_hook
 from .limits import is_out_of_memory, remaining_memory
 from .lm import LM
 from .onednn import PackedLinears
+from .positions import sent_to
 from .sampling import next_token_logits, random_stream, sample_tokens
 from .shared_prefixes import common_prefix_length
 from .slot_cache import SLOTS_PER_BLOCK, SlotCache, round_columns, sliding_windows, slot_step
@@ -245,6 +246,8 @@ def _open(self: Decoder, n: int) -> None:
     self.answers: list[_AnswerInProgress | None] = [None] * n
     self.step_count = 0
     self._graphed_step = GraphedStep(self.lm) if self.graphed and not self.edits and can_be_graphed(self.lm) else None
+    rows = [self.kept_places.index(place) for place in self.token_places]
+    self._token_rows = sent_to(self.lm.device, torch.tensor(rows, dtype=torch.long))
     self.sums = torch.zeros(len(self.places), n, self.lm.d_model, device=self.lm.device)
     self._last_prompt: tuple[tuple, _PrefilledPrompt] | None = None  # the last one that was read, by its name
 
@@ -443,14 +446,13 @@ def _choose_tokens(self: Decoder, hidden: Float[Tensor, "slot d_model"]) -> None
 def _keep(self: Decoder, states: Float[Tensor, "place slot d_model"]) -> None:
     "Add the states of a step to what is kept of each answer."
     self.sums += states[: len(self.places)]
-    rows = [self.kept_places.index(place) for place in self.token_places]
     for slot, answer in enumerate(self.answers):
         if answer is None:
             continue
         if answer.finish:
             answer.last = states[:, slot].clone()
         if self.per_token:
-            answer.per_token.append(states[rows, slot])
+            answer.per_token.append(states[self._token_rows, slot])
     self._states = states
 
 # %% ../../nbs/models/decoding.ipynb #5257f13e

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from .limits import is_out_of_memory
 from .lm import LM
+from .positions import sent_to
 from .slot_cache import SlotCache, forward_slots
 
 # %% ../../nbs/models/graphed_step.ipynb #6a9f0006
@@ -63,8 +64,8 @@ class GraphedStep:
             self.recorded = None  # its memory is free before more is taken
         recorded = self.recorded or self._record(slots, place, states)
         self.recorded = recorded
-        recorded.ids.copy_(torch.tensor(tokens)[:, None])
-        recorded.columns.copy_(torch.from_numpy(slots.lengths))
+        recorded.ids.copy_(sent_to(self.lm.device, torch.tensor(tokens))[:, None])
+        recorded.columns.copy_(sent_to(self.lm.device, torch.from_numpy(slots.lengths)))
         recorded.replay(states)
         states |= recorded.states
         return recorded.hidden

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .lm import LM, soft_cap_logits
+from .positions import sent_to
 
 # %% ../../nbs/models/sampling.ipynb #d5d79790
 def random_stream(
@@ -26,6 +27,20 @@ def random_stream(
     return np.random.Generator(np.random.Philox(key=int.from_bytes(start))).random(n)
 
 # %% ../../nbs/models/sampling.ipynb #2e08c114
+_MOST_TIES = 64  # Tokens of a row that are scored again at most where no GPU is waited for
+
+
+def _reaching(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
+    "Rows and tokens of all logits that reach what is wanted. How many they are a GPU would have to be asked."
+    return (logits >= least).nonzero(as_tuple=True)
+
+
+def _likeliest(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
+    "Rows and tokens of the largest logits, so many of each row that hardly ever more reach what is wanted."
+    token = logits.topk(min(_MOST_TIES, logits.shape[-1]), sorted=False).indices
+    return torch.arange(len(logits), device=logits.device)[:, None].expand_as(token).flatten(), token.flatten()
+
+
 def next_token_logits(
     lm: LM,
     hidden: Float[Tensor, "rows d_model"],  # Output of the final norm
@@ -37,9 +52,11 @@ def next_token_logits(
     logits = head(hidden).float()
     if hidden.dtype != torch.float32 and head.weight.is_floating_point() and not head.weight.is_meta:
         top = logits.amax(-1, keepdim=True)
-        row, token = (logits >= top - 4 * torch.finfo(hidden.dtype).eps * top.abs()).nonzero(as_tuple=True)
+        least = top - 4 * torch.finfo(hidden.dtype).eps * top.abs()
+        row, token = (_likeliest if logits.is_cuda else _reaching)(logits, least)
         exact = (hidden[row].float() * head.weight[token].float()).sum(-1)
-        logits[row, token] = exact if head.bias is None else exact + head.bias[token].float()
+        exact = exact if head.bias is None else exact + head.bias[token].float()
+        logits[row, token] = torch.where(logits[row, token] >= least[row, 0], exact, logits[row, token])
     return soft_cap_logits(logits, lm.hf.config)
 
 # %% ../../nbs/models/sampling.ipynb #a9c67ff1
@@ -51,22 +68,24 @@ def sample_tokens(
     "The next token of every row."
     token = logits.argmax(-1)
     top = logits.amax(-1, keepdim=True)
-    rows = [i for i, t in enumerate(temperature) if t > 0]
-    if rows:
-        token[rows] = _draw_tokens(logits[rows] - top[rows], [temperature[i] for i in rows], [uniform[i] for i in rows])
+    drawn = [i for i, t in enumerate(temperature) if t > 0]
+    if drawn:
+        rows = sent_to(logits.device, torch.tensor(drawn))
+        heat, numbers = (torch.tensor([values[i] for i in drawn]) for values in (temperature, uniform))
+        token[rows] = _draw_tokens(logits[rows] - top[rows], heat.float(), numbers.double())
     shifted = logits.sub_(top)
     weight = shifted.exp()
     total = weight.sum(-1)
     entropy = total.log() - torch.linalg.vecdot(weight, shifted.clamp_(min=-1e4)) / total
     logprob = shifted.gather(-1, token[:, None])[:, 0] - total.log()
-    return token.tolist(), logprob.tolist(), entropy.tolist()
+    tokens, logprobs, entropies = torch.stack([token.double(), logprob.double(), entropy.double()]).tolist()
+    return [int(token) for token in tokens], logprobs, entropies
 
 
 def _draw_tokens(
-    shifted: Float[Tensor, "rows vocab"], temperature: Sequence[float], uniform: Sequence[float]
+    shifted: Float[Tensor, "rows vocab"], heat: Float[Tensor, "rows"], uniform: Float[Tensor, "rows"]
 ) -> Tensor:
     "The first token whose cumulative probability exceeds the random number of its row."
-    heat = torch.tensor(temperature, device=shifted.device)[:, None]
-    cumulative = (shifted / heat).exp_().cumsum(-1, dtype=torch.float64)
-    threshold = torch.tensor(uniform, dtype=torch.float64, device=shifted.device)[:, None] * cumulative[:, -1:]
+    cumulative = (shifted / sent_to(shifted.device, heat)[:, None]).exp_().cumsum(-1, dtype=torch.float64)
+    threshold = sent_to(shifted.device, uniform)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=shifted.shape[1] - 1)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .lm import LM
+from .positions import sent_to
 
 # %% ../../nbs/models/slot_cache.ipynb #cc5091eb
 SLOTS_PER_BLOCK = 8  # Slots that attend together
@@ -110,9 +111,10 @@ class _SlotBlock:
     )
 
     @classmethod
-    def of(cls, slots: slice, columns: Int[Tensor, "slot"], windows: set[int | None], like: Tensor) -> "_SlotBlock":
-        block = cls.of_width(slots, round_columns(int(columns.max()) + 1), columns, windows, like)
-        short = columns < _SUMMED_AT_ONCE
+    def of(cls, slots: slice, lengths: Int[Tensor, "slot"], columns: Int[Tensor, "slot"], *rest) -> "_SlotBlock":
+        "A block for slots of lengths that are known on the processor, too."
+        block = cls.of_width(slots, round_columns(int(lengths.max()) + 1), columns, *rest)
+        short = lengths < _SUMMED_AT_ONCE
         return replace(block, short=short) if short.any() and not short.all() else block
 
     @classmethod
@@ -135,10 +137,10 @@ class _SlotBlock:
 def plan(self: SlotCache) -> None:
     "Before a step: which slot writes which column, and what each block sees."
     like = next(iter(self.keys.values()))
-    columns = torch.from_numpy(self.lengths)
+    lengths = torch.from_numpy(self.lengths)
+    self.columns = sent_to(like.device, lengths)
     blocks = [slice(i, min(i + SLOTS_PER_BLOCK, self.n)) for i in range(0, self.n, SLOTS_PER_BLOCK)]
-    self.blocks = [_SlotBlock.of(slots, columns[slots], self.windows, like) for slots in blocks]
-    self.columns = columns.to(like.device)
+    self.blocks = [_SlotBlock.of(slots, lengths[slots], self.columns[slots], self.windows, like) for slots in blocks]
     self.rows = torch.arange(self.n, device=like.device)
 
 
@@ -210,8 +212,8 @@ def slot_step(
 ) -> Float[Tensor, "slot d_model"]:
     "One forward pass, in which every slot reads one token: the states after the final norm."
     slots.plan()
-    ids = torch.tensor(tokens, device=lm.device)[:, None]
-    return forward_slots(lm, slots, ids, torch.from_numpy(slots.lengths).to(lm.device)[:, None])
+    ids = sent_to(lm.device, torch.tensor(tokens))[:, None]
+    return forward_slots(lm, slots, ids, slots.columns.to(lm.device)[:, None])
 
 
 def forward_slots(

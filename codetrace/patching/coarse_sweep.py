@@ -20,6 +20,7 @@ from ..core.errors import BadInput, look_up_name
 from ..core.progress import Progress, no_progress
 from ..core.stats import bootstrap_interval, share_interval
 from ..models.lm import LM
+from ..models.positions import sent_to
 from .alignment import PATCH_DIRECTIONS, AlignedPair, TraceCase, align_pair
 from .layer_stack import _LayerStack, _token_grid, _TokenGrid, _unembed_final
 from .sites import EngineWork, PatchPair, _SweepRequest
@@ -57,7 +58,9 @@ class _SpanRows(_CellRows):
 
     def take(self, index: slice | Tensor) -> "_SpanRows":
         rows = super().take(index)
-        return _SpanRows(rows.cells, rows.pair, rows.layer, rows.head, rows.start, rows.enter, self.stop[index])
+        return _SpanRows(
+            rows.device, rows.cells, rows.pair, rows.layer, rows.head, rows.start, rows.enter, self.stop[index]
+        )
 
 
 class _SpanSweep(_SiteSweep):
@@ -65,11 +68,10 @@ class _SpanSweep(_SiteSweep):
 
     def start_rows(self, i: int, rows: _SpanRows) -> tuple[Float[Tensor, "tokens d_model"], _TokenGrid]:
         "The stream before layer i of rows that enter there, and where its tokens stand."
-        grid = _token_grid(rows.start, self.stack.n_tokens)
-        is_patched = grid.pos < rows.stop[grid.row]
-        x = self.base["resid_pre"][i][0, grid.pos]
-        x[is_patched] = self.source[i][0, grid.pos[is_patched]]
-        return x, grid
+        grid = _token_grid(rows.start, self.stack.n_tokens, rows.device)
+        is_patched = grid.pos < sent_to(rows.device, rows.stop)[grid.row]
+        base, source = (layers[i][0, grid.pos] for layers in (self.base["resid_pre"], self.source))
+        return torch.where(is_patched[:, None], source, base), grid
 
 # %% ../../nbs/patching/coarse_sweep.ipynb #ba22d053
 _Span = tuple[int, int, int]  # Layer, first token and the one behind the last
@@ -105,9 +107,9 @@ class _SpanEffects:
             self._patch(sorted(rows))
 
     def _patch(self, rows: list[tuple[int, int, int]]) -> None:
-        start, layer, stop = torch.tensor(rows, device=self.lm.device).T
+        start, layer, stop = torch.tensor(rows).T
         zero = torch.zeros_like(start)
-        all_rows = _SpanRows(list(rows), zero, layer, zero, start, layer, stop)
+        all_rows = _SpanRows(self.lm.device, list(rows), zero, layer, zero, start, layer, stop)
         stream = self.sweep.base["resid_pre"][-1][:, 0]
         for bundle in _bundles(all_rows, self.sweep.stack.n_tokens, stream):
             logits = _unembed_final(self.lm, self.sweep.run_rows(bundle))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput, look_up_name
 from ..models.lm import LM
+from ..models.positions import sent_to
 from .blocks import _staircase_refusal
 from .grouped_query_heads import n_site_heads
 from .layer_stack import _staircase_logits
@@ -91,7 +92,7 @@ def patch_all(
     for i, cells, logits in ENGINES[options.engine](lm, request):
         metrics = measure(logits, i)
         if cells:
-            grids[i][tuple(torch.tensor(cells).T)] = metrics.to(grids[i])
+            grids[i][tuple(sent_to(metrics.device, torch.tensor(cells).T))] = metrics.to(grids[i])
         else:
             grids[i] = metrics[0].expand(len(layers), n_heads, len(pairs[i].positions), -1).clone()
     return grids

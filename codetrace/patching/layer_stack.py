@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.lm import LM
+from ..models.positions import sent_to
 from .blocks import NoFastPath, _layer_parts, _LayerParts, _staircase_refusal
 from .grouped_query_heads import grouped_query_attention
 from .sites import EngineWork
@@ -71,21 +72,27 @@ class _TokenGrid:
         return x.flatten(0, 1) if self.slot is None else x.flatten(0, 1)[self.slot]
 
 # %% ../../nbs/patching/layer_stack.ipynb #9815f6b6
-def _token_grid(start: Int[Tensor, "rows"], n_tokens: int) -> _TokenGrid:
+def _token_grid(
+    start: Int[Tensor, "rows"],  # On the processor, where the grid is planned
+    n_tokens: int,
+    device: torch.device,  # Where the states are
+) -> _TokenGrid:
     "The grid of rows with these starts."
     low = int(start.min())
-    pos = torch.arange(low, n_tokens, device=start.device).expand(len(start), -1)
+    pos = torch.arange(low, n_tokens).expand(len(start), -1)
     real = pos >= start[:, None]
-    row = torch.arange(len(start), device=start.device)[:, None].expand_as(pos)[real]
+    row = torch.arange(len(start))[:, None].expand_as(pos)[real]
     last = (n_tokens - start).cumsum(0) - 1
+    tokens = sent_to(device, torch.stack([row, pos[real]]))
+    rows = sent_to(device, torch.stack([start, last - (n_tokens - 1 - start), last]))
     return _TokenGrid(
-        start=start,
-        row=row,
-        pos=pos[real],
-        slot=None if bool(real.all()) else real.flatten().nonzero()[:, 0],
+        start=rows[0],
+        row=tokens[0],
+        pos=tokens[1],
+        slot=None if bool(real.all()) else sent_to(device, real.flatten().nonzero()[:, 0]),
         width=n_tokens - low,
-        first=last - (n_tokens - 1 - start),
-        last=last,
+        first=rows[1],
+        last=rows[2],
     )
 
 # %% ../../nbs/patching/layer_stack.ipynb #6e2368be
@@ -239,8 +246,8 @@ def run(
     for start in range(0, len(runs), size):
         rows = runs[start : start + size]
         recorder = _StateRecorder(sites, len(rows))
-        grid = _token_grid(torch.zeros(len(rows), dtype=torch.long, device=self.lm.device), self.n_tokens)
-        x = self.embed(torch.tensor(rows, device=self.lm.device))
+        grid = _token_grid(torch.zeros(len(rows), dtype=torch.long), self.n_tokens, self.lm.device)
+        x = self.embed(sent_to(self.lm.device, torch.tensor(rows)))
         for i in range(self.n_layers):
             x = self.layer(i, x, grid, recorder)
         recorder("resid_pre", x)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..models.lm import LM
+from ..models.positions import sent_to
 from .alignment import TraceCase, align_pair, cell_rows
 from .engine import _check_layers
 from .grouped_query_heads import n_site_heads
@@ -44,7 +45,7 @@ def sweep_one_layer_at_a_time(
         for _, cells, logits in _sweep_pairs(lm, replace(request, layers=[layer]), [0], sweep):
             metrics = measure(logits, 0)
             if cells:
-                grid[tuple(torch.tensor(cells).T)] = metrics.to(grid)
+                grid[tuple(sent_to(grid.device, torch.tensor(cells).T))] = metrics.to(grid)
             else:  # the base run itself, which comes first
                 grid = metrics[0].expand(1, n_heads, len(pair.positions or ()), -1).clone()
         yield layer, grid[0]

@@ -8,7 +8,8 @@ __all__ = ['sweep_layer_tokens']
 # %% ../../nbs/patching/staircase.ipynb #072e912f
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..models.limits import is_out_of_memory
 from ..models.lm import LM
+from ..models.positions import sent_to
 from .grouped_query_heads import n_site_heads
 from codetrace.patching.layer_stack import (
     SiteCallback,
@@ -45,10 +47,19 @@ def sweep_layer_tokens(
     return total
 
 # %% ../../nbs/patching/staircase.ipynb #c2cfea80
+class _RowIndex(NamedTuple):
+    "Columns of rows on the device of the states."
+
+    pair: Int[Tensor, "rows"]
+    head: Int[Tensor, "rows"]
+    start: Int[Tensor, "rows"]
+
+
 @dataclass(frozen=True, eq=False)
 class _CellRows:
     "Cells to compute, one row each, sorted by position."
 
+    device: torch.device  # Where the states are. The columns are on the processor, where a sweep is planned
     cells: list[GridCell]
     pair: Int[Tensor, "rows"]
     layer: Int[Tensor, "rows"]
@@ -60,7 +71,12 @@ class _CellRows:
         "Some of the rows."
         cells = self.cells[index] if isinstance(index, slice) else [self.cells[i] for i in index.tolist()]
         columns = (self.pair, self.layer, self.head, self.start, self.enter)
-        return _CellRows(cells, *(column[index] for column in columns))
+        return _CellRows(self.device, cells, *(column[index] for column in columns))
+
+    @cached_property
+    def here(self) -> "_RowIndex":
+        "The columns that states are indexed by, where the states are."
+        return _RowIndex(*sent_to(self.device, torch.stack([self.pair, self.head, self.start])))
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -81,12 +97,12 @@ class _SiteSweep:
 
     def gather(self, layers: list[Tensor], i: int, rows: _CellRows) -> Tensor:
         "The values of layer i at the rows' pairs and positions; counted from the end, since the last layer may hold only the final position."
-        return layers[i][rows.pair, rows.start - self.stack.n_tokens]
+        return layers[i][rows.here.pair, rows.here.start - self.stack.n_tokens]
 
     def source_states(self, i: int, rows: _CellRows) -> Tensor:
         "The source's values of layer i, for the rows' heads."
         x = self.gather(self.source, i, rows)
-        return x[torch.arange(len(rows), device=x.device), rows.head] if x.ndim == 3 else x
+        return x[torch.arange(len(rows), device=x.device), rows.here.head] if x.ndim == 3 else x
 
 # %% ../../nbs/patching/staircase.ipynb #eaff6f8f
 @patch
@@ -106,7 +122,7 @@ def patched_heads(self: _SiteSweep, i: int, rows: _CellRows) -> Float[Tensor, "r
     "The heads' outputs in layer i, one of them the source's."
     z = self.gather(self.base["head_out"], i, rows).clone()
     heads = z.unflatten(-1, (self.stack.lm.n_heads, -1))
-    heads[torch.arange(len(rows), device=z.device), rows.head] = self.source_states(i, rows)
+    heads[torch.arange(len(rows), device=z.device), rows.here.head] = self.source_states(i, rows)
     return z
 
 # %% ../../nbs/patching/staircase.ipynb #cfb813d7
@@ -132,16 +148,17 @@ def stream_after_attention(self: _SiteSweep, i: int, rows: _CellRows) -> tuple[T
     "The stream after layer i of rows with a key or value of that layer patched; and where its tokens are."
     stack = self.stack
     base = self.base
-    grid = _token_grid(rows.start, stack.n_tokens)
+    grid = _token_grid(rows.start, stack.n_tokens, rows.device)
     k, v = self.patched_keys_and_values(i, rows)
-    z = stack.attend(i, base["query"][i][rows.pair, -grid.width :], k, v)
+    pair = rows.here.pair
+    z = stack.attend(i, base["query"][i][pair, -grid.width :], k, v)
     stream = base["resid_pre"][i]
     if i < stack.n_layers - 1:
         z = grid.pack(z)
-        x = stream[rows.pair[grid.row], grid.pos]
+        x = stream[pair[grid.row], grid.pos]
     else:
         z = z[:, 0]
-        x = stream[rows.pair, -1]
+        x = stream[pair, -1]
     stack.work.add(len(x))
     return _finish_layer(stack.blocks[i], x, z, _write_nothing), grid
 
@@ -153,12 +170,12 @@ def patched_keys_and_values(
     "The base's keys and values of layer i, one of them the source's."
     new = self.source_states(i, rows)
     if self.site == "key":
-        new = self.stack.rotate(i, new[:, None], rows.start)[:, 0]
+        new = self.stack.rotate(i, new[:, None], rows.here.start)[:, 0]
     patched = []
     for site in ("key", "value"):
-        states = self.base[f"cached_{site}"][i][rows.pair]
+        states = self.base[f"cached_{site}"][i][rows.here.pair]
         if site == self.site:
-            states[torch.arange(len(rows), device=states.device), rows.head, rows.start] = new
+            states[torch.arange(len(rows), device=states.device), rows.here.head, rows.here.start] = new
         patched.append(states)
     return patched
 
@@ -182,16 +199,17 @@ def write_states(
     self: _SiteSweep, i: int, rows: _CellRows, grid: _TokenGrid, members: Int[Tensor, "some"], x: Tensor
 ) -> None:
     "Write the source's values of layer i into some rows' first tokens."
-    targets = grid.first[members]
     only_final = i == self.stack.n_layers - 1 and self.site not in ("resid_pre", "key", "value")
     if only_final:  # only the final tokens are there
         members = members[rows.start[members] == self.stack.n_tokens - 1]
-        targets = members
-    new = self.source_states(i, rows.take(members))
+    written = rows.take(members)
+    targets = sent_to(rows.device, members)
+    targets = targets if only_final else grid.first[targets]
+    new = self.source_states(i, written)
     if self.site == "head_out":
-        x.unflatten(-1, (self.stack.lm.n_heads, -1))[targets, rows.head[members]] = new
+        x.unflatten(-1, (self.stack.lm.n_heads, -1))[targets, written.here.head] = new
     elif self.site in ("key", "value"):
-        x[targets, rows.head[members]] = new
+        x[targets, written.here.head] = new
     else:
         x[targets] = new
 
@@ -201,10 +219,10 @@ def start_rows(self: _SiteSweep, i: int, rows: _CellRows) -> tuple[Float[Tensor,
     "The stream before layer i of rows that enter there, and where its tokens stand; above the last layer, the final tokens."
     if self.site in ("key", "value"):
         return self.stream_after_attention(i - 1, rows)
-    grid = _token_grid(rows.start, self.stack.n_tokens)
+    grid = _token_grid(rows.start, self.stack.n_tokens, rows.device)
     if i == self.stack.n_layers:
         return self.entering_stream(i, rows), grid
-    x = self.base["resid_pre"][i][rows.pair[grid.row], grid.pos]
+    x = self.base["resid_pre"][i][rows.here.pair[grid.row], grid.pos]
     x[grid.first] = self.entering_stream(i, rows)
     return x, grid
 
@@ -216,18 +234,18 @@ def run_rows(self: _SiteSweep, rows: _CellRows) -> Float[Tensor, "rows d_model"]
     for i in range(self.stack.n_layers + 1):
         for members in self.chunks(rows, rows.enter == i):
             x, grid = self.start_rows(i, rows.take(members))
-            buffer.write(members, grid, x, final=i == self.stack.n_layers)
+            buffer.write(sent_to(rows.device, members), grid, x, final=i == self.stack.n_layers)
         if i < self.stack.n_layers:
             for members in self.chunks(rows, rows.enter <= i):
-                self.run_layer(i, members, rows.take(members), buffer)
+                self.run_layer(i, sent_to(rows.device, members), rows.take(members), buffer)
     return self.patch_final_stream(rows, buffer.final)
 
 
 @patch
 def run_layer(self: _SiteSweep, i: int, members: Int[Tensor, "some"], part: _CellRows, buffer: "_StreamBuffer") -> None:
     "Some rows through layer i."
-    grid = _token_grid(part.start, self.stack.n_tokens)
-    cache = tuple(self.base[f"cached_{site}"][i].index_select(0, part.pair) for site in ("key", "value"))
+    grid = _token_grid(part.start, self.stack.n_tokens, part.device)
+    cache = tuple(self.base[f"cached_{site}"][i].index_select(0, part.here.pair) for site in ("key", "value"))
     x = buffer.read(members, grid)
     x = self.stack.layer(i, x, grid, self.window_writer(i, part, grid), cache)
     buffer.write(members, grid, x, final=i == self.stack.n_layers - 1)
@@ -238,7 +256,7 @@ class _StreamBuffer:
 
     def __init__(self, start: Int[Tensor, "rows"], n_tokens: int, like: Tensor):
         lengths = n_tokens - start
-        self.begin = lengths.cumsum(0) - lengths  # where each row's tokens lie
+        self.begin = sent_to(like.device, lengths.cumsum(0) - lengths)  # where each row's tokens lie
         self.stream = like.new_empty(int(lengths.sum()), like.shape[-1])
         self.final = like.new_empty(len(start), like.shape[-1])
 
@@ -263,7 +281,7 @@ def patch_final_stream(self: _SiteSweep, rows: _CellRows, final: Tensor) -> Tens
     if self.window > 1 and len(self.source) > n_layers:
         reaches_past = (rows.layer < n_layers) & (rows.layer + self.window > n_layers)
         members = (reaches_past & (rows.start == self.stack.n_tokens - 1)).nonzero()[:, 0]
-        final[members] = self.source_states(n_layers, rows.take(members))
+        final[sent_to(rows.device, members)] = self.source_states(n_layers, rows.take(members))
     return final
 
 
@@ -343,11 +361,16 @@ def _prepare_sweep(stack: _LayerStack, request: _SweepRequest, numbers: list[int
     return _SiteSweep(stack, site, request.window, base, source, chunk)
 
 # %% ../../nbs/patching/staircase.ipynb #4b796727
-def _equal_states(sweep: _SiteSweep, i: int) -> list[list[list[bool]]]:
-    "Where layer i of base and source hold the same: by pair, position from the end, head."
+def _equal_states(sweep: _SiteSweep, layers: range) -> list[list[list[list[bool]]]]:
+    "Where base and source hold the same: by layer, pair, position from the end, head."
     heads = n_site_heads(sweep.stack.lm, sweep.site)
-    base, source = (x.flatten(2).unflatten(-1, (heads, -1)) for x in (sweep.base[sweep.site][i], sweep.source[i]))
-    return (base == source).all(-1).tolist()
+    equal = []
+    for i in layers:
+        base, source = (x.flatten(2).unflatten(-1, (heads, -1)) for x in (sweep.base[sweep.site][i], sweep.source[i]))
+        equal.append((base == source).all(-1))
+    flat = torch.cat([layer.flatten() for layer in equal]).cpu()  # a GPU is asked once
+    parts = flat.split([layer.numel() for layer in equal])
+    return [part.reshape(layer.shape).tolist() for part, layer in zip(parts, equal)]
 
 
 def _is_unchanged(equal: list, b: int, layers: range, head: int, from_end: int) -> bool:
@@ -361,7 +384,7 @@ def _rows_to_compute(request: _SweepRequest, numbers: list[int], sweep: _SiteSwe
     n_tokens = sweep.stack.n_tokens
     n_states = len(sweep.source)
     enters_after = int(sweep.site != "resid_pre")
-    equal = None if request.compute_unchanged else [_equal_states(sweep, i) for i in range(n_states)]
+    equal = None if request.compute_unchanged else _equal_states(sweep, range(n_states))
     rows = []
     for b, number in enumerate(numbers):
         for cell, layer, head, position in _cells_to_compute(request.pairs[number], request):
@@ -378,9 +401,9 @@ def _rows_to_compute(request: _SweepRequest, numbers: list[int], sweep: _SiteSwe
 def _sorted_rows(rows: list[tuple], device: torch.device) -> _CellRows:
     "As columns, sorted by position."
     rows.sort(key=lambda row: row[:5])
-    columns = torch.tensor([row[:5] for row in rows], device=device, dtype=torch.long).reshape(-1, 5).T
+    columns = torch.tensor([row[:5] for row in rows], dtype=torch.long).reshape(-1, 5).T
     start, pair, layer, head, enter = columns
-    return _CellRows([row[5] for row in rows], pair, layer, head, start, enter)
+    return _CellRows(device, [row[5] for row in rows], pair, layer, head, start, enter)
 
 # %% ../../nbs/patching/staircase.ipynb #26803497
 _CELLS_PER_UNEMBEDDING = 256
@@ -400,7 +423,7 @@ def _sweep_pairs(
             for b, number in enumerate(numbers):
                 for members in _members_of_pair(part, b):
                     cells = [part.cells[k] for k in members.tolist()]
-                    yield number, cells, _unembed_final(lm, patched[members])
+                    yield number, cells, _unembed_final(lm, patched[sent_to(part.device, members)])
 
 
 def _members_of_pair(part: _CellRows, b: int) -> Sequence[Int[Tensor, "some"]]:
@@ -413,7 +436,7 @@ def _bundles(rows: _CellRows, n_tokens: int, like: Float[Tensor, "batch d_model"
     "Rows whose stream is at most about `_HELD_BYTES`."
     if len(rows):
         held = (n_tokens - rows.start).cumsum(0) * like.shape[-1] * like.element_size() // _HELD_BYTES
-        for members in torch.arange(len(rows), device=held.device).split(_run_lengths(held)):
+        for members in torch.arange(len(rows)).split(_run_lengths(held)):
             yield rows.take(members)
 
 

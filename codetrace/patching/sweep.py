@@ -117,7 +117,8 @@ def _run_plain(lm: LM, aligned: list[AlignedPair]) -> _PlainRuns:
     n = len(aligned)
     logits = lm.logits([pair.base for pair in aligned] + [pair.source for pair in aligned])
     log_probs = logits[:n].log_softmax(-1)
-    metrics = [measure_patch(logits[k : k + 1], aligned[k % n], log_probs[k % n])[0].cpu() for k in range(2 * n)]
+    measured = [measure_patch(logits[k : k + 1], aligned[k % n], log_probs[k % n])[0] for k in range(2 * n)]
+    metrics = list(torch.stack(measured).cpu())
     return _PlainRuns(aligned, log_probs, metrics[:n], metrics[n:])
 
 # %% ../../nbs/patching/sweep.ipynb #5c1ae5cb
