@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -239,7 +240,23 @@ REAL_SHAPES = {
             max_position_embeddings=8192,
         ),
     ),
+    "qwen3-4b": (
+        "qwen3",
+        "sdpa",
+        dict(
+            vocab_size=151936,
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        ),
+    ),
 }
+_TWINS_GB = {"qwen3-4b": 32}  # What a GPU must have for both twins and their work, where that is more than 24
 _SMALLER = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
 
 
@@ -572,6 +589,43 @@ def check_steering(twins: Twins, dtype: str, where: str, size: tuple[int, int, i
     return measurement
 
 
+# --- what a GPU is waited for -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waits_for_the_gpu() -> Iterator[list]:
+    "What was done meanwhile for which the processor had to wait for the GPU, one item each."
+    with warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", "called a synchronizing CUDA operation")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield told
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def steps_and_waits(lm: LM, new: int) -> tuple[int, int]:
+    "How many steps a few answers of this length take in as many slots, and how often the GPU is waited for."
+    decoder = Decoder(lm, [Request(p, key) for key, p in enumerate(random_prompts(lm, [9] * 4))], new, 4, layers=None)
+    with waits_for_the_gpu() as waits:
+        list(decoder)
+    return decoder.step_count, len(waits)
+
+
+def check_waits(lm: LM, slow: int = 4, fast: int = 20) -> Measurement:
+    "A step of slots waits for the chosen tokens and for nothing else; a sweep once for all layers, not in each."
+    steps_and_waits(lm, slow)  # the first time, memory is taken
+    (few_steps, few_waits), (many_steps, many_waits) = steps_and_waits(lm, slow), steps_and_waits(lm, fast)
+    a_step = (many_waits - few_waits) / max(many_steps - few_steps, 1)
+    pair, layers = sweep_pair(lm, 24, 6), list(range(lm.n_layers))
+    sweep(lm, pair, "resid_pre", "staircase", layers)
+    with waits_for_the_gpu() as waits:
+        sweep(lm, pair, "resid_pre", "staircase", layers)
+    values = {"waits a step": a_step, "waits a sweep": float(len(waits)), "layers": float(lm.n_layers)}
+    return Measurement(a_step, 1.5, "how often the processor waits for the GPU in a step", values)
+
+
 # --- 5: ablation --------------------------------------------------------------------------------------------------
 
 
@@ -624,6 +678,22 @@ def check_sae(device: str, matmul_dtype: torch.dtype) -> Measurement:
     if devices != {device}:
         return Measurement(math.nan, 0.0, f"weights are on {devices}, not on {device}")
     return Measurement(last / first, 0.9, "last loss, over the first", {"first": first, "last": last})
+
+
+def check_sae_steps(device: str, matmul_dtype: torch.dtype) -> Measurement:
+    "Losses of the first steps of training beside those of the same steps in float32 on the processor."
+    config = SAETrainingConfig(d_sae=512, k=8, batch=512)
+    states = sparse_states(16 * config.batch, 64, "cpu")
+    trainers = SAETrainer(config, states, matmul_dtype, device), SAETrainer(config, states, torch.float32, "cpu")
+    steps = 24
+    losses = [
+        [trainer.step(batch_of(states, i, config.batch).to(place), i / steps) for i in range(steps)]
+        for trainer, place in zip(trainers, (device, "cpu"))
+    ]
+    tried, plain = np.array(losses)
+    tolerance = 1e-3 if matmul_dtype == torch.float32 else 0.03
+    values = {"last": tried[-1], "last on the processor": plain[-1]}
+    return Measurement(float(np.abs(tried / plain - 1).max()), tolerance, "largest difference of a loss", values)
 
 
 def batch_of(states: Tensor, i: int, size: int) -> Tensor:
@@ -910,6 +980,10 @@ def check_model(checks: Checks, name: str, twins: Twins, plan: Plan) -> None:
         checks.run(f"decoding {label}", partial(check_decoding, lm, *plan.size))
         checks.run(f"graphed {label}", partial(check_graphed, lm, *plan.size))
         checks.run(f"states {label}", partial(check_states, twins, dtype, plan.size))
+        if lm.device.type == "cuda":
+            checks.run(f"waits {label}", partial(check_waits, lm))
+        else:
+            checks.skip(f"waits {label}", "there is no GPU to wait for")
         for where in plan.places:
             checks.run(f"steering {where} {label}", partial(check_steering, twins, dtype, where, plan.size))
         checks.run(f"ablation {label}", partial(check_ablation, lm))
@@ -937,12 +1011,18 @@ def check_tiny_models(checks: Checks, options: argparse.Namespace) -> None:
 def check_saes(checks: Checks, options: argparse.Namespace) -> None:
     for dtype in ("float32", "bfloat16"):
         checks.run(f"sae {dtype}", partial(check_sae, options.device, getattr(torch, dtype)))
+        if options.device != "cpu" or dtype != "float32":
+            checks.run(f"sae steps {dtype}", partial(check_sae_steps, options.device, getattr(torch, dtype)))
 
 
 def check_real_shapes(checks: Checks, options: argparse.Namespace) -> None:
     small = options.quick or options.device == "cpu"
     plan = Plan(check_real_sweep, (4, 8, 4) if small else (6, 12, 4), ("last_prompt", "all"))
     for shape in REAL_SHAPES:
+        card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if options.device == "cuda" else math.inf
+        if not small and card_gb < _TWINS_GB.get(shape, 0):
+            checks.skip(shape, f"the GPU has {card_gb:.0f} GB, and its twins need {_TWINS_GB[shape]}")
+            continue
         try:
             twins = real_shape_twins(shape, options.device, small)
         except Exception as error:
