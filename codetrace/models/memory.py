@@ -8,6 +8,8 @@ __all__ = ['MemoryEstimate', 'estimate_pass_memory', 'estimate_generation_memory
 # %% ../../nbs/models/memory.ipynb #54e7878b
 from dataclasses import asdict, dataclass
 
+import torch
+
 from .limits import NotEnoughMemory, process_memory
 from .lm import LM
 from .onednn import packable_linears
@@ -76,6 +78,11 @@ def estimate_pass_memory(
 _FUSED_QKV = ("gpt2", "gpt_neox")  # One product gives queries, keys and values
 
 
+def _holds_scores(attention: str, device: str, dtype: torch.dtype, is_grouped: bool) -> bool:
+    "Are the scores of all pairs of tokens held? SDPA holds them where no kernel of a GPU takes grouped heads in float32."
+    return attention == "eager" or (attention == "sdpa" and device == "cuda" and dtype == torch.float32 and is_grouped)
+
+
 def _working_memory(lm: LM, rows: int, tokens: int, logit_rows: int) -> int:
     "Bytes of the stream and the larger of a layer's own work and the logits."
     size = lm.dtype.itemsize
@@ -85,7 +92,7 @@ def _working_memory(lm: LM, rows: int, tokens: int, logit_rows: int) -> int:
     stream = n * lm.d_model * (2 * size + 4)
     mlp = 3 * n * _mlp_width(lm.hf.config, lm.d_model) * size
     attention = n * (3 * heads_width + 4 * kv_width) * size
-    if lm.hf.config._attn_implementation == "eager":
+    if _holds_scores(lm.hf.config._attn_implementation, lm.device.type, lm.dtype, lm.n_kv_heads < lm.n_heads):
         attention += n * lm.n_heads * tokens * (4 + 2 * size)  # the scores
     logits = logit_rows * lm.hf.config.vocab_size * (size + 4)
     return stream + max(mlp, attention, logits)
