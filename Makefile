@@ -44,7 +44,8 @@ test: $(READY)  ## all checks, in about seven minutes
 test-slow: $(READY)  ## what takes longer
 	@python scripts/check.py --slow
 
-docs: $(READY)  ## the site and the thesis appendix
+docs: $(READY)  ## the site and the thesis appendix, _docs/codetrace.pdf; installs pandoc and typst once
+	@python -c 'import pypandoc, typst' 2>/dev/null || python -m pip install -q -c constraints.txt -e '.[pdf]'
 	@python scripts/docs.py
 
 lab: $(READY)  ## JupyterLab on the notebooks

@@ -6,12 +6,14 @@ import shutil
 import signal
 import struct
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_files import make_small_model, write_gguf
+from safetensors.torch import load_file
 
 from codetrace import models
 from codetrace.core.errors import BadInput
@@ -21,6 +23,7 @@ from codetrace.models.folders import check_model_name
 from codetrace.models.gguf_header import GGUF_FAMILIES, NotAGGUF, check_gguf_file, gguf_quantization
 from codetrace.models.gguf_models import gguf_model_folder
 from codetrace.models.limits import MemoryLimits, NotEnoughMemory
+from codetrace.runs.serve_command import vllm_arguments
 
 TEXT = "def f(x):\n    return x + 123"
 
@@ -75,6 +78,14 @@ def test_a_folder_has_the_dtype_asked_for(small, tmp_path):
     assert rounded.dtype == torch.bfloat16
     for name, weights in exact.hf.state_dict().items():
         assert torch.equal(weights.to(torch.bfloat16), rounded.hf.state_dict()[name])
+
+
+def test_vllm_is_given_the_weights_of_the_dtype_asked_for(small, tmp_path):
+    path = write_gguf(tmp_path / "small.gguf", small)
+    for dtype, wanted in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        folder = Path(vllm_arguments(str(path), dtype=dtype)[1])
+        weights = load_file(folder / "model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {wanted}
 
 
 # --- what transformers leaves out ----------------------------------------------------------------------------------

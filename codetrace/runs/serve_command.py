@@ -17,7 +17,7 @@ import typer
 from ..core.errors import BadInput
 
 # %% ../../nbs/runs/serve_command.ipynb #de8ca283
-def _folders(model: str) -> tuple[str, str]:
+def _folders(model: str, dtype: str = "auto") -> tuple[str, str]:
     "What vLLM reads the weights from, and the tokenizer where it lies elsewhere."
     from codetrace.models.gguf_header import is_gguf_name
 
@@ -30,7 +30,8 @@ def _folders(model: str) -> tuple[str, str]:
 
         from codetrace.models.gguf_models import gguf_model_folder
 
-        return str(gguf_model_folder(Path(model).expanduser(), torch.bfloat16)), ""
+        weights = torch.bfloat16 if dtype in ("auto", "bfloat16") else torch.float32  # not rounded before they need be
+        return str(gguf_model_folder(Path(model).expanduser(), weights)), ""
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, ""
 
 # %% ../../nbs/runs/serve_command.ipynb #42942ded
@@ -54,7 +55,7 @@ def vllm_arguments(
             f"model {model!r} exists as codetrace's own folder of changes only, which vLLM does not read: "
             "merge and save it (lm.hf.save_pretrained), and serve that folder"
         )
-    folder, tokenizer = _folders(model)
+    folder, tokenizer = _folders(model, dtype)
     arguments = ["serve", folder, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", dtype, "--generation-config", "vllm"]
     return [*arguments, "--tokenizer", tokenizer] if tokenizer else arguments
