@@ -105,8 +105,19 @@ def _texts(view: View, values: tuple) -> dict[str, str]:
     return dict(zip(view.fields, map(field_text, values)))
 
 
+def _pinned_texts(view: View, texts: Mapping[str, str]) -> dict[str, str]:
+    "The same with the newest run named by its id, so that a link means the same run tomorrow."
+    newest = {
+        name: offered[1][1]
+        for name, offered in view.choices().items()
+        if len(offered) > 1 and offered[0] == ("the newest", "")
+    }
+    return {name: text or newest.get(name, "") for name, text in texts.items()}
+
+
 def _link_markup(view: View, *values: object) -> Markup:
-    return page_part(html_link("Link to this view", view_link(view.name, _texts(view, values))))
+    texts = _pinned_texts(view, _texts(view, values))
+    return page_part(html_link("Link to this view", view_link(view.name, texts)))
 
 
 def _snippet_markup(view: View, *values: object) -> Markup:
