@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from codetrace.runs.manifest import reference_runs
@@ -146,3 +147,86 @@ def test_the_latent_is_told_from_chance_and_loses_to_the_probe(validated):
     assert told["value"] == pytest.approx(np.mean(gaps), abs=0.02)
     assert told["high"] < 0 and np.quantile(gaps, 0.975) < 0
     assert f"difference {told['value']:.2f}" in manifest["headline"]
+
+
+def test_pass_at_1_on_humaneval_is_the_share_of_answers_that_pass(foretold):
+    run_id = next(read["run_id"] for read in foretold[0]["inputs"] if read["parameter"] == "transfer")
+    (manifest,) = [run for run in reference_runs("generation") if run["run_id"] == run_id]
+    verdicts = pd.read_parquet(f"{manifest['folder']}/samples.parquet")["verdict"]
+    greedy = next(row for row in manifest["summary"] if row["answers"] == "greedy")
+    assert len(verdicts) == greedy["problems"] == 164
+    n_passed = int((verdicts == "passed").sum())
+    assert greedy["value"] == pytest.approx(n_passed / 164, abs=5e-4)
+    wilson = proportion_confint(n_passed, 164, method="wilson")
+    assert (greedy["low"], greedy["high"]) == pytest.approx(wilson, abs=2e-3)
+    scores = foretold[1][foretold[1]["set"] == "transfer"]
+    assert int(scores["label"].sum()) == n_passed
+
+
+def test_saes_explain_what_the_headline_says_and_random_ones_do_not():
+    manifest = reference_runs("saes")[-1]
+    quality = pd.read_parquet(f"{manifest['folder']}/quality.parquet")
+    learnt, random = (quality[quality["sae"] == name].set_index("layer") for name in ("seed 0", "random"))
+    assert list(learnt.index) == [6, 12, 18, 22] and (learnt["explained_variance"] > 0.79).all()
+    assert (learnt["dead"] < 0.1).all() and (learnt["explained_variance"] > 3 * random["explained_variance"]).all()
+    for layer, row in learnt.iterrows():
+        told = f"layer {layer}: explained variance {row['explained_variance']:.2f} (random {random.loc[layer, 'explained_variance']:.2f})"
+        assert told in manifest["headline"]
+
+
+@pytest.fixture(scope="module")
+def searched(validated) -> tuple[dict, pd.DataFrame, pd.DataFrame, list[dict]]:
+    "The search for latents that the judged ones come from: its manifest, all scores, the null, and its cards."
+    run_id = next(read["run_id"] for read in validated[0]["inputs"] if read["parameter"] == "latents")
+    (manifest,) = [run for run in reference_runs("latents") if run["run_id"] == run_id]
+    scores, null = (pd.read_parquet(f"{manifest['folder']}/{name}.parquet") for name in ("scores", "null"))
+    return manifest, scores, null, json.loads((Path(manifest["folder"]) / "cards.json").read_text())
+
+
+def test_latents_of_the_cards_are_beyond_the_largest_that_permuted_labels_give(searched):
+    manifest, scores, null, cards = searched
+    assert np.allclose(scores["separation"], scores["correct"] - scores["incorrect"])
+    largest = null[null["p"] == "family_wise_p"].copy()
+    largest["draw"] = largest.groupby("position").cumcount()
+    by_position = largest.pivot(index="draw", columns="position", values="largest")
+    n = len(by_position)
+    assert n == 1000 and by_position.notna().all(axis=None)
+    all_positions = by_position.max(axis="columns")
+    beyond = 0
+    for card in cards:
+        alone = (1 + (by_position[card["position"]] >= card["score"]).sum()) / (1 + n)
+        together = (1 + (all_positions >= card["score"]).sum()) / (1 + n)
+        assert card["family_wise_p"] == pytest.approx(alone) and card["family_wise_p_all_positions"] == pytest.approx(
+            together
+        )
+        beyond += together <= 0.05
+    assert f"{beyond} of the {len(cards)} best" in manifest["headline"]
+    best = scores.loc[scores["adjusted_separation"].abs().idxmax()]
+    assert (
+        f"{best['adjusted_separation']:.2f} (latent {best['latent']} of layer {best['layer']}" in manifest["headline"]
+    )
+    assert best["latent"] == cards[0]["latent"] and f"{len(scores):,} latents tried" in manifest["headline"]
+
+
+def test_the_pushes_that_were_chosen_are_the_best_that_were_tried():
+    manifest = reference_runs("tuning")[-1]
+    tried = pd.read_parquet(f"{manifest['folder']}/tried.parquet")
+    assert (tried["right"] + tried["wrong"] == tried["n"]).all() and (tried["n"] == 48).all()
+    assert np.allclose(tried["net"], (tried["corrected"] - tried["corrupted"]) / tried["n"])
+    assert np.allclose(tried["pass@1"], (tried["right"] + tried["corrected"] - tried["corrupted"]) / tried["n"])
+    for row in tried.itertuples():
+        changed = int(row.corrected + row.corrupted)
+        assert row.p == pytest.approx(binomtest(int(row.corrected), changed).pvalue if changed else 1.0), row
+    best, worst = tried["net"].max(), tried["net"].min()
+    assert f"net {best:+.2f}" in manifest["headline"] and f"net {worst:+.2f}" in manifest["headline"]
+
+
+def test_heads_that_change_under_a_push_are_counted_at_the_rate_that_is_told():
+    manifest = reference_runs("attention")[-1]
+    changed = pd.read_parquet(f"{manifest['folder']}/changed.parquet")
+    kept = changed.dropna(subset="p")
+    _, q, *_ = multipletests(kept["p"], method="fdr_bh")
+    assert np.allclose(q, kept["q"])
+    random = json.loads((Path(manifest["folder"]) / "random.json").read_text())
+    assert f"{(kept['q'] <= 0.05).sum()} of {len(changed)} heads and parts" in manifest["headline"]
+    assert f"{min(random.values())} to {max(random.values())}" in manifest["headline"]
