@@ -60,6 +60,9 @@ _ROC_STYLES = [
     {"color": "k", "lw": 0.9, "ls": ":"},
     {"color": GREY, "lw": 0.9},
     {"color": GREY, "lw": 0.9, "ls": "--"},
+    {"color": GREY, "lw": 0.9, "ls": ":"},
+    {"color": "k", "lw": 0.9, "ls": "-."},
+    {"color": GREY, "lw": 1.8},
 ]
 
 # %% ../../nbs/plots/latents.ipynb #f8fbd523
@@ -256,7 +259,12 @@ def plot_predictor_metrics(
             ax.hlines(y, rows["low"], rows["high"], color="k", lw=0.8)
             ax.plot(rows["value"], y, "o", color="k", ms=3)
             ax.set_yticks(y, names, fontsize=7)
-            ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(lowest - 0.03, 1.03), xticks=[0, 0.5, 1])
+            ax.set(
+                ylim=(len(names) - 0.5, -0.5),
+                xlim=(lowest - 0.03, 1.03),
+                xticks=[0, 0.5, 1],
+                xticklabels=["0", "0.5", "1"],
+            )
             ax.set_title(textwrap.fill(measure, 15), pad=3)  # a long title would make all panels narrow
             ax.spines["left"].set_visible(False)
             ax.tick_params(axis="y", length=0)
