@@ -210,7 +210,7 @@ def write_findings() -> None:
             "watch/20261130T212713071Z-fb028413",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
-        pregeneration_finding("pregeneration/20261129T071236797Z-af66d7a9"),
+        pregeneration_finding("pregeneration/20261201T000100986Z-b9b6dcf6"),
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
