@@ -19,7 +19,7 @@ from shards import wait_for
 
 from codetrace import models
 from codetrace.core.records import read_records
-from codetrace.models import model_server
+from codetrace.models import model_server, served_decoder
 from codetrace.models.activations import read_states
 from codetrace.models.decoding import STATE_KINDS, Decoder, Request
 from codetrace.models.model_server import ModelServer, ServerFailed, open_model_server
@@ -79,11 +79,12 @@ def usual_model():
 class Engine:
     "A server of completions, with vLLM's additions, that fails as it is told to."
 
-    def __init__(self, lm=None, failures=(), pause: float = 0.0):
+    def __init__(self, lm=None, failures=(), pause: float = 0.0, names_texts: bool = False):
         self.lm = lm or usual_model()
         self.known = {} if lm else KNOWN
         self.failures = deque(failures)
         self.pause = pause  # Seconds between two tokens
+        self.names_texts = names_texts  # Are tokens named by their texts alone, as SGLang does?
         self.lock = threading.Lock()
         self.silence = threading.Event()  # Ends it
         self.bodies = []
@@ -135,8 +136,10 @@ class Engine:
                 self.end_headers()
                 tokens = engine.tokens(body)
                 for token, logprob in tokens[: len(tokens) // 2] if failure else tokens:
-                    logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [logprob]}
-                    self.say(json.dumps({"choices": [{"text": "?", "token_ids": [token], "logprobs": logprobs}]}))
+                    name = engine.lm.tokenizer.decode([token]) if engine.names_texts else f"token_id:{token}"
+                    logprobs = {"tokens": [name], "token_logprobs": [logprob]}
+                    ids = {} if engine.names_texts else {"token_ids": [token]}
+                    self.say(json.dumps({"choices": [{"text": "?", "logprobs": logprobs} | ids]}))
                     time.sleep(engine.pause)
                 if failure in ("nonsense", "error"):
                     self.say({"nonsense": "{", "error": '{"error": {"message": "engine died"}}'}[failure])
@@ -204,6 +207,21 @@ def test_a_server_gives_the_answers_and_states_of_the_slots(lm, items, in_slots,
     ours, theirs = read_states(tmp_path), read_states(in_slots[0])
     for kind, layer in product(STATE_KINDS, range(lm.n_layers)):
         assert np.allclose(ours.states(kind, layer), theirs.states(kind, layer), atol=1e-4), (kind, layer)
+
+
+def test_tokens_that_are_named_by_their_texts_are_found(lm, items, in_slots, tmp_path):
+    with engine_of(names_texts=True) as engine:
+        assert_same(served(lm, items, tmp_path, open_model_server(engine.url)), in_slots[1])
+
+
+def test_a_text_that_several_tokens_have_is_refused(lm, items, tmp_path, monkeypatch):
+    plain = served_decoder.tokens_by_text
+    monkeypatch.setattr(served_decoder, "tokens_by_text", lambda lm: dict(list(plain(lm).items())[:5]))
+    with (
+        engine_of(names_texts=True) as engine,
+        pytest.raises(ServerFailed, match="of no token of this model or of several"),
+    ):
+        served(lm, items, tmp_path, open_model_server(engine.url))
 
 
 @pytest.mark.parametrize("failure", FAILURES)

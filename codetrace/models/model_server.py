@@ -73,6 +73,9 @@ class ModelServer:
     attempts: int = 8  # With pauses that grow from half a second to thirty
     timeout: float = 300.0  # Seconds without a byte
     client: httpx.Client = field(default_factory=_new_client, compare=False, repr=False)
+    token_of_text: Callable[[], Mapping[str, int]] = field(
+        default=dict, compare=False, repr=False
+    )  # For servers that name tokens by their text alone
     closing: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
     sockets: list[socket.socket] = field(
         default_factory=list, compare=False, repr=False
@@ -153,7 +156,20 @@ def _request_body(model: str, ids: Sequence[int], max_tokens: int, temperature: 
     return body | {"return_token_ids": True, "return_tokens_as_token_ids": True}
 
 # %% ../../nbs/models/model_server.ipynb #61487170
-def _served_tokens(choice: dict) -> list[ServedToken]:
+def _token_id(name: str, token_of_text: Callable[[], Mapping[str, int]]) -> int:
+    "The token that a server names."
+    if name.startswith("token_id:"):
+        return int(name.removeprefix("token_id:"))
+    token = token_of_text().get(name)
+    if token is None:
+        raise ServerFailed(
+            f"the server names a token by the text {name!r} only, which is that of no token of this model or of "
+            "several: use vLLM, or llama.cpp's server, of this year"
+        )
+    return token
+
+
+def _served_tokens(choice: dict, token_of_text: Callable[[], Mapping[str, int]] = dict) -> list[ServedToken]:
     "The tokens of one message."
     logprobs = choice.get("logprobs") or {}
     if content := logprobs.get("content"):
@@ -162,11 +178,11 @@ def _served_tokens(choice: dict) -> list[ServedToken]:
     ids = choice.get("token_ids")
     if ids is None:
         names = logprobs.get("tokens") or []
-        if not all(name.startswith("token_id:") for name in names):
+        if choice.get("text") and not names:
             raise ServerFailed(
                 "the server does not say which tokens it wrote: use vLLM, or llama.cpp's server, of this year"
             )
-        ids = [int(name.removeprefix("token_id:")) for name in names]
+        ids = [_token_id(name, token_of_text) for name in names]
     pairs = zip_longest(ids, values[: len(ids)], fillvalue=float("nan"))
     return [ServedToken(int(token), float(value)) for token, value in pairs]
 
@@ -232,7 +248,7 @@ def _stream_answer(server: ModelServer, body: dict) -> Iterator[ServedToken | st
         finish = ""
         for message in _messages(response):
             for choice in message.get("choices", [])[:1]:
-                yield from _served_tokens(choice)
+                yield from _served_tokens(choice, server.token_of_text)
                 finish = choice.get("finish_reason") or finish
         yield finish
 
