@@ -92,7 +92,8 @@ def _working_memory(lm: LM, rows: int, tokens: int, logit_rows: int) -> int:
     stream = n * lm.d_model * (2 * size + 4)
     mlp = 3 * n * _mlp_width(lm.hf.config, lm.d_model) * size
     attention = n * (3 * heads_width + 4 * kv_width) * size
-    if _holds_scores(lm.hf.config._attn_implementation, lm.device.type, lm.dtype, lm.n_kv_heads < lm.n_heads):
+    implementation = str(lm.hf.config._attn_implementation)
+    if _holds_scores(implementation, lm.device.type, lm.dtype, lm.n_kv_heads < lm.n_heads):
         attention += n * lm.n_heads * tokens * (4 + 2 * size)  # the scores
     logits = logit_rows * lm.hf.config.vocab_size * (size + 4)
     return stream + max(mlp, attention, logits)

@@ -32,7 +32,8 @@ _MOST_TIES = 64  # Tokens of a row that are scored again at most where no GPU is
 
 def _reaching(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
     "Rows and tokens of all logits that reach what is wanted. How many they are a GPU would have to be asked."
-    return (logits >= least).nonzero(as_tuple=True)
+    row, token = (logits >= least).nonzero(as_tuple=True)
+    return row, token
 
 
 def _likeliest(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
