@@ -613,10 +613,10 @@ def steps_and_waits(lm: LM, new: int) -> tuple[int, int]:
     return decoder.step_count, len(waits)
 
 
-def check_waits(lm: LM, slow: int = 4, fast: int = 20) -> Measurement:
+def check_waits(lm: LM, few: int = 4, many: int = 20) -> Measurement:
     "A step of slots waits for the chosen tokens and for nothing else; a sweep once for all layers, not in each."
-    steps_and_waits(lm, slow)  # the first time, memory is taken
-    (few_steps, few_waits), (many_steps, many_waits) = steps_and_waits(lm, slow), steps_and_waits(lm, fast)
+    steps_and_waits(lm, few)  # the first time, memory is taken
+    (few_steps, few_waits), (many_steps, many_waits) = steps_and_waits(lm, few), steps_and_waits(lm, many)
     a_step = (many_waits - few_waits) / max(many_steps - few_steps, 1)
     pair, layers = sweep_pair(lm, 24, 6), list(range(lm.n_layers))
     sweep(lm, pair, "resid_pre", "staircase", layers)
