@@ -119,7 +119,7 @@ def read_in_program(name: str) -> str:
     for claim in read(RECORDS / name / "claims.json"):
         place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
         if place and claim["verdict"] == "more than every baseline" and "held out" not in claim["claim"]:
-            return f", though a probe reads {format_with_interval(claim['number'], claim['low'], claim['high'])} of {place[3]} there"
+            return f", though a probe reads {format_with_interval(claim['number'], claim['low'], claim['high'])} of {place[3]} there, at a layer of its own (chapter watch swaps just that)"
     return ""
 
 
