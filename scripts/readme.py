@@ -108,19 +108,31 @@ def swap_share(name: str, places: tuple[str, ...]) -> tuple[str, str]:
     return format_with_interval(claim["number"], claim["low"], claim["high"]), match[2]
 
 
-def random_swaps(name: str, place: str) -> float:
-    "How many answers a random state of the same norm turns into the other run's."
+IN_PROGRAM = ("variable", "line", "line end")  # Places at the line that set a value
+
+
+def random_swaps(name: str, places: tuple[str, ...]) -> float:
+    "How many answers a random state of the same norm turns into the other run's, at most of some places."
     gains = pd.read_parquet(RECORDS / name / "swap_gains.parquet")
-    return float(gains.set_index(["place", "control"]).loc[(place, "random"), "flips"])
+    return float(gains.loc[gains["place"].isin(places) & (gains["control"] == "random"), "flips"].max())
 
 
-def read_in_program(name: str) -> str:
-    "What a probe reads beyond rules in the program, where that is more than every baseline; else empty."
+def in_program(name: str) -> str:
+    "At the line that set a value: what a probe reads beyond rules and what swapping just that state changes, or the largest share."
+    used = pd.read_parquet(RECORDS / name / "used.parquet").set_index(["place", "layer"])
+    random = f"a random state: at most {random_swaps(name, IN_PROGRAM):.2f}"
     for claim in read(RECORDS / name / "claims.json"):
         place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
         if place and claim["verdict"] == "more than every baseline" and "held out" not in claim["claim"]:
-            return f", though a probe reads {format_with_interval(claim['number'], claim['low'], claim['high'])} of {place[3]} there, at a layer of its own (chapter watch swaps just that)"
-    return ""
+            swap = used.loc[(place[1], int(place[2]))]
+            changed = format_with_interval(swap["used"], swap["used_low"], swap["used_high"])
+            read_there = format_with_interval(claim["number"], claim["low"], claim["high"])
+            return (
+                f"at the line that set it a probe reads {read_there} of {place[3]} (layer {place[2]}), "
+                f"and swapping that very state changes {changed} of {swap['n_used']:.0f} answers ({random})"
+            )
+    share, n = swap_share(name, IN_PROGRAM)
+    return f"at the line that set it, in {share} of {n} ({random})"
 
 
 def watch_finding(untaught: str, taught: str, code_model: str) -> str:
@@ -128,16 +140,12 @@ def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     before, _, commonest_before = beyond_rules(untaught)
     after, _, commonest_after = beyond_rules(taught)
     of_code_model, _, commonest = beyond_rules(code_model)
-    swaps = {}
-    for name in (taught, code_model):
-        at_last, n_last = swap_share(name, ("final",))
-        at_line, _ = swap_share(name, ("variable", "line", "line end"))
-        swaps[name] = (at_last, n_last, at_line)
+    (taught_last, n_taught), (code_last, n_code) = (swap_share(name, ("final",)) for name in (taught, code_model))
     return (
         f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** SmolLM2, taught to follow references, says {after} of the values that no shallow rule gives "
-        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state brings that run's value in {swaps[taught][0]} of {swaps[taught][1]} pairs of runs at the last token (a random state: {random_swaps(taught, 'final'):.2f}), "
-        f"and in {swaps[taught][2]} at the line that set it{read_in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught: {of_code_model} said (the commonest value: {commonest}), {swaps[code_model][0]} of {swaps[code_model][1]} at the last token, "
-        f"{swaps[code_model][2]} at the line{read_in_program(code_model)} "
+        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state at the last token brings that run's value in {taught_last} of {n_taught} pairs of runs (a random state: {random_swaps(taught, ('final',)):.2f}); "
+        f"{in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught, says {of_code_model} (the commonest value: {commonest}); the last token brings {code_last} of {n_code} (random: {random_swaps(code_model, ('final',)):.2f}); "
+        f"{in_program(code_model)} "
         f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
     )
 

@@ -1,11 +1,15 @@
 """What is to be run on a GPU runs on a processor, by the same code paths."""
 
+import importlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from codetrace.models import decoding, load
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_gpu.py"
 
@@ -39,3 +43,39 @@ def test_one_check_passes_on_a_processor(tmp_path):
     command = [sys.executable, SCRIPT, "--device", "cpu", "--quick", "--only", "graphed llama sdpa float32"]
     done = subprocess.run([*command, "--out", tmp_path / "cpu.json"], capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed, 0 failed, 0 not run" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def told_waits(monkeypatch):
+    "`check_gpu` where torch tells of waits as on a GPU: as often as the test says for each choice of tokens, and each layer."
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    check_gpu = importlib.import_module("check_gpu")
+    monkeypatch.setattr(check_gpu.torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(check_gpu.torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    lm, plain = load("tiny:llama"), decoding.sample_tokens
+
+    def waits(times):
+        for _ in range(times):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    def measure(of_a_step, of_a_layer=0):
+        def sample_tokens(*args):
+            waits(of_a_step)
+            warnings.warn("something else", stacklevel=1)
+            return plain(*args)
+
+        def sweep_of(lm, pair, site, engine, layers):
+            waits(2 + of_a_layer * len(layers))
+
+        monkeypatch.setattr(decoding, "sample_tokens", sample_tokens)
+        monkeypatch.setattr(check_gpu, "sweep", sweep_of)
+        return check_gpu.check_waits(lm)
+
+    return measure
+
+
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
+def test_waits_for_the_gpu_are_counted(told_waits):
+    assert told_waits(1).passed and told_waits(1).values["waits a step"] == 1
+    for of_a_step, of_a_layer in ((2, 0), (1, 1), (0, 0)):  # the last: torch tells of none
+        assert not told_waits(of_a_step, of_a_layer).passed

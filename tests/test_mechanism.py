@@ -34,6 +34,7 @@ from codetrace.patching.lookbacks import LOOKBACK_ANSWERS, draw_lookback_pairs, 
 from codetrace.patching.probes import (
     STREAM_SWEEP_POSITIONS,
     LabelledStates,
+    _fit_scaler,
     beyond_rules_p,
     mark_readable,
     probes_sentence,
@@ -650,3 +651,15 @@ def test_two_models_of_one_revision_have_measurements_of_their_own(monkeypatch, 
     lms += [SimpleNamespace(name="planted", revision=f"seed={i}", effect=i) for i in (5, 6)]
     measured = [seeds.measure_change(lm, "value", None, tmp_path)["cells"]["effect"].tolist() for lm in (*lms, *lms)]
     assert measured == [[lm.effect] for lm in (*lms, *lms)]
+
+
+def test_dimensions_that_hardly_vary_are_not_blown_up():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 9)).astype(np.float32)
+    x[:, 1] = 3.0  # constant
+    x[:, 2] = 3.0 + 1e-8 * rng.normal(size=60)  # but for rounding
+    x[:, 3:7] = 0.0  # most of them constant
+    spread = _fit_scaler(x).scale_
+    assert spread[0] == pytest.approx(x[:, 0].std(), rel=1e-5)
+    assert np.allclose(spread[1:7], np.median(x[:, [0, 7, 8]].std(0)), rtol=1e-5)
+    assert (_fit_scaler(np.zeros((5, 3))).scale_ == 1).all()

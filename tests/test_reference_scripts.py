@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from codetrace.core.errors import BadInput
 from codetrace.core.files import file_sha256, read_json
 from codetrace.core.records import Records, read_records
 from codetrace.models import folders
@@ -96,3 +97,17 @@ def test_packed_weights_are_the_same_when_unpacked(tmp_path, monkeypatch):
     unpacked = folders._unpacked_adapter(tmp_path / "mine")
     assert unpacked.parent == tmp_path / "cache" and (unpacked / packed.stem).read_bytes() == weights
     assert folders.check_adapter_folder(unpacked) == "smollm2"
+
+
+def test_damaged_packed_weights_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
+    ship_adapter.pack_weights(tmp_path / "mine")
+    packed = tmp_path / "mine" / "adapter_model.safetensors.xz"
+    whole = packed.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"not xz" + whole):
+        packed.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"adapter_model\.safetensors\.xz is damaged"):
+            folders._unpacked_adapter(tmp_path / "mine")
+    packed.write_bytes(whole)
+    assert (folders._unpacked_adapter(tmp_path / "mine") / packed.stem).is_file()

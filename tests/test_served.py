@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -327,3 +327,24 @@ def test_a_phase_has_its_answers_from_a_server(tmp_path):
     with pytest.raises(ServerFailed, match="no address of a server"):
         execute_phase("1.0", values | {"engine": "vllm"}, root=tmp_path, show_progress=False)
     assert len(list((tmp_path / "generation").glob("2*"))) == 1
+
+
+def test_what_looks_like_a_token_number_may_be_a_text():
+    assert model_server._token_id("token_id:12", lambda: {}) == 12
+    assert model_server._token_id("token_id:", lambda: {"token_id:": 3}) == 3  # a token that is called so
+    with pytest.raises(ServerFailed, match="'token_id:x' only"):
+        model_server._token_id("token_id:x", lambda: {})
+
+
+def test_texts_of_tokens_are_read_once_for_all_threads():
+    calls = []
+
+    def compute():
+        time.sleep(0.05)
+        calls.append(1)
+        return {"a": 1}
+
+    texts = served_decoder._computed_once(compute)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: texts(), range(4))) == [{"a": 1}] * 4
+    assert calls == [1]

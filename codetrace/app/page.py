@@ -107,6 +107,8 @@ def _texts(view: View, values: tuple) -> dict[str, str]:
 
 def _pinned_texts(view: View, texts: Mapping[str, str]) -> dict[str, str]:
     "The same with the newest run named by its id, so that a link means the same run tomorrow."
+    if all(texts.values()):
+        return dict(texts)
     newest = {
         name: offered[1][1]
         for name, offered in view.choices().items()

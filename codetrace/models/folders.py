@@ -9,7 +9,6 @@ __all__ = ['SHIPPED_ADAPTERS', 'NotAModel', 'NoNetwork', 'indexed_files', 'has_w
 
 # %% ../../nbs/models/folders.ipynb #dbb6e104
 import json
-import lzma
 import os
 import shutil
 import socket
@@ -128,9 +127,16 @@ def _unpacked_adapter(
     digest = file_sha256(packed)
 
     def unpack(folder: Path) -> dict:
+        import lzma  # Here, for a Python may be built without it
+
         shutil.copy(shipped / "adapter_config.json", folder)
-        with lzma.open(packed) as source, open(folder / packed.stem, "wb") as target:
-            shutil.copyfileobj(source, target)
+        try:
+            with lzma.open(packed) as source, open(folder / packed.stem, "wb") as target:
+                shutil.copyfileobj(source, target)
+        except (lzma.LZMAError, EOFError) as error:
+            raise BadInput(
+                f"{packed} is damaged ({error}): install codetrace anew, or fetch that file from git"
+            ) from error
         return {"packed_sha256": digest}
 
     return cached_folder(f"{shipped.name}-adapter-{digest[:16]}", unpack)

@@ -158,8 +158,9 @@ def _request_body(model: str, ids: Sequence[int], max_tokens: int, temperature: 
 # %% ../../nbs/models/model_server.ipynb #61487170
 def _token_id(name: str, token_of_text: Callable[[], Mapping[str, int]]) -> int:
     "The token that a server names."
-    if name.startswith("token_id:"):
-        return int(name.removeprefix("token_id:"))
+    number = name.removeprefix("token_id:")
+    if number != name and number.isdecimal():
+        return int(number)
     token = token_of_text().get(name)
     if token is None:
         raise ServerFailed(

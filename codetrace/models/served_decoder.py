@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 import torch
@@ -232,14 +233,25 @@ def tokens_by_text(
     texts = lm.tokenizer.batch_decode(
         [[token] for token in range(len(lm.tokenizer))], clean_up_tokenization_spaces=False
     )
-    is_one = Counter(texts)
-    return {text: token for token, text in enumerate(texts) if is_one[text] == 1 and text and "\ufffd" not in text}
+    counts = Counter(texts)
+    return {text: token for token, text in enumerate(texts) if counts[text] == 1 and text and "\ufffd" not in text}
+
+
+def _computed_once(compute: Callable[[], dict]) -> Callable[[], dict]:
+    "The same, computed for the thread that asks first, while others wait."
+    lock, cached = Lock(), cache(compute)
+
+    def answer() -> dict:
+        with lock:
+            return cached()
+
+    return answer
 
 # %% ../../nbs/models/served_decoder.ipynb #6767137f
 @patch
 def __iter__(self: ServedDecoder) -> Iterator[Continuation]:
     self.server = replace(
-        self.server.reopened(), token_of_text=cache(partial(tokens_by_text, self.lm))
+        self.server.reopened(), token_of_text=_computed_once(partial(tokens_by_text, self.lm))
     )  # closed when all is written, or nobody wants more
     waiting = iter(self.requests)
     unjudged: list[Continuation] = []

@@ -92,7 +92,7 @@ def patch_all(
     for i, cells, logits in ENGINES[options.engine](lm, request):
         metrics = measure(logits, i)
         if cells:
-            grids[i][tuple(sent_to(metrics.device, torch.tensor(cells).T))] = metrics.to(grids[i])
+            grids[i][tuple(sent_to(grids[i].device, torch.tensor(cells).T))] = metrics.to(grids[i])
         else:
             grids[i] = metrics[0].expand(len(layers), n_heads, len(pairs[i].positions), -1).clone()
     return grids

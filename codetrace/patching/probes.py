@@ -131,8 +131,9 @@ def _fit_scaler(x: Float[np.ndarray, "rows d_model"]):
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x)
-    usual = np.median(scaler.scale_)
-    scaler.scale_ = np.where(scaler.scale_ < _CONSTANT * usual, usual, scaler.scale_)
+    spread = np.sqrt(scaler.var_)
+    usual = np.median(spread[spread > 0]) if spread.any() else 1.0
+    scaler.scale_ = np.where(spread < _CONSTANT * usual, usual, spread)
     return scaler
 
 

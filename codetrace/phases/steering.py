@@ -174,19 +174,28 @@ def _null_settings(
     for index, direction in enumerate(picked):
         chosen_coefficients.setdefault(direction.layer, set()).update(_goals_by_coefficient(choice, index))
     settings = []
-    pushed_counts, erased_counts = Counter(), Counter()
+    pushed_counts = Counter()
+    null = [direction for direction in null if direction.layer in chosen_coefficients]
     for direction in null:
-        coefficients = chosen_coefficients.get(direction.layer)
-        if coefficients is None:
-            continue
+        coefficients = chosen_coefficients[direction.layer]
         pushed_counts[direction.layer, direction.kind] += 1
         has_doses = pushed_counts[direction.layer, direction.kind] <= config.dose_directions
         tried_coefficients = coefficients | doses if has_doses else coefficients
         settings += _push_settings(direction, "null", dict.fromkeys(tried_coefficients, ""), norms, choice["where"])
-        if config.erase and erased_counts[direction.kind] < config.erased_directions:
-            erased_counts[direction.kind] += 1
-            settings.append(_erasing_setting(direction, "null"))
-    return settings
+    erased = _in_turn_by_layer(null, config.erased_directions) if config.erase else []
+    return settings + [_erasing_setting(direction, "null") for direction in erased]
+
+
+def _in_turn_by_layer(directions: Sequence[Direction], n: int) -> list[Direction]:
+    "So many directions of each kind, taken from the layers in turn; all of a kind where there are fewer."
+    ranks = Counter()
+    turns = []
+    for direction in directions:
+        turns.append((ranks[direction.kind, direction.layer], direction))
+        ranks[direction.kind, direction.layer] += 1
+    turns.sort(key=lambda turn: turn[0])
+    kinds = dict.fromkeys(direction.kind for direction in directions)
+    return [direction for kind in kinds for direction in [d for _, d in turns if d.kind == kind][:n]]
 
 # %% ../../nbs/phases/27_steering.ipynb #b06f2e57
 def steering_settings(
