@@ -26,7 +26,7 @@ from .models.limits import MemoryLimits
 from .runs.execute import RunFailed, execute_phase
 from .runs.grade_command import GRADE_EXAMPLES, grade_command
 from .runs.listing import print_run, print_table, run_row
-from .runs.manifest import all_runs, find_run, newest_run
+from .runs.manifest import all_runs, find_run, newest_run, no_runs_note
 from .runs.parameters import parse_parameters, phase_parameters, shorthand_parameters
 from codetrace.runs.phases import (
     Phase,
@@ -35,7 +35,6 @@ from codetrace.runs.phases import (
     is_phase,
     phases,
     preset_parameters,
-    runs_root,
     studies,
 )
 from .runs.serve_command import SERVE_EXAMPLES, serve_command
@@ -89,7 +88,9 @@ _Pairs = Annotated[
 _File = Annotated[
     Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file; for a chain: by phase.")
 ]
-_Model = Annotated[str | None, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")]
+_Model = Annotated[
+    str | None, typer.Option(metavar="M", help="The model: a name, a hub name, a folder or a GGUF file.")
+]
 _Problems = Annotated[
     str | None, typer.Option(metavar="P", help="The problem set: a name, or a JSON, JSONL or Parquet file.")
 ]
@@ -378,7 +379,7 @@ def runs_command(as_json: Annotated[bool, typer.Option("--json", help="All manif
     elif manifests:
         print_table([run_row(manifest) for manifest in manifests])
     else:
-        print(f"no runs under {runs_root()} yet; try: codetrace run tracking")
+        print(no_runs_note())
 
 # %% ../nbs/cli.ipynb #6189dd55
 @app.command(name="show", epilog="Examples:  codetrace show tracking  |  codetrace show 20261121T2210")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RunBusy', 'NoInputRun', 'DamagedRun', 'RunInterrupted', 'run_lock', 'stored_manifest', 'read_manifest', 'update_runs',
-           'all_runs', 'find_run', 'changed_outputs', 'is_record_changed', 'reference_runs', 'recorded_findings',
-           'shard_number', 'run_subject', 'complete_runs', 'newest_run', 'resolve_run', 'shard_runs', 'run_provenance']
+           'all_runs', 'no_runs_note', 'find_run', 'changed_outputs', 'is_record_changed', 'reference_runs',
+           'recorded_findings', 'shard_number', 'run_subject', 'complete_runs', 'newest_run', 'resolve_run',
+           'shard_runs', 'run_provenance']
 
 # %% ../../nbs/runs/manifest.ipynb #533f68b0
 import marshal
@@ -21,7 +22,14 @@ from pathlib import Path
 from ..core.errors import BadInput, UnknownName, suggest_names
 from ..core.files import file_sha256, read_json, storage_errors
 from .parameters import run_command_line
-from .phases import find_phase, identifying_parameters, is_phase, repository_root, runs_root
+from codetrace.runs.phases import (
+    find_phase,
+    identifying_parameters,
+    is_phase,
+    package_home,
+    repository_root,
+    runs_root,
+)
 from .remote_runs import is_written_elsewhere, pull_run, refresh_runs
 
 # %% ../../nbs/runs/manifest.ipynb #4d664c22
@@ -210,6 +218,13 @@ def all_runs(
     "All runs, the reference records included; damaged manifests are listed as such."
     manifests = map(_listed_manifest, _run_folders(root))
     return sorted(manifests, key=lambda manifest: manifest["run_id"])
+
+
+def no_runs_note() -> str:
+    "What to type where no run is listed."
+    reference = package_home() / "runs" / "reference"
+    records = f"; the reference records: CODETRACE_RUNS={reference} codetrace runs" if reference.is_dir() else ""
+    return f"no runs under {runs_root()} yet; try: codetrace run tracking{records}"
 
 # %% ../../nbs/runs/manifest.ipynb #ad7ed006
 def _is_folder_of_run(name: str) -> bool:

@@ -94,7 +94,8 @@ def _record_checked(program: str, call: str, model: str, variables: Sequence[str
     if execution.ending != "return":
         lines = f"the {len(execution.steps)} lines before are watched"
         advice = f"; for more give --steps {10 * steps}" if execution.detail == "steps" else ""
-        print(printable(f"it ended by {execution.ending} ({execution.detail}): {lines}{advice}"))
+        ran = traced.call or traced.name
+        print(printable(f"{ran} ended by {execution.ending} ({execution.detail}): {lines}{advice}"))
     return execution
 
 # %% ../../nbs/runs/watch_command.ipynb #c2f6fa44
@@ -103,7 +104,9 @@ def watch_command(
     call: Annotated[
         str, typer.Option(metavar="CALL", help="What is called of it; without, its own lines are watched.")
     ] = "",
-    model: Annotated[str, typer.Option(metavar="M", help="The model: a name, a hub name or a folder.")] = "smollm2",
+    model: Annotated[
+        str, typer.Option(metavar="M", help="The model: a name, a hub name, a folder or a GGUF file.")
+    ] = "smollm2",
     variable: Annotated[list[str] | None, typer.Option(metavar="X", help="Only this variable; repeatable.")] = None,
     style: Annotated[
         str, typer.Option(metavar="S", help=f"How it is asked: auto, {', '.join(QUESTION_STYLES)}.")
@@ -126,6 +129,7 @@ def watch_command(
 
     from codetrace.models.loading import load  # what is wrong with the program is said before torch is imported
     from codetrace.tasks.watching import (
+        divergence_legend,
         questions_to_ask,
         watch_execution,
         watch_listing,
@@ -137,6 +141,7 @@ def watch_command(
     lm = load(model)
     table = watch_execution(lm, execution, variables, style, progress_bar, most_tokens)
     print_table(watch_listing(execution, table, only_changed=not whole))
+    print(divergence_legend(table))
     paths = write_watch_record(table.assign(model=lm.name, style=style), folder)
     print(printable(watch_summary(execution, table)))
     if used:

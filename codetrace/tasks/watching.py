@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE_RULES', 'SHALLOW_STATE_RULES', 'ERROR_KINDS', 'rule_answers', 'error_kind', 'watch_table', 'first_divergence',
-           'watch_program', 'questions_to_ask', 'watch_execution', 'watch_listing', 'watch_summary',
-           'write_watch_record']
+           'watch_program', 'questions_to_ask', 'watch_execution', 'watch_listing', 'divergence_legend',
+           'watch_summary', 'write_watch_record']
 
 # %% ../../nbs/tasks/watching.ipynb #60e83657
 import ast
@@ -215,7 +215,13 @@ def rule_answers(
     return pd.DataFrame(rows, columns=list(STATE_RULES), dtype=object)
 
 # %% ../../nbs/tasks/watching.ipynb #4433f681
-ERROR_KINDS = ("stale", "swapped", "shallow", "off by one", "other")
+ERROR_KINDS = {
+    "stale": "an earlier value of the variable",
+    "swapped": "another variable's value",
+    "shallow": "what a rule that does not run the program says",
+    "off by one": "one more or one less",
+    "other": "another error",
+}
 
 
 def error_kind(
@@ -363,6 +369,14 @@ def _listing_rows(text: dict, cells: pd.DataFrame, diverges: bool) -> list[dict]
         rows.append(text | row | {"probability": f"{cell.probability:.2f}", "divergence": mark})
         text = dict.fromkeys(text, "")
     return rows or [text | dict.fromkeys(("variable", "truth", "said", "probability", "divergence"), "")]
+
+
+def divergence_legend(
+    table: pd.DataFrame,  # From `watch_table`
+) -> str:  # Empty where all is right
+    "What the column of errors says, of the errors that there are."
+    kinds = [f"{kind}: {words}" for kind, words in ERROR_KINDS.items() if kind in set(table["error"])]
+    return "; ".join(["◀ the first step where something said is not true", *kinds]) if kinds else ""
 
 # %% ../../nbs/tasks/watching.ipynb #3ec494ae
 def watch_summary(execution: Execution, table: pd.DataFrame) -> str:
