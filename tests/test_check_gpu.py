@@ -52,14 +52,14 @@ def told_waits(monkeypatch):
     check_gpu = importlib.import_module("check_gpu")
     monkeypatch.setattr(check_gpu.torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(check_gpu.torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    lm, plain = load("tiny:llama"), decoding.sample_tokens
+    lm, plain = load("tiny:llama"), decoding.choose_tokens
 
     def waits(times):
         for _ in range(times):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
     def measure(of_a_step, of_a_layer=0):
-        def sample_tokens(*args):
+        def choose_tokens(*args):
             waits(of_a_step)
             warnings.warn("something else", stacklevel=1)
             return plain(*args)
@@ -67,7 +67,7 @@ def told_waits(monkeypatch):
         def sweep_of(lm, pair, site, engine, layers):
             waits(2 + of_a_layer * len(layers))
 
-        monkeypatch.setattr(decoding, "sample_tokens", sample_tokens)
+        monkeypatch.setattr(decoding, "choose_tokens", choose_tokens)
         monkeypatch.setattr(check_gpu, "sweep", sweep_of)
         return check_gpu.check_waits(lm)
 

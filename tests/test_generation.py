@@ -30,7 +30,7 @@ from codetrace.models.activations import read_states
 from codetrace.models.decoding import EDIT_PLACES, STATE_KINDS, Decoder, Request, ResidualEdit
 from codetrace.models.interventions import Intervention
 from codetrace.models.lm import soft_cap_logits
-from codetrace.models.sampling import next_token_logits, random_stream, sample_tokens
+from codetrace.models.sampling import choose_tokens, next_token_logits, random_stream, sample_tokens
 from codetrace.models.slot_cache import SlotCache
 from codetrace.models.tiny import TINY_CONFIGS
 from codetrace.phases.generation import generation_headline, pass_at_k_table
@@ -120,6 +120,62 @@ def test_ties_are_scored_again_alike_where_a_gpu_is_not_waited_for(arch, monkeyp
     assert not torch.equal(waited_for, rounded)
     monkeypatch.setattr(sampling, "_reaching", sampling._likeliest)
     assert torch.equal(next_token_logits(lm, hidden), waited_for)
+
+
+def choose_by_definition(logits, temperature, uniform):
+    "The first token whose cumulative probability exceeds the random number; without one, the first of the largest logits."
+    tokens = []
+    for z, heat, u in zip(logits.double(), temperature, uniform):
+        if heat == 0:
+            tokens.append(int((z == z.max()).nonzero()[0]))
+            continue
+        weight = ((z - z.max()).float() / torch.tensor(heat, dtype=torch.float32)).exp().double()
+        cumulative = weight.cumsum(0)
+        tokens.append(int((cumulative > u * cumulative[-1]).nonzero()[0]))
+    return tokens
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 512, 513, 1024, 5000])
+def test_tokens_are_those_of_the_definition(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (4 * torch.randn(60, vocab, generator=generator)).round(decimals=1)  # with ties
+    logits[30:, : vocab // 3] = -torch.inf  # never drawn
+    logits[40:, -(vocab // 3) :] = -torch.inf if vocab > 2 else 0.0
+    temperature = [0.0, 0.5, 1.3] * 20
+    uniform = random_stream("u", 60)
+    uniform[[1, 31, 46]], uniform[[2, 32, 47]] = 0.0, np.nextafter(1.0, 0.0)
+    tokens, logprobs, entropies = sample_tokens(logits.clone(), temperature, uniform)
+    assert tokens == choose_by_definition(logits, temperature, uniform)
+    log_p = logits.double().log_softmax(-1)
+    np.testing.assert_allclose(logprobs, log_p[range(60), tokens], atol=1e-5)
+    np.testing.assert_allclose(entropies, torch.special.entr(log_p.exp()).sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_token_of_probability_0_is_never_drawn(end):
+    "Also where rounding puts the random number at the very end of what can be drawn."
+    logits = torch.full((4, 1300), -torch.inf)
+    logits[:, 600:610] = torch.linspace(0, -3, 10)
+    for u in (end, np.nextafter(end, 0.5)):
+        tokens, _, _ = sample_tokens(logits.clone(), [0.7] * 4, [u] * 4)
+        assert set(tokens) == {600 if end == 0 else 609}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 9, 17])
+def test_rows_chosen_a_few_at_a_time_are_those_chosen_together(dtype, rows, monkeypatch):
+    lm = models.load("tiny:llama", dtype=dtype, device="cpu")
+    hidden = 3 * torch.randn(rows, lm.d_model, generator=torch.Generator().manual_seed(rows)).to(lm.dtype)
+    heat, uniform = [0.7 * (i % 2) for i in range(rows)], random_stream(rows, rows)
+    together = sample_tokens(next_token_logits(lm, hidden), heat, uniform)
+    seen = []
+    plain = sampling.sample_tokens
+    monkeypatch.setattr(sampling, "_ROWS_BYTES", 0)
+    monkeypatch.setattr(
+        sampling, "sample_tokens", lambda logits, *args: seen.append(len(logits)) or plain(logits, *args)
+    )
+    assert tuple(choose_tokens(lm, hidden, heat, uniform)) == tuple(together)
+    assert sum(seen) == rows and min(seen) >= min(rows, 4) and len(seen) == max(1, rows // 4)
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3"])

@@ -29,7 +29,7 @@ from .limits import is_out_of_memory, remaining_memory
 from .lm import LM
 from .onednn import PackedLinears
 from .positions import sent_to
-from .sampling import next_token_logits, random_stream, sample_tokens
+from .sampling import choose_tokens, random_stream
 from .shared_prefixes import common_prefix_length
 from .slot_cache import SLOTS_PER_BLOCK, SlotCache, round_columns, sliding_windows, slot_step
 
@@ -360,8 +360,7 @@ def _admit(self: Decoder, slot: int, request: Request, hooks: _LayerHooks) -> _A
     prompt = self._read(request, hooks)
     uniform = random_stream(request.key, self.max_new_tokens)
     answer = _AnswerInProgress(request, uniform, prompt.states, {"prefill": prompt.seconds}, began)
-    logits = next_token_logits(self.lm, prompt.hidden)
-    tokens, logprobs, entropies = sample_tokens(logits, [request.temperature], uniform[:1])
+    tokens, logprobs, entropies = choose_tokens(self.lm, prompt.hidden, [request.temperature], uniform[:1])
     self._append(answer, tokens[0], logprobs[0], entropies[0])
     self.cache.make_room(round_columns(len(request.ids) + self._room(request)), prompt.cache)
     self.cache.start_slot(slot, prompt.cache)
@@ -436,7 +435,7 @@ def _choose_tokens(self: Decoder, hidden: Float[Tensor, "slot d_model"]) -> None
     writing = [answer is not None and not answer.finish for answer in self.answers]
     heat = [answer.request.temperature if on else 0.0 for answer, on in zip(self.answers, writing)]
     uniform = [answer.uniform[len(answer.tokens)] if t else 0.0 for answer, t in zip(self.answers, heat)]
-    choices = zip(*sample_tokens(next_token_logits(self.lm, hidden), heat, uniform))
+    choices = zip(*choose_tokens(self.lm, hidden, heat, uniform))
     for answer, on, choice in zip(self.answers, writing, choices):
         if on:
             self._append(answer, *choice)
@@ -574,7 +573,7 @@ def __iter__(self: Decoder) -> Iterator[Continuation]:
             return
 
 # %% ../../nbs/models/decoding.ipynb #d8936cd7
-_MAX_SLOTS = {"cpu": 32, "cuda": 128, "mps": 32}  # Answers at a time
+_MAX_SLOTS = {"cpu": 96, "cuda": 128, "mps": 32}  # Answers at a time
 
 
 def slots_that_fit(

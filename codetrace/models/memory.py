@@ -116,7 +116,7 @@ def estimate_generation_memory(
     prefill = estimate_pass_memory(lm, 1, prompt_tokens, cache=True)
     step = estimate_pass_memory(lm, slots, 1)
     kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
-    choosing = slots * max(lm.hf.config.vocab_size * 20, _near_ties_memory(lm))
+    choosing = slots * max(lm.hf.config.vocab_size * 16, _near_ties_memory(lm))
     attention = min(slots, SLOTS_PER_BLOCK) * columns * (lm.n_heads * (lm.dtype.itemsize + 4) + kv_size)
     return MemoryEstimate(
         weights=prefill.weights + _packed_weights_memory(lm),
