@@ -1,6 +1,7 @@
 "The page in a browser: each tab end to end, offline, for several people, with hostile text and programs."
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -150,6 +151,10 @@ def test_records_are_filtered_read_compared_and_taken_away(people):
     with page.expect_download() as download:
         page.click("text=Download as CSV")
     assert "accuracy 0.47" in Path(download.value.path()).read_text()
+    with page.expect_download() as download:
+        page.click("text=Download as JSON")
+    taken = json.loads(Path(download.value.path()).read_text())
+    assert {m["run_id"] for m in taken} > {f"20260101T00000000{n}Z-aaaaaaa{n}" for n in (0, 1)} and len(taken) == 4
     type_into(page, "Search", "0.47")
     wait_for(lambda: page.locator("#result_records tbody tr").count() == 1)
     wait_for(lambda: "search=0.47" in address_of(page))
@@ -258,6 +263,18 @@ def test_two_people_one_who_leaves_and_programs_that_do_not_end(people):
         page = people(query)
         page.wait_for_selector("[role=alert]")
         assert reason in page.inner_text("[role=alert]"), query
+    assert grid_of(people("?view=trace"))
+
+
+@pytest.mark.slow
+@in_browser
+def test_a_job_is_cancelled_and_the_next_one_has_its_turn(people):
+    page = people("?view=trace&positions=all&head_position=final")
+    page.wait_for_selector("#result_trace .note")
+    page.click("#cancel_trace")
+    page.wait_for_selector("#result_trace :text('cancelled')")
+    page.wait_for_timeout(3000)
+    assert "done:" not in page.inner_text("#result_trace")
     assert grid_of(people("?view=trace"))
 
 

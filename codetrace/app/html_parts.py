@@ -11,6 +11,7 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
 from ..core.files import visible_text
 
@@ -112,13 +113,12 @@ def html_note(
 # %% ../../nbs/app/html_parts.ipynb #34f22eb1
 def download_link(
     label: str,
-    name: str,  # Of the file
-    text: str,  # What is in it
+    name: str,  # Of the file, which the server makes when it is asked for
+    query: Mapping[str, str],  # What it is asked
 ) -> Markup:
-    "A file that travels inside the page."
-    data = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    address = f"data:application/octet-stream;base64,{data}"
-    return Markup(f'<a download="{escape_text(name)}" href="{address}">{escape_text(label)}</a>')
+    "A file to take away."
+    address = f"download/{name}?{urlencode(query)}"
+    return Markup(f'<a download="{escape_text(name)}" href="{escape_text(address)}">{escape_text(label)}</a>')
 
 # %% ../../nbs/app/html_parts.ipynb #10a1388d
 _FRAME_STYLE = """

@@ -241,16 +241,33 @@ def _check_choices(view_name: str, values: Mapping[str, str], choices: Mapping[s
             look_up_name(value, options, f"{name} of the view {view_name}")
 
 # %% ../../nbs/app/page.ipynb #6c4b0519
+def _add_downloads(server, download: Callable[[str, Mapping[str, str]], str]) -> None:
+    "Answer requests for files, before the page's own addresses are looked at."
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    def answer(request):
+        name = request.path_params["name"]
+        try:
+            text = download(name, dict(request.query_params))
+        except BadInput as error:
+            return PlainTextResponse(str(error), 404)
+        return PlainTextResponse(text, headers={"content-disposition": f'attachment; filename="{name}"'})
+
+    server.router.routes.insert(0, Route("/download/{name}", answer))
+
+
 def serve_page(
     page,  # From `build_page`
     host: str = "127.0.0.1",
     port: int | None = None,  # None: the first free one from 7860 on
     wait: bool = True,  # Until the process is stopped
+    download: Callable[[str, Mapping[str, str]], str] | None = None,  # Name of a file and query to what it holds
 ) -> str:  # The address
     "Serve the page."
     page.queue(max_size=64)
     try:
-        _, address, _ = page.launch(
+        server, address, _ = page.launch(
             server_name=host,
             server_port=port,
             share=False,
@@ -264,6 +281,8 @@ def serve_page(
         )
     except OSError as error:
         raise BadInput(f"cannot serve the page at {host}:{port}: {error}; give another --port") from None
+    if download is not None:
+        _add_downloads(server, download)
     print(f"the page is at {address}", flush=True)
     if wait:
         page.block_thread()

@@ -12,7 +12,7 @@ from functools import partial
 from .latent_tab import latents_tab
 from .model_jobs import ModelJobs
 from .page import build_page, import_gradio, serve_page
-from .record_tab import records_tab
+from .record_tab import records_download, records_tab
 from .steer_tab import steer_tab
 from .trace_tab import trace_tab
 from .typed_programs import TYPED_PROGRAM_LIMITS
@@ -89,4 +89,4 @@ def start_page(
         tabs = {"watch": make_watch, "trace": make_trace, "records": records_tab}
         tabs |= {"latents": latents_tab, "steer": make_steer}
         page = build_page(gradio, tabs)
-        serve_page(page, host, port)
+        serve_page(page, host, port, download=records_download)

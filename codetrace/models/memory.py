@@ -116,7 +116,7 @@ def estimate_generation_memory(
     prefill = estimate_pass_memory(lm, 1, prompt_tokens, cache=True)
     step = estimate_pass_memory(lm, slots, 1)
     kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
-    choosing = slots * max(lm.hf.config.vocab_size * 16, _near_ties_memory(lm))
+    choosing = max(slots * lm.hf.config.vocab_size * 16, slots * _near_ties_memory(lm))
     attention = min(slots, SLOTS_PER_BLOCK) * columns * (lm.n_heads * (lm.dtype.itemsize + 4) + kv_size)
     return MemoryEstimate(
         weights=prefill.weights + _packed_weights_memory(lm),
@@ -129,7 +129,8 @@ def estimate_generation_memory(
 
 def _near_ties_memory(lm: LM) -> int:
     "Bytes of a row whose likeliest tokens are scored again in float32, beside its logits."
-    return lm.hf.config.vocab_size * (lm.dtype.itemsize + 4) + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4)
+    logits = lm.hf.config.vocab_size * (lm.dtype.itemsize + 4)
+    return logits + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4)
 
 # %% ../../nbs/models/memory.ipynb #f215efc9
 def _kept_states_memory(lm: LM, slots: int, new: int, keep: int, per_token: int) -> int:

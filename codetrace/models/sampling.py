@@ -9,6 +9,7 @@ __all__ = ['MOST_TIES', 'random_stream', 'next_token_logits', 'sample_tokens', '
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from operator import methodcaller
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ MOST_TIES = 16  # Tokens of a row that are scored again at most where no GPU is 
 def _reaching(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
     "Rows and tokens of all logits that reach what is wanted. How many they are a GPU would have to be asked."
     row, block = (_by_block(logits, partial(torch.amax, dim=-1)) >= least).nonzero(as_tuple=True)
-    found, place = (_of_block(logits[row], block, -torch.inf) >= least[row]).nonzero(as_tuple=True)
-    return row[found], block[found] * _BLOCK + place
+    which, place = (_of_block(logits[row], block, -torch.inf) >= least[row]).nonzero(as_tuple=True)
+    return row[which], block[which] * _BLOCK + place
 
 
 def _likeliest(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
@@ -91,10 +92,11 @@ def _with_near_ties(
     return soft_cap_logits(logits, lm.hf.config)
 
 
-def _at_the_head(lm: LM, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-    "States where the output embeddings are; weights that are offloaded come to the states."
-    weight = lm.hf.get_output_embeddings().weight
-    return hidden if weight.is_meta else hidden.to(weight.device)
+def _unembed(lm: LM, hidden: Float[Tensor, "rows d_model"]) -> tuple[Tensor, Tensor]:
+    "States where the output embeddings are, and logits in the model's dtype; weights that are offloaded come to the states."
+    head = methodcaller("get_output_embeddings")(lm.hf)
+    hidden = hidden if head.weight.is_meta else hidden.to(head.weight.device)
+    return hidden, head(hidden)
 
 
 def next_token_logits(
@@ -102,10 +104,18 @@ def next_token_logits(
     hidden: Float[Tensor, "rows d_model"],  # Output of the final norm
 ) -> Float[Tensor, "rows vocab"]:
     "Logits, in float32 where it matters: for the tokens that may be the likeliest."
-    hidden = _at_the_head(lm, hidden)
-    return _with_near_ties(lm, hidden, lm.hf.get_output_embeddings()(hidden))
+    return _with_near_ties(lm, *_unembed(lm, hidden))
 
 # %% ../../nbs/models/sampling.ipynb #a9c67ff1
+_LEAST_EXPONENT = -87.0  # Beyond it float32 loses digits, and a processor's exp takes two hundred times as long
+
+
+def _weights(shifted: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    "Probabilities relative to the largest, less 1e-38; what would be smaller is 0."
+    least = torch.full((), _LEAST_EXPONENT, dtype=shifted.dtype, device=shifted.device).exp()
+    return shifted.clamp(min=_LEAST_EXPONENT).exp_().sub_(least)
+
+
 def sample_tokens(
     logits: Float[Tensor, "rows vocab"],  # Overwritten
     temperature: Sequence[float] | np.ndarray,  # Of each row
@@ -118,7 +128,7 @@ def sample_tokens(
         heat = sent_to(shifted.device, torch.tensor(temperature, dtype=torch.float32))
         numbers = sent_to(shifted.device, torch.tensor(uniform, dtype=torch.float64))
         token = torch.where(heat > 0, _draw_tokens(shifted, heat.where(heat > 0, 1.0), numbers), token)
-    weight = shifted.exp()
+    weight = _weights(shifted)
     total = weight.sum(-1)
     entropy = total.log() - torch.linalg.vecdot(weight, shifted.clamp_(min=-1e4)) / total
     logprob = shifted.gather(-1, token[:, None])[:, 0] - total.log()
@@ -128,15 +138,15 @@ def sample_tokens(
 
 def _first_beyond(cumulative: Float[Tensor, "rows place"], threshold: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows"]:
     "The first place that exceeds a threshold; where rounding leaves none, the last that adds anything."
-    found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return torch.minimum(found, (cumulative < cumulative[:, -1:]).sum(-1))
+    beyond = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return torch.minimum(beyond, (cumulative < cumulative[:, -1:]).sum(-1))
 
 
 def _draw_tokens(
     shifted: Float[Tensor, "rows vocab"], heat: Float[Tensor, "rows"], uniform: Float[Tensor, "rows"]
 ) -> Int[Tensor, "rows"]:
     "The first token whose cumulative probability exceeds the random number of its row."
-    weight = (shifted / heat[:, None]).exp_()
+    weight = _weights(shifted / heat[:, None])
     by_block = _by_block(weight, partial(torch.sum, dim=-1, dtype=torch.float64)).cumsum(-1)
     threshold = uniform[:, None] * by_block[:, -1:]
     block = _first_beyond(by_block, threshold)
@@ -155,8 +165,7 @@ def choose_tokens(
     uniform: Sequence[float] | np.ndarray,  # Its random number
 ) -> tuple[list[int], list[float], list[float]]:  # As `sample_tokens` gives them
     "The next token of every row, from its state."
-    hidden = _at_the_head(lm, hidden)
-    logits = lm.hf.get_output_embeddings()(hidden)
+    hidden, logits = _unembed(lm, hidden)
     together = max(_FEWEST_ROWS, _ROWS_BYTES // (4 * logits.shape[-1]))
     parts = max(1, len(logits) // together) if logits.device.type == "cpu" else 1
     chosen: tuple[list[int], list[float], list[float]] = ([], [], [])
