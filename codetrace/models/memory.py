@@ -116,7 +116,7 @@ def estimate_generation_memory(
     prefill = estimate_pass_memory(lm, 1, prompt_tokens, cache=True)
     step = estimate_pass_memory(lm, slots, 1)
     kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
-    choosing = max(slots * lm.hf.config.vocab_size * 16, slots * _near_ties_memory(lm))
+    choosing = slots * _choice_memory(lm.hf.config, lm)
     attention = min(slots, SLOTS_PER_BLOCK) * columns * (lm.n_heads * (lm.dtype.itemsize + 4) + kv_size)
     return MemoryEstimate(
         weights=prefill.weights + _packed_weights_memory(lm),
@@ -127,10 +127,10 @@ def estimate_generation_memory(
     )
 
 
-def _near_ties_memory(lm: LM) -> int:
-    "Bytes of a row whose likeliest tokens are scored again in float32, beside its logits."
-    logits = lm.hf.config.vocab_size * (lm.dtype.itemsize + 4)
-    return logits + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4)
+def _choice_memory(config, lm: LM) -> int:
+    "Bytes of a row while its token is drawn, or its likeliest tokens are scored again in float32, beside its logits."
+    logits = config.vocab_size * (lm.dtype.itemsize + 4)
+    return max(16 * config.vocab_size, logits + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4))
 
 # %% ../../nbs/models/memory.ipynb #f215efc9
 def _kept_states_memory(lm: LM, slots: int, new: int, keep: int, per_token: int) -> int:
