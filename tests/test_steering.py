@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from codetrace.core.errors import BadInput
 from codetrace.core.shards import shard_range
@@ -48,7 +50,7 @@ from codetrace.sae.dataset import load_labelled_activations
 from codetrace.sae.latent_search import search_all_positions
 from codetrace.sae.sae import hook_name
 from codetrace.sandbox.pool import SandboxPool
-from codetrace.steering.directions import Gate, latent_gate, make_push
+from codetrace.steering.directions import Direction, Gate, latent_gate, make_push
 from codetrace.steering.freeze import NotFrozen, read_frozen_choice
 from codetrace.steering.outcomes import (
     MIN_RANDOM_DIRECTIONS,
@@ -448,6 +450,23 @@ def test_a_gate_at_the_prompt_opens_where_it_should(judged):
     row = setting_effects_table(mixed).set_index("setting").loc[len(plan)]
     constant = setting_effects_table(table).set_index("setting").loc[down]
     assert (row["corrected"], row["corrupted"]) == (constant["corrected"], 0)
+
+
+def test_erased_random_directions_are_of_all_layers():
+    "Two layers were chosen: the random directions erased are of both, as many of each kind as are wanted, or as there are."
+    unit = torch.eye(4)[0]
+    null = [
+        Direction(f"{kind} {i}", kind, layer, unit)
+        for layer in (3, 9)
+        for kind in ("random latent", "gaussian")
+        for i in range(10)
+    ]
+    erased = steering._in_turn_by_layer([*null, Direction("c 0", "probe", 3, unit)], 6)
+    counted = Counter((direction.kind, direction.layer) for direction in erased)
+    assert counted == {(kind, layer): 3 for kind in ("random latent", "gaussian") for layer in (3, 9)} | {
+        ("probe", 3): 1
+    }
+    assert [d.name for d in erased if (d.kind, d.layer) == ("gaussian", 9)] == [f"gaussian {i}" for i in range(3)]
 
 
 def test_erasing_removes_the_effect(judged):
