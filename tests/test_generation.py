@@ -161,6 +161,11 @@ def test_a_token_of_probability_0_is_never_drawn(end):
         assert set(tokens) == {600 if end == 0 else 609}
 
 
+def test_a_row_of_no_numbers_has_near_ties_in_the_vocabulary_only():
+    row, token = sampling._reaching(torch.full((2, 700), -torch.inf), torch.full((2, 1), -torch.inf))
+    assert token.max() == 699 and len(row) == 1400
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 9, 17])
 def test_rows_chosen_a_few_at_a_time_are_those_chosen_together(dtype, rows, monkeypatch):

@@ -657,8 +657,9 @@ def test_dimensions_that_hardly_vary_are_not_blown_up():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 9)).astype(np.float32)
     x[:, 1] = 3.0  # constant
-    x[:, 2] = 3.0 + 1e-8 * rng.normal(size=60)  # but for rounding
-    x[:, 3:7] = 0.0  # most of them constant
+    x[:, 2] = 3.0 + 3e-7 * rng.integers(0, 2, 60)  # but for rounding
+    assert x[:, 2].std() > 0
+    x[:, 3:7] = 2.0 + 3e-7 * rng.integers(0, 2, (60, 4))  # most of them
     spread = _fit_scaler(x).scale_
     assert spread[0] == pytest.approx(x[:, 0].std(), rel=1e-5)
     assert np.allclose(spread[1:7], np.median(x[:, [0, 7, 8]].std(0)), rtol=1e-5)

@@ -19,6 +19,7 @@ from typing import Any
 from .html_parts import PAGE_STYLE, Markup, code_block, html_link, html_note, page_part
 from .view_links import VIEW_DEFAULTS, read_view_link, view_link
 from ..core.errors import BadInput, look_up_name
+from ..core.files import visible_text
 
 # %% ../../nbs/app/page.ipynb #56abe8a8
 class NoGradio(BadInput):
@@ -252,7 +253,7 @@ def _add_downloads(server, download: Callable[[str, Mapping[str, str]], str]) ->
             text = download(name, dict(request.query_params))
         except BadInput as error:
             return PlainTextResponse(str(error), 404)
-        return PlainTextResponse(text, headers={"content-disposition": f'attachment; filename="{name}"'})
+        return PlainTextResponse(visible_text(text), headers={"content-disposition": f'attachment; filename="{name}"'})
 
     server.router.routes.insert(0, Route("/download/{name}", answer))
 

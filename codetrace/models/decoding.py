@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_KINDS', 'EDIT_PLACES', 'Request', 'Continuation', 'ResidualEdit', 'Decoder', 'answer_room',
-           'is_request_complete', 'slots_that_fit']
+           'is_request_complete', 'whole_blocks', 'slots_that_fit']
 
 # %% ../../nbs/models/decoding.ipynb #9c8d61c6
 import logging
@@ -576,6 +576,13 @@ def __iter__(self: Decoder) -> Iterator[Continuation]:
 _MAX_SLOTS = {"cpu": 96, "cuda": 128, "mps": 32}  # Answers at a time
 
 
+def whole_blocks(
+    slots: int,  # Answers at a time
+) -> int:
+    "So many that fill blocks which attend together, where they fill one."
+    return slots if slots < SLOTS_PER_BLOCK else slots // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK
+
+
 def slots_that_fit(
     lm: LM,
     columns: int,  # The longest prompt and its answer, in tokens
@@ -585,5 +592,4 @@ def slots_that_fit(
     keys_and_values = columns * 2 * lm.n_layers * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize
     logits = 4 * 4 * lm.hf.config.vocab_size
     fitting = int(0.5 * remaining_memory(lm.device, lm.limits) / (keys_and_values + logits))
-    n = min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted)
-    return n if n < SLOTS_PER_BLOCK else n // SLOTS_PER_BLOCK * SLOTS_PER_BLOCK
+    return whole_blocks(min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted))

@@ -128,9 +128,10 @@ def estimate_generation_memory(
 
 
 def _choice_memory(config, lm: LM) -> int:
-    "Bytes of a row while its token is drawn, or its likeliest tokens are scored again in float32, beside its logits."
-    logits = config.vocab_size * (lm.dtype.itemsize + 4)
-    return max(16 * config.vocab_size, logits + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4))
+    "Bytes of a row, its logits among them, while its token is drawn or its likeliest tokens are scored again."
+    vocab_size = config.vocab_size
+    drawing = vocab_size * (4 + 4 + 8)  # logits, weights, and these in float64
+    return max(drawing, vocab_size * (lm.dtype.itemsize + 4) + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4))
 
 # %% ../../nbs/models/memory.ipynb #f215efc9
 def _kept_states_memory(lm: LM, slots: int, new: int, keep: int, per_token: int) -> int:

@@ -44,12 +44,13 @@ def _by_block(
 
 def _of_block(
     values: Float[Tensor, "rows vocab"],
-    block: Int[Tensor, "rows"],
+    row: Int[Tensor, "chosen"],
+    block: Int[Tensor, "chosen"],
     filling: float,  # What a shorter block ends with
-) -> Float[Tensor, "rows place"]:
-    "One block of each row."
+) -> Float[Tensor, "chosen place"]:
+    "Blocks of rows."
     tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)
-    taken = values.gather(-1, tokens.clamp(max=values.shape[-1] - 1))
+    taken = values[row[:, None], tokens.clamp(max=values.shape[-1] - 1)]
     return taken.masked_fill(tokens >= values.shape[-1], filling)
 
 
@@ -57,16 +58,17 @@ def _likeliest_token(logits: Float[Tensor, "rows vocab"]) -> tuple[Tensor, Tenso
     "The token with the largest logit of each row, the first of several; and that logit."
     largest = _by_block(logits, partial(torch.amax, dim=-1))
     block = largest.argmax(-1)
-    return block * _BLOCK + _of_block(logits, block, -torch.inf).argmax(-1), largest.amax(-1)
+    row = torch.arange(len(logits), device=logits.device)
+    return block * _BLOCK + _of_block(logits, row, block, -torch.inf).argmax(-1), largest.amax(-1)
 
 # %% ../../nbs/models/sampling.ipynb #2e08c114
-MOST_TIES = 16  # Tokens of a row that are scored again at most where no GPU is waited for
+MOST_TIES = 16  # Tokens of a row that are scored again on a GPU, which is not asked how many there are
 
 
 def _reaching(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
     "Rows and tokens of all logits that reach what is wanted. How many they are a GPU would have to be asked."
     row, block = (_by_block(logits, partial(torch.amax, dim=-1)) >= least).nonzero(as_tuple=True)
-    which, place = (_of_block(logits[row], block, -torch.inf) >= least[row]).nonzero(as_tuple=True)
+    which, place = (_of_block(logits, row, block, torch.nan) >= least[row]).nonzero(as_tuple=True)
     return row[which], block[which] * _BLOCK + place
 
 
@@ -122,6 +124,7 @@ def sample_tokens(
     uniform: Sequence[float] | np.ndarray,  # Its random number
 ) -> tuple[list[int], list[float], list[float]]:  # Token, its log-probability, and the entropy, both at temperature 1
     "The next token of every row."
+    logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
     token, top = _likeliest_token(logits)
     shifted = logits.sub_(top[:, None])
     if any(t > 0 for t in temperature):
@@ -151,7 +154,8 @@ def _draw_tokens(
     threshold = uniform[:, None] * by_block[:, -1:]
     block = _first_beyond(by_block, threshold)
     before = torch.nn.functional.pad(by_block, (1, 0)).gather(-1, block[:, None])
-    return block * _BLOCK + _first_beyond(before + _of_block(weight, block, 0.0).double().cumsum(-1), threshold)
+    inside = _of_block(weight, torch.arange(len(weight), device=weight.device), block, 0.0)
+    return block * _BLOCK + _first_beyond(before + inside.double().cumsum(-1), threshold)
 
 # %% ../../nbs/models/sampling.ipynb #bcf2dce0
 _ROWS_BYTES = 2**21  # Logits of as many rows as are looked at together on a processor

@@ -132,7 +132,8 @@ def _fit_scaler(x: Float[np.ndarray, "rows d_model"]):
 
     scaler = StandardScaler().fit(x)
     spread = np.sqrt(scaler.var_)
-    usual = np.median(spread[spread > 0]) if spread.any() else 1.0
+    varies = spread > 1e-6 * np.abs(scaler.mean_)  # by more than rounding
+    usual = np.median(spread[varies]) if varies.any() else 1.0
     scaler.scale_ = np.where(spread < _CONSTANT * usual, usual, spread)
     return scaler
 

@@ -12,6 +12,7 @@ __all__ = ['RunBusy', 'NoInputRun', 'DamagedRun', 'RunInterrupted', 'run_lock', 
 import marshal
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -223,7 +224,11 @@ def all_runs(
 def no_runs_note() -> str:
     "What to type where no run is listed."
     reference = package_home() / "runs" / "reference"
-    records = f"; the reference records: CODETRACE_RUNS={reference} codetrace runs" if reference.is_dir() else ""
+    records = (
+        f"; the reference records: CODETRACE_RUNS={shlex.quote(str(reference))} codetrace runs"
+        if reference.is_dir()
+        else ""
+    )
     return f"no runs under {runs_root()} yet; try: codetrace run tracking{records}"
 
 # %% ../../nbs/runs/manifest.ipynb #ad7ed006

@@ -141,7 +141,8 @@ def watch_command(
     lm = load(model)
     table = watch_execution(lm, execution, variables, style, progress_bar, most_tokens)
     print_table(watch_listing(execution, table, only_changed=not whole))
-    print(divergence_legend(table))
+    if legend := divergence_legend(table):
+        print(legend)
     paths = write_watch_record(table.assign(model=lm.name, style=style), folder)
     print(printable(watch_summary(execution, table)))
     if used:

@@ -28,7 +28,15 @@ from ..core.shards import BadMerge
 from ..core.table_merge import merge_sorted_tables, write_grouped_parquet
 from ..models.activations import StateParts, merge_states
 from ..models.architectures import Place, residual_places
-from ..models.decoding import STATE_KINDS, Continuation, Decoder, Request, ResidualEdit, slots_that_fit
+from codetrace.models.decoding import (
+    STATE_KINDS,
+    Continuation,
+    Decoder,
+    Request,
+    ResidualEdit,
+    slots_that_fit,
+    whole_blocks,
+)
 from ..models.lm import LM
 from ..models.memory import MemoryEstimate, check_memory_estimate, estimate_generation_memory
 from ..models.model_server import ModelServer
@@ -535,7 +543,7 @@ def plan_decoding_slots(
     estimate = partial(_estimate_for_slots, lm, prompt_length, options)
     slots = options.slots or max(1, slots_that_fit(lm, prompt_length + options.max_new_tokens, len(items)))
     while not options.slots and slots > 1 and estimate(slots).total * 1e9 > lm.memory_limit:
-        slots //= 2
+        slots = whole_blocks(slots // 2)
     description = f"{slots} answers of {options.max_new_tokens} tokens at a time by {lm.name!r}"
     return slots, check_memory_estimate(lm, estimate(slots), description)
 
