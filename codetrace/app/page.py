@@ -244,18 +244,19 @@ def _check_choices(view_name: str, values: Mapping[str, str], choices: Mapping[s
 # %% ../../nbs/app/page.ipynb #6c4b0519
 def _add_downloads(server, download: Callable[[str, Mapping[str, str]], str]) -> None:
     "Answer requests for files, before the page's own addresses are looked at."
-    from starlette.responses import PlainTextResponse
-    from starlette.routing import Route
+    responses, routing = (importlib.import_module(f"starlette.{part}") for part in ("responses", "routing"))
 
     def answer(request):
         name = request.path_params["name"]
         try:
             text = download(name, dict(request.query_params))
         except BadInput as error:
-            return PlainTextResponse(str(error), 404)
-        return PlainTextResponse(visible_text(text), headers={"content-disposition": f'attachment; filename="{name}"'})
+            return responses.PlainTextResponse(str(error), 404)
+        return responses.PlainTextResponse(
+            visible_text(text), headers={"content-disposition": f'attachment; filename="{name}"'}
+        )
 
-    server.router.routes.insert(0, Route("/download/{name}", answer))
+    server.router.routes.insert(0, routing.Route("/download/{name}", answer))
 
 
 def serve_page(
