@@ -71,8 +71,8 @@ def timings(page, address: str, view: str, rounds: int) -> dict[str, float]:
         page.evaluate(f"document.querySelector('#result_{view} table').closest('.codetrace').remove()")
         page.click(f"#show_{view}")
         again.append(wait_for_result(page, view))
-    found = {f"{view} first {name}": seconds for name, seconds in first.items()}
-    return found | {f"{view} {name}": statistics.median(run[name] for run in again) for name in first}
+    opening = {f"{view} first {name}": seconds for name, seconds in first.items()}
+    return opening | {f"{view} {name}": statistics.median(run[name] for run in again) for name in first}
 
 
 def main() -> None:

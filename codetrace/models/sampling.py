@@ -44,10 +44,10 @@ def _by_block(
 
 def _of_block(
     values: Float[Tensor, "rows vocab"],
-    row: Int[Tensor, "chosen"],
-    block: Int[Tensor, "chosen"],
+    row: Int[Tensor, "some"],
+    block: Int[Tensor, "some"],
     filling: float,  # What a shorter block ends with
-) -> Float[Tensor, "chosen place"]:
+) -> Float[Tensor, "some place"]:
     "Blocks of rows."
     tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)
     taken = values[row[:, None], tokens.clamp(max=values.shape[-1] - 1)]
