@@ -258,7 +258,7 @@ def _add_downloads(server, download: Callable[[str, Mapping[str, str]], str]) ->
 
     server.router.routes.insert(0, routing.Route("/download/{name}", answer))
 
-
+# %% ../../nbs/app/page.ipynb #9f67cc0a
 def serve_page(
     page,  # From `build_page`
     host: str = "127.0.0.1",

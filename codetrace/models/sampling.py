@@ -77,7 +77,7 @@ def _likeliest(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1
     token = logits.topk(min(MOST_TIES, logits.shape[-1]), sorted=False).indices
     return torch.arange(len(logits), device=logits.device)[:, None].expand_as(token).flatten(), token.flatten()
 
-
+# %% ../../nbs/models/sampling.ipynb #924c53cb
 def _with_near_ties(
     lm: LM, hidden: Float[Tensor, "rows d_model"], logits: Float[Tensor, "rows vocab"]
 ) -> Float[Tensor, "rows vocab"]:
@@ -138,7 +138,7 @@ def sample_tokens(
     tokens, logprobs, entropies = torch.stack([token.double(), logprob.double(), entropy.double()]).tolist()
     return [int(token) for token in tokens], logprobs, entropies
 
-
+# %% ../../nbs/models/sampling.ipynb #37d800ac
 def _first_beyond(cumulative: Float[Tensor, "rows place"], threshold: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows"]:
     "The first place that exceeds a threshold; where rounding leaves none, the last that adds anything."
     beyond = torch.searchsorted(cumulative, threshold, right=True)[:, 0]

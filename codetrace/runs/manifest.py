@@ -220,7 +220,7 @@ def all_runs(
     manifests = map(_listed_manifest, _run_folders(root))
     return sorted(manifests, key=lambda manifest: manifest["run_id"])
 
-
+# %% ../../nbs/runs/manifest.ipynb #fdfc49f3
 def no_runs_note() -> str:
     "What to type where no run is listed."
     reference = package_home() / "runs" / "reference"
