@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from api_index import PAGE as API_PAGE
 from api_index import write_api_page
+from drawings import unpack_drawings
 from offline import make_offline
 from pdf import NoTypesetter, require_typesetter, write_pdf
 from readme import FOLDERS, linked
@@ -68,9 +69,8 @@ def assemble(quarto: bool) -> Path:
             text = linked(text)
         if name.startswith("runs/"):
             text = with_live_links(text, (HOME / name).parent)
+            unpack_drawings((HOME / name).parent, (PROJECT / name).parent)
         (PROJECT / name).write_text(text, encoding="utf-8")
-        for drawing in (HOME / name).parent.glob("*.svg") if name.startswith("runs/") else ():
-            shutil.copy(drawing, (PROJECT / name).parent / drawing.name)
     shutil.copy(HOME / "nbs" / "finding.png", PROJECT / "nbs" / "finding.png")
     write_api_page(PROJECT, chapters(config["book"]["chapters"]), FOLDERS)
     entries = config["book"]["chapters"]

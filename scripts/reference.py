@@ -2,8 +2,8 @@
 
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
-Pictures are left out, for the record shows them, in 64 colours; and what the patterns name (large weights, the rows of a
-training). What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
+Pictures are left out, for the record shows them, in 64 colours, and for the PDF one packed file holds them as lines. What the patterns name (large
+weights, the rows of a training) is left out, too. What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
 A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be, JSON on one line. A record
 that is a reference already is thinned where it is.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from drawings import pack_drawings
 from PIL import Image
 
 from codetrace.core.files import atomic_write, file_sha256, read_json, small_parquet_options, write_json
@@ -176,6 +177,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     manifest = stored_manifest(folder)
     matching = {name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in patterns)}
     left_out = sorted(matching | set(manifest.get("left_out", [])))
+    pack_drawings(folder)
     for name in left_out:
         (folder / name).unlink(missing_ok=True)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):

@@ -18,6 +18,7 @@ offline = importlib.import_module("offline")
 pdf = importlib.import_module("pdf")
 docs = importlib.import_module("docs")
 api_index = importlib.import_module("api_index")
+drawings = importlib.import_module("drawings")
 CDN = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 
 
@@ -114,6 +115,25 @@ def test_a_run_shows_its_figures_in_lines_where_it_keeps_them(tmp_path):
         pdf.draw_in_lines(cell, tmp_path)
     assert cells[0]["outputs"][0]["data"] == {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"}
     assert cells[1]["outputs"][0]["data"] == picture
+
+
+def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
+    record, site = tmp_path / "record", tmp_path / "site"
+    record.mkdir()
+    site.mkdir()
+    drawings.pack_drawings(record)
+    drawings.unpack_drawings(record, site)
+    assert not list(record.iterdir()) and not list(site.iterdir())
+    files = {name: f"<svg>{name * 900}</svg>".encode() for name in ("loss.svg", "peaks.svg")}
+    for name, data in files.items():
+        (record / name).write_bytes(data)
+    (record / "loss.png").write_bytes(b"no drawing")
+    drawings.pack_drawings(record)
+    packed = (record / drawings.PACKED).read_bytes()
+    drawings.pack_drawings(record)
+    assert (record / drawings.PACKED).read_bytes() == packed and len(packed) < sum(map(len, files.values())) / 5
+    drawings.unpack_drawings(record, site)
+    assert {path.name: path.read_bytes() for path in site.iterdir()} == files
 
 
 def test_a_link_within_the_site_is_plain_text_in_the_book():
