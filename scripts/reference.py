@@ -3,7 +3,7 @@
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
 Pictures are left out, for the record shows them, in 64 colours, and for the PDF one packed file holds them as lines. What the patterns name (large
-weights, the rows of a training) is left out, too. What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
+weights, the rows of a training; `samples.parquet:token_ids` is a column of a table) is left out, too. What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
 A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be, JSON on one line. A record
 that is a reference already is thinned where it is.
 """
@@ -141,6 +141,20 @@ def merge_tables(folder: Path, outputs: dict) -> dict:
     return outputs
 
 
+def drop_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> tuple[dict, list[str]]:
+    "Facts about a record's outputs without the columns that patterns with a colon name, and those names."
+    dropped = []
+    outputs = dict(outputs)
+    for name, column in (pattern.split(":", 1) for pattern in patterns if ":" in pattern):
+        table = pq.read_table(folder / name)
+        if column not in table.column_names:
+            raise SystemExit(f"{name} has no column {column!r}, but {', '.join(table.column_names)}")
+        pq.write_table(table.drop_columns(column), folder / name)
+        outputs[name] = facts_of(folder / name)
+        dropped.append(f"{name}:{column}")
+    return outputs, dropped
+
+
 def packed_table(path: Path) -> bytes:
     "A table compressed as far as it can be."
     table, packed = pq.read_table(path), io.BytesIO()
@@ -183,8 +197,9 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
+    outputs, dropped = drop_columns(folder, merge_tables(folder, manifest["outputs"]), patterns)
+    left_out = sorted({*left_out, *dropped})
     changes: dict[str, object] = {"left_out": left_out} if left_out else {}
-    outputs = merge_tables(folder, manifest["outputs"])
     outputs = pack_files(folder, outputs, ".parquet", packed_table)
     changes["outputs"] = pack_files(folder, outputs, ".json", packed_json)
     record = folder / "notebook.ipynb"

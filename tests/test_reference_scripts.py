@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -17,6 +19,7 @@ from codetrace.core.files import file_sha256, read_json
 from codetrace.core.records import Records, read_records
 from codetrace.models import folders
 from codetrace.models.folders import adapter_folder
+from codetrace.runs.rerun import compare_outputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import reference
@@ -34,6 +37,26 @@ def test_a_table_in_one_part_has_the_same_rows(tmp_path):
     assert len(parts) == 1 < sum("/part-" in name for name in names) and "kept.json" in outputs
     assert outputs[parts[0]]["sha256"] == file_sha256(tmp_path / parts[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["said"]
+
+
+def test_a_column_that_is_left_out_is_not_compared(tmp_path):
+    manifests = []
+    for run in ("record", "again"):
+        (tmp_path / run).mkdir()
+        pq.write_table(pa.table({"n": [1, 2], "text": ["a", "b"]}), tmp_path / run / "rows.parquet")
+        manifests.append({"folder": tmp_path / run, "outputs": {"rows.parquet": {"sha256": run}}})
+    record, again = manifests
+    outputs, dropped = reference.drop_columns(tmp_path / "record", record["outputs"], ["*.npy", "rows.parquet:text"])
+    record |= {"outputs": outputs, "left_out": dropped}
+    assert dropped == ["rows.parquet:text"] and pq.read_table(tmp_path / "record" / "rows.parquet").column_names == [
+        "n"
+    ]
+    assert outputs["rows.parquet"]["sha256"] == file_sha256(tmp_path / "record" / "rows.parquet")
+    assert [compared.verdict for compared in compare_outputs(record, again)] == ["close"]
+    pq.write_table(pa.table({"n": [1, 3], "text": ["a", "b"]}), tmp_path / "again" / "rows.parquet")
+    assert [compared.verdict for compared in compare_outputs(record, again)] == ["different"]
+    with pytest.raises(SystemExit, match=r"rows\.parquet has no column 'txt', but n"):
+        reference.drop_columns(tmp_path / "record", outputs, ["rows.parquet:txt"])
 
 
 def test_a_record_names_files_without_their_folders():

@@ -162,15 +162,16 @@ def _tensors_difference(first: Path, second: Path) -> Difference:
     return sum((_array_difference(a, b, name) for name, a, b in pairs), Difference())
 
 # %% ../../nbs/runs/rerun.ipynb #d9b321e5
-def _file_difference(first: Path, second: Path) -> Difference:
-    "How far two outputs with other hashes are from each other."
+def _file_difference(first: Path, second: Path, columns_left_out: Sequence[str] = ()) -> Difference:
+    "How far two outputs with other hashes are from each other; of tables, columns that the first kept."
     if first.is_dir():
         return _table_difference(read_records(first), read_records(second))
     kind = first.suffix
     if kind == ".json":
         return value_difference(json.loads(first.read_text()), json.loads(second.read_text()))
     if kind == ".parquet":
-        return _table_difference(pd.read_parquet(first), pd.read_parquet(second))
+        kept = pd.read_parquet(second).drop(columns=list(columns_left_out))
+        return _table_difference(pd.read_parquet(first), kept)
     if kind == ".png":
         return _picture_difference(first, second)
     if kind == ".safetensors":
@@ -232,7 +233,9 @@ def compare_outputs(
 
 def _compare_output(name: str, first: Mapping, second: Mapping, tolerance: float) -> OutputComparison:
     "Compare one output whose hash differs."
-    difference = _file_difference(*[Path(manifest["folder"]) / name for manifest in (first, second)])
+    paths = [Path(manifest["folder"]) / name for manifest in (first, second)]
+    left_out = [entry.removeprefix(f"{name}:") for entry in first.get("left_out", []) if entry.startswith(f"{name}:")]
+    difference = _file_difference(*paths, left_out)
     is_close = not difference.place and difference.largest <= tolerance
     return OutputComparison(name, "close" if is_close else "different", difference.largest, difference.place)
 
