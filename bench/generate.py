@@ -2,6 +2,7 @@
 
     python bench/generate.py            SmolLM2 on 64 basics problems, 32 at a time, about fifteen minutes on two idle cores
     python bench/generate.py --quick    16 problems, 64 tokens: a few minutes
+    python bench/generate.py --profile  only: where the time of slots goes, which bench/results/generation_profile.json keeps of each model
 
 Four ways to the same greedy answers, in one process, on the same prompts, alternating chunk by chunk; a ratio is that of the summed times:
 
@@ -22,10 +23,13 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from codetrace import models
+from codetrace.models import decoding
 from codetrace.models.decoding import Decoder, Request
 from codetrace.tasks.problem_prompts import render_problem_prompt
 from codetrace.tasks.problems import load_problems
@@ -170,6 +174,77 @@ def limit(lm, slots: int) -> dict:
     }
 
 
+KERNELS = {
+    "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::bmm", "mkl::_mkl_linear"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
+
+
+def seconds_of_parts(lm, requests: list[Request], options) -> dict[str, float]:
+    "Seconds in each part of the decoder, states of all layers kept."
+    seconds = dict.fromkeys(("reading prompts", "forward steps", "choosing tokens"), 0.0)
+
+    def timed(part: str, do):
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return do(*args, **kwargs)
+            finally:
+                seconds[part] += time.perf_counter() - began
+
+        return call
+
+    with (
+        patch.object(decoding, "_prefill_prompt", timed("reading prompts", decoding._prefill_prompt)),
+        patch.object(decoding, "slot_step", timed("forward steps", decoding.slot_step)),
+        patch.object(decoding, "choose_tokens", timed("choosing tokens", decoding.choose_tokens)),
+    ):
+        began = time.perf_counter()
+        answers = in_slots(lm, requests, options.tokens, options.slots, None)
+        total = time.perf_counter() - began
+    return seconds | {"total": total, "tokens": sum(map(len, answers.values()))}
+
+
+def seconds_of_kernels(lm, requests: list[Request], options) -> dict[str, float]:
+    "Seconds that torch's profiler counts in each kind of kernel, of the same answers."
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        in_slots(lm, requests, options.tokens, options.slots, None)
+    total = time.perf_counter() - began
+    own = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    kinds = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in KERNELS.items()}
+    return kinds | {"other kernels": sum(own.values()) - sum(kinds.values()), "total": total}
+
+
+def profiled(lm, requests: list[Request], options) -> dict:
+    "Where the time goes, as shares of the whole, and how much of it products need at the speed of a large one."
+    in_slots(lm, requests[:1], options.tokens, options.slots, None)
+    parts = [seconds_of_parts(lm, requests, options) for _ in range(3)]
+    middle = sorted(parts, key=lambda part: part["total"])[1]
+    kernels = seconds_of_kernels(lm, requests, options)
+    bounds = limit(lm, options.slots)
+    speed = middle["tokens"] / middle["total"]
+    shares = {name: middle[name] / middle["total"] for name in ("reading prompts", "forward steps", "choosing tokens")}
+    shares |= {name: kernels[name] / kernels["total"] for name in (*KERNELS, "other kernels")}
+    return {
+        "model": lm.name.rsplit("/", 1)[-1].removesuffix(".gguf"),
+        "slots": options.slots,
+        "threads": torch.get_num_threads(),
+        "tokens per second": round(speed, 1),
+        **bounds,
+        **{name: round(share, 3) for name, share in shares.items()},
+    }
+
+
+def keep_profile(row: dict) -> None:
+    "Print a row, and keep it in place of the one of the same model and slots."
+    path = Path(__file__).parent / "results" / "generation_profile.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    others = [known for known in rows if (known["model"], known["slots"]) != (row["model"], row["slots"])]
+    path.write_text(json.dumps([*others, row], indent=1) + "\n")
+    say(**row)
+
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--model", default="smollm2")
@@ -178,6 +253,7 @@ def main():
     ask.add_argument("--slots", type=int, default=32)
     ask.add_argument("--dtype", default="auto")
     ask.add_argument("--quick", action="store_true")
+    ask.add_argument("--profile", action="store_true", help="only say where the time of slots goes")
     ask.add_argument("--no-repeat", dest="repeat", action="store_false", help="time slots and capture once a chunk")
     options = ask.parse_args()
     if options.quick:
@@ -189,6 +265,8 @@ def main():
     say(
         model=lm.name, dtype=str(lm.dtype), threads=torch.get_num_threads(), problems=len(requests), slots=options.slots
     )
+    if options.profile:
+        return keep_profile(profiled(lm, requests, options))
     seconds, answers = raced(lm, requests, options)
     tokens = sum(map(len, answers["slots"].values()))
     bounds = limit(lm, options.slots)

@@ -15,11 +15,12 @@ from pathlib import Path
 import yaml
 from api_index import PAGE as API_PAGE
 from api_index import write_api_page
-from drawings import unpack_drawings
+from drawings import draw_chapters, unpack_drawings
 from offline import make_offline
 from pdf import NoTypesetter, require_typesetter, write_pdf
 from readme import FOLDERS, linked
 
+from codetrace.core.files import write_json
 from codetrace.runs.record_layout import with_live_links
 
 HOME = Path(__file__).resolve().parents[1]
@@ -80,6 +81,16 @@ def assemble(quarto: bool) -> Path:
     return PROJECT
 
 
+DRAWINGS = HOME / "_proc" / "drawings"
+
+
+def keep_drawings():
+    "Put beside each chapter of the project its figures as lines, which the PDF shows."
+    chapters = [HOME / path.relative_to(PROJECT) for path in sorted((PROJECT / "nbs").rglob("*.ipynb"))]
+    for source, drawings in draw_chapters(list(filter(Path.is_file, chapters)), DRAWINGS).items():
+        write_json((PROJECT / source.relative_to(HOME)).with_suffix(".drawings.json"), drawings)
+
+
 def run(*words: str):
     subprocess.run(words, check=True, cwd=PROJECT)
 
@@ -105,6 +116,7 @@ def main(check: bool):
         run("smalldocs", "render", ".", "--strict", "--quiet")
         make_offline(PROJECT / "_docs")
     if not check:
+        keep_drawings()
         shutil.rmtree(HOME / "_docs", ignore_errors=True)
         shutil.copytree(PROJECT / "_docs", HOME / "_docs")
         print(HOME / "_docs" / "index.html")

@@ -1,11 +1,26 @@
-"A record's figures as lines: every SVG of a run in one packed file, for single ones take five times the room."
+"""Figures as lines, for the PDF: a record keeps its own, packed; those of a chapter are drawn by executing it.
 
+Single SVG files take five times the room of a packed one.
+"""
+
+import base64
 import io
 import lzma
+import os
+import re
 import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from codetrace.core.files import atomic_write
+import nbformat
+import numpy as np
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from PIL import Image
+from tqdm.auto import tqdm
+
+from codetrace.core.files import atomic_write, file_sha256, read_json, write_json
 
 PACKED = "drawings.tar.xz"
 
@@ -29,3 +44,61 @@ def unpack_drawings(folder: Path, target: Path) -> None:
     if (folder / PACKED).is_file():
         with tarfile.open(folder / PACKED) as archive:
             archive.extractall(target, filter="data")
+
+
+FORMATS = "from matplotlib_inline.backend_inline import set_matplotlib_formats\nset_matplotlib_formats('png', 'svg')"
+QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+PIXELS = 0.02  # Mean difference of two pictures, of 1, that may come from another machine's fonts
+
+
+def pictures_of(cell: dict) -> list[dict]:
+    "The data of each output of a cell that is a picture."
+    return [output["data"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+
+
+def is_same_picture(first: str, second: str) -> bool:
+    "Whether two pictures, as notebooks hold them, show the same."
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), float) / 255 for png in (first, second)
+    ]
+    return pixels[0].shape == pixels[1].shape and float(np.abs(pixels[0] - pixels[1]).mean()) <= PIXELS
+
+
+def same_drawings(shown: dict, executed: dict) -> Iterator[tuple[str, list[str]]]:
+    "Of each cell with pictures: its id, and their drawings where all of them are what the chapter shows."
+    executed_by_id = {cell["id"]: pictures_of(cell) for cell in executed["cells"]}
+    for cell in shown["cells"]:
+        pictures, drawn = pictures_of(cell), executed_by_id[cell["id"]]
+        if pictures and len(pictures) == len(drawn):
+            if all(is_same_picture(old["image/png"], new["image/png"]) for old, new in zip(pictures, drawn)):
+                yield cell["id"], [new["image/svg+xml"] for new in drawn]
+
+
+def draw_chapter(path: Path, cache: Path) -> dict[str, list[str]]:
+    "SVGs of a chapter's figures, by cell; what was drawn before is kept."
+    kept = cache / f"{path.stem}-{file_sha256(path)[:16]}.json"
+    if not kept.exists():
+        shown, executed = (nbformat.read(path, as_version=4) for _ in range(2))
+        executed.cells.insert(0, nbformat.v4.new_code_cell(FORMATS))
+        where = {"metadata": {"path": str(path.parent)}}
+        client = NotebookClient(executed, timeout=900, resources=where, extra_arguments=["--log-level=CRITICAL"])
+        client.execute(env=os.environ | QUIET)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(kept, dict(same_drawings(shown, executed)))
+    return read_json(kept)
+
+
+def draw_chapters(paths: Sequence[Path], cache: Path) -> dict[Path, dict[str, list[str]]]:
+    "Drawings of every chapter that shows pictures."
+    with_pictures = [path for path in paths if '"image/png"' in path.read_text(encoding="utf-8")]
+    drawings = {}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        drawn = {pool.submit(draw_chapter, path, cache): path for path in with_pictures}
+        for done in tqdm(as_completed(drawn), "drawing the figures of chapters", len(drawn)):
+            path = drawn[done]
+            try:
+                drawings[path] = done.result()
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+                reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
+                print(f"{path.name}: its figures stay pictures, for it fails: {reason}")
+    return drawings

@@ -75,6 +75,9 @@ def chapters_of(part: dict) -> list[str]:
 def readable_notebook(path: Path) -> dict:
     "A notebook as pandoc reads it: results have numbers, which cleaning takes out, directives are no code, and figures are drawn in lines."
     notebook = json.loads(path.read_text(encoding="utf-8"))
+    drawn = path.with_suffix(".drawings.json")
+    if drawn.is_file():
+        show_drawings(notebook["cells"], json.loads(drawn.read_text(encoding="utf-8")))
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "execute_result":
@@ -97,6 +100,15 @@ def without_method(cells: list[dict], chapter: str) -> list[dict]:
             return [*kept, {"cell_type": "markdown", "metadata": {}, "source": f"## Method and code\n\n{sentence}"}]
         kept.append(cell | {"source": []} if cell["cell_type"] == "code" else cell)
     return kept
+
+
+def show_drawings(cells: list[dict], drawings: dict[str, list[str]]) -> None:
+    "Put SVGs, by cell, in the place of the pictures of a chapter."
+    for cell in cells:
+        pictures = [o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        for data, drawing in zip(pictures, drawings.get(cell.get("id", ""), [])):
+            del data["image/png"]
+            data["image/svg+xml"] = drawing
 
 
 def draw_in_lines(cell: dict, folder: Path) -> None:

@@ -1,16 +1,20 @@
 "The site and the appendix: nothing is loaded from elsewhere, the search works from a disk, a notebook becomes a PDF."
 
+import base64
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import smalldocs
 import yaml
+from matplotlib.figure import Figure
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME / "scripts"))
@@ -117,6 +121,14 @@ def test_a_run_shows_its_figures_in_lines_where_it_keeps_them(tmp_path):
     assert cells[1]["outputs"][0]["data"] == picture
 
 
+def picture_of(colour: str) -> str:
+    "A figure of one colour, as a notebook holds it."
+    figure, written = Figure(figsize=(1, 1), dpi=100), io.BytesIO()
+    figure.add_axes((0, 0, 1, 1), facecolor=colour)
+    figure.savefig(written, format="png", bbox_inches="tight")
+    return base64.b64encode(written.getvalue()).decode()
+
+
 def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
     record, site = tmp_path / "record", tmp_path / "site"
     record.mkdir()
@@ -134,6 +146,31 @@ def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
     assert (record / drawings.PACKED).read_bytes() == packed and len(packed) < sum(map(len, files.values())) / 5
     drawings.unpack_drawings(record, site)
     assert {path.name: path.read_bytes() for path in site.iterdir()} == files
+
+
+def test_figures_of_a_chapter_are_drawn_where_they_are_what_it_shows(tmp_path):
+    shown, other = (picture_of(colour) for colour in ("black", "red"))
+    cells = []
+    for number, picture in enumerate((shown, other, None)):
+        code = "from matplotlib.figure import Figure\nfigure = Figure((1, 1), 100)\nfigure.add_axes((0, 0, 1, 1), facecolor='black')\nfigure"
+        cell = nbformat.v4.new_code_cell(code if picture else "1 + 1", id=f"cell-{number}")
+        if picture:
+            cell.outputs = [nbformat.v4.new_output("execute_result", {"image/png": picture}, execution_count=1)]
+        cells.append(cell)
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    cells[1].source = "1 / 0"
+    failing = tmp_path / "failing.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), failing)
+    drawn = drawings.draw_chapters([path, failing], tmp_path / "cache")
+    assert list(drawn) == [path] and list(drawn[path]) == ["cell-0"] and "<svg" in drawn[path]["cell-0"][0]
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(json.dumps({"cell-0": ["<svg>kept</svg>"]}))
+    assert drawings.draw_chapter(path, tmp_path / "cache") == {"cell-0": ["<svg>kept</svg>"]}
+    path.with_suffix(".drawings.json").write_text(kept.read_text())
+    read = pdf.readable_notebook(path)["cells"]
+    assert read[0]["outputs"][0]["data"] == {"image/svg+xml": "<svg>kept</svg>"}
+    assert read[1]["outputs"][0]["data"] == {"image/png": other}
 
 
 def test_a_link_within_the_site_is_plain_text_in_the_book():
