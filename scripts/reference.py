@@ -3,7 +3,8 @@
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
 Pictures are left out, for the record shows them, in 64 colours, and for the PDF one packed file holds them as lines. What the patterns name (large
-weights, the rows of a training; `samples.parquet:token_ids` is a column of a table) is left out, too. What is left out stays listed in the manifest with its hash, under `left_out`; `codetrace rerun` makes it again.
+weights, the rows of a training; `samples.parquet:token_ids` is a column of a table) is left out, too. What is left out stays listed in the manifest under `left_out`, a file with its hash; `codetrace rerun` makes it again, and compares
+what is kept.
 A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be, JSON on one line. A record
 that is a reference already is thinned where it is.
 """
@@ -145,14 +146,29 @@ def drop_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> tuple[
     "Facts about a record's outputs without the columns that patterns with a colon name, and those names."
     dropped = []
     outputs = dict(outputs)
-    for name, column in (pattern.split(":", 1) for pattern in patterns if ":" in pattern):
-        table = pq.read_table(folder / name)
-        if column not in table.column_names:
-            raise SystemExit(f"{name} has no column {column!r}, but {', '.join(table.column_names)}")
-        pq.write_table(table.drop_columns(column), folder / name)
+    for name, column in named_columns(patterns):
+        written = io.BytesIO()
+        pq.write_table(pq.read_table(folder / name).drop_columns(column), written)
+        atomic_write(folder / name, written.getvalue())
         outputs[name] = facts_of(folder / name)
         dropped.append(f"{name}:{column}")
     return outputs, dropped
+
+
+def named_columns(patterns: Sequence[str]) -> list[list[str]]:
+    "The tables and columns that patterns with a colon name."
+    return [pattern.split(":", 1) for pattern in patterns if ":" in pattern]
+
+
+def check_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> None:
+    "Refuse patterns that name no column of a table of a record, before anything is changed."
+    tables = sorted(name for name in outputs if name.endswith(".parquet") and "/" not in name)
+    for name, column in named_columns(patterns):
+        if name not in tables:
+            raise SystemExit(f"{name}:{column}: there is no table {name!r}, but {', '.join(tables) or 'none'}")
+        columns = pq.read_schema(folder / name).names
+        if column not in columns:
+            raise SystemExit(f"{name} has no column {column!r}, but {', '.join(columns)}")
 
 
 def packed_table(path: Path) -> bytes:
@@ -189,6 +205,8 @@ def in_little_room(notebook: dict) -> str:
 def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
     manifest = stored_manifest(folder)
+    patterns = [pattern for pattern in patterns if pattern not in manifest.get("left_out", [])]
+    check_columns(folder, manifest["outputs"], patterns)
     matching = {name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in patterns)}
     left_out = sorted(matching | set(manifest.get("left_out", [])))
     pack_drawings(folder)
@@ -226,6 +244,7 @@ def main():
     options = parser.parse_args()
     manifest = resolve_run(options.run)
     source = Path(manifest["folder"])
+    check_columns(source, manifest["outputs"], [p for p in options.leave_out if p not in manifest.get("left_out", [])])
     target = options.to.resolve() / manifest["phase"] / manifest["run_id"]
     if source.resolve() != target:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))

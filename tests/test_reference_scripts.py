@@ -55,8 +55,25 @@ def test_a_column_that_is_left_out_is_not_compared(tmp_path):
     assert [compared.verdict for compared in compare_outputs(record, again)] == ["close"]
     pq.write_table(pa.table({"n": [1, 3], "text": ["a", "b"]}), tmp_path / "again" / "rows.parquet")
     assert [compared.verdict for compared in compare_outputs(record, again)] == ["different"]
-    with pytest.raises(SystemExit, match=r"rows\.parquet has no column 'txt', but n"):
-        reference.drop_columns(tmp_path / "record", outputs, ["rows.parquet:txt"])
+    again["outputs"]["rows.parquet"]["sha256"] = "without the column"
+    pq.write_table(pa.table({"n": [1, 2]}), tmp_path / "again" / "rows.parquet")
+    assert [compared.verdict for compared in compare_outputs(record, again)] == ["close"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("rows.parquet:txt", r"rows\.parquet has no column 'txt', but n, text"),
+        ("row.parquet:text", r"there is no table 'row\.parquet', but rows\.parquet"),
+        ("parts/part-0.parquet:n", r"there is no table 'parts/part-0\.parquet'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_refused_before_anything_changes(pattern, reason, tmp_path):
+    pq.write_table(pa.table({"n": [1, 2], "text": ["a", "b"]}), tmp_path / "rows.parquet")
+    outputs = {name: {} for name in ("rows.parquet", "parts/part-0.parquet", "kept.json")}
+    reference.check_columns(tmp_path, outputs, ["*.npy", "rows.parquet:text"])
+    with pytest.raises(SystemExit, match=reason):
+        reference.check_columns(tmp_path, outputs, ["rows.parquet:n", pattern])
 
 
 def test_a_record_names_files_without_their_folders():

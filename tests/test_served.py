@@ -10,6 +10,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from codetrace.core.records import read_records
 from codetrace.models import model_server, served_decoder
 from codetrace.models.activations import read_states
 from codetrace.models.decoding import STATE_KINDS, Decoder, Request
+from codetrace.models.lm import LM
 from codetrace.models.model_server import ModelServer, ServerFailed, open_model_server
 from codetrace.models.served_decoder import ServedDecoder, WrongServedModel, read_written_tokens, token_choices
 from codetrace.runs.execute import execute_phase
@@ -212,6 +214,12 @@ def test_a_server_gives_the_answers_and_states_of_the_slots(lm, items, in_slots,
 def test_tokens_that_are_named_by_their_texts_are_found(lm, items, in_slots, tmp_path):
     with engine_of(names_texts=True) as engine:
         assert_same(served(lm, items, tmp_path, open_model_server(engine.url)), in_slots[1])
+
+
+def test_only_texts_of_one_token_name_it():
+    texts = ["a", "b", "a", "", "\ufffd", "c"]
+    tokenizer = MagicMock(batch_decode=lambda rows, **_: [texts[token] for (token,) in rows], __len__=lambda _: 6)
+    assert served_decoder.tokens_by_text(MagicMock(spec=LM, tokenizer=tokenizer)) == {"b": 1, "c": 5}
 
 
 def test_a_text_that_several_tokens_have_is_refused(lm, items, tmp_path, monkeypatch):

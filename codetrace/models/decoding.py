@@ -542,10 +542,10 @@ def _halve(self: Decoder, error: RuntimeError) -> None:
         raise BadInput(
             f"not enough memory for one answer of {self.max_new_tokens} tokens: give a smaller max_new_tokens"
         ) from error
-    _log.warning("out of memory with %d answers at a time: going on with %d", n, n // 2)
+    _log.warning("out of memory with %d answers at a time: going on with %d", n, whole_blocks(n // 2))
     self.returned.extendleft(answer.request for answer in reversed(self.answers) if answer)
     self.token_count -= sum(len(answer.tokens) for answer in self.answers if answer)
-    self._open(n // 2)
+    self._open(whole_blocks(n // 2))
     if self.lm.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -592,4 +592,4 @@ def slots_that_fit(
     keys_and_values = columns * 2 * lm.n_layers * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize
     logits = 4 * 4 * lm.hf.config.vocab_size
     fitting = int(0.5 * remaining_memory(lm.device, lm.limits) / (keys_and_values + logits))
-    return whole_blocks(min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted))
+    return max(1, whole_blocks(min(fitting, _MAX_SLOTS.get(lm.device.type, 32), wanted)))

@@ -127,8 +127,12 @@ def _unpacked_adapter(
     digest = file_sha256(packed)
 
     def unpack(folder: Path) -> dict:
-        import lzma  # Here, for a Python may be built without it
-
+        try:
+            import lzma
+        except ImportError as error:
+            raise BadInput(
+                f"{packed} cannot be unpacked, for this Python was built without lzma: install liblzma and build Python anew, or take another one"
+            ) from error
         shutil.copy(shipped / "adapter_config.json", folder)
         try:
             with lzma.open(packed) as source, open(folder / packed.stem, "wb") as target:

@@ -39,7 +39,7 @@ def _by_block(
     "The largest value, or the sum, of each block; the last block may be shorter."
     whole = values.shape[-1] // _BLOCK * _BLOCK
     parts = [values[:, :whole].unflatten(-1, (-1, _BLOCK)), values[:, None, whole:]]
-    return torch.cat([reduce(part) for part in parts if part.numel()], -1)
+    return torch.cat([reduce(part) for part in parts if part.shape[1] and part.shape[2]], -1)
 
 
 def _of_block(
@@ -73,7 +73,7 @@ def _reaching(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"
 
 
 def _likeliest(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> tuple[Tensor, Tensor]:
-    "Rows and tokens of the largest logits, so many of each row that hardly ever more reach what is wanted."
+    "Rows and tokens of the `MOST_TIES` largest logits of each row; where more reach what is wanted, the others keep their rounded score."
     token = logits.topk(min(MOST_TIES, logits.shape[-1]), sorted=False).indices
     return torch.arange(len(logits), device=logits.device)[:, None].expand_as(token).flatten(), token.flatten()
 

@@ -541,7 +541,7 @@ def plan_decoding_slots(
     prompts = [render_problem_prompt(problem, options.style, lm.tokenizer).text for problem in problems]
     prompt_length = max(map(len, lm.ids(prompts)))
     estimate = partial(_estimate_for_slots, lm, prompt_length, options)
-    slots = options.slots or max(1, slots_that_fit(lm, prompt_length + options.max_new_tokens, len(items)))
+    slots = options.slots or slots_that_fit(lm, prompt_length + options.max_new_tokens, len(items))
     while not options.slots and slots > 1 and estimate(slots).total * 1e9 > lm.memory_limit:
         slots = whole_blocks(slots // 2)
     description = f"{slots} answers of {options.max_new_tokens} tokens at a time by {lm.name!r}"
