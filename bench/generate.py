@@ -211,9 +211,9 @@ def seconds_of_kernels(lm, requests: list[Request], options) -> dict[str, float]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         in_slots(lm, requests, options.tokens, options.slots, None)
     total = time.perf_counter() - began
-    own = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    kinds = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in KERNELS.items()}
-    return kinds | {"other kernels": sum(own.values()) - sum(kinds.values()), "total": total}
+    by_kernel = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    kinds = {kind: sum(by_kernel.get(name, 0.0) for name in names) for kind, names in KERNELS.items()}
+    return kinds | {"other kernels": sum(by_kernel.values()) - sum(kinds.values()), "total": total}
 
 
 def profiled(lm, requests: list[Request], options) -> dict:

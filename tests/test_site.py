@@ -149,9 +149,9 @@ def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
 
 
 def test_figures_of_a_chapter_are_drawn_where_they_are_what_it_shows(tmp_path):
-    shown, other = (picture_of(colour) for colour in ("black", "red"))
+    shown, changed = (picture_of(colour) for colour in ("black", "red"))
     cells = []
-    for number, picture in enumerate((shown, other, None)):
+    for number, picture in enumerate((shown, changed, None)):
         code = "from matplotlib.figure import Figure\nfigure = Figure((1, 1), 100)\nfigure.add_axes((0, 0, 1, 1), facecolor='black')\nfigure"
         cell = nbformat.v4.new_code_cell(code if picture else "1 + 1", id=f"cell-{number}")
         if picture:
@@ -170,7 +170,7 @@ def test_figures_of_a_chapter_are_drawn_where_they_are_what_it_shows(tmp_path):
     path.with_suffix(".drawings.json").write_text(kept.read_text())
     read = pdf.readable_notebook(path)["cells"]
     assert read[0]["outputs"][0]["data"] == {"image/svg+xml": "<svg>kept</svg>"}
-    assert read[1]["outputs"][0]["data"] == {"image/png": other}
+    assert read[1]["outputs"][0]["data"] == {"image/png": changed}
 
 
 def test_a_link_within_the_site_is_plain_text_in_the_book():

@@ -233,9 +233,9 @@ def compare_outputs(
 
 def _compare_output(name: str, first: Mapping, second: Mapping, tolerance: float) -> OutputComparison:
     "Compare one output whose hash differs."
-    paths = [Path(manifest["folder"]) / name for manifest in (first, second)]
+    folders = [Path(manifest["folder"]) for manifest in (first, second)]
     left_out = [entry.removeprefix(f"{name}:") for entry in first.get("left_out", []) if entry.startswith(f"{name}:")]
-    difference = _file_difference(*paths, left_out)
+    difference = _file_difference(folders[0] / name, folders[1] / name, left_out)
     is_close = not difference.place and difference.largest <= tolerance
     return OutputComparison(name, "close" if is_close else "different", difference.largest, difference.place)
 
