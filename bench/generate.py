@@ -217,7 +217,7 @@ def seconds_of_kernels(lm, requests: list[Request], options) -> dict[str, float]
 
 
 def profiled(lm, requests: list[Request], options) -> dict:
-    "Where the time goes, as shares of the whole, and how much of it products need at the speed of a large one."
+    "Where the time goes, beside what the machine allows: shares of three runs' middle one by part, and of a run that a profiler slows by kernel."
     in_slots(lm, requests[:1], options.tokens, options.slots, None)
     parts = [seconds_of_parts(lm, requests, options) for _ in range(3)]
     middle = sorted(parts, key=lambda part: part["total"])[1]

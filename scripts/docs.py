@@ -1,7 +1,7 @@
 """The site and the thesis appendix: chapters as nbdev processes them, then the reference records.
 
 Quarto renders them where it is installed, else smalldocs does, which makes the same book as a website that asks nothing of other hosts; pandoc and typst
-set it as a PDF where they are installed.
+set it as a PDF where they are installed. For the PDF, chapters that show figures are executed once, and their drawings kept in _proc/drawings.
 `python scripts/docs.py` renders into _docs/; `--check` only says whether smalldocs and typst would, and fails on any warning.
 """
 

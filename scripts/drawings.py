@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
-import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
@@ -48,7 +47,6 @@ def unpack_drawings(folder: Path, target: Path) -> None:
 
 FORMATS = "from matplotlib_inline.backend_inline import set_matplotlib_formats\nset_matplotlib_formats('png', 'svg')"
 QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-PIXELS = 0.02  # Mean difference of two pictures, of 1, that may come from another machine's fonts
 
 
 def pictures_of(cell: dict) -> list[dict]:
@@ -57,11 +55,9 @@ def pictures_of(cell: dict) -> list[dict]:
 
 
 def is_same_picture(first: str, second: str) -> bool:
-    "Whether two pictures, as notebooks hold them, show the same."
-    pixels = [
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), float) / 255 for png in (first, second)
-    ]
-    return pixels[0].shape == pixels[1].shape and float(np.abs(pixels[0] - pixels[1]).mean()) <= PIXELS
+    "Whether two pictures, as notebooks hold them, have the same pixels."
+    pixels = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (first, second)]
+    return pixels[0].size == pixels[1].size and pixels[0].tobytes() == pixels[1].tobytes()
 
 
 def same_drawings(shown: dict, executed: dict) -> Iterator[tuple[str, list[str]]]:

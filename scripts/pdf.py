@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from drawings import pictures_of
 from matplotlib import rcParams
 from PIL import Image
 
@@ -105,22 +106,25 @@ def without_method(cells: list[dict], chapter: str) -> list[dict]:
 def show_drawings(cells: list[dict], drawings: dict[str, list[str]]) -> None:
     "Put SVGs, by cell, in the place of the pictures of a chapter."
     for cell in cells:
-        pictures = [o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-        for data, drawing in zip(pictures, drawings.get(cell.get("id", ""), [])):
-            del data["image/png"]
-            data["image/svg+xml"] = drawing
+        for data, drawing in zip(pictures_of(cell), drawings.get(cell.get("id", ""), [])):
+            show_drawing(data, drawing)
+
+
+def show_drawing(data: dict, drawing: str) -> None:
+    "Put an SVG in the place of a picture."
+    del data["image/png"]
+    data["image/svg+xml"] = drawing
 
 
 def draw_in_lines(cell: dict, folder: Path) -> None:
     "Put a run's figure as SVG, which the run keeps beside its notebook, in the place of the picture of it."
     saved = re.findall(r'"([\w-]+)\.png"', "".join(cell["source"]))
-    pictures = [o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    pictures = pictures_of(cell)
     drawings = [folder / f"{name}.svg" for name in saved]
     if len(pictures) == len(drawings):
         for data, drawing in zip(pictures, drawings):
             if drawing.is_file():
-                del data["image/png"]
-                data["image/svg+xml"] = drawing.read_text(encoding="utf-8")
+                show_drawing(data, drawing.read_text(encoding="utf-8"))
 
 
 def take_tables(notebook: dict) -> list[str]:

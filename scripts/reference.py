@@ -3,8 +3,8 @@
 python scripts/reference.py RUN [--leave-out PATTERN ...] [--to FOLDER]
 
 Pictures are left out, for the record shows them, in 64 colours, and for the PDF one packed file holds them as lines. What the patterns name (large
-weights, the rows of a training; `samples.parquet:token_ids` is a column of a table) is left out, too. What is left out stays listed in the manifest under `left_out`, a file with its hash; `codetrace rerun` makes it again, and compares
-what is kept.
+weights, the rows of a training; `samples.parquet:token_ids` is a column of a table) is left out, too. What is left out stays listed in the manifest
+under `left_out`, a file with its hash; `codetrace rerun` makes it again, and compares what is kept.
 A table in many small parts is kept as one part with the same rows, any other table compressed as far as it can be, JSON on one line. A record
 that is a reference already is thinned where it is.
 """
@@ -205,8 +205,6 @@ def in_little_room(notebook: dict) -> str:
 def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
     manifest = stored_manifest(folder)
-    patterns = [pattern for pattern in patterns if pattern not in manifest.get("left_out", [])]
-    check_columns(folder, manifest["outputs"], patterns)
     matching = {name for name in manifest["outputs"] if any(fnmatch.fnmatch(name, p) for p in patterns)}
     left_out = sorted(matching | set(manifest.get("left_out", [])))
     pack_drawings(folder)
@@ -244,12 +242,13 @@ def main():
     options = parser.parse_args()
     manifest = resolve_run(options.run)
     source = Path(manifest["folder"])
-    check_columns(source, manifest["outputs"], [p for p in options.leave_out if p not in manifest.get("left_out", [])])
+    patterns = [pattern for pattern in options.leave_out if pattern not in manifest.get("left_out", [])]
+    check_columns(source, manifest["outputs"], patterns)
     target = options.to.resolve() / manifest["phase"] / manifest["run_id"]
     if source.resolve() != target:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
         write_json(target / "run.json", {key: value for key, value in manifest.items() if key != "folder"})
-    thin(target, [*PICTURES, *options.leave_out])
+    thin(target, [*PICTURES, *patterns])
     print(target)
 
 

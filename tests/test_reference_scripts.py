@@ -151,3 +151,12 @@ def test_damaged_packed_weights_say_so(tmp_path, monkeypatch):
             folders._unpacked_adapter(tmp_path / "mine")
     packed.write_bytes(whole)
     assert (folders._unpacked_adapter(tmp_path / "mine") / packed.stem).is_file()
+
+
+def test_a_python_without_lzma_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
+    ship_adapter.pack_weights(tmp_path / "mine")
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(BadInput, match=r"cannot be unpacked, for this Python was built without lzma: install liblzma"):
+        folders._unpacked_adapter(tmp_path / "mine")
