@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
@@ -49,15 +50,19 @@ FORMATS = "from matplotlib_inline.backend_inline import set_matplotlib_formats\n
 QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
+SHADE = 0.15  # Chapters keep pictures in few colours: a pixel may be that much, of 1, brighter or darker
+
+
 def pictures_of(cell: dict) -> list[dict]:
     "The data of each output of a cell that is a picture."
     return [output["data"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
 
 
 def is_same_picture(first: str, second: str) -> bool:
-    "Whether two pictures, as notebooks hold them, have the same pixels."
-    pixels = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (first, second)]
-    return pixels[0].size == pixels[1].size and pixels[0].tobytes() == pixels[1].tobytes()
+    "Whether two pictures, as notebooks hold them, show the same: no pixel is of another colour."
+    images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (first, second)]
+    pixels = [np.asarray(image, float) / 255 for image in images]
+    return pixels[0].shape == pixels[1].shape and float(np.abs(pixels[0] - pixels[1]).max(initial=0)) <= SHADE
 
 
 def same_drawings(shown: dict, executed: dict) -> Iterator[tuple[str, list[str]]]:
@@ -94,6 +99,11 @@ def draw_chapters(paths: Sequence[Path], cache: Path) -> dict[Path, dict[str, li
             path = drawn[done]
             try:
                 drawings[path] = done.result()
+                n_cells = sum(bool(pictures_of(cell)) for cell in read_json(path)["cells"])
+                if n_cells > len(drawings[path]):
+                    print(
+                        f"{path.name}: {len(drawings[path])} of {n_cells} figures as lines; its code draws the others anew (make execute NB={path})"
+                    )
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
                 reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
                 print(f"{path.name}: its figures stay pictures, for it fails: {reason}")

@@ -15,6 +15,7 @@ import pytest
 import smalldocs
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME / "scripts"))
@@ -146,6 +147,18 @@ def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
     assert (record / drawings.PACKED).read_bytes() == packed and len(packed) < sum(map(len, files.values())) / 5
     drawings.unpack_drawings(record, site)
     assert {path.name: path.read_bytes() for path in site.iterdir()} == files
+
+
+def test_a_thin_line_that_moved_makes_another_picture():
+    pictures = []
+    for row, shade in ((30, 0), (30, 30), (31, 0)):
+        image = Image.new("RGB", (200, 120), "white")
+        ImageDraw.Draw(image).line([(0, row), (199, row)], fill=(shade, shade, shade))
+        written = io.BytesIO()
+        image.save(written, "PNG")
+        pictures.append(base64.b64encode(written.getvalue()).decode())
+    line, same_line, moved_line = pictures
+    assert drawings.is_same_picture(line, same_line) and not drawings.is_same_picture(line, moved_line)
 
 
 def test_figures_of_a_chapter_are_drawn_where_they_are_what_it_shows(tmp_path):
