@@ -505,12 +505,19 @@ def is_written_elsewhere(
     return _last_sign_of_life(store, path, manifest.get("writer"), int(time.monotonic() // 60)) > since
 
 
+_SECONDS_TO_WRITE_A_SIGN = 0.2
+
+
 @lru_cache(maxsize=100_000)
 def _last_sign_of_life(store: RemoteRuns, path: str, writer: str | None, minute: int) -> float:
     "When the writer of a run last said in the store that it lives, asked once a minute; 0: never."
     filesystem, _ = _open_store(store.url)
     try:
-        sign = json.loads(filesystem.cat_file(path))
+        try:
+            sign = json.loads(filesystem.cat_file(path))
+        except ValueError:  # a mounted folder shows a file while it is being written
+            time.sleep(_SECONDS_TO_WRITE_A_SIGN)
+            sign = json.loads(filesystem.cat_file(path))
         return sign["alive"] if sign["writer"] == writer else 0.0
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return 0.0
@@ -539,8 +546,10 @@ class SignOfLife:
     ):
         self._ended = threading.Event()
         store = _store_of(folder)
+        self._thread = None
         if store is not None:
-            threading.Thread(target=self._repeat, args=(store, folder, seconds), daemon=True).start()
+            self._thread = threading.Thread(target=self._repeat, args=(store, folder, seconds), daemon=True)
+            self._thread.start()
 
     def _repeat(self, store: RemoteRuns, folder: Path, seconds: float) -> None:
         filesystem, _ = _open_store(store.url)
@@ -552,8 +561,10 @@ class SignOfLife:
                     filesystem.pipe_file(store.remote_path(f"{name}/{_ALIVE}"), json.dumps(sign).encode())
 
     def stop(self) -> None:
-        "Say nothing from now on."
+        "Say nothing from now on; a sign that is being sent is waited for, a few seconds long."
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
 # %% ../../nbs/runs/remote_runs.ipynb #0bf8e203
 def remove_remote_run(
