@@ -1,6 +1,7 @@
 "What the records of the code model's study say, computed again from their tables with other libraries."
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from codetrace.runs.manifest import reference_runs
+from codetrace.tasks.answer_choice import choice_rates
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,141 @@ def test_heads_that_change_under_a_push_are_counted_at_the_rate_that_is_told():
     assert claim["p"] == pytest.approx(
         max((1 + (kind >= largest).sum()) / (1 + len(kind)) for kind in by_kind), abs=5e-3
     )
+
+
+@pytest.fixture(scope="module")
+def sampled() -> tuple[dict, pd.DataFrame]:
+    "Five answers to each validation problem at each temperature."
+    manifest = next(run for run in reversed(reference_runs("generation")) if run["parameters"]["samples"] == 5)
+    return manifest, pd.read_parquet(f"{manifest['folder']}/samples.parquet")
+
+
+def test_pass_at_k_of_sampled_answers_is_counted_problem_by_problem(sampled, foretold):
+    manifest, samples = sampled
+    held_out = foretold[1].loc[foretold[1]["set"] == "validation", "task_id"]
+    assert set(samples["task_id"]) == set(held_out) and len(samples) == 390 * 4 * 5
+    assert (samples.groupby(["temperature", "task_id"]).size() == 5).all()
+    passed = samples["verdict"].eq("passed")
+    by_problem = passed.groupby([samples["temperature"], samples["task_id"]])
+    told = {(row["answers"], row["k"]): row for row in manifest["summary"]}
+    generator = np.random.default_rng(3)
+    for k, shares in ((1, by_problem.mean()), (5, by_problem.any().astype(float))):  # any of five: pass@5 of five
+        for temperature, of_problems in shares.groupby(level=0):
+            row = told[f"temperature {temperature:g}", k]
+            assert row["value"] == pytest.approx(of_problems.mean(), abs=5e-4), (temperature, k)
+            means = generator.choice(of_problems.to_numpy(), (2000, 390)).mean(1)
+            interval = np.quantile(means, [0.025, 0.975])
+            assert (row["low"], row["high"]) == pytest.approx(tuple(interval), abs=0.01), (temperature, k)
+
+
+@pytest.fixture(scope="module")
+def chosen(sampled) -> tuple[dict, pd.DataFrame, pd.DataFrame, list[str]]:
+    "What it is worth to choose among these answers: manifest, scores of every answer, choices, and names of the scores."
+    manifest = reference_runs("ranking")[-1]
+    assert sampled[0]["run_id"] in [read["run_id"] for read in manifest["inputs"]]
+    scores, choices, nulls = (
+        pd.read_parquet(f"{manifest['folder']}/{name}.parquet") for name in ("scores", "choices", "nulls")
+    )
+    return manifest, scores, choices, list(nulls["name"])
+
+
+def rate_of_choice(answers: pd.DataFrame, score: str, k: int) -> float:
+    "How often the best-scored of k answers is right, over all sets of k; of equal ones any is."
+    right = []
+    for some in combinations(range(len(answers)), k):
+        few = answers.iloc[list(some)]
+        right.append(few.loc[few[score] == few[score].max(), "passed"].mean())
+    return float(np.mean(right))
+
+
+def test_choices_are_those_of_every_set_of_answers(chosen, sampled):
+    _, scores, choices, names = chosen
+    passed = sampled[1].set_index(["task_id", "temperature", "sample"])["verdict"].eq("passed")
+    keys = pd.MultiIndex.from_frame(scores[["task_id", "temperature", "sample"]])
+    assert (scores["passed"].to_numpy() == passed.reindex(keys).to_numpy()).all()
+    some = sorted(scores["task_id"].unique())[::40]
+    of_some = scores[scores["task_id"].isin(some)]
+    for name in names:
+        for k in (2, 5):
+            by_hand = [rate_of_choice(few, name, k) for _, few in of_some.groupby(["task_id", "temperature"])]
+            rates = choice_rates(of_some, [name], (k,))
+            assert rates[name].mean() == pytest.approx(np.mean(by_hand), abs=1e-9), (name, k)
+    by_problem = scores.groupby(["task_id", "temperature"])["passed"].agg(["mean", "any"]).groupby("task_id").mean()
+    told = choices[choices["k"] == 5].set_index("name")["value"]
+    assert told["random choice"] == pytest.approx(by_problem["mean"].mean(), abs=1e-9)
+    assert told["oracle"] == pytest.approx(by_problem["any"].mean(), abs=1e-9)
+    for name in names:
+        best = scores[scores[name] == scores.groupby(["task_id", "temperature"])[name].transform("max")]
+        of_best = best.groupby(["task_id", "temperature"])["passed"].mean().groupby("task_id").mean()
+        assert told[name] == pytest.approx(of_best.mean(), abs=1e-9), name
+
+
+def test_the_recommended_order_is_worth_what_the_headline_says(chosen):
+    "Verdicts permuted within problems and temperatures, and a bootstrap over groups, written anew."
+    manifest, scores, choices, names = chosen
+    name = next(name for name in names if f"by {name} " in manifest["headline"])
+    best = scores[scores[name] == scores.groupby(["task_id", "temperature"])[name].transform("max")].index
+    told = choices[(choices["k"] == 5) & (choices["name"] == name)].iloc[0]
+    generator = np.random.default_rng(4)
+
+    def value(passed: pd.Series) -> float:
+        of_best = passed[best].groupby([scores.loc[best, "task_id"], scores.loc[best, "temperature"]]).mean()
+        return float(of_best.groupby("task_id").mean().mean())
+
+    places = scores.groupby(["task_id", "temperature"]).indices.values()
+    permuted = []
+    for _ in range(40):
+        passed = scores["passed"].to_numpy(float).copy()
+        for rows in places:
+            passed[rows] = generator.permutation(passed[rows])
+        permuted.append(value(pd.Series(passed, index=scores.index)))
+    p = pd.read_parquet(f"{manifest['folder']}/nulls.parquet").set_index("name").loc[name, "p"]
+    exceeded = np.mean([other >= told["value"] for other in permuted])
+    assert abs(exceeded - p) < 0.2
+    rates = scores.assign(best=scores.index.isin(best))
+    by_cell = rates.groupby(["group", "task_id", "temperature"])
+    gain = by_cell["passed"].mean().rename("any").to_frame()
+    gain["best"] = rates[rates["best"]].groupby(["group", "task_id", "temperature"])["passed"].mean()
+    by_problem = (gain["best"] - gain["any"]).groupby(["group", "task_id"]).mean().reset_index(name="gain")
+    groups = [rows["gain"].to_numpy() for _, rows in by_problem.groupby("group")]
+    means = [
+        np.concatenate([groups[i] for i in generator.integers(0, len(groups), len(groups))]).mean() for _ in range(1000)
+    ]
+    assert told["gain"] == pytest.approx(by_problem["gain"].mean(), abs=1e-9)
+    assert (told["gain_low"], told["gain_high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+
+
+def test_rates_of_pushes_are_counted_from_the_answers():
+    manifest = reference_runs("steering")[-1]
+    answers = pd.read_parquet(f"{manifest['folder']}/results.parquet")
+    rates = pd.read_parquet(f"{manifest['folder']}/rates.parquet").set_index("setting")
+    passed = answers.pivot(index="task_id", columns="setting", values="verdict") == "passed"
+    assert len(passed) == 60 and set(passed) == set(rates.index)
+    for setting, row in rates.iterrows():
+        corrected = int((~passed[0] & passed[setting]).sum())
+        corrupted = int((passed[0] & ~passed[setting]).sum())
+        assert row["net"] == pytest.approx((corrected - corrupted) / 60), row["name"]
+        assert row["pass@1"] == pytest.approx(passed[setting].mean()), row["name"]
+        changed = corrected + corrupted
+        assert row["p"] == pytest.approx(binomtest(corrected, changed).pvalue if changed else 1.0), row["name"]
+
+
+def test_a_push_is_judged_beside_random_ones_as_strong():
+    manifest = reference_runs("steering")[-1]
+    rates = pd.read_parquet(f"{manifest['folder']}/rates.parquet")
+    claims = json.loads((Path(manifest["folder"]) / "claims.json").read_text())
+    pushed = rates[(rates["role"] == "chosen") & (rates["goal"] != "")]
+    assert len(pushed) >= 2
+    for row in pushed.itertuples():
+        claim = next(claim for claim in claims if row.name in claim["claim"] and claim["claim"].startswith("pushed to"))
+        random = rates[(rates["role"] == "null") & (rates["erased"] == 0) & ~rates["gated"]]
+        random = random[(random["layer"] == row.layer) & np.isclose(random["coefficient"], row.coefficient)]
+        p_values = []
+        for _, of_kind in random.groupby("kind"):
+            assert len(of_kind) >= 19
+            nets = np.append(of_kind["net"], row.net)
+            distances = np.abs(nets - np.median(nets))
+            among_random = np.mean(distances >= distances[-1] - 1e-12)
+            beyond = row.net - of_kind["net"].median()
+            p_values.append(max(row.p, among_random) if row.net * beyond > 0 else 1.0)
+        assert claim["number"] == pytest.approx(row.net) and claim["p"] == pytest.approx(max(p_values)), row.name

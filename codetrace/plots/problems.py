@@ -11,7 +11,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
+from codetrace.plots.style import (
+    GREY,
+    caption_below,
+    figure_style,
+    plot_series,
+    range_frame,
+    series_mark,
+    spread_labels,
+)
 
 # %% ../../nbs/plots/problems.ipynb #37731ce5
 def _plot_distribution_panel(ax: Axes, values: pd.Series):
@@ -78,11 +86,14 @@ def _label_levels(ax, table: pd.DataFrame, levels: list[str]) -> None:
     ax.set_xticks(range(len(levels)), [f"{level}\n({counts[level]})" for level in levels])
 
 
-def _label_series_ends(ax, table: pd.DataFrame, x: float) -> None:
-    "The name of each series beside its last point."
+def _label_series_ends(ax, table: pd.DataFrame, x: float, gap: float) -> None:
+    "The mark and the name of each series beside its last point."
     last = table.dropna(subset="value").groupby("series", sort=False)["value"].last()
-    for (name, value), height in zip(last.items(), spread_labels(list(last), 0.055)):
-        ax.annotate(name, (x, value), (x + 0.12, height), va="center", annotation_clip=False, fontsize=8)
+    names = list(dict.fromkeys(table["series"]))
+    for name, height in zip(last.index, spread_labels(list(last), gap)):
+        marker, filling = series_mark(names.index(name))
+        ax.plot(x + 0.12, height, marker, color="k", mfc=filling, ms=4.5, mew=0.8, clip_on=False, scalex=False)
+        ax.text(x + 0.22, height, name, va="center", fontsize=8)
 
 # %% ../../nbs/plots/problems.ipynb #32366638
 def plot_pass_at_1(
@@ -95,15 +106,16 @@ def plot_pass_at_1(
     levels = list(dict.fromkeys(table["level"]))
     baseline = table.drop_duplicates("level")["baseline"]
     positions = np.arange(len(levels))
+    top = max(0.25, np.ceil(4 * table["high"].max()) / 4)
     with figure_style():
         fig, ax = plt.subplots(figsize=(0.8 * len(levels) + 1.6, 2.4), layout="constrained")
         plot_series(ax, table, "level", "value")
         ax.hlines(baseline, positions - 0.42, positions + 0.42, color=GREY, lw=2, zorder=0)
         _label_levels(ax, table, levels)
-        _label_series_ends(ax, table, len(levels) - 0.6)
-        ax.set(ylim=(-0.02, 1.03), yticks=[0, 0.5, 1], ylabel="pass@1")
+        _label_series_ends(ax, table, len(levels) - 0.6, 0.09 * top)
+        ax.set(ylim=(-0.02 * top, 1.03 * top), yticks=np.arange(0, top + 0.1, 0.25), ylabel="pass@1")
         ax.set_xlabel("cyclomatic complexity of the reference (problems)")
-        range_frame(ax, (0, len(levels) - 1), (0, 1))
+        range_frame(ax, (0, len(levels) - 1), (0, top))
         caption_below(fig, f"{caption}; bars: 95% intervals; grey: functions that do nothing")
         plt.close(fig)
     return fig

@@ -100,6 +100,11 @@ def spread_labels(heights: list[float], gap: float) -> list[float]:
 _SERIES_MARKERS = ("o", "o", "s", "^")
 _SERIES_FILLS = ("white", "black", "0.5", "white")
 
+
+def series_mark(number: int) -> tuple[str, str]:
+    "Shape and filling of the mark of a series, by its number in order."
+    return _SERIES_MARKERS[number % len(_SERIES_MARKERS)], _SERIES_FILLS[number % len(_SERIES_FILLS)]
+
 # %% ../../nbs/plots/style.ipynb #79fd6ed4
 def plot_series(
     ax: Axes,
@@ -112,8 +117,7 @@ def plot_series(
     import seaborn.objects as so
 
     n_series = table["series"].nunique()
-    markers = so.Nominal([_SERIES_MARKERS[i % len(_SERIES_MARKERS)] for i in range(n_series)])
-    fills = so.Nominal([_SERIES_FILLS[i % len(_SERIES_FILLS)] for i in range(n_series)])
+    markers, fills = (so.Nominal(list(kinds)) for kinds in zip(*map(series_mark, range(n_series))))
     points = so.Line(color="k", edgecolor="k", linewidth=0.6 if lines else 0, pointsize=4.5, edgewidth=0.8)
     side_by_side = so.Dodge(by=["series"])
     table = table.assign(**{x: table[x].astype(str), "series": table["series"].astype(str)})
