@@ -328,7 +328,7 @@ def test_the_recommended_order_is_worth_what_the_headline_says(chosen):
             passed[rows] = generator.permutation(passed[rows])
         permuted.append(value(pd.Series(passed, index=scores.index)))
     p = pd.read_parquet(f"{manifest['folder']}/nulls.parquet").set_index("name").loc[name, "p"]
-    exceeded = np.mean([other >= told["value"] for other in permuted])
+    exceeded = np.mean([permuted_value >= told["value"] for permuted_value in permuted])
     assert abs(exceeded - p) < 0.2
     rates = scores.assign(best=scores.index.isin(best))
     by_cell = rates.groupby(["group", "task_id", "temperature"])
