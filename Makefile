@@ -56,14 +56,16 @@ export: $(READY)  ## notebooks -> codetrace/**/*.py, README.md, the index and _q
 	@python scripts/readme.py
 
 # what an output should not hold: progress bars that stand still, and warnings of libraries
+execute: EXECUTED = $(if $(NB),$(NB),$$(find nbs -name '*.ipynb' -not -path '*/.*' | sort))
 execute: export TQDM_DISABLE := 1
 execute: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 execute: export TRANSFORMERS_VERBOSITY := error
 execute: export PYTHONWARNINGS := ignore
 execute: $(READY)  ## run notebooks in place (NB="nbs/core/*.ipynb"), so that the docs show what the code gives
 	@IN_TEST=1 jupyter nbconvert --to notebook --execute --inplace --log-level=ERROR --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False \
-	  $(if $(NB),$(NB),$$(find nbs -name '*.ipynb' -not -path '*/.*' | sort))
+	  $(EXECUTED)
 	@nbdev_clean
+	@python scripts/pictures.py $(EXECUTED)
 
 bench-sweep: $(READY)  ## the exact sweep against naive loop, nnsight and TransformerLens (half an hour)
 	@python bench/sweep.py $(ARGS)

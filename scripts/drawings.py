@@ -3,7 +3,6 @@
 Single SVG files take five times the room of a packed one.
 """
 
-import base64
 import io
 import lzma
 import os
@@ -14,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
-import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from PIL import Image
+from pictures import is_same_picture, pictures_of
 from tqdm.auto import tqdm
 
 from codetrace.core.files import atomic_write, file_sha256, read_json, write_json
@@ -48,21 +46,6 @@ def unpack_drawings(folder: Path, target: Path) -> None:
 
 FORMATS = "from matplotlib_inline.backend_inline import set_matplotlib_formats\nset_matplotlib_formats('png', 'svg')"
 QUIET = {"IN_TEST": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-
-
-SHADE = 0.15  # Chapters keep pictures in few colours: a pixel may be that much, of 1, brighter or darker
-
-
-def pictures_of(cell: dict) -> list[dict]:
-    "The data of each output of a cell that is a picture."
-    return [output["data"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-
-
-def is_same_picture(first: str, second: str) -> bool:
-    "Whether two pictures, as notebooks hold them, show the same: no pixel is of another colour."
-    images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (first, second)]
-    pixels = [np.asarray(image, float) / 255 for image in images]
-    return pixels[0].shape == pixels[1].shape and float(np.abs(pixels[0] - pixels[1]).max(initial=0)) <= SHADE
 
 
 def same_drawings(shown: dict, executed: dict) -> Iterator[tuple[str, list[str]]]:

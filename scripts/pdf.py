@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import yaml
-from drawings import pictures_of
 from matplotlib import rcParams
+from pictures import pictures_of
 from PIL import Image
 
 from codetrace.plots.style import figure_style

@@ -10,7 +10,6 @@ that is a reference already is thinned where it is.
 """
 
 import argparse
-import base64
 import fnmatch
 import io
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from drawings import pack_drawings
-from PIL import Image
+from pictures import in_few_colours, pictures_of
 
 from codetrace.core.files import atomic_write, file_sha256, read_json, small_parquet_options, write_json
 from codetrace.core.records import Records, read_records
@@ -83,26 +82,10 @@ def with_links_that_lead(notebook: dict, folder: Path) -> dict:
 _COLOURS = 64
 
 
-def in_few_colours(png: str) -> str:
-    "A picture, as notebooks hold it, with a palette; itself where that is no smaller."
-    picture = Image.open(io.BytesIO(base64.b64decode(png)))
-    if picture.mode == "P" and len(picture.getcolors() or ()) <= _COLOURS:
-        return png
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture.convert("RGBA"))
-    written = io.BytesIO()
-    palette = Image.Quantize.FASTOCTREE  # keeps a colour of few pixels, such as a red digit; the usual one does not
-    white.convert("RGB").quantize(_COLOURS, palette).save(written, "PNG", optimize=True)
-    small = base64.b64encode(written.getvalue()).decode()
-    return small if len(small) < len(png) else png
-
-
 def with_small_pictures(notebook: dict) -> dict:
     "A record whose pictures take a quarter of the room."
-    outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    for data in outputs:
-        if "image/png" in data:
-            data["image/png"] = in_few_colours("".join(data["image/png"]))
+    for data in (data for cell in notebook["cells"] for data in pictures_of(cell)):
+        data["image/png"] = in_few_colours("".join(data["image/png"]), _COLOURS)
     return notebook
 
 

@@ -22,6 +22,7 @@ from codetrace.models.folders import adapter_folder
 from codetrace.runs.rerun import compare_outputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import pictures
 import reference
 import ship_adapter
 
@@ -96,9 +97,27 @@ def test_a_picture_keeps_a_colour_of_few_pixels():
     draw.point([(5, 70), (6, 70)], fill=(214, 39, 40))
     written = io.BytesIO()
     picture.save(written, "PNG")
-    small = reference.in_few_colours(base64.b64encode(written.getvalue()).decode())
+    small = pictures.in_few_colours(base64.b64encode(written.getvalue()).decode(), 64)
     red, green, blue = Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB").getpixel((5, 70))
     assert red > 150 and max(green, blue) < 100
+
+
+def test_pictures_of_a_notebook_get_smaller_and_show_the_same(tmp_path):
+    written = io.BytesIO()
+    shades = Image.linear_gradient("L").convert("RGB")
+    ImageDraw.Draw(shades).line([(0, 9), (255, 60)], fill=(214, 39, 40))
+    shades.save(written, "PNG")
+    png = base64.b64encode(written.getvalue()).decode() + "\n"
+    output = {"output_type": "display_data", "data": {"image/png": png, "text/plain": "ü"}, "metadata": {}}
+    notebook = tmp_path / "chapter.ipynb"
+    notebook.write_text(json.dumps({"cells": [{"outputs": [output], "source": "figure"}]}, ensure_ascii=False))
+    pictures.main([str(notebook)])
+    (cell,) = read_json(notebook)["cells"]
+    small = cell["outputs"][0]["data"]["image/png"]
+    assert cell | {"outputs": [output]} == {"outputs": [output], "source": "figure"}
+    assert cell["outputs"][0]["data"]["text/plain"] == "ü"
+    assert len(small) < len(png) / 2 and pictures.is_same_picture(png, small)
+    assert not pictures.is_same_picture(png, pictures.in_few_colours(png, 2)), "so few colours are too few"
 
 
 def test_json_on_one_line_is_the_same(tmp_path):

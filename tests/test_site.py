@@ -24,6 +24,7 @@ pdf = importlib.import_module("pdf")
 docs = importlib.import_module("docs")
 api_index = importlib.import_module("api_index")
 drawings = importlib.import_module("drawings")
+pictures = importlib.import_module("pictures")
 CDN = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 
 
@@ -150,15 +151,15 @@ def test_packed_drawings_are_the_same_when_unpacked(tmp_path):
 
 
 def test_a_thin_line_that_moved_makes_another_picture():
-    pictures = []
+    drawn = []
     for row, shade in ((30, 0), (30, 30), (31, 0)):
         image = Image.new("RGB", (200, 120), "white")
         ImageDraw.Draw(image).line([(0, row), (199, row)], fill=(shade, shade, shade))
         written = io.BytesIO()
         image.save(written, "PNG")
-        pictures.append(base64.b64encode(written.getvalue()).decode())
-    line, same_line, moved_line = pictures
-    assert drawings.is_same_picture(line, same_line) and not drawings.is_same_picture(line, moved_line)
+        drawn.append(base64.b64encode(written.getvalue()).decode())
+    line, same_line, moved_line = drawn
+    assert pictures.is_same_picture(line, same_line) and not pictures.is_same_picture(line, moved_line)
 
 
 def test_figures_of_a_chapter_are_drawn_where_they_are_what_it_shows(tmp_path):

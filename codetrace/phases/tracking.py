@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/phases/10_tracking.ipynb #0cd025ee
 from ..core.errors import BadInput, look_up_name
-from ..core.files import read_json
+from ..core.files import read_json, without_folder
 from ..core.function_digest import function_digest
 from ..core.progress import no_progress
 from ..core.records import Records, read_records, table_to_rows
@@ -486,7 +486,7 @@ def accuracy_figure(result: TrackingResult):
     "Accuracy of each model and task with its baseline."
     series = result.table["num_shots"].map(_shots_label)
     if result.table["model"].nunique() > 1:
-        series = result.table["model"] + ", " + series
+        series = result.table["model"].map(without_folder) + ", " + series
     models = ", ".join(result.table["model"].unique())
     tasks = ", ".join(result.table["task"].unique())
     return plot_accuracy(result.table.assign(series=series), caption=f"{models} on {tasks}")
@@ -544,7 +544,7 @@ def tracking_claims(
     for cell in accuracy_table(samples).to_dict("records"):
         depth = "" if pd.isna(cell["depth"]) else f", depth {cell['depth']:.0f}"
         task = f"{cell['task']}{depth}, {cell['seq_len']} lines, {_shots_label(cell['num_shots'])}"
-        claims += _cell_claims(cell, f"{cell['model']} on {task}")
+        claims += _cell_claims(cell, f"{without_folder(cell['model'])} on {task}")
     return claims
 
 # %% ../../nbs/phases/10_tracking.ipynb #75b58bee

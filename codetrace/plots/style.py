@@ -8,7 +8,7 @@ __all__ = ['GREY', 'figure_style', 'range_frame', 'count_in_caption', 'caption_b
 
 # %% ../../nbs/plots/style.ipynb #5294928b
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -97,8 +97,8 @@ def spread_labels(heights: list[float], gap: float) -> list[float]:
     return placed
 
 # %% ../../nbs/plots/style.ipynb #b7bcd75b
-_SERIES_MARKERS = ("o", "o", "s", "^")
-_SERIES_FILLS = ("white", "black", "0.5", "white")
+_SERIES_MARKERS = ("o", "o", "s", "^", "D", "v", "s", "^")
+_SERIES_FILLS = ("white", "black", "0.5", "white", "black", "0.5", "white", "black")
 
 
 def series_mark(number: int) -> tuple[str, str]:
@@ -112,12 +112,16 @@ def plot_series(
     x: str,  # Column of the levels
     y: str,  # Column of the values
     lines: bool = True,  # Join the points of a series
+    names: Sequence[
+        str
+    ] = (),  # Of the series, where other panels have more of them; a name has the same mark everywhere
 ):
     "Draw series side by side, with their intervals."
     import seaborn.objects as so
 
-    n_series = table["series"].nunique()
-    markers, fills = (so.Nominal(list(kinds)) for kinds in zip(*map(series_mark, range(n_series))))
+    names = list(names or dict.fromkeys(table["series"].astype(str)))
+    marks = zip(*map(series_mark, range(len(names))))
+    markers, fills = (so.Nominal(dict(zip(names, kinds)), order=names) for kinds in marks)
     points = so.Line(color="k", edgecolor="k", linewidth=0.6 if lines else 0, pointsize=4.5, edgewidth=0.8)
     side_by_side = so.Dodge(by=["series"])
     table = table.assign(**{x: table[x].astype(str), "series": table["series"].astype(str)})

@@ -6,13 +6,16 @@
 __all__ = ['plot_accuracy', 'plot_heuristic_agreement']
 
 # %% ../../nbs/plots/tracking.ipynb #ac411c72
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ..core.stats import SMALL_SAMPLE
-from .style import GREY, caption_below, figure_style, plot_series, range_frame, spread_labels
+from .style import GREY, caption_below, figure_style, plot_series, range_frame, series_mark
 
 # %% ../../nbs/plots/tracking.ipynb #66224b2a
 def _count_label(counts: pd.Series) -> str:
@@ -23,10 +26,10 @@ def _count_label(counts: pd.Series) -> str:
     return f"n={smallest}{mark}" if smallest == largest else f"n={smallest}{mark} to {largest}"
 
 
-def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str):
+def _plot_accuracy_panel(ax: Axes, cells: pd.DataFrame, title: str, names: Sequence[str]):
     "All lines of one task, over program lengths."
     cells = cells.sort_values(["series", "seq_len"])
-    plot_series(ax, cells.sort_values("seq_len", kind="stable"), "seq_len", "accuracy")
+    plot_series(ax, cells.sort_values("seq_len", kind="stable"), "seq_len", "accuracy", names=names)
     by_length = cells.groupby("seq_len")
     floor = by_length["baseline"].max()
     last = len(floor) - 1
@@ -85,16 +88,17 @@ def plot_accuracy(
     places = _accuracy_panels(table, columns)
     tall = max(row for row, _ in places) + 1
     wide = max(column for _, column in places) + 1
-    size = 2.1 * wide + 0.9, 1.75 * tall + 0.7
+    names = sorted(table["series"].unique())
+    size = max(4.2, 2.1 * wide + 0.4), 1.75 * tall + 0.7 + 0.2 * len(names) / _legend_columns(names, wide)
     with figure_style():
         fig, axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False, layout="constrained")
         for place, ax in np.ndenumerate(axes):
             if place in places:
                 title, cells = places[place]
-                _plot_accuracy_panel(ax, cells, title)
+                _plot_accuracy_panel(ax, cells, title, names)
             else:
                 ax.axis("off")
-        _label_series(axes[0, -1], places[0, wide - 1][1])
+        _name_series(fig, names, _legend_columns(names, wide))
         axes[0, 0].set_xlabel("lines in the program", fontsize=8)
         axes[0, 0].set_ylabel("accuracy")
         caption_below(fig, f"{caption}{_ACCURACY_CAPTION}")
@@ -108,16 +112,19 @@ _ACCURACY_CAPTION = (
 )
 
 # %% ../../nbs/plots/tracking.ipynb #f4d597c2
-def _label_series(ax: Axes, cells: pd.DataFrame):
-    "Write each line's name at its right end."
-    last = cells[cells["seq_len"] == cells["seq_len"].max()].sort_values("series")
-    names = [*last["series"], "best rule"]
-    heights = [*last["accuracy"], last["baseline"].max()]
-    x = cells["seq_len"].nunique() - 0.5
-    for name, height, label_height in zip(names, heights, spread_labels(heights, 0.12)):
-        color = GREY if name == "best rule" else "k"
-        place = {"xytext": (x + 0.2, label_height), "va": "center", "annotation_clip": False}
-        ax.annotate(name, (x, height), fontsize=8, color=color, **place)
+def _legend_columns(names: Sequence[str], panels: int) -> int:
+    "How many names stand beside each other above so many panels."
+    return max(1, int(34 * panels / (max(map(len, [*names, "best rule"])) + 6)))
+
+
+def _name_series(fig: Figure, names: Sequence[str], columns: int):
+    "Marks and names above all panels."
+    marks = [series_mark(number) for number in range(len(names))]
+    style = {"color": "k", "lw": 0.6, "ms": 4.5, "mew": 0.8}
+    handles = [Line2D([], [], marker=marker, mfc=filling, **style) for marker, filling in marks]
+    handles.append(Line2D([], [], color=GREY, lw=1))
+    place = {"loc": "outside upper left", "ncols": columns, "frameon": False, "fontsize": 8}
+    fig.legend(handles, [*names, "best rule"], **place)
 
 # %% ../../nbs/plots/tracking.ipynb #dd781aa7
 def _plot_agreement_panel(ax: Axes, rows: pd.DataFrame, names: list[str]):

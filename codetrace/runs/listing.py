@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..core.files import visible_text
+from ..core.files import visible_text, without_folder
 from .manifest import changed_outputs, is_record_changed
 from .remote_runs import files_left_in_store
 
@@ -59,18 +59,13 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else 250, highlight=False, force_jupyter=False).print(table)
 
 # %% ../../nbs/runs/listing.ipynb #7e70262a
-def _without_folder(model: str) -> str:
-    "A model as it is called; one in a file or folder by the name of that."
-    return Path(model).name if Path(model).is_absolute() else model
-
-
 def run_row(
     manifest: dict,  # As `all_runs` gives them
 ) -> dict:  # One row of the list of runs
     "A run in a few words."
     parameters = manifest["parameters"]
     models = parameters.get("model") or parameters.get("models") or ""
-    models = [_without_folder(str(model)) for model in (models if isinstance(models, list) else [models])]
+    models = [without_folder(str(model)) for model in (models if isinstance(models, list) else [models])]
     finding = manifest.get("headline") or (manifest.get("error") or {}).get("message", "")
     if "folder" in manifest and is_record_changed(manifest, thorough=False) and not files_left_in_store(manifest):
         finding = f"(its notebook was edited) {finding}"

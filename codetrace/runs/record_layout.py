@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..core.errors import BadInput
-from ..core.files import atomic_write, read_json
+from ..core.files import atomic_write, read_json, without_folder
 from .manifest import run_subject
 from .parameters import PhaseParameter, phase_parameters
 from .phases import is_phase, package_home, repository_root
@@ -153,8 +153,8 @@ _MOST_NAMES = 3  # In a title
 
 def _names(value: object) -> str:
     "One name, or several, of which a title holds three."
-    names = [str(name) for name in (value if isinstance(value, list) else [value]) if name not in (None, "")]
-    names = [Path(name).name if name.startswith(("/", "~", ".")) else name for name in names]
+    names = value if isinstance(value, list) else [value]
+    names = [without_folder(str(name)) for name in names if name not in (None, "")]
     return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of them"
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -32,6 +33,7 @@ from codetrace.core.files import (
     file_sha256,
     read_json,
     storage_errors,
+    without_folder,
     write_json,
 )
 from ..models.limits import MemoryLimits, memory_limits_from_environment, peak_memory
@@ -217,6 +219,19 @@ def _utc_now() -> str:
 _FINAL_STATUS = {"codetrace": "executed", "jupyter": "scratch", "test": "scratch"}
 
 
+def _without_folders(value: Any, parameters: Mapping) -> Any:
+    "Texts, also in lists and dictionaries, in which files that parameters name are called by their names."
+    if isinstance(value, dict):
+        return {key: _without_folders(inner, parameters) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner, parameters) for inner in value]
+    if isinstance(value, str):
+        given = (each for named in parameters.values() for each in (named if isinstance(named, list) else [named]))
+        for path in sorted((each for each in given if isinstance(each, str)), key=len, reverse=True):
+            value = value.replace(path, without_folder(path)) if without_folder(path) != path else value
+    return value
+
+
 @patch
 def finish(
     self: Run,
@@ -228,10 +243,11 @@ def finish(
     began = datetime.fromisoformat(self.manifest["resumed"] or self.manifest["started"])
     if reason := self.manifest.get("example"):
         headline = f"example ({reason}): {headline}"
+    headline, summary = _without_folders([headline, summary or []], self.manifest["parameters"])
     facts = dict(
         status=_FINAL_STATUS.get(launcher, "complete"),
         headline=headline,
-        summary=summary or [],
+        summary=summary,
         outputs=_hash_outputs(self.folder),
         error=None,
         finished=_utc_now(),
