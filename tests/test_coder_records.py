@@ -377,3 +377,43 @@ def test_a_push_is_judged_beside_random_ones_as_strong():
             beyond = row.net - of_kind["net"].median()
             p_values.append(max(row.p, among_random) if row.net * beyond > 0 else 1.0)
         assert claim["number"] == pytest.approx(row.net) and claim["p"] == pytest.approx(max(p_values)), row.name
+
+
+@pytest.fixture(scope="module")
+def followed() -> tuple[dict, pd.DataFrame]:
+    "What the code model, SmolLM2 and SmolLM2 that was taught binding say a variable holds: manifest and answers."
+    manifest = next(run for run in reversed(reference_runs("tracking")) if len(run["parameters"]["models"]) == 3)
+    answers = pd.concat(
+        map(pd.read_parquet, Path(manifest["folder"]).glob("samples/part-*.parquet")), ignore_index=True
+    )
+    rules = pd.json_normalize([json.loads(rules) for rules in answers["heuristics"]])
+    return manifest, answers.join(rules.reindex(columns=["first_line", "last_line", "last_number", "most_frequent"]))
+
+
+def with_wilson(right: pd.Series) -> str:
+    low, high = proportion_confint(int(right.sum()), len(right), method="wilson")
+    return f"{right.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
+def test_accuracy_and_what_lies_beyond_rules_are_counted_from_answers(followed):
+    manifest, answers = followed
+    assert (answers["correct"] == (answers["stated"] == answers["answer"])).all()
+    cells = answers.assign(model=[Path(name).name for name in answers["model"]], depth=answers["depth"].fillna(0))
+    cells = cells.groupby(["model", "task", "num_shots", "seq_len", "depth"])
+    assert len(cells) == len(manifest["summary"]) and {len(rows) for _, rows in cells} == {
+        manifest["parameters"]["num_seqs"]
+    }
+    for told in manifest["summary"]:
+        place = (Path(told["model"]).name, told["task"], told["examples"], told["lines"], float(told["depth"] or 0))
+        rows = cells.get_group(place)
+        assert told["accuracy"] == with_wilson(rows["correct"]), place
+        by_rule = {rule: (rows[rule] == rows["answer"]).mean() for rule in rows.columns[-4:]}
+        by_rule["constant"] = rows["answer"].value_counts(normalize=True).iloc[0]
+        share, rule = told["best rule"].split(" ", 1)
+        assert float(share) == pytest.approx(max(by_rule.values()), abs=0.005 + 1e-9), place
+        assert by_rule[rule.replace(" ", "_")] == max(by_rule.values()), place
+        beyond = rows[~rows[rows.columns[-4:]].eq(rows["answer"], axis=0).any(axis=1)]
+        if len(beyond):
+            assert told["beyond rules"].startswith(f"{with_wilson(beyond['correct'])} (n={len(beyond)}"), place
+        else:
+            assert told["beyond rules"] == "no program"

@@ -188,7 +188,7 @@ class OutputComparison:
     output: str
     verdict: str  # equal, close, different, gone, new, or not kept (by hash another, and its file left out)
     largest_difference: float = math.nan
-    where: str = ""  # What differs, other than numbers
+    where: str = ""  # What differs, other than numbers; and columns that were not compared
 
 
 _FAULTS = ("different", "gone", "new")
@@ -237,7 +237,9 @@ def _compare_output(name: str, first: Mapping, second: Mapping, tolerance: float
     left_out = [entry.removeprefix(f"{name}:") for entry in first.get("left_out", []) if entry.startswith(f"{name}:")]
     difference = _file_difference(folders[0] / name, folders[1] / name, left_out)
     is_close = not difference.place and difference.largest <= tolerance
-    return OutputComparison(name, "close" if is_close else "different", difference.largest, difference.place)
+    not_compared = f"not kept, and not compared: {', '.join(left_out)}" if left_out else ""
+    where = "; ".join(filter(None, (difference.place, not_compared)))
+    return OutputComparison(name, "close" if is_close else "different", difference.largest, where)
 
 # %% ../../nbs/runs/rerun.ipynb #2a75b9cc
 def find_record(
