@@ -18,7 +18,7 @@ from codetrace.runs.warm_kernels import warm_kernels
 HOME = Path(__file__).resolve().parents[1]
 SLOW = "--slow" in sys.argv[1:]
 FORKED = [sys.executable, "scripts/forked_python.py"]  # by the process that has the library imported
-TESTS = [sys.executable, "-m", "pytest", "-q", "--durations=12", "--dist", "loadgroup", "--no-loadscope-reorder"]
+TESTS = [sys.executable, "-m", "pytest", "-q", "--durations=12", "--dist", "loadscope", "--no-loadscope-reorder"]
 if SLOW:  # also checks types, which forks of an imported library cannot
     TESTS += ["-n", "2", "-m", "slow or not slow"]
 else:

@@ -63,9 +63,7 @@ def server():
         yield path
 
 
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=pytest.mark.xdist_group(Path(name).stem)) for name in GROUPS]
-)
+@pytest.mark.parametrize("group", GROUPS)
 def test_notebooks_run(group, server, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as output, open(os.devnull) as nothing:
