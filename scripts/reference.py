@@ -89,15 +89,15 @@ def with_small_pictures(notebook: dict) -> dict:
     return notebook
 
 
-def merge_parts(table: Path) -> None:
-    "Replace the parts of a table by one with the same rows."
-    rows = read_records(table, as_rows=True)
+def merge_parts(table: Path, without: Sequence[str] = ()) -> None:
+    "Replace the parts of a table by one with the same rows, and without some columns."
+    rows = [{name: row[name] for name in row if name not in without} for row in read_records(table, as_rows=True)]
     key = json.loads(pq.read_schema(next(table.glob("part-*.parquet"))).metadata[b"key"])
     merged = table.with_name(f".{table.name}")
     shutil.rmtree(merged, ignore_errors=True)
     with Records(merged, key, part_rows=len(rows) + 1, checkpoint_rows=len(rows) + 1) as records:
         records.append(rows)
-    if not read_records(merged).equals(read_records(table)):
+    if not read_records(merged).equals(read_records(table).drop(columns=list(without))):
         raise SystemExit(f"{table}: merged, its rows are others")
     for path in merged.glob("checkpoint-*.json"):
         path.unlink()  # the list of parts is proof enough
@@ -113,12 +113,16 @@ def facts_of(path: Path) -> dict:
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
-def merge_tables(folder: Path, outputs: dict) -> dict:
-    "Facts about a record's outputs with each table in one part, written anew."
+def tables_in_parts(folder: Path, outputs: dict) -> dict[str, Path]:
+    "Folders of tables in parts, by name."
     tables = {(folder / name).parent for name in outputs if "/part-" in name}
-    for table in sorted(table for table in tables if list(table.glob("part-*.parquet"))):
-        merge_parts(table)
-        name = str(table.relative_to(folder))
+    return {str(table.relative_to(folder)): table for table in sorted(tables) if list(table.glob("part-*.parquet"))}
+
+
+def merge_tables(folder: Path, outputs: dict, patterns: Sequence[str] = ()) -> dict:
+    "Facts about a record's outputs with each table in one part, written anew, without columns that patterns name."
+    for name, table in tables_in_parts(folder, outputs).items():
+        merge_parts(table, [column for table_name, column in named_columns(patterns) if table_name == name])
         outputs = {output: facts for output, facts in outputs.items() if not output.startswith(f"{name}/")}
         for path in sorted(table.iterdir()):
             outputs[f"{name}/{path.name}"] = facts_of(path)
@@ -127,14 +131,15 @@ def merge_tables(folder: Path, outputs: dict) -> dict:
 
 def drop_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> tuple[dict, list[str]]:
     "Facts about a record's outputs without the columns that patterns with a colon name, and those names."
+    outputs = merge_tables(folder, outputs, patterns)
     dropped = []
-    outputs = dict(outputs)
     for name, column in named_columns(patterns):
-        written = io.BytesIO()
-        pq.write_table(pq.read_table(folder / name).drop_columns(column), written)
-        atomic_write(folder / name, written.getvalue())
-        outputs[name] = facts_of(folder / name)
         dropped.append(f"{name}:{column}")
+        if (folder / name).is_file():
+            written = io.BytesIO()
+            pq.write_table(pq.read_table(folder / name).drop_columns(column), written)
+            atomic_write(folder / name, written.getvalue())
+            outputs[name] = facts_of(folder / name)
     return outputs, dropped
 
 
@@ -145,11 +150,12 @@ def named_columns(patterns: Sequence[str]) -> list[list[str]]:
 
 def check_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> None:
     "Refuse patterns that name no column of a table of a record, before anything is changed."
-    tables = sorted(name for name in outputs if name.endswith(".parquet") and "/" not in name)
+    in_parts = {name: next(table.glob("part-*")) for name, table in tables_in_parts(folder, outputs).items()}
+    tables = {name: folder / name for name in outputs if name.endswith(".parquet") and "/" not in name} | in_parts
     for name, column in named_columns(patterns):
         if name not in tables:
-            raise SystemExit(f"{name}:{column}: there is no table {name!r}, but {', '.join(tables) or 'none'}")
-        columns = pq.read_schema(folder / name).names
+            raise SystemExit(f"{name}:{column}: there is no table {name!r}, but {', '.join(sorted(tables)) or 'none'}")
+        columns = pq.read_schema(tables[name]).names
         if column not in columns:
             raise SystemExit(f"{name} has no column {column!r}, but {', '.join(columns)}")
 
@@ -196,7 +202,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
-    outputs, dropped = drop_columns(folder, merge_tables(folder, manifest["outputs"]), patterns)
+    outputs, dropped = drop_columns(folder, manifest["outputs"], patterns)
     left_out = sorted({*left_out, *dropped})
     changes: dict[str, object] = {"left_out": left_out} if left_out else {}
     outputs = pack_files(folder, outputs, ".parquet", packed_table)

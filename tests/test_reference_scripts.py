@@ -62,6 +62,27 @@ def test_a_column_that_is_left_out_is_not_compared(tmp_path):
     assert [compared.verdict for compared in compare_outputs(record, again)] == ["close"]
 
 
+def test_a_column_of_a_table_in_parts_is_left_out(tmp_path):
+    manifests = []
+    for run in ("record", "again"):
+        with Records(tmp_path / run / "cells", key="n", part_rows=2) as records:
+            records.append([{"n": n, "effect": n / 7, "kl": n * 0.3} for n in range(5)])
+        outputs = {f"cells/{path.name}": {"sha256": run} for path in (tmp_path / run / "cells").glob("part*")}
+        manifests.append({"folder": tmp_path / run, "outputs": outputs})
+    record, again = manifests
+    reference.check_columns(tmp_path / "record", record["outputs"], ["cells:kl"])
+    with pytest.raises(SystemExit, match="cells has no column 'prob', but"):
+        reference.check_columns(tmp_path / "record", record["outputs"], ["cells:prob"])
+    outputs, dropped = reference.drop_columns(tmp_path / "record", record["outputs"], ["cells:kl"])
+    record |= {"outputs": outputs, "left_out": dropped}
+    kept = read_records(tmp_path / "record" / "cells")
+    assert dropped == ["cells:kl"] and len(outputs) == 2, "one part, and the list of parts"
+    assert kept.equals(read_records(tmp_path / "again" / "cells").drop(columns="kl"))
+    (compared,) = compare_outputs(record, again)
+    assert (compared.output, compared.verdict) == ("cells", "close")
+    assert compared.where == "not kept, and not compared: kl"
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [

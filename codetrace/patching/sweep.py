@@ -174,8 +174,9 @@ def run_sweep(
 # %% ../../nbs/patching/sweep.ipynb #a50091f0
 def _program_means(cells: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     "Mean of each metric over a program's tokens of one name; cells not swept are left out."
-    swept = cells[(cells["position_name"] != "") & cells["kl"].notna()]
-    return swept.groupby([*key, "program"], dropna=False, sort=False)[list(PATCH_METRICS)].mean().reset_index()
+    swept = cells[(cells["position_name"] != "") & cells["success"].notna()]
+    metrics = [metric for metric in PATCH_METRICS if metric in cells]  # a record may keep fewer
+    return swept.groupby([*key, "program"], dropna=False, sort=False)[metrics].mean().reset_index()
 
 
 def _name_order(name: str) -> tuple:
@@ -205,7 +206,7 @@ def average_by_position(
     means = _program_means(cells, key)
     means["cell"] = means.groupby(key, dropna=False, sort=False).ngroup()
     table = means.groupby("cell")[key].first().assign(n=means.groupby("cell").size())
-    for metric in PATCH_METRICS:
+    for metric in means.columns.intersection(PATCH_METRICS):
         table[metric] = means.groupby("cell")[metric].mean()
     effects = means.pivot(index="program", columns="cell", values="effect").to_numpy()
     table["low"], table["high"] = bootstrap_interval(effects)

@@ -165,7 +165,8 @@ def _tensors_difference(first: Path, second: Path) -> Difference:
 def _file_difference(first: Path, second: Path, columns_left_out: Sequence[str] = ()) -> Difference:
     "How far two outputs with other hashes are from each other; of tables, columns that the first kept."
     if first.is_dir():
-        return _table_difference(read_records(first), read_records(second))
+        kept = read_records(second).drop(columns=list(columns_left_out), errors="ignore")
+        return _table_difference(read_records(first), kept)
     kind = first.suffix
     if kind == ".json":
         return value_difference(json.loads(first.read_text()), json.loads(second.read_text()))
