@@ -174,8 +174,9 @@ def run_sweep(
 # %% ../../nbs/patching/sweep.ipynb #a50091f0
 def _program_means(cells: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     "Mean of each metric over a program's tokens of one name; cells not swept are left out."
-    swept = cells[(cells["position_name"] != "") & cells["success"].notna()]
     metrics = [metric for metric in PATCH_METRICS if metric in cells]  # a record may keep fewer
+    is_swept = cells[metrics].drop(columns="effect").notna().all(axis=1)
+    swept = cells[is_swept & (cells["position_name"] != "")]
     return swept.groupby([*key, "program"], dropna=False, sort=False)[metrics].mean().reset_index()
 
 
