@@ -26,6 +26,7 @@ from codetrace.core.files import atomic_write, file_sha256, read_json, small_par
 from codetrace.core.records import Records, read_records
 from codetrace.runs.manifest import resolve_run, stored_manifest
 from codetrace.runs.record_layout import lay_out_record, record_title, with_live_links
+from codetrace.runs.rerun import table_sha256
 
 HOME = Path(__file__).resolve().parents[1]
 PICTURES = ("*.png", "*.svg")
@@ -191,6 +192,22 @@ def in_little_room(notebook: dict) -> str:
     return json.dumps(notebook, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
+def without_parts_left_out(outputs: dict, left_out: Sequence[str]) -> tuple[dict, list[str]]:
+    "Facts about outputs, and names of what is left out, where a table that is left out with all its parts is one output."
+    outputs, names = dict(outputs), set(left_out)
+    parts = [name for name in outputs if "/part-" in name]
+    for table in sorted({name.rsplit("/", 1)[0] for name in parts}):
+        of_table = [name for name in parts if name.startswith(f"{table}/part-")]
+        if names.issuperset(of_table):
+            facts = [outputs[name] for name in of_table]
+            sha256 = table_sha256(part["sha256"] for part in facts)
+            gone = {name for name in names if name.startswith(f"{table}/")}  # and lists of its parts
+            outputs = {name: fact for name, fact in outputs.items() if name not in gone}
+            outputs[table] = {"sha256": sha256, "bytes": sum(part["bytes"] for part in facts)}
+            names = (names - gone) | {table}
+    return outputs, sorted(names)
+
+
 def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     "Remove outputs that match a pattern, and lay the record out; names of all that is left out by now."
     manifest = stored_manifest(folder)
@@ -198,12 +215,13 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     left_out = sorted(matching | set(manifest.get("left_out", [])))
     pack_drawings(folder)
     for name in left_out:
-        (folder / name).unlink(missing_ok=True)
+        if not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
     outputs, dropped = drop_columns(folder, manifest["outputs"], patterns)
-    left_out = sorted({*left_out, *dropped})
+    outputs, left_out = without_parts_left_out(outputs, [*left_out, *dropped])
     changes: dict[str, object] = {"left_out": left_out} if left_out else {}
     outputs = pack_files(folder, outputs, ".parquet", packed_table)
     changes["outputs"] = pack_files(folder, outputs, ".json", packed_json)

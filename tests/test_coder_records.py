@@ -1,6 +1,7 @@
 "What the records of the code model's study say, computed again from their tables with other libraries."
 
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -417,3 +418,45 @@ def test_accuracy_and_what_lies_beyond_rules_are_counted_from_answers(followed):
             assert told["beyond rules"].startswith(f"{with_wilson(beyond['correct'])} (n={len(beyond)}"), place
         else:
             assert told["beyond rules"] == "no program"
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[dict, pd.DataFrame]:
+    "The trace of the code model: manifest, and the effect of every state of every program that was swept."
+    manifest = next(run for run in reference_runs("tracing") if "coder" in run["parameters"]["model"])
+    (table,) = Path(manifest["folder"]).glob("cells/part-*.parquet")
+    cells = pd.read_parquet(table)
+    return manifest, cells[cells["position_name"] != ""]
+
+
+def test_peaks_of_the_trace_are_chosen_on_one_half_and_judged_on_the_other(traced):
+    manifest, cells = traced
+    numbers = sorted(cells["program"].unique())
+    assert len(numbers) == 60
+    cells = (
+        cells.groupby(["direction", "position_name", "layer", "program"])[["effect", "success"]].mean().reset_index()
+    )
+    means = cells[cells["program"].isin(numbers[::2])].groupby(["direction", "position_name", "layer"])["effect"].mean()
+    generator = np.random.default_rng(5)
+    for told in manifest["summary"]:
+        of_place = means[told["direction"], told["position"]]
+        assert abs(of_place[told["layer"]]) == pytest.approx(of_place.abs().max(), abs=1e-12), told
+        judged = cells[cells["program"].isin(numbers[1::2]) & (cells["layer"] == told["layer"])]
+        judged = judged[(judged["direction"] == told["direction"]) & (judged["position_name"] == told["position"])]
+        assert len(judged) == told["n"] and told["success [95%]"] == with_wilson(judged["success"])
+        means_of_resamples = generator.choice(judged["effect"].to_numpy(), (4000, len(judged))).mean(1)
+        expected = [judged["effect"].mean(), *np.quantile(means_of_resamples, [0.025, 0.975])]
+        shown = [float(number) for number in re.findall(r"-?\d\.\d+", told["effect [95%]"])]
+        assert shown == pytest.approx(expected, abs=0.012), told
+
+
+def test_the_layer_at_which_the_last_token_takes_over_is_that_of_its_headline(traced):
+    manifest, cells = traced
+    effect = cells[cells["direction"] == "denoise"].pivot_table(
+        index="program", columns=["position_name", "layer"], values="effect"
+    )
+    ahead = (effect["final"] - effect["rhs 1"]).to_numpy()
+    layers = [int(np.argmax(rows.mean(0) > 0)) for rows in ahead[np.random.default_rng(6).integers(0, 60, (2000, 60))]]
+    first = int(np.argmax(ahead.mean(0) > 0))
+    low, high = np.quantile(layers, [0.025, 0.975], method="nearest")
+    assert f"n=60; final token overtakes the root at layer {first} [{low}, {high}]" in manifest["headline"]

@@ -1,5 +1,6 @@
 "Verdicts are those that plain Python gives, in the test styles that people use; and no program talks its judge into one."
 
+import gzip
 import json
 import os
 import signal
@@ -36,7 +37,8 @@ def tier(request) -> int:
 
 def read_programs(path: Path) -> list[tuple[GradingJob, list[str]]]:
     "Jobs, and the verdicts that are acceptable for each."
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     programs = []
     for row in rows:
         entry_point = row.get("entry_point", "f")
@@ -45,7 +47,7 @@ def read_programs(path: Path) -> list[tuple[GradingJob, list[str]]]:
     return programs
 
 
-PROGRAMS = read_programs(HOME / "tests/data/judged.jsonl")
+PROGRAMS = read_programs(HOME / "tests/data/judged.jsonl.gz")
 
 
 def misjudged(programs: list, verdicts: list[Verdict]) -> list[tuple]:

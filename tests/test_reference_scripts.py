@@ -83,6 +83,25 @@ def test_a_column_of_a_table_in_parts_is_left_out(tmp_path):
     assert compared.where == "not kept, and not compared: kl"
 
 
+def test_a_table_that_is_left_out_is_one_output_with_the_hash_of_its_parts(tmp_path):
+    written = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(written))
+        with Records(folder / "said", key="n", part_rows=2) as records:
+            records.append([{"n": n, "seed": seed} for n in range(7)])
+        names = [f"said/{path.name}" for path in (folder / "said").iterdir() if path.suffix]
+        written.append({"folder": folder, "outputs": {name: reference.facts_of(folder / name) for name in names}})
+    record, equal, another = written
+    assert sum("/part-" in name for name in record["outputs"]) == 4
+    outputs, left_out = reference.without_parts_left_out(record["outputs"], [*record["outputs"], "loss.png"])
+    assert left_out == ["loss.png", "said"] == sorted([*outputs, "loss.png"])
+    record |= {"outputs": outputs, "left_out": left_out}
+    assert [compared.verdict for compared in compare_outputs(record, equal)] == ["equal"]
+    assert [compared.verdict for compared in compare_outputs(record, another)] == ["not kept"]
+    some_kept = [name for name in equal["outputs"] if "part-00000" not in name]
+    assert reference.without_parts_left_out(equal["outputs"], some_kept) == (equal["outputs"], sorted(some_kept))
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [

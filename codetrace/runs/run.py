@@ -226,8 +226,10 @@ def _without_folders(value: Any, parameters: Mapping) -> Any:
     if isinstance(value, list):
         return [_without_folders(inner, parameters) for inner in value]
     if isinstance(value, str):
-        given = (each for named in parameters.values() for each in (named if isinstance(named, list) else [named]))
-        for path in sorted((each for each in given if isinstance(each, str)), key=len, reverse=True):
+        parameter_values = [
+            each for named in parameters.values() for each in (named if isinstance(named, list) else [named])
+        ]
+        for path in sorted((each for each in parameter_values if isinstance(each, str)), key=len, reverse=True):
             value = value.replace(path, without_folder(path)) if without_folder(path) != path else value
     return value
 
