@@ -137,7 +137,7 @@ def study_report(
     parameters = runs.get("1.0", {"parameters": {}})["parameters"]
     model = parameters.get("model", "–")
     problems = parameters.get("problems", "–")
-    scope = f"Model {model}, problems {problems}. {len(runs)} of {len(study_questions())} phases."
+    scope = f"Model {without_folder(model)}, problems {without_folder(problems)}. {len(runs)} of {len(study_questions())} phases."
     table = "Nothing is claimed: no phase that measures anything is complete."
     if len(claims):
         tested = int(claims["p_adjusted"].notna().sum())
