@@ -13,6 +13,8 @@ import argparse
 import fnmatch
 import io
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +71,20 @@ def without_folders(notebook: dict, manifest: dict) -> dict:
     return notebook
 
 
+_RUN = re.compile(r"Run `(\d{8}T\d+Z-[0-9a-f]{8})`")
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)\n*")
+
+
+def with_links_to_figures(text: str, folder: Path) -> str:
+    "A report in Markdown without pictures that are not kept; it leads to the records that show them."
+
+    def link(match: re.Match) -> str:
+        shown = next(folder.parents[1].glob(f"*/{match[1]}/notebook.ipynb"), None)
+        return f"Run [`{match[1]}`]({os.path.relpath(shown, folder)})" if shown else match[0]
+
+    return _RUN.sub(link, _PICTURE.sub(lambda match: match[0] if (folder / match[1]).is_file() else "", text))
+
+
 def with_links_that_lead(notebook: dict, folder: Path) -> dict:
     "A record whose links lead from where it is kept."
     for cell in notebook["cells"]:
@@ -76,7 +92,8 @@ def with_links_that_lead(notebook: dict, folder: Path) -> dict:
             cell["source"] = with_live_links("".join(cell["source"]), folder)
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "text/markdown" in data:
-                data["text/markdown"] = with_live_links("".join(data["text/markdown"]), folder)
+                shown = with_live_links("".join(data["text/markdown"]), folder)
+                data["text/markdown"] = with_links_to_figures(shown, folder)
     return notebook
 
 

@@ -161,6 +161,19 @@ def test_pictures_of_a_notebook_get_smaller_and_show_the_same(tmp_path):
     assert not pictures.is_same_picture(png, pictures.in_few_colours(png, 2)), "so few colours are too few"
 
 
+def test_a_report_leads_to_the_records_that_show_its_figures(tmp_path):
+    report, shown = tmp_path / "report" / "r", tmp_path / "saes" / "20261130T172542072Z-675d0bbd" / "notebook.ipynb"
+    for folder in (report, shown.parent):
+        folder.mkdir(parents=True)
+    shown.write_text("{}")
+    (report / "kept.png").write_bytes(b"")
+    text = "Run `20261130T172542072Z-675d0bbd`, 9 s\n\n![What?](gone.png)\n\n![What?](kept.png)\n\nRun `20261130T172542072Z-00000000`"
+    assert reference.with_links_to_figures(text, report) == (
+        "Run [`20261130T172542072Z-675d0bbd`](../../saes/20261130T172542072Z-675d0bbd/notebook.ipynb), 9 s\n\n"
+        "![What?](kept.png)\n\nRun `20261130T172542072Z-00000000`"
+    )
+
+
 def test_json_on_one_line_is_the_same(tmp_path):
     values = {"a": [1, None, "ü"], "b": {"c": 0.1}}
     (tmp_path / "cards.json").write_text(json.dumps(values, indent=2))
