@@ -460,3 +460,25 @@ def test_the_layer_at_which_the_last_token_takes_over_is_that_of_its_headline(tr
     first = int(np.argmax(ahead.mean(0) > 0))
     low, high = np.quantile(layers, [0.025, 0.975], method="nearest")
     assert f"n=60; final token overtakes the root at layer {first} [{low}, {high}]" in manifest["headline"]
+
+
+def test_the_report_says_what_the_records_say_and_adjusts_for_all_of_its_tests(sampled, chosen, answers):
+    manifest = reference_runs("report")[-1]
+    claims = pd.DataFrame(json.loads((Path(manifest["folder"]) / "claims.json").read_text()))
+    tested = claims[claims["p"].notna()]
+    adjusted = multipletests(tested["p"].astype(float), method="holm")[1]
+    assert len(tested) == 21 and tested["p_adjusted"].astype(float).to_numpy() == pytest.approx(adjusted, abs=1e-9)
+    numbers = claims.set_index(["phase", "claim"])["number"]
+    for phase, run in (("1.0", answers[0]), ("1.2", sampled[0])):
+        told = {
+            f"pass@{row['k']}, {row['answers']}": row["value"]
+            for row in run["summary"]
+            if row["answers"] != "empty body"
+        }
+        assert numbers[phase].to_dict() == pytest.approx(told, abs=5e-4)
+    gains = chosen[2][chosen[2]["k"] == 5].set_index("name")["gain"]
+    for claim, number in numbers["3.5"].items():
+        name = re.search(r"answers by (.+), on validation", claim)[1]
+        assert number == pytest.approx(gains[name], abs=1e-9)
+    steering = json.loads((Path(reference_runs("steering")[-1]["folder"]) / "claims.json").read_text())
+    assert numbers["3.2"].to_dict() == pytest.approx({row["claim"]: row["number"] for row in steering})
