@@ -205,6 +205,20 @@ def pregeneration_finding(name: str) -> str:
     )
 
 
+def ranking_finding(name: str) -> str:
+    "What it is worth to choose among answers by what a probe reads."
+    rows = {row["name"]: row for row in record(name)["summary"]}
+    probe, strongest = rows["probe"], rows["log-probability"]
+    return (
+        f"Of five sampled answers to each of {probe['problems']} problems, the one that a probe scores best is right in {interval_of(probe)}, the likeliest in {interval_of(strongest)}; "
+        f"any of them in {interval_of(rows['random choice'])}, the best there is in {interval_of(rows['oracle'])} ({record_link(name, 'record')})."
+    )
+
+
+def interval_of(row: dict) -> str:
+    return format_with_interval(row["value"], row["low"], row["high"])
+
+
 def write_findings() -> None:
     "Put findings and their figure into the index, from reference records."
     name, cell_id = FIGURE
@@ -219,7 +233,7 @@ def write_findings() -> None:
             "watch/20261130T212713071Z-fb028413",
         ),
         seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
-        pregeneration_finding("pregeneration/20261201T000100986Z-b9b6dcf6"),
+        f"{pregeneration_finding('pregeneration/20261201T000100986Z-b9b6dcf6')} {ranking_finding('ranking/20261201T111024004Z-2f61d50a')}",
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
