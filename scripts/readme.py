@@ -207,7 +207,8 @@ def pregeneration_finding(name: str) -> str:
 
 def ranking_finding(name: str) -> str:
     "What it is worth to choose among answers by what a probe reads."
-    rows = {row["name"]: row for row in record(name)["summary"]}
+    choices = pd.read_parquet(RECORDS / name / "choices.parquet")
+    rows = {row["name"]: row for row in choices[choices["k"] == 5].to_dict("records")}
     probe, strongest = rows["probe"], rows["log-probability"]
     return (
         f"Of five sampled answers to each of {probe['problems']} problems, the one that a probe scores best is right in {interval_of(probe)}, the likeliest in {interval_of(strongest)}; "
