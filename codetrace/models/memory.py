@@ -116,7 +116,7 @@ def estimate_generation_memory(
     prefill = estimate_pass_memory(lm, 1, prompt_tokens, cache=True)
     step = estimate_pass_memory(lm, slots, 1)
     kv_size = 2 * lm.n_kv_heads * lm.d_head * lm.dtype.itemsize  # of a token in a layer
-    choosing = slots * _choice_memory(lm)
+    choosing = slots * _choice_memory(lm.hf.config, lm)
     attention = min(slots, SLOTS_PER_BLOCK) * columns * (lm.n_heads * (lm.dtype.itemsize + 4) + kv_size)
     return MemoryEstimate(
         weights=prefill.weights + _packed_weights_memory(lm),
@@ -127,9 +127,9 @@ def estimate_generation_memory(
     )
 
 
-def _choice_memory(lm: LM) -> int:
+def _choice_memory(config, lm: LM) -> int:
     "Bytes of a row, its logits among them, while its token is drawn or its likeliest tokens are scored again."
-    vocab_size = lm.hf.config.vocab_size
+    vocab_size = config.vocab_size
     drawing = vocab_size * (4 + 4 + 8)  # logits, weights, and these in float64
     return max(drawing, vocab_size * (lm.dtype.itemsize + 4) + MOST_TIES * lm.d_model * (lm.dtype.itemsize + 4 + 4 + 4))
 
