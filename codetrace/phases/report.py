@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput
+from ..core.files import without_folder
 from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
 from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
