@@ -148,7 +148,7 @@ def merge_tables(folder: Path, outputs: dict, patterns: Sequence[str] = ()) -> d
 
 
 def drop_columns(folder: Path, outputs: dict, patterns: Sequence[str]) -> tuple[dict, list[str]]:
-    "Facts about a record's outputs without the columns that patterns with a colon name, and those names."
+    "Facts about a record's outputs, each table in one part, without the columns that patterns with a colon name; and those names."
     outputs = merge_tables(folder, outputs, patterns)
     dropped = []
     for name, column in named_columns(patterns):
