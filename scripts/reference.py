@@ -27,7 +27,7 @@ from pictures import in_few_colours, pictures_of
 from codetrace.core.files import atomic_write, file_sha256, read_json, small_parquet_options, write_json
 from codetrace.core.records import Records, read_records
 from codetrace.runs.manifest import resolve_run, stored_manifest
-from codetrace.runs.record_layout import lay_out_record, record_title, with_live_links
+from codetrace.runs.record_layout import lay_out_record, record_opening, with_live_links
 from codetrace.runs.rerun import table_sha256
 
 HOME = Path(__file__).resolve().parents[1]
@@ -47,12 +47,11 @@ def without_example_outputs(notebook: dict) -> dict:
     return notebook
 
 
-def with_its_title(notebook: dict, manifest: dict) -> dict:
-    "A record whose title is what records are called today."
+def with_its_opening(notebook: dict, manifest: dict) -> dict:
+    "A record that opens as records do today."
     opening = notebook["cells"][0]
     if opening["id"] == "record-title":
-        lines = "".join(opening["source"]).split("\n")
-        opening["source"] = "\n".join([f"# {record_title(manifest)}", *lines[1:]])
+        opening["source"] = record_opening(manifest)
     return notebook
 
 
@@ -245,7 +244,7 @@ def thin(folder: Path, patterns: Sequence[str]) -> list[str]:
     record = folder / "notebook.ipynb"
     if record.is_file():
         lay_out_record(folder, manifest)
-        shown = without_folders(with_its_title(without_example_outputs(read_json(record)), manifest), manifest)
+        shown = without_folders(with_its_opening(without_example_outputs(read_json(record)), manifest), manifest)
         atomic_write(record, in_little_room(with_small_pictures(with_links_that_lead(shown, folder))))
         changes["notebook"] = {"sha256": file_sha256(record)}
     atomic_write(folder / "run.json", in_few_lines(read_json(folder / "run.json") | changes))

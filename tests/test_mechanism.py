@@ -20,7 +20,7 @@ from codetrace.patching.batches import (
     uniform_batches,
 )
 from codetrace.patching.cases import CaseOptions, ProgramShapes, draw_cases
-from codetrace.patching.head_ablation import ablate_heads, head_means, heads_sentence, needed_heads
+from codetrace.patching.head_ablation import ablate_heads, check_means_cover, head_means, heads_sentence, needed_heads
 from codetrace.patching.head_attention import head_attention, top_attention_sources
 from codetrace.patching.heads import (
     HEAD_SWEEP_POSITIONS,
@@ -214,6 +214,29 @@ def test_means_must_be_of_such_programs(lm, reference):
     shorter = draw_reference_programs(lm, 2, ProgramShapes((4,), (1,), "hash"))
     with pytest.raises(BadInput, match="reference_programs"):
         ablate_heads(lm, shorter, head_means(lm, reference), CHOSEN)
+    with pytest.raises(BadInput, match="no means for programs of .* reference_programs"):
+        check_means_cover(reference, shorter)
+    with pytest.raises(BadInput, match="no means"):
+        check_means_cover(reference[:1], reference[:1])  # one program is no mean
+    check_means_cover(reference, reference)
+
+
+def test_heads_are_patched_behind_solved_examples_as_by_hand(lm):
+    cases = draw_unfiltered_cases(lm, 4, ProgramShapes((5,), (2,), "hash"), num_shots=1)
+    assert len({case.prefix for case in cases}) == 4
+    layer, head, name = CHOSEN[0]
+    patched = patch_heads(lm, cases, [(layer, head, name)], draws=0)
+    effects = patched[(patched["kind"] == "chosen") & (patched["position_name"] == name)].set_index("program")["effect"]
+    for number, case in enumerate(cases):
+        base, source = (list(lm.ids(case.prefix + program.code)[0]) for program in case.pair)
+        base_id, source_id = (tokenize_program(lm, program).answer_id for program in case.pair)
+        position = tokenize_program(lm, case.program).positions[name] + len(base) - len(lm.ids(case.program.code)[0])
+        state = lm.capture([source], [("head_out", layer)], position)["head_out", layer][0, 0, head]
+        leads = [float(row[source_id] - row[base_id]) for row in lm.logits([base, source])]
+        with lm.intervene(Intervention("head_out", layer, state[None], positions=position, heads=head)):
+            row = lm.logits([base])[0]
+        by_hand = (float(row[source_id] - row[base_id]) - leads[0]) / (leads[1] - leads[0])
+        assert effects[number] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_where_heads_look_and_nothing_stays_behind(lm, fresh):

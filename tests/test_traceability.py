@@ -24,7 +24,7 @@ from codetrace.patching.cases import (
     CaseOptions,
     ProgramShapes,
     _draw_fitting,
-    check_any_case,
+    check_enough_cases,
     choose_query_style,
     draw_cases,
     traceability_table,
@@ -268,8 +268,8 @@ def test_what_is_said_where_no_program_is_left_counts_reasons_and_says_what_to_t
     cases, reasons = draw_cases(llama, 2, ProgramShapes((12,), (), "print"), CaseOptions("range"))
     assert cases == [] and set(reasons) == {SEVERAL_TOKENS} and len(reasons) == 24  # eight streams, and no more
     with pytest.raises(CannotTrace, match=r"none of 24 programs .*: 24 answer of several tokens \(.*seq_lens"):
-        check_any_case(llama, cases, reasons)
+        check_enough_cases(llama, cases, reasons)
     cases, reasons = draw_cases(cuts_print, 1, ProgramShapes(query_style="print"))
     assert cases == [] and set(reasons) == {CUT_ROLE}
     with pytest.raises(CannotTrace, match=r"40 role cut by a token \(.*query_style=hash or query_style=print"):
-        check_any_case(cuts_print, cases, reasons)
+        check_enough_cases(cuts_print, cases, reasons)

@@ -948,7 +948,7 @@ def test_a_run_from_python_is_told_from_those_with_another_counterfactual_or_dty
 
     monkeypatch.setattr(tracing, "open_run", stop)
     monkeypatch.setattr(tracing, "exclusion_reasons", lambda lm, cases, include_shallow: [""] * len(cases))
-    monkeypatch.setattr(tracing, "check_any_case", lambda *arguments: None)
+    monkeypatch.setattr(tracing, "check_enough_cases", lambda *arguments: None)
     monkeypatch.setattr(CausalExperimentRunner, "model", lambda self, name: None)
     original = ("a = 3\nb = 5\nc = a\n# c: ", "3")
     changed_value = ("a = 4\nb = 5\nc = a\n# c: ", "4")

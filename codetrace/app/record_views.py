@@ -28,6 +28,7 @@ from codetrace.app.html_parts import (
 )
 from .view_links import view_link
 from ..core.errors import BadInput, UnknownName
+from ..runs.claims import split_headline
 from ..runs.listing import run_row
 from ..runs.manifest import all_runs, find_run, run_subject
 from ..runs.parameters import run_command_line
@@ -156,7 +157,8 @@ def _figures_of_notebook(record: Path) -> list[Markup]:
 # %% ../../nbs/app/record_views.ipynb #f54be1d6
 def _findings(manifest: Mapping) -> list[Markup]:
     "Headline, warnings, figures and table of results."
-    parts = [html_note(manifest.get("headline") or f"no headline: the run is {manifest['status']}")]
+    shown, hidden = split_headline(manifest.get("headline") or f"no headline: the run is {manifest['status']}")
+    parts = [html_note(shown), *([folded("The rest of the headline", html_note(hidden))] if hidden else [])]
     if reason := manifest.get("example"):
         parts.append(html_note(f"An example on {reason}: no result of a study."))
     if error := manifest.get("error"):

@@ -9,6 +9,7 @@ __all__ = ['PROGRAMS_PER_PASS', 'BatchShape', 'TokenizedProgram', 'tokenize_prog
 # %% ../../nbs/patching/batches.ipynb #bc95b1e3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,13 @@ from ..core.errors import BadInput, look_up_name
 from ..core.stats import bootstrap_interval, share_interval
 from ..models.lm import LM
 from .alignment import TraceCase, named_positions, one_token_answer, token_roles
-from .cases import COUNTERFACTUAL_CHANGES, CaseOptions, ProgramShapes, with_query_style
+from codetrace.patching.cases import (
+    COUNTERFACTUAL_CHANGES,
+    CaseOptions,
+    ProgramShapes,
+    draw_solved_prefix,
+    with_query_style,
+)
 from ..tasks.counterfactuals import NoCounterfactual
 from ..tasks.generators import draw_program, make_variable_binding_program
 from ..tasks.heuristics import resists_shallow_heuristics
@@ -38,16 +45,20 @@ class TokenizedProgram:
     program: Program | None = field(default=None, hash=False, compare=False, repr=False)  # What was tokenized
 
 
-def tokenize_program(lm: LM, program: Program) -> TokenizedProgram:
+def tokenize_program(
+    lm: LM,
+    program: Program,
+    prefix: str = "",  # Text before it, such as solved examples
+) -> TokenizedProgram:
     "Tokens, answer and named positions of a program."
-    prompt, answer_id = one_token_answer(lm, program.code, program)
+    prompt, answer_id = one_token_answer(lm, prefix + program.code, program)
     positions = named_positions(token_roles(lm, program, prompt))
     return TokenizedProgram(tuple(lm.ids(prompt)[0]), answer_id, int(program.answer), positions, program)
 
 
 def tokenize_pair(lm: LM, case: TraceCase) -> tuple[TokenizedProgram, TokenizedProgram]:
     "A program and its counterfactual, both with the program's named positions: states are patched at the same token."
-    program, counterfactual = (tokenize_program(lm, program) for program in case.pair)
+    program, counterfactual = (tokenize_program(lm, program, case.prefix) for program in case.pair)
     return program, replace(counterfactual, positions=program.positions)
 
 # %% ../../nbs/patching/batches.ipynb #6ae836e8
@@ -60,17 +71,18 @@ def draw_reference_programs(
     shapes: ProgramShapes,
     seed: int = 0,
     exclude: Sequence[TokenizedProgram] = (),  # Programs that must not come again
+    num_shots: int = 0,  # Solved examples before each program
 ) -> list[TokenizedProgram]:
     "Programs like those that are traced, whether or not a model answers them."
     rng = np.random.default_rng([seed, 7])
     shapes = with_query_style(lm, shapes, CaseOptions())
-    seen = {program.token_ids for program in exclude}
+    seen = {tokenized.program.code for tokenized in exclude if tokenized.program}
     programs = []
     for _ in range(_ATTEMPTS_PER_PROGRAM * n):
-        program = tokenize_program(lm, _draw_shaped_program(shapes, len(programs), rng))
-        if program.token_ids not in seen:
-            seen.add(program.token_ids)
-            programs.append(program)
+        program, prefix = _draw_shaped_program(lm, shapes, len(programs), rng, num_shots)
+        if program.code not in seen:
+            seen.add(program.code)
+            programs.append(tokenize_program(lm, program, prefix))
         if len(programs) == n:
             return programs
     raise BadInput(
@@ -78,12 +90,14 @@ def draw_reference_programs(
     )
 
 # %% ../../nbs/patching/batches.ipynb #4bdce199
-def _draw_shaped_program(shapes: ProgramShapes, number: int, rng: np.random.Generator) -> Program:
-    "A program of the length and depth that is next."
+def _draw_shaped_program(
+    lm: LM, shapes: ProgramShapes, number: int, rng: np.random.Generator, num_shots: int
+) -> tuple[Program, str]:
+    "A program of the length and depth that is next, and the solved examples before it."
     seq_len, depth = shapes.grid[number % len(shapes.grid)]
-    make = make_variable_binding_program
-    arguments = {"depth": depth, "query_style": shapes.query_style}
-    return draw_program(make, seq_len, rng, resists_shallow_heuristics, **arguments)
+    make = partial(make_variable_binding_program, depth=depth, query_style=shapes.query_style)
+    program = draw_program(make, seq_len, rng, resists_shallow_heuristics)
+    return program, draw_solved_prefix(lm, program, make, seq_len, rng, num_shots)
 
 # %% ../../nbs/patching/batches.ipynb #a17f9195
 def draw_unfiltered_cases(
@@ -92,6 +106,7 @@ def draw_unfiltered_cases(
     shapes: ProgramShapes,
     seed: int = 0,
     change: str = "value",  # A key of `COUNTERFACTUAL_CHANGES`
+    num_shots: int = 0,  # Solved examples before each program
 ) -> list[TraceCase]:
     "Programs with counterfactuals, whether or not a model answers them."
     rng = np.random.default_rng([seed, 17])
@@ -99,13 +114,13 @@ def draw_unfiltered_cases(
     make_pair = look_up_name(change, COUNTERFACTUAL_CHANGES, "change")
     cases = []
     for _ in range(_ATTEMPTS_PER_PROGRAM * n):
-        program = _draw_shaped_program(shapes, len(cases), rng)
+        program, prefix = _draw_shaped_program(lm, shapes, len(cases), rng, num_shots)
         try:
             pair = make_pair(program, rng, lm.tokenizer)
         except NoCounterfactual:
             continue
         if resists_shallow_heuristics(pair[1]):
-            cases.append(TraceCase(*pair))
+            cases.append(TraceCase(*pair, prefix=prefix))
         if len(cases) == n:
             return cases
     raise BadInput(

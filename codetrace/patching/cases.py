@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHALLOW_ANSWER', 'SEVERAL_TOKENS', 'NO_COUNTERFACTUAL', 'CUT_ROLE', 'NOT_ALIGNED', 'SAME_ANSWER', 'WRONG_ON_PROGRAM',
            'WRONG_ON_COUNTERFACTUAL', 'EXCLUSION_REASONS', 'CANDIDATES_PER_PROGRAM', 'COUNTERFACTUAL_CHANGES',
-           'QUERY_STYLE_ORDER', 'exclusion_reasons', 'exclusion_counts', 'check_any_case', 'ProgramShapes',
-           'CaseOptions', 'Traceability', 'measure_traceability', 'choose_query_style', 'traceability_table',
-           'with_query_style', 'draw_cases']
+           'QUERY_STYLE_ORDER', 'exclusion_reasons', 'exclusion_counts', 'check_enough_cases', 'ProgramShapes',
+           'CaseOptions', 'draw_solved_prefix', 'Traceability', 'measure_traceability', 'choose_query_style',
+           'traceability_table', 'with_query_style', 'draw_cases']
 
 # %% ../../nbs/patching/cases.ipynb #ecc211b2
 import logging
@@ -117,19 +117,22 @@ def exclusion_counts(
     return pd.DataFrame(rows, columns=["reason", "programs"]).set_index("reason")
 
 # %% ../../nbs/patching/cases.ipynb #1a02965b
-def check_any_case(
+def check_enough_cases(
     lm: LM,
     cases: Sequence[TraceCase],
     reasons: Sequence[str],  # Of each candidate, empty where it can be traced
+    at_least: int = 1,
 ) -> None:
-    "Raise `CannotTrace` with the reasons where no case is left."
-    if cases:
+    "Raise `CannotTrace` with the reasons where fewer cases are left."
+    if len(cases) >= at_least:
         return
     if not reasons:
         raise CannotTrace("no programs to trace: give at least one")
     counts = exclusion_counts(reasons)["programs"].drop("traced")
     parts = "; ".join(f"{n} {reason} ({EXCLUSION_REASONS[reason]})" for reason, n in counts.items() if n)
-    raise CannotTrace(f"none of {len(reasons)} programs can be traced in {lm.name}: {parts}")
+    found = f"only {len(cases)}" if cases else "none"
+    needed = f", and {at_least} are needed" if at_least > 1 else ""
+    raise CannotTrace(f"{found} of {len(reasons)} programs can be traced in {lm.name}{needed}: {parts}")
 
 # %% ../../nbs/patching/cases.ipynb #03e7061f
 CANDIDATES_PER_PROGRAM = 40  # For every program wanted
@@ -178,15 +181,22 @@ def _answer_reason(lm: LM, program: Program) -> str:
     return ""
 
 
-def _draw_examples(
-    lm: LM, program: Program, make: Callable, seq_len: int, rng: np.random.Generator, n: int
-) -> list[Program]:
-    "Solved examples of a program, with answers that are one token too."
+def draw_solved_prefix(
+    lm: LM,  # Only its tokenizer is used
+    program: Program,
+    make: Callable,  # A generator of such programs
+    seq_len: int,
+    rng: np.random.Generator,
+    n: int,  # Solved examples; 0: none
+) -> str:  # Text up to where the program begins
+    "Solved examples as they stand before a program, with answers that are one token too."
 
     def make_readable(seq_len: int, rng: np.random.Generator) -> Program:
         return draw_program(make, seq_len, rng, lambda example: not _answer_reason(lm, example))
 
-    return draw_solved_examples(program, make_readable, seq_len, rng, n)
+    solved = draw_solved_examples(program, make_readable, seq_len, rng, n)
+    prompt = render_program_prompt("{code}", program, solved)
+    return prompt[: len(prompt) - len(program.code)]
 
 # %% ../../nbs/patching/cases.ipynb #01cb9ed1
 def _draw_fitting(
@@ -200,14 +210,13 @@ def _draw_fitting(
         if reason := _answer_reason(lm, program):
             reasons.append(reason)
             continue
-        solved = _draw_examples(lm, program, make, seq_len, rng, options.num_shots)
+        prefix = draw_solved_prefix(lm, program, make, seq_len, rng, options.num_shots)
         try:
             pair = COUNTERFACTUAL_CHANGES[options.change](program, rng, lm.tokenizer)
         except NoCounterfactual:
             reasons.append(NO_COUNTERFACTUAL)
             continue
-        prompt = render_program_prompt("{code}", program, solved)
-        return TraceCase(program, pair[1], prompt[: len(prompt) - len(program.code)]), reasons
+        return TraceCase(program, pair[1], prefix), reasons
     return None, reasons
 
 # %% ../../nbs/patching/cases.ipynb #a90f23fa

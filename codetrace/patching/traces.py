@@ -33,7 +33,7 @@ from codetrace.patching.alignment import (
     TraceCase,
 )
 from .attribution import attribution_error, attribution_patching
-from .cases import check_any_case, exclusion_counts
+from .cases import check_enough_cases, exclusion_counts
 from .controls import ControlOptions, run_controls
 from codetrace.patching.sweep import (
     PatchSweepOptions,
@@ -254,7 +254,7 @@ def trace_cases(
     options: TraceOptions = TraceOptions(),
 ) -> Trace:
     "Sweep all cases with their controls, and write `intervention_results.json` and `patch_results.json` beside the cells."
-    check_any_case(lm, cases, reasons)
+    check_enough_cases(lm, cases, reasons)
     members = shard_range(len(cases), options.shards, options.shard, PROGRAMS_PER_SWEEP)
     records = [list(_case_record(case).values()) for case in cases]
     run.describe(cases={"n": len(cases), "sha256": digest_values(records)})

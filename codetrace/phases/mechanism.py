@@ -50,7 +50,7 @@ def _in_order_of_training(manifest: dict, compared: pd.DataFrame) -> pd.DataFram
 from ..core.stats import format_count, format_with_interval, wilson
 from ..models.lm import LM
 from ..patching.alignment import TraceCase
-from ..patching.batches import answer_logit_diff, program_means_table, tokenize_program
+from ..patching.batches import answer_logit_diff, program_means_table, tokenize_pair
 from ..patching.head_ablation import heads_headline, heads_sentence
 from ..patching.heads import choose_heads
 from ..patching.probes import STREAM_SWEEP_POSITIONS, probes_sentence, probes_with_effects
@@ -68,7 +68,7 @@ def full_logit_differences(
     "Logit differences of the two plain runs of each case, and whether the model knows both answers."
     rows = []
     for index, case in enumerate(cases):
-        clean, counterfactual = (tokenize_program(lm, program) for program in case.pair)
+        clean, counterfactual = tokenize_pair(lm, case)
         answers = [clean.answer_id, counterfactual.answer_id]
         logits = lm.logits(lm.tokenize([list(clean.token_ids), list(counterfactual.token_ids)]))
         low, high = answer_logit_diff(logits, answers[:1] * 2, answers[1:] * 2).tolist()
@@ -320,6 +320,7 @@ MECHANISM = Phase(
     rules={
         "reference_programs": ParameterRule(at_least=1),
         "ablation_programs": ParameterRule(at_least=1),
+        "num_shots": ParameterRule(at_least=0),
         "subspace_sizes": ParameterRule(at_least=1, filled=True, distinct=True),
         "compared_models": ParameterRule(distinct=True),
     },

@@ -19,7 +19,7 @@ from ..core.errors import BadInput
 from ..core.files import without_folder
 from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
-from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
+from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row, headline_parts
 from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, find_phase, phase_function, study_numbers
 
@@ -151,13 +151,20 @@ def study_report(
     return "\n".join(lines)
 
 # %% ../../nbs/phases/29_report.ipynb #6cb0fc55
+_SAID_FIRST = {"3": 2, "3.2": 1}  # Sentences of each verdict: the number, and what it must beat
+
+
 def report_headline(
     claims: pd.DataFrame,  # From `study_claims_table`
     n_phases: int,  # Phases that are complete
 ) -> str:
-    "The verdicts of validation and steering; where there are none, how far the study is."
-    judged = claims[claims["phase"].isin(["3", "3.2"])].groupby("phase", sort=False).head(2)
-    return " ".join(judged["verdict"]) or f"{len(claims)} claims of {n_phases} phases"
+    "How the verdicts of validation and steering begin; where there are none, how far the study is."
+    judged = claims[claims["phase"].isin(list(_SAID_FIRST))].groupby("phase", sort=False).head(2)
+    beginnings = [
+        " ".join(headline_parts(verdict)[: _SAID_FIRST[phase]])
+        for phase, verdict in zip(judged["phase"], judged["verdict"])
+    ]
+    return " ".join(beginnings) or f"{len(claims)} claims of {n_phases} phases"
 
 # %% ../../nbs/phases/29_report.ipynb #51c63aa0
 REPORT = Phase(

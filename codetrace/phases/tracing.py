@@ -39,7 +39,7 @@ from codetrace.patching.cases import (
     WRONG_ON_PROGRAM,
     CaseOptions,
     ProgramShapes,
-    check_any_case,
+    check_enough_cases,
     draw_cases,
     exclusion_counts,
     exclusion_reasons,
@@ -390,7 +390,7 @@ def run_intervention_experiment(
         cases, reasons = draw_cases(lm, selection.num_programs, selection.shapes, selection.options)
     else:
         cases, reasons = _select_cases(programs, lm, selection)
-    check_any_case(lm, cases, reasons)
+    check_enough_cases(lm, cases, reasons)
     opened_here = run is None
     if opened_here:
         settings = {"model": model_id, "load": self.load_options, "programs": [_case_record(case) for case in cases]}
