@@ -130,9 +130,9 @@ def check_enough_cases(
         raise CannotTrace("no programs to trace: give at least one")
     counts = exclusion_counts(reasons)["programs"].drop("traced")
     parts = "; ".join(f"{n} {reason} ({EXCLUSION_REASONS[reason]})" for reason, n in counts.items() if n)
-    found = f"only {len(cases)}" if cases else "none"
+    kept = f"only {len(cases)}" if cases else "none"
     needed = f", and {at_least} are needed" if at_least > 1 else ""
-    raise CannotTrace(f"{found} of {len(reasons)} programs can be traced in {lm.name}{needed}: {parts}")
+    raise CannotTrace(f"{kept} of {len(reasons)} programs can be traced in {lm.name}{needed}: {parts}")
 
 # %% ../../nbs/patching/cases.ipynb #03e7061f
 CANDIDATES_PER_PROGRAM = 40  # For every program wanted
