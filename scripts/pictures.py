@@ -48,7 +48,7 @@ def pictures_of(cell: dict) -> list[dict]:
 
 def as_small_as_it_can_be(png: str) -> str:
     "The fewest colours in which a picture still is the same."
-    reduced = (in_few_colours(png, colours) for colours in (12, 16, 24, 32, 64))
+    reduced = (in_few_colours(png, colours) for colours in (12, 16, 24, 32, 64, 128, 256))
     return next((small for small in reduced if is_same_picture(png, small)), png)
 
 
