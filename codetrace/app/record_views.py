@@ -14,8 +14,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..runs.headlines import split_headline
-
 from codetrace.app.html_parts import (
     Markup,
     code_block,
@@ -30,6 +28,7 @@ from codetrace.app.html_parts import (
 )
 from .view_links import view_link
 from ..core.errors import BadInput, UnknownName
+from ..runs.headlines import split_headline
 from ..runs.listing import run_row
 from ..runs.manifest import all_runs, find_run, run_subject
 from ..runs.parameters import run_command_line

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ..runs.headlines import headline_parts
 
 from ..core.errors import BadInput
 from ..core.files import without_folder
 from ..core.stats import format_with_interval
 from ..plots.tables import markdown_table
 from ..runs.claims import CLAIM_COLUMNS, NO_INTERVAL, adjust_claims, claim_row
+from ..runs.headlines import headline_parts
 from ..runs.manifest import read_manifest
 from ..runs.phases import Phase, PhaseInput, find_phase, phase_function, study_numbers
 

@@ -15,10 +15,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
-from .headlines import split_headline
-
 from ..core.errors import BadInput
 from ..core.files import atomic_write, read_json, without_folder
+from .headlines import split_headline
 from .manifest import run_subject
 from .parameters import PhaseParameter, phase_parameters
 from .phases import is_phase, package_home, repository_root

@@ -10,8 +10,9 @@ import ast
 import html
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import CodeType
 
 from fastcore.basics import patch
@@ -192,7 +193,11 @@ def _span_finder(code: str) -> Callable[[ast.AST], Span]:
     for line in lines:
         line_starts.append(line_starts[-1] + len(line) + 1)
 
+    is_ascii = code.isascii()
+
     def offset(row: int, column: int) -> int:
+        if is_ascii:
+            return line_starts[row - 1] + column
         return line_starts[row - 1] + len(lines[row - 1].encode()[:column].decode())
 
     def span(node: ast.AST) -> Span:
@@ -209,7 +214,8 @@ def _make_assignment(span_of: Callable, target: ast.expr, value: ast.expr, *also
         base = base.value
         read = [value, *also_read, target]
     names = {node.id for expression in read for node in ast.walk(expression) if isinstance(node, ast.Name)}
-    return _Assignment(target.lineno - 1, ast.unparse(base), frozenset(names), span_of(target), span_of(value))
+    variable = base.id if isinstance(base, ast.Name) else ast.unparse(base)
+    return _Assignment(target.lineno - 1, variable, frozenset(names), span_of(target), span_of(value))
 
 # %% ../../nbs/tasks/programs.ipynb #ea185ac9
 def _find_assignments(
@@ -308,6 +314,12 @@ class ContradictoryProgram(BadInput):
     "Running the program does not give the answer that its generator claims."
 
 # %% ../../nbs/tasks/programs.ipynb #916431de
+@lru_cache(maxsize=16)  # Who draws a program checks again what its generator has checked
+def _run_and_read(code: str) -> tuple[Mapping[str, object], Sequence[int], list[list[_Assignment]]]:
+    "Variables at the end, lines that ran, and assignments."
+    return *_run_code(code), _find_assignments(code)
+
+
 def analyse_program(
     code: str,  # Program with its query line
     task: str,  # For messages and the record
@@ -316,7 +328,7 @@ def analyse_program(
     "Run `code` for its answer, and find chain and spans."
     query, span = _find_query(code)
     try:
-        variables, executed = _run_code(code)
+        variables, executed, assignments = _run_and_read(code)
     except _InstructionBudgetExceeded:
         raise ContradictoryProgram(
             f"{task}: the program still runs after {_INSTRUCTION_BUDGET} instructions: {code!r}"
@@ -329,7 +341,6 @@ def analyse_program(
         raise ContradictoryProgram(
             f"{task}: {query!r} is asked for, but only {sorted(variables)} are assigned: {code!r}"
         )
-    assignments = _find_assignments(code)
     sides = sorted((a.lhs, a.rhs) for statement in assignments for a in statement)
     lhs, rhs = (tuple(side) for side in zip(*sides)) if sides else ((), ())
     links = _find_chain_links(assignments, executed, query)
