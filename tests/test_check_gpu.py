@@ -39,17 +39,23 @@ def test_every_check_passes_on_a_processor(tmp_path):
     assert all(name.startswith(("memory", "quantised", "waits")) for name in not_run), not_run
 
 
-def test_one_check_passes_on_a_processor(tmp_path):
-    command = [sys.executable, SCRIPT, "--device", "cpu", "--quick", "--only", "graphed llama sdpa float32"]
-    done = subprocess.run([*command, "--out", tmp_path / "cpu.json"], capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed, 0 failed, 0 not run" in done.stdout, done.stdout + done.stderr
+@pytest.fixture
+def check_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("check_gpu")
+
+
+def test_one_check_passes_on_a_processor(check_gpu, tmp_path, monkeypatch, capsys):
+    asked = "--device cpu --quick --only".split()
+    monkeypatch.setattr(
+        sys, "argv", ["check_gpu.py", *asked, "graphed llama sdpa float32", "--out", str(tmp_path / "cpu.json")]
+    )
+    assert check_gpu.main() == 0 and "1 passed, 0 failed, 0 not run" in capsys.readouterr().out
 
 
 @pytest.fixture
-def told_waits(monkeypatch):
+def told_waits(check_gpu, monkeypatch):
     "`check_gpu` where torch tells of waits as on a GPU: as often as the test says for each choice of tokens, and each layer."
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    check_gpu = importlib.import_module("check_gpu")
     monkeypatch.setattr(check_gpu.torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(check_gpu.torch.cuda, "set_sync_debug_mode", lambda mode: None)
     lm, plain = load("tiny:llama"), decoding.choose_tokens

@@ -26,6 +26,8 @@ import pictures
 import reference
 import ship_adapter
 
+PACKED = Path(folders.__file__).resolve().parents[1] / "data" / "execution"  # As it is shipped
+
 
 def test_a_table_in_one_part_has_the_same_rows(tmp_path):
     with Records(tmp_path / "said", key="n", part_rows=4) as records:
@@ -202,7 +204,7 @@ def test_an_adapter_in_eight_bits_is_nearly_the_same(tmp_path):
 
 def test_packed_weights_are_the_same_when_unpacked(tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
+    shutil.copytree(adapter_folder("execution"), tmp_path / "mine")
     weights = (tmp_path / "mine" / "adapter_model.safetensors").read_bytes()
     ship_adapter.pack_weights(tmp_path / "mine")
     packed = tmp_path / "mine" / "adapter_model.safetensors.xz"
@@ -214,8 +216,7 @@ def test_packed_weights_are_the_same_when_unpacked(tmp_path, monkeypatch):
 
 def test_damaged_packed_weights_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
-    ship_adapter.pack_weights(tmp_path / "mine")
+    shutil.copytree(PACKED, tmp_path / "mine")
     packed = tmp_path / "mine" / "adapter_model.safetensors.xz"
     whole = packed.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"not xz" + whole):
@@ -228,8 +229,7 @@ def test_damaged_packed_weights_say_so(tmp_path, monkeypatch):
 
 def test_a_python_without_lzma_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CODETRACE_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(adapter_folder("binding"), tmp_path / "mine")
-    ship_adapter.pack_weights(tmp_path / "mine")
+    shutil.copytree(PACKED, tmp_path / "mine")
     monkeypatch.setitem(sys.modules, "lzma", None)
     with pytest.raises(BadInput, match=r"cannot be unpacked, for this Python was built without lzma: install liblzma"):
         folders._unpacked_adapter(tmp_path / "mine")

@@ -977,7 +977,15 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(COMMANDS)), ids=" | ".join)
+ORDERS = list(itertools.permutations(COMMANDS))
+QUICK_ORDERS = ORDERS[::5]  # Every command is first, last, and between others
+
+
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(order, marks=() if order in QUICK_ORDERS else pytest.mark.slow) for order in ORDERS],
+    ids=" | ".join,
+)
 def test_candidates_come_from_a_search_on_the_sae_split_in_whatever_order(study, order):
     "Validation and tuning are tried after each command: they take the search on the SAE split, or say to run it."
     from codetrace.runs.manifest import NoInputRun
