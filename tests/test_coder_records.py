@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest, bootstrap, rankdata
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -463,6 +463,68 @@ def test_the_layer_at_which_the_last_token_takes_over_is_that_of_its_headline(tr
     first = int(np.argmax(ahead.mean(0) > 0))
     low, high = np.quantile(layers, [0.025, 0.975], method="nearest")
     assert f"n=60; final token overtakes the root at layer {first} [{low}, {high}]" in manifest["headline"]
+
+
+@pytest.fixture(scope="module")
+def taken_apart() -> tuple[dict, list[dict], dict[str, pd.DataFrame]]:
+    "The mechanism: its manifest, the heads that it chose, and its tables."
+    (manifest,) = [run for run in reference_runs("mechanism") if run["parameters"].get("num_shots")]
+    folder = Path(manifest["folder"])
+    tables = {
+        name: pd.concat(map(pd.read_parquet, sorted((folder / name).glob("part-*.parquet"))))
+        for name in ("heads", "swapped", "ablated", "directions", "compared")
+    }
+    return manifest, json.loads((folder / "mechanism.json").read_text()), tables
+
+
+def test_heads_are_chosen_on_one_half_and_judged_on_the_other(taken_apart):
+    _, told, tables = taken_apart
+    cells = tables["heads"].groupby(["position_name", "layer", "head", "program"])["effect"].mean().unstack("program")
+    assert cells.shape[1] == 60 and len(cells) % (24 * 14) == 0
+    means = cells.iloc[:, ::2].mean(axis=1)
+    chosen = {(row["position_name"], row["layer"], row["head"]): row for row in told["heads"]}
+    expected = set()
+    for _, of_place in means.groupby("position_name"):
+        ordered = of_place.reindex(of_place.abs().sort_values(ascending=False).index)
+        expected |= set(ordered[ordered.abs() >= 0.02].index[:4])
+    assert expected == set(chosen) and len(expected) == 5
+    generator = np.random.default_rng(7)
+    for place, row in chosen.items():
+        judged = cells.loc[place].iloc[1::2].to_numpy()
+        interval = bootstrap([judged], np.mean, n_resamples=4000, method="BCa", rng=generator).confidence_interval
+        assert row["effect_when_chosen"] == pytest.approx(means[place], abs=2e-4) and row["n"] == len(judged) == 30
+        shown = [row["effect"], row["low"], row["high"]]
+        assert shown == pytest.approx([judged.mean(), *interval], abs=0.006)
+
+
+def test_the_chosen_heads_bring_what_is_said_and_random_ones_nothing(taken_apart):
+    manifest, told, tables = taken_apart
+    patched = tables["swapped"]
+    patched = patched[patched["position_name"] == "final"].groupby(["kind", "program"])["effect"].mean()
+    assert f"together {patched['chosen'].mean():.2f} [" in told["sentences"][0].split("final: ")[1]
+    assert patched["chosen"].min() > 0.3 > 0.1 > patched["random heads"].abs().max() and len(patched["chosen"]) == 30
+    ablated = tables["ablated"]
+    whole = ablated[ablated["kind"] == "intact"].set_index("program")["correct"]
+    without = ablated[(ablated["where"] == "named") & (ablated["position_name"] == "all")]
+    right = {kind: rows.groupby("program")["correct"].mean() for kind, rows in without.groupby("kind")}
+    shown = f"accuracy {with_wilson(whole)}, with their means instead {with_wilson(right['chosen'])}"
+    assert manifest["headline"].endswith(shown) and len(whole) == 60
+    pairs = right["random heads"] - right["chosen"]
+    assert pairs.mean() > 0 and binomtest(int((pairs > 0).sum()), int((pairs != 0).sum())).pvalue > 0.01
+
+
+def test_directions_and_the_compared_models_are_as_the_sentences_say(taken_apart):
+    _, told, tables = taken_apart
+    swapped = tables["directions"].groupby(["position_name", "layer", "basis", "k"])["effect"].mean()
+    for row in told["directions"]:
+        effects = swapped[row["position_name"], row["layer"], row["basis"]]
+        enough = effects.index[effects >= 0.9 * swapped[row["position_name"], row["layer"], "all"].iloc[0]]
+        assert (row["k"] is None and enough.empty) or row["k"] == enough.min(), row
+    compared = tables["compared"]
+    for model, rows in compared.groupby("model"):
+        right = rows.groupby("program")["correct"].first()
+        sentence = f"{Path(model).name} (accuracy {with_wilson(right)})"
+        assert (sentence in told["sentences"][3]) == (model != "smollm2") and len(right) == 30
 
 
 def test_the_report_says_what_the_records_say_and_adjusts_for_all_of_its_tests(sampled, chosen, answers):

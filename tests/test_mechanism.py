@@ -214,7 +214,7 @@ def test_means_must_be_of_such_programs(lm, reference):
     shorter = draw_reference_programs(lm, 2, ProgramShapes((4,), (1,), "hash"))
     with pytest.raises(BadInput, match="reference_programs"):
         ablate_heads(lm, shorter, head_means(lm, reference), CHOSEN)
-    with pytest.raises(BadInput, match="no means for programs of .* reference_programs"):
+    with pytest.raises(BadInput, match=r"no means for programs of .* reference_programs"):
         check_means_cover(reference, shorter)
     with pytest.raises(BadInput, match="no means"):
         check_means_cover(reference[:1], reference[:1])  # one program is no mean

@@ -85,6 +85,51 @@ def test_a_column_of_a_table_in_parts_is_left_out(tmp_path):
     assert compared.where == "not kept, and not compared: kl"
 
 
+def test_a_column_that_is_rounded_is_close(tmp_path):
+    manifests = []
+    values = [0.0, -1 / 7, 12345.678, 3e-9, None]
+    for run in ("record", "again"):
+        with Records(tmp_path / run / "cells", key="n", part_rows=2) as records:
+            records.append([{"n": n, "effect": value, "kl": 0.3 * n} for n, value in enumerate(values)])
+        outputs = {f"cells/{path.name}": {"sha256": run} for path in (tmp_path / run / "cells").glob("part*")}
+        manifests.append({"folder": tmp_path / run, "outputs": outputs})
+    record, again = manifests
+    reference.check_columns(tmp_path / "record", record["outputs"], [], ["cells:effect"])
+    with pytest.raises(SystemExit, match="no column 'prob'"):
+        reference.check_columns(tmp_path / "record", record["outputs"], [], ["cells:prob"])
+    record["outputs"], _ = reference.drop_columns(tmp_path / "record", record["outputs"], [], ["cells:effect"])
+    kept, whole = (read_records(tmp_path / run / "cells") for run in ("record", "again"))
+    assert kept["effect"][4:].isna().all() and kept["kl"].equals(whole["kl"])
+    assert kept["effect"][:4].tolist() == pytest.approx(values[:4], rel=2**-11, abs=0) and kept["effect"][1] != -1 / 7
+    (compared,) = compare_outputs(record, again)
+    assert (compared.output, compared.verdict) == ("cells", "close")
+    assert [c.verdict for c in compare_outputs(record, again, tolerance=1e-6)] == ["different"]
+
+
+def test_a_column_of_a_plain_table_is_rounded(tmp_path):
+    schema = pa.schema({"n": pa.int64(), "said": pa.float32(), "share": pa.float64()})
+    pq.write_table(
+        pa.table({"n": [1, 2, 3], "said": [0.1, 0.2, 0.3], "share": [1 / 3, None, 7.0]}, schema),
+        tmp_path / "rows.parquet",
+    )
+    outputs, dropped = reference.drop_columns(
+        tmp_path, {"rows.parquet": {}}, ["rows.parquet:n"], ["rows.parquet:share"]
+    )
+    kept = pq.read_table(tmp_path / "rows.parquet")
+    assert dropped == ["rows.parquet:n"] and kept.schema.equals(schema.remove(0))
+    assert kept["share"].to_pylist() == [round(1 / 3 * 2**12) / 2**12, None, 7.0]
+    assert kept["said"].to_pylist() == pytest.approx([0.1, 0.2, 0.3])
+    assert outputs["rows.parquet"]["sha256"] == file_sha256(tmp_path / "rows.parquet")
+
+
+def test_results_name_files_without_their_folders(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"said": "the model /data/mine/m.gguf", "other": "/data/yours/m.gguf"}, indent=1))
+    folders = reference.folders_of_files({"parameters": {"model": "/data/mine/m.gguf", "n": 3, "names": ["a"]}})
+    packed = json.loads(reference.packed_json(path, folders))
+    assert packed == {"said": "the model m.gguf", "other": "/data/yours/m.gguf"}
+
+
 def test_a_table_that_is_left_out_is_one_output_with_the_hash_of_its_parts(tmp_path):
     written = []
     for seed in (0, 0, 1):

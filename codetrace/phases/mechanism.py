@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import read_json
+from ..core.files import read_json, without_folder
 from ..core.records import read_records
 from ..runs.manifest import reference_runs
 
@@ -174,7 +174,9 @@ def _model_sentence(model: str, peaks: pd.DataFrame) -> str:
         count = format_count(int(peak["n"]))
         effects.append(f"{peak['position_name']} at layer {peak['layer']:.0f} {effect} ({count})")
     described = ", ".join(effects) or "no difference to trace"
-    return f"{model} (accuracy {format_with_interval(*accuracy, missing='not measurable')}): {described}"
+    return (
+        f"{without_folder(model)} (accuracy {format_with_interval(*accuracy, missing='not measurable')}): {described}"
+    )
 
 
 def training_sentence(peaks: pd.DataFrame) -> str:
