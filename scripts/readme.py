@@ -13,6 +13,8 @@ import pandas as pd
 import yaml
 
 from codetrace.core.stats import format_with_interval
+from codetrace.patching.batches import program_means_table
+from codetrace.phases.mechanism import read_mechanism_table
 from codetrace.sae.score_tables import auroc_table, scores_beyond
 
 HOME = Path(__file__).resolve().parents[1]
@@ -118,8 +120,8 @@ def random_swap(name: str, place: str) -> tuple[float, int, int]:
     return float(gain["flips"]), int(gain["n"]), int(gain["layer"])
 
 
-def in_program(name: str) -> str:
-    "At the line that set a value: what a probe reads beyond rules and what swapping just that state changes, or the largest share."
+def in_program(name: str) -> tuple[str, str]:
+    "At the line that set a value: what a probe reads beyond rules, and what swapping just that state changes beside a random state."
     used = pd.read_parquet(RECORDS / name / "used.parquet").set_index(["place", "layer"])
     for claim in read(RECORDS / name / "claims.json"):
         place = re.match(r"value read at (variable|line|line end), layer (\d+), .*, n = (\d+)", claim["claim"])
@@ -128,26 +130,52 @@ def in_program(name: str) -> str:
             share = format_with_interval(swap["used"], swap["used_low"], swap["used_high"])
             read_there = format_with_interval(claim["number"], claim["low"], claim["high"])
             random, n_random, layer = random_swap(name, place[1])
-            return (
-                f"at the line that set it a probe reads {read_there} of {place[3]} (layer {place[2]}), and that very state "
-                f"brings it in {share} of {swap['n_used']:.0f} (a random state there, at layer {layer}: {random:.2f} of {n_random})"
-            )
-    share, n = swap_share(name, IN_PROGRAM)
-    return f"at the line that set it, in {share} of {n}"
+            other = f"{random:.2f} of {n_random}, layer {layer}"
+            return f"{read_there} of {place[3]}, layer {place[2]}", f"{share} of {swap['n_used']:.0f} ({other})"
+    raise SystemExit(f"{name}: no probe reads a value at the line that set it")
+
+
+def watch_row(model: str, name: str, is_taken_apart: bool = True) -> str:
+    "What one model says, and which of its states the answer comes from."
+    says, _, commonest = beyond_rules(name)
+    cells = [f"{model} ({record_link(name, 'record')})", f"{says} ({commonest})"]
+    if is_taken_apart:
+        last, n = swap_share(name, ("final",))
+        cells += [f"{last} of {n} ({random_swap(name, 'final')[0]:.2f})", *in_program(name)]
+    return "| " + " | ".join([*cells, *["–"] * (5 - len(cells))]) + " |"
 
 
 def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     "What SmolLM2 says of variables before and after it was taught, and a code model; and which states the answer comes from."
-    before, _, commonest_before = beyond_rules(untaught)
-    after, _, commonest_after = beyond_rules(taught)
-    of_code_model, _, commonest = beyond_rules(code_model)
-    (taught_last, n_taught), (code_last, n_code) = (swap_share(name, ("final",)) for name in (taught, code_model))
+    lines = [
+        "**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** Give it another run's state at the last token, and it says that run's value. At the line that set the variable a probe "
+        "reads the value, too; but with that very state exchanged, the answer stays. (Shares with 95% intervals; in brackets what the commonest value, or a random state of the same place, gives.)",
+        "",
+        "| model | says what no shallow rule gives | last token exchanged: says the other value | where it was set, a probe reads | that state exchanged: says the other value |",
+        "|---|---|---|---|---|",
+        watch_row("SmolLM2", untaught, is_taken_apart=False),
+        watch_row("SmolLM2, taught to follow references", taught),
+        watch_row("Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught", code_model),
+    ]
+    return "\n".join(lines)
+
+
+def heads_finding(name: str) -> str:
+    "Which heads bring a value to the last token of a model that nobody taught."
+    manifest = record(name) | {"folder": RECORDS / name}
+    effects = program_means_table(read_mechanism_table(manifest, "swapped"), "effect").set_index("position_name")
+    at_last_token = effects.loc["final"].set_index("kind")
+    heads = [
+        f"{row['layer']}.{row['head']}"
+        for row in read(RECORDS / name / "mechanism.json")["heads"]
+        if row["position_name"] == "final"
+    ]
+    brought, random = (
+        format_with_interval(*at_last_token.loc[kind, ["effect", "low", "high"]]) for kind in ("chosen", "random heads")
+    )
     return (
-        f"**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** SmolLM2, taught to follow references, says {after} of the values that no shallow rule gives "
-        f"(the commonest value: {commonest_after}; untaught: {before} beside {commonest_before}). Another run's state at the last token brings that run's value in {taught_last} of {n_taught} pairs of runs (a random state: {random_swap(taught, 'final')[0]:.2f}); "
-        f"{in_program(taught)}. Qwen2.5-Coder-0.5B-Instruct (4 bits), which nobody taught, says {of_code_model} (the commonest value: {commonest}); the last token brings {code_last} of {n_code} (random: {random_swap(code_model, 'final')[0]:.2f}); "
-        f"{in_program(code_model)} "
-        f"({record_link(untaught, 'untaught')}, {record_link(taught, 'taught')}, {record_link(code_model, 'code model')})."
+        f"In Qwen2.5-Coder-0.5B, which nobody taught, patching {len(heads)} heads alone ({', '.join(heads)}: layer and head) at the last token brings {brought} of a changed value's effect "
+        f"(as many random heads {random}; {at_last_token.loc['chosen', 'n']} programs; {record_link(name, 'record')})."
     )
 
 
@@ -162,7 +190,7 @@ def seeds_finding(name: str) -> str:
         "without the heads chosen at final for a changed value accuracy is lower than without random heads (accuracy)"
     ]
     return (
-        f"**Where it is learnt, it is learnt in the same place.** SmolLM2 was taught to follow references {value['seeds']} times. A changed value passes from its constant to the "
+        f"SmolLM2 was taught to follow references {value['seeds']} times: a changed value passes from its constant to the "
         f"last token at layer {layers(value)} (of layers 0 to 29) in {share(value)}, a changed reference at layer {layers(reference)} in {share(reference)}; the heads found there bring more "
         f"than random heads in {share(enough)}, but are needed more than random heads in only {share(needed)} ({record_link(name, 'record')})."
     )
@@ -233,13 +261,13 @@ def write_findings() -> None:
             "watch/20261130T202019703Z-844ae287",
             "watch/20261130T212713071Z-fb028413",
         ),
-        seeds_finding("seeds/20261128T121437000Z-d5d215a2"),
+        f"**Few heads carry a value, and where it is learnt, it is learnt in the same place.** {heads_finding('mechanism/20261201T153057455Z-707cbac7')} {seeds_finding('seeds/20261128T121437000Z-d5d215a2')}",
         f"{pregeneration_finding('pregeneration/20261201T000100986Z-b9b6dcf6')} {ranking_finding('ranking/20261201T111024004Z-2f61d50a')}",
     ]
     count = re.match(r"n=(\d+)", record(name)["headline"])[1]
     caption = f"Share of {count} programs whose answer becomes the counterfactual's when one state of `binding` is put in its place, by layer"
     figure = f"![Where a value sits, by layer](finding.png)\n\n{caption}, at the constant (left) and at the last token (right), with 95% intervals and controls; {record_link(name, 'record')}."
-    replace_cell("index", FINDINGS, "\n".join(f"* {finding}" for finding in findings) + f"\n\n{figure}")
+    replace_cell("index", FINDINGS, "\n\n".join(findings) + f"\n\n{figure}")
 
 
 def write_quarto() -> None:
