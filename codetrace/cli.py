@@ -25,8 +25,8 @@ from .core.files import visible_text
 from .models.limits import MemoryLimits
 from .runs.execute import RunFailed, execute_phase
 from .runs.grade_command import GRADE_EXAMPLES, grade_command
-from .runs.listing import print_run, print_table, run_row
-from .runs.manifest import all_runs, find_run, newest_run, no_runs_note
+from .runs.listing import print_run, print_table, run_row, run_to_show
+from .runs.manifest import all_runs, find_run, no_runs_note
 from .runs.parameters import parse_parameters, phase_parameters, shorthand_parameters
 from codetrace.runs.phases import (
     Phase,
@@ -394,13 +394,13 @@ def show_command(
     "Show runs: results, parameters, files."
     for name in names:
         print_run(
-            newest_run(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
+            run_to_show(find_phase(name).name, **identifying_parameters(name)) if is_phase(name) else find_run(name)
         )
 
 # %% ../nbs/cli.ipynb #c020146f
 @app.command(
     name="rerun",
-    epilog="Examples:  codetrace rerun 20261121T2210  |  codetrace rerun runs/reference/tracing/20261122T0359",
+    epilog="Examples:  codetrace rerun 20261121T2210  |  codetrace rerun runs/reference/tracing/20261129T0128",
 )
 def rerun_command(
     name: Annotated[str, typer.Argument(metavar="RUN", help="Run id, the beginning of one, or a folder.")],

@@ -101,23 +101,26 @@ def beyond_rules(name: str) -> tuple[str, str, str]:
     return match[1], match[2], match[3]
 
 
-def swap_share(name: str, places: tuple[str, ...]) -> tuple[str, str]:
-    "Of the pairs of runs that judge a swap at some places, the largest share that it flips, with its interval; and how many pairs."
-    pattern = re.compile(r"the other run's state at (.+), layer \d+, brings its value, n = (\d+)")
-    claims = [(pattern.match(claim["claim"]), claim) for claim in read(RECORDS / name / "claims.json")]
-    judged = [(claim, match) for match, claim in claims if match and match[1] in places]
-    claim, match = max(judged, key=lambda pair: pair[0]["number"])
-    return format_with_interval(claim["number"], claim["low"], claim["high"]), match[2]
-
-
-IN_PROGRAM = ("variable", "line", "line end")  # Places at the line that set a value
-
-
 def random_swap(name: str, place: str) -> tuple[float, int, int]:
     "What share of answers a random state of the same norm turns into the other run's, of how many, and at which layer."
     gains = pd.read_parquet(RECORDS / name / "swap_gains.parquet").set_index(["place", "control"])
     gain = gains.loc[(place, "random")]
     return float(gain["flips"]), int(gain["n"]), int(gain["layer"])
+
+
+def last_token(name: str) -> str:
+    "At the last token: the last layer at which fewer than half of the exchanged states bring the other run's value, and the first at which more do, intervals and all."
+    used = pd.read_parquet(RECORDS / name / "used.parquet").query("place == 'final'").set_index("layer").sort_index()
+    last_below = used.index[used["used_high"] < 0.5].max()
+    first_above = used.index[used["used_low"] > 0.5].min()
+    shares = [
+        format_with_interval(*used.loc[layer, ["used", "used_low", "used_high"]]) for layer in (last_below, first_above)
+    ]
+    random, n_random, random_layer = random_swap(name, "final")
+    return (
+        f"layer {last_below}: {shares[0]}, layer {first_above}: {shares[1]} of {used.loc[first_above, 'n_used']:.0f} "
+        f"({random:.2f} of {n_random}, layer {random_layer})"
+    )
 
 
 def in_program(name: str) -> tuple[str, str]:
@@ -130,8 +133,10 @@ def in_program(name: str) -> tuple[str, str]:
             share = format_with_interval(swap["used"], swap["used_low"], swap["used_high"])
             read_there = format_with_interval(claim["number"], claim["low"], claim["high"])
             random, n_random, layer = random_swap(name, place[1])
-            other = f"{random:.2f} of {n_random}, layer {layer}"
-            return f"{read_there} of {place[3]}, layer {place[2]}", f"{share} of {swap['n_used']:.0f} ({other})"
+            of_random = f"{random:.2f} of {n_random}, layer {layer}"
+            baseline = re.match(r"the strongest, (.*), ([\d.]+) where", claim["baseline"])
+            read_there += f" of {place[3]}, layer {place[2]} ({baseline[1]} {baseline[2]}; control task {claim['null'].split()[0]})"
+            return read_there, f"{share} of {swap['n_used']:.0f} ({of_random})"
     raise SystemExit(f"{name}: no probe reads a value at the line that set it")
 
 
@@ -140,8 +145,7 @@ def watch_row(model: str, name: str, is_taken_apart: bool = True) -> str:
     says, _, commonest = beyond_rules(name)
     cells = [f"{model} ({record_link(name, 'record')})", f"{says} ({commonest})"]
     if is_taken_apart:
-        last, n = swap_share(name, ("final",))
-        cells += [f"{last} of {n} ({random_swap(name, 'final')[0]:.2f})", *in_program(name)]
+        cells += [last_token(name), *in_program(name)]
     return "| " + " | ".join([*cells, *["–"] * (5 - len(cells))]) + " |"
 
 
@@ -149,7 +153,7 @@ def watch_finding(untaught: str, taught: str, code_model: str) -> str:
     "What SmolLM2 says of variables before and after it was taught, and a code model; and which states the answer comes from."
     lines = [
         "**A model that follows a variable looks its value up when asked, and not in the state of the line that set it.** Give it another run's state at the last token, and it says that run's value. At the line that set the variable a probe "
-        "reads the value, too; but with that very state exchanged, the answer stays. (Shares with 95% intervals; in brackets what the commonest value, or a random state of the same place, gives.)",
+        "reads the value above its baselines, too; but with that very state exchanged, the answer stays. (Shares with 95% intervals; in brackets what the commonest value, a random state of the same place, or the strongest baseline of the probe gives, and how well such a probe learns a random digit for each letter: where it learns that as well, it may read the text and not the value.)",
         "",
         "| model | says what no shallow rule gives | last token exchanged: says the other value | where it was set, a probe reads | that state exchanged: says the other value |",
         "|---|---|---|---|---|",
