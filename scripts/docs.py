@@ -27,6 +27,19 @@ HOME = Path(__file__).resolve().parents[1]
 PROJECT = HOME / "_proc" / "site"
 
 
+TABLES = """
+table.dataframe { border: 0; font-variant-numeric: tabular-nums }
+table.dataframe :is(th, td) { font-size: 0.8rem; padding: 0.15em 0.45em; border: 0; border-bottom: 1px solid #ddd; text-align: right }
+table.dataframe tbody th { font-weight: normal; color: #666 }
+"""  # Of pandas, whose own style a site does not have
+
+
+def style_tables(site: Path) -> None:
+    "Give tables of numbers the room and the lines that a notebook gives them."
+    sheet = site / "site_libs" / "smalldocs.css"
+    sheet.write_text(sheet.read_text(encoding="utf-8") + TABLES, encoding="utf-8")
+
+
 def chapters(entries: list) -> list[str]:
     "All files of a book, in order."
     return [f for e in entries for f in ([e] if isinstance(e, str) else chapters(e["chapters"]))]
@@ -114,6 +127,7 @@ def main(check: bool):
         run("quarto", "render")
     else:
         run("smalldocs", "render", ".", "--strict", "--quiet")
+        style_tables(PROJECT / "_docs")
         make_offline(PROJECT / "_docs")
     if not check:
         keep_drawings()
