@@ -83,7 +83,7 @@ _PhaseOrStudy = Annotated[
     str, typer.Argument(help="The phase; 'codetrace phases' lists them. Or correctness: the whole study.")
 ]
 _Pairs = Annotated[
-    list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter of the phase; repeatable.")
+    list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="A parameter; 'codetrace phases PHASE' lists them.")
 ]
 _File = Annotated[
     Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from a YAML file; for a chain: by phase.")
